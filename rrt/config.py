@@ -1,0 +1,315 @@
+"""The shape of a model: its layers, their recursion and their relaxation.
+
+One frozen dataclass describes a vanilla model (`loops=1`), its recursive child
+and the reduced-size baseline. Depth is `L = P + N * R + C`: `P` prelude and
+`C` coda layers of their own, `N` block layers looped `R` times. A *position*
+is a pair (loop, layer) of the block; a *depth* counts layers in the order in
+which they run, from 0 to L - 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from rrt.errors import InputError
+
+ORDERS = ('cycle', 'sequence')
+ACTIVATIONS = ('silu', 'gelu_tanh')
+FAMILIES = ('llama', 'gemma', 'gemma3')
+COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+
+# One rank for all positions, or a table [R][N] of ranks.
+Rank = int | tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """One table of rotary frequencies.
+
+  Attributes:
+    base: the wavelength base (theta).
+    scaling: '' for none, 'linear' (all frequencies divided by `factor`) or
+      'llama3' (long wavelengths divided, short ones kept, a ramp between).
+    factor: by how much the context was stretched.
+    low_freq_factor: llama3: wavelengths above original_context / this are
+      divided by `factor`.
+    high_freq_factor: llama3: wavelengths below original_context / this stay.
+    original_context: llama3: the context length of pretraining, in tokens.
+  """
+
+  base: float = 10_000.0
+  scaling: str = ''
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_context: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Per-loop low-rank relaxation of the block's seven linears.
+
+  A rank is one integer for all positions or a table [R][N], indexed by loop
+  and layer. Arrays are as wide as the largest rank of their component;
+  narrower positions are padded with zeros that are masked in the forward
+  pass, get no gradient and are not counted as parameters.
+
+  Attributes:
+    q, k, v, o, gate, up, down: ranks; 0 leaves the component without LoRA.
+    alpha: the forward pass scales the low-rank product by alpha / (the
+      component's largest rank); None means a scale of 1.
+  """
+
+  q: Rank = 0
+  k: Rank = 0
+  v: Rank = 0
+  o: Rank = 0
+  gate: Rank = 0
+  up: Rank = 0
+  down: Rank = 0
+  alpha: float | None = None
+
+  def table(self, component: str, loops: int, layers: int) -> np.ndarray:
+    """Ranks of one component by position, int [R, N]."""
+    rank = getattr(self, component)
+    if isinstance(rank, int):
+      return np.full((loops, layers), rank, np.int32)
+    return np.asarray(rank, np.int32)
+
+  def width(self, component: str) -> int:
+    """The component's largest rank: the width of its arrays."""
+    rank = getattr(self, component)
+    return rank if isinstance(rank, int) else max(max(r) for r in rank)
+
+  def uniform(self, component: str) -> bool:
+    """Whether all positions have the component's largest rank."""
+    rank = getattr(self, component)
+    return isinstance(rank, int) or len({v for r in rank for v in r}) == 1
+
+  def scale(self, component: str) -> float:
+    """What the forward pass multiplies the low-rank product with."""
+    width = self.width(component)
+    if self.alpha is None or not width:
+      return 1.0
+    return self.alpha / width
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that a model's function depends on besides its weights.
+
+  Attributes:
+    family: which checkpoint family it came from: 'llama', 'gemma', 'gemma3'.
+    vocab_size: V.
+    d_model: D, the width of the residual stream.
+    d_ff: F, the hidden width of the gated MLP.
+    num_heads: H, query heads.
+    num_kv_heads: G, key and value heads; divides `num_heads`.
+    head_dim: Dh, even.
+    prelude_layers: P, unique layers before the block.
+    block_layers: N, layers of the shared block.
+    loops: R, times the block runs; 1 is a vanilla model.
+    coda_layers: C, unique layers after the block.
+    order: 'cycle' runs the whole block R times, 'sequence' repeats each of
+      its layers R times in place.
+    max_context: longest sequence in tokens that the model was made for.
+    norm_eps: added to the mean square in RMSNorm.
+    unit_offset_norm: gains are stored as w and applied as 1 + w (Gemma).
+    post_norms: a second norm after attention and after the MLP (Gemma 3).
+    qk_norm: RMSNorm over each head of q and k, before RoPE.
+    activation: of the gate: 'silu' or 'gelu_tanh'.
+    query_scale: q is multiplied by this; None means head_dim ** -0.5.
+    scale_embeddings: multiply embeddings by sqrt(D), rounded to their dtype.
+    tie_embeddings: the head is the embedding table.
+    windows: sliding window in tokens by depth, itself included; 0 is global;
+      () is all global.
+    ropes: the distinct rotary tables.
+    rope_index: which of `ropes` by depth; () is the first for all.
+    loop_norms: the block's norm gains have a leading loops axis.
+    lora: the per-loop low-rank relaxation, or None.
+  """
+
+  family: str
+  vocab_size: int
+  d_model: int
+  d_ff: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  block_layers: int
+  prelude_layers: int = 0
+  loops: int = 1
+  coda_layers: int = 0
+  order: str = 'cycle'
+  max_context: int = 2048
+  norm_eps: float = 1e-5
+  unit_offset_norm: bool = False
+  post_norms: bool = False
+  qk_norm: bool = False
+  activation: str = 'silu'
+  query_scale: float | None = None
+  scale_embeddings: bool = False
+  tie_embeddings: bool = False
+  windows: tuple[int, ...] = ()
+  ropes: tuple[Rope, ...] = (Rope(),)
+  rope_index: tuple[int, ...] = ()
+  loop_norms: bool = False
+  lora: LoraConfig | None = None
+
+  def __post_init__(self):
+    _check(self)
+
+  @property
+  def depth(self) -> int:
+    """L, how many layers a token passes through."""
+    return (
+        self.prelude_layers
+        + self.block_layers * self.loops
+        + self.coda_layers
+    )
+
+  @property
+  def scale_q(self) -> float:
+    """What queries are multiplied with."""
+    if self.query_scale is None:
+      return self.head_dim**-0.5
+    return self.query_scale
+
+  def shapes(self) -> dict[str, tuple[int, int]]:
+    """(in, out) of the seven linears of a layer."""
+    d, f = self.d_model, self.d_ff
+    q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    return {
+        'q': (d, q), 'k': (d, kv), 'v': (d, kv), 'o': (q, d),
+        'gate': (d, f), 'up': (d, f), 'down': (f, d),
+    }  # fmt: skip
+
+  def depth_of(self, loop: int, layer: int) -> int:
+    """The depth at which the block runs `layer` in `loop`."""
+    if self.order == 'cycle':
+      return self.prelude_layers + loop * self.block_layers + layer
+    return self.prelude_layers + layer * self.loops + loop
+
+  def block_depths(self) -> np.ndarray:
+    """Depth by position, int [R, N]."""
+    return np.array([
+        [self.depth_of(r, n) for n in range(self.block_layers)]
+        for r in range(self.loops)
+    ])
+
+  def with_recursion(
+      self,
+      *,
+      prelude: int,
+      block: int,
+      loops: int,
+      coda: int,
+      order: str = 'cycle',
+      loop_norms: bool = False,
+      lora: LoraConfig | None = None,
+  ) -> ModelConfig:
+    """The same model with its depth arranged as prelude, block x loops, coda.
+
+    Raises:
+      InputError: prelude + block * loops + coda is not this model's depth.
+    """
+    if prelude + block * loops + coda != self.depth:
+      raise InputError(
+          f'prelude {prelude} + block {block} x loops {loops} + coda {coda} '
+          f'= {prelude + block * loops + coda} layers, but the parent has '
+          f'{self.depth}; choose them to add up to {self.depth}.'
+      )
+    return dataclasses.replace(
+        self, prelude_layers=prelude, block_layers=block, loops=loops,
+        coda_layers=coda, order=order, loop_norms=loop_norms, lora=lora,
+    )  # fmt: skip
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain dicts, lists and numbers; `from_json` reverses it."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      InputError: a field is unknown, missing or of a wrong value.
+    """
+    fields = dict(fields)
+    try:
+      fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
+      if fields.get('lora') is not None:
+        fields['lora'] = LoraConfig(
+            **{k: _as_tuple(v) for k, v in fields['lora'].items()}
+        )
+      return cls(**{k: _as_tuple(v) for k, v in fields.items()})
+    except TypeError as e:
+      raise InputError(f'The model configuration does not fit: {e}.') from e
+
+
+def _as_tuple(value):
+  if isinstance(value, (list, tuple)):
+    return tuple(_as_tuple(v) for v in value)
+  return value
+
+
+def _check(c: ModelConfig) -> None:
+  """Raises InputError for the first field whose value cannot work."""
+
+  def need(ok: bool, field: str, why: str) -> None:
+    if not ok:
+      raise InputError(f'{field}={getattr(c, field)!r}: {why}.')
+
+  for field in (
+      'vocab_size', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads',
+      'head_dim', 'block_layers', 'loops', 'max_context',
+  ):  # fmt: skip
+    value = getattr(c, field)
+    need(
+        isinstance(value, int) and value > 0, field,
+        'must be a whole number above 0',
+    )  # fmt: skip
+  for field in ('prelude_layers', 'coda_layers'):
+    value = getattr(c, field)
+    need(
+        isinstance(value, int) and value >= 0, field,
+        'must be a whole number, 0 or more',
+    )  # fmt: skip
+  need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
+  need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
+  need(
+      c.activation in ACTIVATIONS, 'activation',
+      f'must be one of {ACTIVATIONS}',
+  )  # fmt: skip
+  need(c.head_dim % 2 == 0, 'head_dim', 'must be even, for RoPE')
+  need(
+      c.num_heads % c.num_kv_heads == 0, 'num_kv_heads',
+      f'must divide num_heads={c.num_heads}',
+  )  # fmt: skip
+  for field in ('windows', 'rope_index'):
+    value = getattr(c, field)
+    need(
+        len(value) in (0, c.depth), field,
+        f'needs one entry for each of the {c.depth} layers, or none',
+    )  # fmt: skip
+  need(
+      all(0 <= i < len(c.ropes) for i in c.rope_index), 'rope_index',
+      f'must point into the {len(c.ropes)} tables of ropes',
+  )  # fmt: skip
+  if c.lora is None:
+    return
+  for name, (d_in, d_out) in c.shapes().items():
+    table = c.lora.table(name, c.loops, c.block_layers)
+    if table.shape != (c.loops, c.block_layers):
+      raise InputError(
+          f'lora.{name} has ranks of shape {table.shape}; it needs '
+          f'({c.loops}, {c.block_layers}): loops x block_layers.'
+      )
+    if table.min() < 0 or table.max() > min(d_in, d_out):
+      raise InputError(
+          f'lora.{name}={getattr(c.lora, name)!r}: a rank must lie between 0 '
+          f'and {min(d_in, d_out)}, the smaller side of the matrix.'
+      )
