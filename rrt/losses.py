@@ -1,0 +1,291 @@
+"""What a run minimises: cross-entropy, and distillation from the parent.
+
+The head of a small model costs as much as its block, and its logits are the
+largest array of a training step. Here they exist for one chunk of tokens at a
+time. The gradients are taken in the same pass, so that a chunk costs three
+matrix products with the head (logits, hidden gradient, head gradient) where
+rematerialisation would pay for four, plus one with the teacher's.
+
+Axes: B batch, L length, C positions of a chunk, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rrt.errors import InputError
+from rrt.sharding import constrain
+
+DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A weighted sum of losses, each averaged over the target tokens.
+
+  Attributes:
+    cross_entropy: weight of the cross-entropy with the text, in nats.
+    distillation: weight of the divergence from the parent; 0 runs no parent.
+    divergence: 'forward_kl' KL(parent || child), 'reverse_kl', 'jsd' (the
+      Jensen-Shannon divergence, halves weighted equally) or 'tvd' (total
+      variation distance).
+    temperature: divides the logits of parent and child inside the
+      divergence, which is then multiplied by its square, so that gradients
+      keep their size.
+    z_loss: weight of the squared log-partition function.
+    chunk_tokens: how many tokens' logits exist at a time, over the whole
+      (global) batch. Never more than half a batch.
+  """
+
+  cross_entropy: float = 1.0
+  distillation: float = 1.0
+  divergence: str = 'forward_kl'
+  temperature: float = 1.0
+  z_loss: float = 0.0
+  chunk_tokens: int = 512
+
+  def __post_init__(self):
+    if self.divergence not in DIVERGENCES:
+      raise InputError(
+          f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.'
+      )
+    for field in ('cross_entropy', 'distillation', 'z_loss'):
+      if not 0 <= getattr(self, field) < math.inf:
+        raise InputError(
+            f'loss.{field}={getattr(self, field)!r}: a weight must be 0 or '
+            'more.'
+        )
+    if not self.cross_entropy + self.distillation > 0:
+      raise InputError(
+          'loss.cross_entropy and loss.distillation are both 0: nothing is '
+          'left to learn from; set one of them above 0.'
+      )
+    if not 0 < self.temperature < math.inf:
+      raise InputError(
+          f'loss.temperature={self.temperature!r}: must be above 0.'
+      )
+    if self.chunk_tokens < 1:
+      raise InputError(
+          f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.'
+      )
+
+
+class Losses(NamedTuple):
+  """Weighted sums over tokens; float32 scalars."""
+
+  loss: jax.Array
+  cross_entropy: jax.Array
+  distillation: jax.Array
+  z_loss: jax.Array
+
+
+def losses(
+    objective: Objective,
+    hidden_BxLxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    teacher: tuple[jax.Array, jax.Array] | None = None,
+) -> Losses:
+  """All losses of a batch, without ever holding its logits whole.
+
+  Differentiable in `hidden_BxLxD` and `head_DxV`, through `loss` alone.
+  Products run in the dtype of `hidden_BxLxD`; softmaxes and sums in float32.
+
+  Args:
+    objective: which losses, with which weights.
+    hidden_BxLxD: what the head reads: the child's output after its norm.
+    head_DxV: the child's head.
+    targets_BxL: the next token's id.
+    weights_BxL: float32, the factor of each token; 0 where there is no
+      target. Divide them by their sum for a mean.
+    teacher: the parent's (hidden_BxLxD, head_DxV), of any width D; needed
+      when `objective.distillation` is above 0, ignored otherwise.
+  """
+  if not objective.distillation:
+    teacher = None
+  elif teacher is None:
+    raise ValueError('distillation needs the hidden states of a teacher.')
+  head_DxV = constrain(head_DxV.astype(hidden_BxLxD.dtype), (None, 'vocab'))
+  if teacher is not None:
+    t_BxLxD, t_DxV = teacher
+    t_DxV = constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
+    teacher = jax.lax.stop_gradient((t_BxLxD, t_DxV))
+  return _losses(
+      objective, hidden_BxLxD, head_DxV,
+      jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher)),
+  )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(objective, hidden_BxLxD, head_DxV, rest) -> Losses:
+  return _over_chunks(objective, hidden_BxLxD, head_DxV, rest, None)[0]
+
+
+def _losses_fwd(objective, hidden, head, rest):
+  """Values and gradients in one pass over the chunks."""
+  wanted = (hidden.perturbed, head.perturbed)
+  rest = jax.tree.map(lambda leaf: leaf.value, rest, is_leaf=_is_primal)
+  return _over_chunks(objective, hidden.value, head.value, rest, wanted)
+
+
+def _losses_bwd(objective, gradients, cotangents: Losses):
+  del objective
+  g = cotangents.loss
+  if isinstance(g, jax.custom_derivatives.SymbolicZero):
+    return None, None, None
+  d_hidden, d_head, like = gradients
+  scale = lambda d: None if d is None else (g * d).astype(like.dtype)
+  return scale(d_hidden), scale(d_head), None
+
+
+def _is_primal(x: Any) -> bool:
+  return hasattr(x, 'perturbed')
+
+
+_losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
+
+
+def chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
+  """C: positions of each row in a chunk; chunks are as even as they can be."""
+  most = max(1, min(chunk_tokens // batch, -(-length // 2)))
+  return -(-length // -(-length // most))
+
+
+def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
+  """Scans over chunks of positions, so that every chunk has all rows.
+
+  Rows are what the mesh splits: cutting along the length leaves each device
+  with its own rows in every chunk.
+
+  Returns:
+    (Losses, None or (d_hidden_BxLxD, d_head_DxV, an empty array of the
+    dtype that the gradients must have)).
+  """
+  targets_BxL, weights_BxL, teacher = rest
+  B, L, _ = hidden_BxLxD.shape
+  C = chunk_length(B, L, objective.chunk_tokens)
+  split = functools.partial(_split, length=C)
+  xs = {
+      'hidden': split(hidden_BxLxD),
+      'targets': split(targets_BxL),
+      'weights': split(weights_BxL),
+      'teacher': None if teacher is None else split(teacher[0]),
+  }
+  want_hidden, want_head = wanted or (False, False)
+
+  def one(carry, x):
+    sums, d_head_DxV = carry
+    s_BxCxV = _logits(x['hidden'], head_DxV)
+    t_BxCxV = None
+    if teacher is not None:
+      t_BxCxV = _logits(x['teacher'], teacher[1])
+    values, d_BxCxV = _token_losses(
+        objective, s_BxCxV, t_BxCxV, x['targets'], x['weights']
+    )
+    sums = jax.tree.map(jnp.add, sums, values)
+    d_BxCxV = d_BxCxV.astype(hidden_BxLxD.dtype)
+    d_hidden_BxCxD = None
+    if want_hidden:
+      d_hidden_BxCxD = jnp.einsum('bcv,dv->bcd', d_BxCxV, head_DxV)
+    if want_head:
+      d_head_DxV += jnp.einsum(
+          'bcd,bcv->dv', x['hidden'], d_BxCxV,
+          preferred_element_type=jnp.float32,
+      )  # fmt: skip
+    return (sums, d_head_DxV), d_hidden_BxCxD
+
+  zero = jnp.zeros((), jnp.float32)
+  start = None
+  if want_head:
+    start = constrain(
+        jnp.zeros(head_DxV.shape, jnp.float32), (None, 'vocab')
+    )
+  (sums, d_head_DxV), d_hidden = jax.lax.scan(
+      one, (Losses(zero, zero, zero, zero), start), xs
+  )
+  if wanted is None:
+    return sums, None
+  if want_hidden:
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, d_hidden.shape[-1])
+    d_hidden = d_hidden[:, :L]
+  like = jnp.zeros((0,), hidden_BxLxD.dtype)
+  return sums, (d_hidden, d_head_DxV, like)
+
+
+def _split(x_BxL: jax.Array, length: int) -> jax.Array:
+  """[B, L, ...] to [chunks, B, length, ...], padded with zeros at the end."""
+  B, L = x_BxL.shape[:2]
+  chunks = -(-L // length)
+  if chunks * length != L:
+    pad = [(0, 0)] * x_BxL.ndim
+    pad[1] = (0, chunks * length - L)
+    x_BxL = jnp.pad(x_BxL, pad)
+  x = x_BxL.reshape(B, chunks, length, *x_BxL.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def _logits(hidden_BxCxD, head_DxV):
+  s_BxCxV = jnp.einsum(
+      'bcd,dv->bcv', hidden_BxCxD, head_DxV,
+      preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  return constrain(s_BxCxV, ('batch', 'length', 'act_vocab'))
+
+
+def _token_losses(objective, s_BxCxV, t_BxCxV, targets_BxC, weights_BxC):
+  """Sums of the losses, and the gradient of their total by the logits."""
+  o = objective
+  w_BxCx1 = weights_BxC[..., None].astype(jnp.float32)
+  total = lambda x_BxC: jnp.sum(x_BxC * weights_BxC)
+
+  # A comparison instead of a gather: it stays local where V is sharded.
+  vocab = jax.lax.broadcasted_iota(jnp.int32, s_BxCxV.shape, 2)
+  hit_BxCxV = vocab == targets_BxC[..., None]
+  log_z_BxC = jax.nn.logsumexp(s_BxCxV, axis=-1)
+  ce_BxC = log_z_BxC - jnp.sum(jnp.where(hit_BxCxV, s_BxCxV, 0), axis=-1)
+  q_BxCxV = jnp.exp(s_BxCxV - log_z_BxC[..., None])
+  pull_BxCx1 = o.cross_entropy + 2 * o.z_loss * log_z_BxC[..., None]
+  d_BxCxV = pull_BxCx1 * q_BxCxV - o.cross_entropy * hit_BxCxV
+
+  kd_BxC = jnp.zeros_like(ce_BxC)
+  if t_BxCxV is not None:
+    T = o.temperature
+    log_p = jax.nn.log_softmax(t_BxCxV / T, axis=-1)
+    log_q = jax.nn.log_softmax(s_BxCxV / T, axis=-1)
+    kd_BxC, d_kd_BxCxV = _divergence(o.divergence, log_p, log_q)
+    kd_BxC = T**2 * kd_BxC
+    # One factor 1/T is the derivative of s/T.
+    d_BxCxV += o.distillation * T * d_kd_BxCxV
+
+  ce, kd, z = total(ce_BxC), total(kd_BxC), total(log_z_BxC**2)
+  loss = o.cross_entropy * ce + o.distillation * kd + o.z_loss * z
+  return Losses(loss, ce, kd, z), w_BxCx1 * d_BxCxV
+
+
+def _divergence(kind: str, log_p: jax.Array, log_q: jax.Array):
+  """D(p, q) [B, C] of the parent p and the child q, and dD/d(logits of q).
+
+  For a divergence with derivative g by q, softmax gives q (g - sum(q g)); a
+  constant in g falls out. KL(p || q) is the case q - p.
+  """
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  if kind == 'forward_kl':
+    return jnp.sum(p * (log_p - log_q), axis=-1), q - p
+  if kind == 'reverse_kl':
+    g = log_q - log_p
+    value = jnp.sum(q * g, axis=-1)
+  elif kind == 'jsd':
+    log_m = jnp.logaddexp(log_p, log_q) - math.log(2)
+    g = 0.5 * (log_q - log_m)
+    value = jnp.sum(0.5 * p * (log_p - log_m) + q * g, axis=-1)
+  else:
+    g = 0.5 * jnp.sign(q - p)
+    value = 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+  return value, q * (g - jnp.sum(q * g, axis=-1, keepdims=True))
