@@ -54,8 +54,8 @@ class LoraConfig:
 
   A rank is one integer for all positions or a table [R][N], indexed by loop
   and layer. Arrays are as wide as the largest rank of their component;
-  narrower positions are padded with zeros that are masked in the forward
-  pass, get no gradient and are not counted as parameters.
+  narrower positions are padded with zeros in both factors. Such columns add
+  nothing, get exactly zero gradients, and are not counted as parameters.
 
   Attributes:
     q, k, v, o, gate, up, down: ranks; 0 leaves the component without LoRA.
@@ -166,9 +166,7 @@ class ModelConfig:
   def depth(self) -> int:
     """L, how many layers a token passes through."""
     return (
-        self.prelude_layers
-        + self.block_layers * self.loops
-        + self.coda_layers
+      self.prelude_layers + self.block_layers * self.loops + self.coda_layers
     )
 
   @property
@@ -195,21 +193,23 @@ class ModelConfig:
 
   def block_depths(self) -> np.ndarray:
     """Depth by position, int [R, N]."""
-    return np.array([
+    return np.array(
+      [
         [self.depth_of(r, n) for n in range(self.block_layers)]
         for r in range(self.loops)
-    ])
+      ]
+    )
 
   def with_recursion(
-      self,
-      *,
-      prelude: int,
-      block: int,
-      loops: int,
-      coda: int,
-      order: str = 'cycle',
-      loop_norms: bool = False,
-      lora: LoraConfig | None = None,
+    self,
+    *,
+    prelude: int,
+    block: int,
+    loops: int,
+    coda: int,
+    order: str = 'cycle',
+    loop_norms: bool = False,
+    lora: LoraConfig | None = None,
   ) -> ModelConfig:
     """The same model with its depth arranged as prelude, block x loops, coda.
 
@@ -218,9 +218,9 @@ class ModelConfig:
     """
     if prelude + block * loops + coda != self.depth:
       raise InputError(
-          f'prelude {prelude} + block {block} x loops {loops} + coda {coda} '
-          f'= {prelude + block * loops + coda} layers, but the parent has '
-          f'{self.depth}; choose them to add up to {self.depth}.'
+        f'prelude {prelude} + block {block} x loops {loops} + coda {coda} '
+        f'= {prelude + block * loops + coda} layers, but the parent has '
+        f'{self.depth}; choose them to add up to {self.depth}.'
       )
     return dataclasses.replace(
         self, prelude_layers=prelude, block_layers=block, loops=loops,
@@ -243,7 +243,7 @@ class ModelConfig:
       fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
       if fields.get('lora') is not None:
         fields['lora'] = LoraConfig(
-            **{k: _as_tuple(v) for k, v in fields['lora'].items()}
+          **{k: _as_tuple(v) for k, v in fields['lora'].items()}
         )
       return cls(**{k: _as_tuple(v) for k, v in fields.items()})
     except TypeError as e:
@@ -305,11 +305,11 @@ def _check(c: ModelConfig) -> None:
     table = c.lora.table(name, c.loops, c.block_layers)
     if table.shape != (c.loops, c.block_layers):
       raise InputError(
-          f'lora.{name} has ranks of shape {table.shape}; it needs '
-          f'({c.loops}, {c.block_layers}): loops x block_layers.'
+        f'lora.{name} has ranks of shape {table.shape}; it needs '
+        f'({c.loops}, {c.block_layers}): loops x block_layers.'
       )
     if table.min() < 0 or table.max() > min(d_in, d_out):
       raise InputError(
-          f'lora.{name}={getattr(c.lora, name)!r}: a rank must lie between 0 '
-          f'and {min(d_in, d_out)}, the smaller side of the matrix.'
+        f'lora.{name}={getattr(c.lora, name)!r}: a rank must lie between 0 '
+        f'and {min(d_in, d_out)}, the smaller side of the matrix.'
       )

@@ -1,0 +1,54 @@
+"""Relaxed Recursive Transformers: language models that reuse their layers.
+
+    import rrt
+    parent = rrt.load('smollm2-135m')
+    child, report = rrt.to_recursive(parent, prelude=8, loops=2, coda=8,
+                                     rank=64, calibration='text.txt')
+    print(rrt.complete(child, 'The sea is')[0].text)
+
+Names load their modules on first use, so that `import rrt` stays quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from rrt.config import LoraConfig, ModelConfig
+  from rrt.convert.export import save_hf, to_untied
+  from rrt.convert.recursive import to_recursive
+  from rrt.errors import InputError
+  from rrt.evals.perplexity import score
+  from rrt.infer.sample import complete
+  from rrt.models.count import count_params
+  from rrt.pretrained import LanguageModel, load, save
+  from rrt.train import uptrain
+
+__version__ = '0.1.0'
+
+_HOMES = {
+  'InputError': 'rrt.errors',
+  'LanguageModel': 'rrt.pretrained',
+  'LoraConfig': 'rrt.config',
+  'ModelConfig': 'rrt.config',
+  'complete': 'rrt.infer.sample',
+  'count_params': 'rrt.models.count',
+  'load': 'rrt.pretrained',
+  'save': 'rrt.pretrained',
+  'save_hf': 'rrt.convert.export',
+  'score': 'rrt.evals.perplexity',
+  'to_recursive': 'rrt.convert.recursive',
+  'to_untied': 'rrt.convert.export',
+  'uptrain': 'rrt.train',
+}
+
+__all__ = tuple(_HOMES)
+
+
+def __getattr__(name: str):
+  if name not in _HOMES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+  return sorted([*globals(), *_HOMES])

@@ -1,0 +1,138 @@
+"""What the command lines share: errors, tables, progress, the last line."""
+
+from collections.abc import Callable, Sequence
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+from absl import app
+
+from rrt.errors import InputError
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+  """Runs an absl program; bad input ends it with one line and status 2."""
+
+  def guarded(argv):
+    if len(argv) > 1:
+      raise InputError(
+        f'{argv[1]!r} is not a flag; give values as --name=value.'
+      )
+    return main(argv)
+
+  def outer(argv):
+    try:
+      return guarded(argv)
+    except InputError as e:
+      print(f'error: {e}', file=sys.stderr)
+      return 2
+    except OSError as e:
+      # A full disk or a directory without permission, told in one sentence.
+      print(f'error: {e.strerror or e}: {e.filename or ""}', file=sys.stderr)
+      return 2
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      return 130
+
+  app.run(outer)
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+  """Prints rows under headers, numbers to the right."""
+  cells = [[_cell(v) for v in row] for row in rows]
+  widths = [
+    max([len(h), *(len(row[i]) for row in cells)])
+    for i, h in enumerate(headers)
+  ]
+  right = [
+    bool(rows) and all(isinstance(r[i], (int, float)) for r in rows)
+    for i in range(len(headers))
+  ]
+
+  def line(values):
+    padded = [
+      v.rjust(w) if r else v.ljust(w)
+      for v, w, r in zip(values, widths, right, strict=True)
+    ]
+    return '  '.join(padded).rstrip()
+
+  print(line(headers))
+  print('  '.join('-' * w for w in widths))
+  for row in cells:
+    print(line(row))
+  print(flush=True)
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, bool) or value is None:
+    return '-' if value is None else str(value)
+  if isinstance(value, int):
+    return f'{value:,}'
+  if isinstance(value, float):
+    return f'{value:,.4f}' if abs(value) < 100 else f'{value:,.1f}'
+  return str(value)
+
+
+def finish(figures: dict[str, Any]) -> None:
+  """Prints the figures as the program's last line, one JSON object."""
+  print(json.dumps(figures, default=float), flush=True)
+
+
+def peak_memory_bytes() -> int:
+  """The process's largest resident set so far, on the host, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+class Progress:
+  """Shows how far long work is: a bar on a terminal, plain lines elsewhere.
+
+  with Progress(total=steps, label='uptrain', unit='steps') as progress:
+    progress.update(1, note='loss 3.2')
+  """
+
+  def __init__(self, total: int, label: str, unit: str = 'steps'):
+    self.total, self.label, self.unit = total, label, unit
+    self.done, self.start, self.shown = 0, time.monotonic(), 0.0
+    self.bar = sys.stderr.isatty()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._show(last=True)
+
+  def update(self, n: int = 1, note: str = '') -> None:
+    """Counts n more units as done."""
+    self.done += n
+    now = time.monotonic()
+    if now - self.shown >= (0.2 if self.bar else 10.0):
+      self.shown = now
+      self._show(note=note)
+
+  def _show(self, note: str = '', last: bool = False) -> None:
+    seconds = time.monotonic() - self.start
+    rate = self.done / max(seconds, 1e-9)
+    left = max(self.total - self.done, 0) / max(rate, 1e-9)
+    text = (
+      f'{self.label} {self.done:,}/{self.total:,} {self.unit}, '
+      f'{rate:.3g}/s, {_clock(seconds)} gone, '
+      f'{_clock(left) if self.done else "?"} left {note}'
+    ).rstrip()
+    if self.bar:
+      full = int(24 * min(self.done / max(self.total, 1), 1.0))
+      text = f'\r[{"#" * full}{"." * (24 - full)}] {text}\033[K'
+    print(
+        text, file=sys.stderr, flush=True,
+        end='' if self.bar and not last else '\n',
+    )  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours}:{minutes:02}:{seconds:02}'
+  return f'{minutes}:{seconds:02}'

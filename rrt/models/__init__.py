@@ -1,0 +1,1 @@
+"""The one model class: vanilla and recursive decoder-only transformers."""

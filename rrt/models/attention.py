@@ -1,0 +1,135 @@
+"""Grouped-query attention with sliding windows, segments and a cache.
+
+B batch, L query length, S key length, D model, H heads, G kv groups,
+M = H / G queries a group, Dh head size.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from rrt.config import ModelConfig
+from rrt.models import cache as cache_lib
+from rrt.models.layers import Linear, Norm, apply_rope
+from rrt.sharding import constrain
+
+
+class Context(NamedTuple):
+  """What all layers of one forward pass see.
+
+  Attributes:
+    positions_BxL: of each token in its document.
+    segments_BxL: document of each token, or None for one a row.
+    cos_TxBxLxK, sin_TxBxLxK: rotary tables.
+  """
+
+  positions_BxL: jax.Array
+  segments_BxL: jax.Array | None
+  cos_TxBxLxK: jax.Array
+  sin_TxBxLxK: jax.Array
+
+
+class Place(NamedTuple):
+  """What differs by depth besides weights; a scalar, or one value a row.
+
+  Attributes:
+    window: sliding window in tokens, 0 for global; None if all are global.
+    rope: index of the rotary table; None if there is one.
+  """
+
+  window: jax.Array | None
+  rope: jax.Array | None
+
+
+def visible(queries_BxL, keys_BxS, window=None):
+  """Causal (and windowed) visibility by position, bool [B, L, S].
+
+  Token j is visible from i iff i - window < j <= i; window 0 is unlimited.
+  """
+  i, j = queries_BxL[:, :, None], keys_BxS[:, None, :]
+  mask = j <= i
+  if window is None:
+    return mask
+  window = jnp.reshape(window, (-1, 1, 1))
+  return mask & ((j > i - window) | (window == 0))
+
+
+def attend(q_BxLxHxDh, k_BxSxGxDh, v_BxSxGxDh, mask_BxLxS):
+  """Softmax attention in float32; q is already scaled.  [B, L, H, Dh]."""
+  B, L, H, Dh = q_BxLxHxDh.shape
+  G = k_BxSxGxDh.shape[2]
+  q_BxLxGxMxDh = q_BxLxHxDh.reshape(B, L, G, H // G, Dh)
+  att_BxGxMxLxS = jnp.einsum(
+      'blgmd,bsgd->bgmls', q_BxLxGxMxDh, k_BxSxGxDh,
+      preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  att_BxGxMxLxS = jnp.where(
+    mask_BxLxS[:, None, None, :, :], att_BxGxMxLxS, -1e30
+  )
+  att_BxGxMxLxS = jax.nn.softmax(att_BxGxMxLxS, -1).astype(q_BxLxHxDh.dtype)
+  o_BxLxGxMxDh = jnp.einsum('bgmls,bsgd->blgmd', att_BxGxMxLxS, v_BxSxGxDh)
+  return o_BxLxGxMxDh.reshape(B, L, H, Dh)
+
+
+def pick_rope(table_TxBxLxK, index):
+  """The rotary table of one depth, or of each row's own, [B, L, K]."""
+  if index is None:
+    return table_TxBxLxK[0]
+  if jnp.ndim(index) == 0:
+    return table_TxBxLxK[index]
+  return table_TxBxLxK[index, jnp.arange(index.shape[0])]
+
+
+class Attention(nn.Module):
+  """q, k, v, o projections around `attend`."""
+
+  config: ModelConfig
+  looped: bool = False
+
+  def setup(self):
+    c, looped = self.config, self.looped
+    self.q = Linear(c, 'q', ('embed', 'heads'), looped)
+    self.k = Linear(c, 'k', ('embed', 'kv'), looped)
+    self.v = Linear(c, 'v', ('embed', 'kv'), looped)
+    self.o = Linear(c, 'o', ('heads', 'embed'), looped)
+    if c.qk_norm:
+      self.q_norm = Norm(c, c.head_dim, looped)
+      self.k_norm = Norm(c, c.head_dim, looped)
+
+  def __call__(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    o_BxLxE, kv = self.mixed(x_BxLxD, kv, place, loop, context)
+    return self.o(o_BxLxE, loop), kv
+
+  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    """The output projection's input [B, L, H * Dh], and the written cache."""
+    c = self.config
+    heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+    q_BxLxHxDh = heads(self.q(x_BxLxD, loop))
+    k_BxLxGxDh = heads(self.k(x_BxLxD, loop))
+    v_BxLxGxDh = heads(self.v(x_BxLxD, loop))
+    if c.qk_norm:
+      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+      k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
+    cos = pick_rope(context.cos_TxBxLxK, place.rope)
+    sin = pick_rope(context.sin_TxBxLxK, place.rope)
+    q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)
+    k_BxLxGxDh = apply_rope(k_BxLxGxDh, cos, sin)
+    q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
+    q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
+    positions_BxL = context.positions_BxL
+    if kv is None:
+      mask_BxLxS = visible(positions_BxL, positions_BxL, place.window)
+    else:
+      kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
+      k_BxLxGxDh = kv.k.astype(x_BxLxD.dtype)
+      v_BxLxGxDh = kv.v.astype(x_BxLxD.dtype)
+      B, S = kv.k.shape[:2]
+      slots_BxS = jnp.broadcast_to(jnp.arange(S)[None, :], (B, S))
+      mask_BxLxS = visible(positions_BxL, slots_BxS, place.window)
+    if context.segments_BxL is not None and kv is None:
+      s = context.segments_BxL
+      mask_BxLxS &= s[:, :, None] == s[:, None, :]
+    o_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxGxDh, v_BxLxGxDh, mask_BxLxS)
+    return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

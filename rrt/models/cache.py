@@ -1,0 +1,91 @@
+"""The key-value cache: a slot for every position of every row.
+
+Slot s of a row holds the keys and values of that row's token at position s,
+once for each depth: loops do not share them, since every loop's relaxation
+makes its own. Unwritten slots lie above the row's position and are masked.
+
+B batch, S slots, G kv groups, Dh head size, P prelude, N block, R loops,
+C coda.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+
+
+class KV(NamedTuple):
+  """Keys (after RoPE) and values of one depth, [B, S, G, Dh]."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+class Cache(NamedTuple):
+  """KVs of all depths.
+
+  Each field is one KV with leading axes [P], [R, N], [C] for the scanned
+  model, or nested tuples of KV in those shapes for the unrolled one, which
+  updates them in place inside a decode loop.
+  """
+
+  prelude: Any
+  block: Any
+  coda: Any
+
+
+def init_cache(
+  config: ModelConfig,
+  batch: int,
+  length: int,
+  dtype=jnp.float32,
+  scan: bool = False,
+  loops: int | None = None,
+) -> Cache:
+  """An empty cache for `batch` rows of up to `length` tokens.
+
+  Args:
+    config: the model's shape.
+    batch: rows.
+    length: slots a row; at most `config.max_context`.
+    dtype: of keys and values.
+    scan: stacked for `Transformer(scan=True)`; tuples otherwise.
+    loops: how many loops will run; None for all.
+
+  Raises:
+    InputError: the length exceeds the model's context.
+  """
+  if length > config.max_context:
+    raise InputError(
+      f'A cache of {length} tokens exceeds max_context='
+      f'{config.max_context}; shorten the prompt or ask for fewer tokens.'
+    )
+  R = config.loops if loops is None else loops
+  P, N, C = config.prelude_layers, config.block_layers, config.coda_layers
+  shape = (batch, length, config.num_kv_heads, config.head_dim)
+
+  def empty(*lead):
+    return KV(*(jnp.zeros((*lead, *shape), dtype) for _ in range(2)))
+
+  if scan:
+    return Cache(empty(P), empty(R, N), empty(C))
+  return Cache(
+    tuple(empty() for _ in range(P)),
+    tuple(tuple(empty() for _ in range(N)) for _ in range(R)),
+    tuple(empty() for _ in range(C)),
+  )
+
+
+def write(kv: KV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
+  """Puts new keys and values at their rows' positions.
+
+  Positions past the last slot are dropped.
+  """
+  rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+  put = lambda old, new: old.at[rows_Bx1, positions_BxL].set(
+    new.astype(old.dtype), mode='drop'
+  )
+  return KV(put(kv.k, k_BxLxGxDh), put(kv.v, v_BxLxGxDh))

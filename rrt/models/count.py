@@ -1,0 +1,57 @@
+"""Parameter counts in closed form, from the configuration alone."""
+
+from typing import NamedTuple
+
+from rrt.config import ModelConfig
+
+
+class ParamCount(NamedTuple):
+  """How many numbers a model holds, and how many its depth uses.
+
+  Attributes:
+    unique: distinct parameters; what is stored and trained.
+    unique_non_embedding: the same without embedding table and head.
+    total: of the untied model of equal depth: each shared weight counted
+      once a loop, plus the relaxations.
+    total_non_embedding: the same without embedding table and head.
+  """
+
+  unique: int
+  unique_non_embedding: int
+  total: int
+  total_non_embedding: int
+
+
+def linears(config: ModelConfig) -> int:
+  """Weights of one layer's seven linears."""
+  return sum(a * b for a, b in config.shapes().values())
+
+
+def norms(config: ModelConfig) -> int:
+  """Gains of one layer's norms."""
+  gains = (4 if config.post_norms else 2) * config.d_model
+  return gains + (2 * config.head_dim if config.qk_norm else 0)
+
+
+def lora(config: ModelConfig) -> int:
+  """Weights of all low-rank factors; the padding of rank tables left out."""
+  if config.lora is None:
+    return 0
+  R, N = config.loops, config.block_layers
+  return sum(
+    int(config.lora.table(name, R, N).sum()) * (d_in + d_out)
+    for name, (d_in, d_out) in config.shapes().items()
+  )
+
+
+def count_params(config: ModelConfig) -> ParamCount:
+  """Counts parameters in closed form (paper, tables 1 and 3)."""
+  c = config
+  heads = 1 if c.tie_embeddings else 2
+  embedding = heads * c.vocab_size * c.d_model
+  layer = linears(c) + norms(c)
+  block = linears(c) + norms(c) * (c.loops if c.loop_norms else 1)
+  own = c.prelude_layers + c.coda_layers
+  unique = own * layer + c.block_layers * block + lora(c) + c.d_model
+  total = c.depth * layer + lora(c) + c.d_model
+  return ParamCount(unique + embedding, unique, total + embedding, total)

@@ -1,0 +1,175 @@
+"""Norm, linear, rotary embedding, gated MLP: the maths and its thin modules.
+
+B batch, L length, D model, F out or ffn, H heads, Dh head size, R loops,
+r rank, T rotary tables.
+
+`loop` is an int scalar, or int [B] with one loop a row; whatever differs by
+loop is looked up with it, so that training and depth-wise batching run the
+same code.
+"""
+
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from rrt.config import ModelConfig, Rope
+from rrt.relax import lora
+
+
+def at_loop(table_RxD, loop, ndim: int):
+  """Rows of a per-loop table, shaped to broadcast against an ndim array.
+
+  Returns [1, .., 1, D] for a scalar loop, [B, 1, .., 1, D] for one a row.
+  """
+  rows = table_RxD[loop]
+  lead = rows.shape[:1] if rows.ndim == 2 else (1,)
+  return rows.reshape(*lead, *(1,) * (ndim - 2), rows.shape[-1])
+
+
+def rms_norm(x, gain, eps: float, unit_offset: bool):
+  """RMSNorm over the last axis in float32, then the gain.
+
+  Args:
+    x: [..., D].
+    gain: of x's rank, broadcast against it.
+    eps: added to the mean square.
+    unit_offset: multiply by 1 + gain in float32 (Gemma) instead of by gain
+      in x's dtype (Llama).
+  """
+  x32 = x.astype(jnp.float32)
+  y32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)
+  if unit_offset:
+    return (y32 * (1.0 + gain.astype(jnp.float32))).astype(x.dtype)
+  return y32.astype(x.dtype) * gain.astype(x.dtype)
+
+
+def rope_frequencies(rope: Rope, head_dim: int):
+  """Angular frequencies of one rotary table, float32 [Dh / 2]."""
+  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  freq = 1.0 / (rope.base**exponent)
+  if rope.scaling == 'linear':
+    return freq / rope.factor
+  if rope.scaling == 'llama3':
+    wavelength = 2 * math.pi / freq
+    low = rope.original_context / rope.low_freq_factor
+    high = rope.original_context / rope.high_freq_factor
+    ramp = (rope.original_context / wavelength - rope.low_freq_factor) / (
+      rope.high_freq_factor - rope.low_freq_factor
+    )
+    smooth = (1 - ramp) * freq / rope.factor + ramp * freq
+    smooth = jnp.where(wavelength > low, freq / rope.factor, smooth)
+    return jnp.where(wavelength < high, freq, smooth)
+  return freq
+
+
+def rope_tables(config: ModelConfig, positions_BxL):
+  """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
+  freq_TxK = jnp.stack(
+    [rope_frequencies(r, config.head_dim) for r in config.ropes]
+  )
+  angle = (
+    positions_BxL.astype(jnp.float32)[None, :, :, None]
+    * freq_TxK[:, None, None, :]
+  )
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BxLxHxDh, cos_BxLxK, sin_BxLxK):
+  """Rotates the two halves of each head against each other (half-split)."""
+  cos, sin = cos_BxLxK[:, :, None, :], sin_BxLxK[:, :, None, :]
+  x1, x2 = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, -1)
+  y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+  return y.astype(x_BxLxHxDh.dtype)
+
+
+class Norm(nn.Module):
+  """RMSNorm; inside the block the gain may differ by loop."""
+
+  config: ModelConfig
+  size: int
+  looped: bool = False
+
+  @nn.compact
+  def __call__(self, x, loop=0):
+    c = self.config
+    zeros_or_ones = nn.initializers.constant(0.0 if c.unit_offset_norm else 1.0)
+    if self.looped and c.loop_norms:
+      shape, axes = (c.loops, self.size), ('loops', 'norm')
+    else:
+      shape, axes = (self.size,), ('norm',)
+    init = nn.with_logical_partitioning(zeros_or_ones, axes)
+    gain = self.param('scale', init, shape, jnp.float32)
+    if len(shape) == 2:
+      gain = at_loop(gain, loop, x.ndim)
+    else:
+      gain = gain.reshape((1,) * (x.ndim - 1) + gain.shape)
+    return rms_norm(x, gain, c.norm_eps, c.unit_offset_norm)
+
+
+class Linear(nn.Module):
+  """y = x W, plus its low-rank relaxation inside the block."""
+
+  config: ModelConfig
+  component: str
+  axes: tuple[str, str]
+  looped: bool = False
+
+  @nn.compact
+  def __call__(self, x_BxLxD, loop=0):
+    c = self.config
+    d_in, d_out = c.shapes()[self.component]
+    scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+    kernel_DxF = self.param(
+        'kernel', nn.with_logical_partitioning(scaled, self.axes),
+        (d_in, d_out), jnp.float32,
+    )  # fmt: skip
+    y_BxLxF = x_BxLxD @ kernel_DxF.astype(x_BxLxD.dtype)
+    rank = c.lora.width(self.component) if self.looped and c.lora else 0
+    if not rank:
+      return y_BxLxF
+    a_RxDxr = self.param(
+        'lora_a',
+        nn.with_logical_partitioning(
+            nn.initializers.normal(d_in**-0.5), ('loops', self.axes[0], 'rank')
+        ),
+        (c.loops, d_in, rank), jnp.float32,
+    )  # fmt: skip
+    b_RxrxF = self.param(
+        'lora_b',
+        nn.with_logical_partitioning(
+            nn.initializers.zeros, ('loops', 'rank', self.axes[1])
+        ),
+        (c.loops, rank, d_out), jnp.float32,
+    )  # fmt: skip
+    scale = c.lora.scale(self.component)
+    return y_BxLxF + lora.low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale)
+
+
+def activate(gate, activation: str):
+  """The MLP's gate function."""
+  if activation == 'silu':
+    return jax.nn.silu(gate)
+  return jax.nn.gelu(gate, approximate=True)
+
+
+class Mlp(nn.Module):
+  """down(act(gate(x)) * up(x))."""
+
+  config: ModelConfig
+  looped: bool = False
+
+  def setup(self):
+    wide, narrow = ('embed', 'mlp'), ('mlp', 'embed')
+    self.gate = Linear(self.config, 'gate', wide, self.looped)
+    self.up = Linear(self.config, 'up', wide, self.looped)
+    self.down = Linear(self.config, 'down', narrow, self.looped)
+
+  def __call__(self, x_BxLxD, loop=0):
+    return self.down(self.hidden(x_BxLxD, loop), loop)
+
+  def hidden(self, x_BxLxD, loop=0):
+    """The down projection's input, [B, L, F]."""
+    gate_BxLxF = activate(self.gate(x_BxLxD, loop), self.config.activation)
+    return gate_BxLxF * self.up(x_BxLxD, loop)

@@ -1,0 +1,498 @@
+"""The model: embed, prelude, block x loops, coda, norm, head.
+
+    tokens - embed - prelude -+-> block (N layers) -+- coda - norm - head
+                              +------ R loops ------+
+
+One class is the untied parent (`loops=1`), its recursive child and the
+reduced-size baseline. The parameters keep one layout: a layer's leaves are
+stacked on a leading axis, and what differs by loop has a loops axis behind it.
+Whether scans or python loops run it is a choice at run time.
+
+B batch, L query length, D model, V vocabulary, P prelude, N block, C coda
+layers, R loops, T rotary tables.
+"""
+
+import functools
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.models.attention import Attention, Context, Place
+from rrt.models.cache import KV, Cache
+from rrt.models.layers import Mlp, Norm, rope_tables
+from rrt.sharding import constrain
+
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Output(NamedTuple):
+  """What a forward pass gives; logits are computed from it when asked for.
+
+  Attributes:
+    hidden_BxLxD: after the final norm.
+    loops_RxBxLxD: the block's output after each loop, if asked for.
+    cache: the written cache, if one was given.
+  """
+
+  hidden_BxLxD: jax.Array
+  loops_RxBxLxD: jax.Array | None
+  cache: Cache | None
+
+
+class Layer(nn.Module):
+  """Attention and MLP with pre-norms, and post-norms where a family has them."""
+
+  config: ModelConfig
+  looped: bool = False
+
+  def setup(self):
+    c = self.config
+    norm = functools.partial(Norm, c, c.d_model, self.looped)
+    self.attn_norm, self.mlp_norm = norm(), norm()
+    if c.post_norms:
+      self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+    self.attn = Attention(c, self.looped)
+    self.mlp = Mlp(c, self.looped)
+
+  def __call__(self, x_BxLxD, xs, loop, context: Context):
+    """One layer in one loop; xs is (its KV or None, its Place)."""
+    kv, place = xs
+    y_BxLxD, kv = self.attn(
+      self.attn_norm(x_BxLxD, loop), kv, place, loop, context
+    )
+    x_BxLxD += self.attn_post(y_BxLxD, loop)
+    y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
+    x_BxLxD += self.mlp_post(y_BxLxD, loop)
+    return constrain(x_BxLxD, ('batch', 'length', 'act_embed')), kv
+
+  def attn_post(self, y_BxLxD, loop):
+    """What attention adds to the residual stream."""
+    post = self.config.post_norms
+    return self.attn_post_norm(y_BxLxD, loop) if post else y_BxLxD
+
+  def mlp_post(self, y_BxLxD, loop):
+    """What the MLP adds to the residual stream."""
+    post = self.config.post_norms
+    return self.mlp_post_norm(y_BxLxD, loop) if post else y_BxLxD
+
+
+class RepeatedLayer(Layer):
+  """SEQUENCE order: a block layer that runs all its loops in place."""
+
+  repeats: int = 1
+
+  def __call__(self, x_BxLxD, xs, loop, context: Context):
+    """xs is (KVs, Places) by loop; `loop` is unused."""
+    kvs, places = xs
+    new = []
+    for r in range(self.repeats):
+      kv, place = _at(kvs, r), _at(places, r)
+      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, place), r, context)
+      new.append(kv)
+    return x_BxLxD, _like(kvs, new)
+
+
+def _at(tree, i):
+  """Entry i of python tuples of KVs, or of arrays' leading axis."""
+  if type(tree) is tuple:
+    return tree[i]
+  return jax.tree.map(lambda t: t[i], tree)
+
+
+def _like(kvs, new):
+  """The list `new` in the form of `kvs`: None, a tuple, or stacked arrays."""
+  if kvs is None:
+    return None
+  if type(kvs) is tuple:
+    return tuple(new)
+  return jax.tree.map(lambda *t: jnp.stack(t), *new)
+
+
+class Stack(nn.Module):
+  """Layers that run one after the other, parameters stacked on axis 0.
+
+  Attributes:
+    count: layers.
+    repeats: how often the layers of a SEQUENCE block repeat; 0 elsewhere.
+    looped: whether this is the block, with relaxations and per-loop norms.
+    keep: whether to return x as well, for a scan over loops to stack.
+  """
+
+  config: ModelConfig
+  count: int
+  repeats: int = 0
+  looped: bool = False
+  keep: bool = False
+  remat: str = 'none'
+  scan: bool = True
+
+  @nn.compact
+  def __call__(self, x_BxLxD, xs, context: Context):
+    """xs is (KVs by layer, Places by layer, loop); a scan's body."""
+    kvs, places, loop = xs
+    layer, more = Layer, {}
+    if self.repeats:
+      layer, more = RepeatedLayer, {'repeats': self.repeats}
+    if self.remat != 'none':
+      layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
+    if self.scan:
+      layers = nn.scan(
+          layer, variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(0, nn.broadcast, nn.broadcast), length=self.count,
+          metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(self.config, self.looped, name='layers', **more)  # fmt: skip
+      x_BxLxD, kvs = layers(x_BxLxD, (kvs, places), loop, context)
+    else:
+      new = []
+      for i in range(self.count):
+        one = layer(self.config, self.looped, name=f'layers_{i}', **more)
+        x_BxLxD, kv = one(x_BxLxD, (_at(kvs, i), _at(places, i)), loop, context)
+        new.append(kv)
+      kvs = _like(kvs, new)
+    return x_BxLxD, (kvs, x_BxLxD if self.keep else None)
+
+
+class Transformer(nn.Module):
+  """A decoder-only language model of any recursion.
+
+  Attributes:
+    config: the model's shape.
+    dtype: of activations and of weights inside matmuls.
+    remat: what a training step recomputes: 'none', 'full' (all but a layer's
+      input), 'dots' (all but the outputs of its matmuls).
+    scan: run layers and loops by `nn.scan` over stacked parameters, or
+      unrolled in python over `unstack(params)`.
+  """
+
+  config: ModelConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+  scan: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BxL,
+    positions_BxL=None,
+    segment_ids_BxL=None,
+    cache: Cache | None = None,
+    loops: int | None = None,
+    return_loops: bool = False,
+  ) -> Output:
+    """Runs tokens through all layers; see `forward`."""
+    c = self.config
+    R = c.loops if loops is None else loops
+    check_loops(c, R, return_loops)
+    if self.remat not in REMAT:
+      raise InputError(f'remat={self.remat!r}: must be one of {tuple(REMAT)}.')
+    context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL)
+    x_BxLxD = self.embed(tokens_BxL)
+    prelude, block, coda = cache or Cache(None, None, None)
+    shallow, looped, deep = places(c)
+
+    def stack(count, name, **kwargs):
+      return Stack(
+        c, count, remat=self.remat, scan=self.scan, name=name, **kwargs
+      )
+
+    if c.prelude_layers:
+      x_BxLxD, (prelude, _) = stack(c.prelude_layers, 'prelude')(
+        x_BxLxD, (prelude, shallow, 0), context
+      )
+    h_RxBxLxD = None
+    if c.order == 'sequence':
+      by_layer = jax.tree.map(lambda t: t.swapaxes(0, 1), looped)
+      x_BxLxD, (block, _) = stack(
+        c.block_layers, 'block', looped=True, repeats=R
+      )(x_BxLxD, (_swap(block), by_layer, 0), context)
+      block = _swap(block)
+    elif self.scan:
+      run = nn.scan(
+          Stack, variable_broadcast='params', split_rngs={'params': False},
+          in_axes=(0, nn.broadcast), length=R,
+      )(
+          c, c.block_layers, looped=True, keep=return_loops,
+          remat=self.remat, scan=True, name='block',
+      )  # fmt: skip
+      first = jax.tree.map(lambda t: t[:R], looped)
+      x_BxLxD, (block, h_RxBxLxD) = run(
+        x_BxLxD, (block, first, jnp.arange(R)), context
+      )
+    else:
+      run = stack(c.block_layers, 'block', looped=True, keep=return_loops)
+      new, states = [], []
+      for r in range(R):
+        xs = (_at(block, r), _at(looped, r), r)
+        x_BxLxD, (kv, h_BxLxD) = run(x_BxLxD, xs, context)
+        new.append(kv)
+        states.append(h_BxLxD)
+      block = _like(block, new)
+      h_RxBxLxD = jnp.stack(states) if return_loops else None
+    if c.coda_layers:
+      x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(
+        x_BxLxD, (coda, deep, 0), context
+      )
+    x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
+    self.make_head()
+    cache = None if cache is None else Cache(prelude, block, coda)
+    return Output(x_BxLxD, h_RxBxLxD, cache)
+
+  def embed(self, tokens_BxL):
+    """Token embeddings in the compute dtype, [B, L, D]."""
+    c = self.config
+    init = nn.with_logical_partitioning(
+      nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed')
+    )
+    table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
+    x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(self.dtype)
+    if c.scale_embeddings:
+      x_BxLxD *= jnp.asarray(c.d_model**0.5, self.dtype)
+    return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
+
+  def make_head(self):
+    """The untied head's parameters; `logits` applies them."""
+    c = self.config
+    if not c.tie_embeddings:
+      init = nn.with_logical_partitioning(
+        nn.initializers.normal(c.d_model**-0.5), ('embed', 'vocab')
+      )
+      Table(init, (c.d_model, c.vocab_size), 'kernel', name='head')()
+
+
+class Table(nn.Module):
+  """One array of parameters."""
+
+  init_fn: nn.initializers.Initializer
+  shape: tuple[int, int]
+  leaf: str = 'table'
+
+  @nn.compact
+  def __call__(self):
+    return self.param(self.leaf, self.init_fn, self.shape, jnp.float32)
+
+
+def _swap(block):
+  """Block KVs by loop and layer, as KVs by layer and loop, and back."""
+  if block is None:
+    return None
+  if type(block) is tuple:
+    return tuple(zip(*block, strict=True))
+  return jax.tree.map(lambda t: t.swapaxes(0, 1), block)
+
+
+def check_loops(config: ModelConfig, loops: int, return_loops: bool = False):
+  """Raises InputError unless the model can run this many loops."""
+  if not 1 <= loops <= config.loops:
+    raise InputError(
+      f'loops={loops}: this model runs from 1 to {config.loops} loops.'
+    )
+  if return_loops and config.order != 'cycle':
+    raise InputError(
+      f'order={config.order!r}: only the cycle order has an output after '
+      'each loop; convert with order=cycle.'
+    )
+
+
+def make_context(
+  config: ModelConfig, tokens_BxL, positions_BxL=None, segments_BxL=None
+) -> Context:
+  """Positions (0.. by default), segments and rotary tables of a batch."""
+  if positions_BxL is None:
+    positions_BxL = jnp.broadcast_to(
+      jnp.arange(tokens_BxL.shape[1])[None, :], tokens_BxL.shape
+    )
+  cos, sin = rope_tables(config, positions_BxL)
+  return Context(positions_BxL, segments_BxL, cos, sin)
+
+
+def places(config: ModelConfig) -> tuple[Place, Place, Place]:
+  """Windows and rotary tables of prelude [P], block [R, N] and coda [C]."""
+  P, L = config.prelude_layers, config.depth
+
+  def by_part(values):
+    if len(set(values)) <= 1 and not any(values):
+      return None, None, None
+    v = np.asarray(values, np.int32)
+    return v[:P], v[config.block_depths()], v[L - config.coda_layers :]
+
+  windows, ropes = by_part(config.windows), by_part(config.rope_index)
+  return tuple(
+    Place(*map(_device, part)) for part in zip(windows, ropes, strict=True)
+  )
+
+
+def _device(values):
+  return None if values is None else jnp.asarray(values)
+
+
+def forward(
+  config: ModelConfig,
+  params,
+  tokens_BxL,
+  *,
+  positions_BxL=None,
+  segment_ids_BxL=None,
+  cache: Cache | None = None,
+  loops: int | None = None,
+  return_loops: bool = False,
+  dtype=jnp.float32,
+  remat: str = 'none',
+  scan: bool = True,
+) -> Output:
+  """Runs tokens through the model, up to the final norm.
+
+  Args:
+    config: the model's shape.
+    params: as `init_params` gives them; for `scan=False` unstacked or not.
+    tokens_BxL: int token ids.
+    positions_BxL: of each token in its document; 0.. by default. With a
+      cache, the slots the tokens are written to.
+    segment_ids_BxL: tokens attend within equal ids only.
+    cache: from `init_cache`; attention then reads it instead of the batch.
+    loops: how many loops to run, 1..R; None for all.
+    return_loops: also return the block's output after each loop.
+    dtype: of the computation.
+    remat: 'none', 'full' or 'dots'.
+    scan: scan over layers and loops, or unroll them.
+
+  Raises:
+    InputError: a loop count that the model does not allow.
+  """
+  if not scan:
+    params = unstack(params)
+  model = Transformer(config, dtype, remat, scan)
+  return model.apply(
+      {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
+      cache, loops, return_loops,
+  )  # fmt: skip
+
+
+def block_pass(
+  config: ModelConfig,
+  params,
+  x_BxLxD,
+  loop,
+  context: Context,
+  kvs=None,
+  remat: str = 'none',
+  scan: bool = True,
+):
+  """One pass through a CYCLE block: the step that depth-wise batching runs.
+
+  Args:
+    config: the model's shape.
+    params: of the whole model; for `scan=False` unstacked or not.
+    x_BxLxD: the residual stream.
+    loop: int scalar, or int [B]: each row's own loop.
+    context: from `make_context`.
+    kvs: the rows' KVs of their own loops by layer, or None.
+    remat: as in `forward`.
+    scan: as in `forward`.
+
+  Returns:
+    (x_BxLxD, kvs). A row's result does not depend on the other rows.
+  """
+  window, rope = places(config)[1]
+  of_loop = lambda t_RxN: None if t_RxN is None else t_RxN[loop].T
+  if not scan:
+    params = unstack(params)
+  stack = Stack(
+    config, config.block_layers, looped=True, remat=remat, scan=scan
+  )
+  xs = (kvs, Place(of_loop(window), of_loop(rope)), loop)
+  x_BxLxD, (kvs, _) = stack.apply(
+    {'params': params['block']}, x_BxLxD, xs, context
+  )
+  return x_BxLxD, kvs
+
+
+def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
+  """The head alone: float32 [..., V] of hidden states [..., D]."""
+  table, axis = params['embed']['table'], 1
+  if not config.tie_embeddings:
+    table, axis = params['head']['kernel'], 0
+  contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
+  return jax.lax.dot_general(
+      hidden.astype(dtype), jnp.asarray(table).astype(dtype), contract,
+      preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def head_kernel(config: ModelConfig, params):
+  """The head as [D, V]; the transposed table where embeddings are tied."""
+  if config.tie_embeddings:
+    return params['embed']['table'].T
+  return params['head']['kernel']
+
+
+def boxed_params(config: ModelConfig, key):
+  """Random parameters, each boxed with the names of its axes."""
+  variables = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))
+  return variables['params']
+
+
+def init_params(config: ModelConfig, key, dtype=jnp.float32):
+  """Random parameters; LoRA starts at zero output.
+
+  Returns:
+    The parameter tree, without boxes.
+  """
+
+  @jax.jit
+  def init(key):
+    params = nn.unbox(boxed_params(config, key))
+    params = clear_padding(config, params)
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+  return init(key)
+
+
+def clear_padding(config: ModelConfig, params):
+  """Zeroes the columns of LoRA factors beyond each position's own rank.
+
+  Zero on both sides, they get no gradient and stay zero in training.
+  """
+  if config.lora is None:
+    return params
+  params = jax.tree.map(lambda p: p, params)
+  for part in ('attn', 'mlp'):
+    for name, linear in params['block']['layers'][part].items():
+      if 'lora_a' not in linear or config.lora.uniform(name):
+        continue
+      table_RxN = config.lora.table(name, config.loops, config.block_layers)
+      width = config.lora.width(name)
+      own_NxRxr = np.arange(width) < table_RxN.T[:, :, None]
+      linear['lora_a'] = linear['lora_a'] * own_NxRxr[:, :, None, :]
+      linear['lora_b'] = linear['lora_b'] * own_NxRxr[:, :, :, None]
+  return params
+
+
+def unstack(params):
+  """One subtree a layer, `layers_0` and on, instead of stacked `layers`.
+
+  For `scan=False`: a decode loop over stacked parameters would copy each
+  layer's weights at every step.
+  """
+
+  def split(part):
+    if 'layers' not in part:
+      return part
+    count = jax.tree.leaves(part['layers'])[0].shape[0]
+    return {
+      f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers'])
+      for i in range(count)
+    }
+
+  return {
+    name: split(part) if name in ('prelude', 'block', 'coda') else part
+    for name, part in params.items()
+  }
