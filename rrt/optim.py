@@ -1,0 +1,200 @@
+"""AdamW by parameter path: what is trained, how fast, with what decay.
+
+A parameter's path is its name in the tree, as in 'block/layers/mlp/up/lora_a'
+or 'final_norm/scale'. Patterns are regular expressions that are searched for
+in it: 'lora' is every adapter, '^block/.*kernel$' the shared matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import optax
+
+from rrt.errors import InputError
+
+SCHEDULES = ('cosine', 'linear', 'constant')
+# What `train` may be besides a pattern.
+TRAIN = {
+  'all': '',
+  'relaxations': r'lora_[ab]$|_norm/scale$',
+}
+# Gains are never decayed: they are no directions to shrink.
+NO_DECAY = r'/scale$'
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with warm-up, a schedule, clipping, and rules by path.
+
+  Attributes:
+    train: 'all' (the paper's way), 'relaxations' (LoRA and norms), or a
+      pattern; the rest stays as it is, without moments or gradients.
+    learning_rate: the highest.
+    warmup_steps: linearly from 0.
+    schedule: after the warm-up: 'cosine' or 'linear' down to `final_rate`,
+      or 'constant'.
+    final_rate: of the highest learning rate, at the last step.
+    beta1, beta2, eps, weight_decay: of AdamW; norms are not decayed.
+    clip: gradients longer than this (global L2 norm) are shortened to it; 0
+      leaves them.
+    rules: (pattern, {field: value}) pairs; the first whose pattern a path
+      has overrides these fields for it: any above but `train` and `clip`,
+      and 'multiplier' (of the learning rate).
+  """
+
+  train: str = 'all'
+  learning_rate: float = 3e-4
+  warmup_steps: int = 0
+  schedule: str = 'cosine'
+  final_rate: float = 0.0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip: float = 1.0
+  rules: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+  def __post_init__(self):
+    def need(ok, field, why):
+      if not ok:
+        value = getattr(self, field)
+        raise InputError(f'optimizer.{field}={value!r}: {why}.')
+
+    positive = lambda x: 0 < x < math.inf
+    need(positive(self.learning_rate), 'learning_rate', 'must be above 0')
+    need(self.warmup_steps >= 0, 'warmup_steps', 'must be 0 or more')
+    need(self.schedule in SCHEDULES, 'schedule', f'must be one of {SCHEDULES}')
+    need(0 <= self.final_rate <= 1, 'final_rate', 'must lie in 0 to 1')
+    for field in ('beta1', 'beta2'):
+      need(0 <= getattr(self, field) < 1, field, 'must lie in 0 to below 1')
+    need(positive(self.eps), 'eps', 'must be above 0')
+    need(self.weight_decay >= 0, 'weight_decay', 'must be 0 or more')
+    need(self.clip >= 0, 'clip', 'must be 0 or more; 0 does not clip')
+    for pattern in (self.train, *(p for p, _ in self.rules)):
+      try:
+        re.compile(TRAIN.get(pattern, pattern))
+      except re.error as e:
+        raise InputError(
+          f'optimizer: {pattern!r} is no regular expression: {e}.'
+        ) from e
+    for _, fields in self.rules:
+      self.override(fields)
+
+  def override(self, fields: dict[str, Any]) -> Optimizer:
+    """These settings with a rule's fields in their place."""
+    fields = dict(fields)
+    multiplier = fields.pop('multiplier', 1.0)
+    known = {f.name for f in dataclasses.fields(self)}
+    for name in fields:
+      if name not in known - {'train', 'clip', 'rules'}:
+        raise InputError(
+          f'optimizer.rules: unknown field {name!r}; a rule may set '
+          "'multiplier', learning_rate, warmup_steps, schedule, final_rate, "
+          'beta1, beta2, eps or weight_decay.'
+        )
+    fields['learning_rate'] = multiplier * fields.get(
+      'learning_rate', self.learning_rate
+    )
+    return dataclasses.replace(self, rules=(), **fields)
+
+
+def paths(tree) -> Any:
+  """The same tree with each leaf's path, 'a/b/c', in its place."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: '/'.join(str(k.key) for k in path), tree
+  )
+
+
+def trainable(o: Optimizer, params) -> Any:
+  """A tree of bools: which parameters are trained.
+
+  Raises:
+    InputError: the pattern is in no path.
+  """
+  pattern = TRAIN.get(o.train, o.train)
+  chosen = jax.tree.map(
+    lambda p: re.search(pattern, p) is not None, paths(params)
+  )
+  if not any(jax.tree.leaves(chosen)):
+    raise InputError(
+      f'optimizer.train={o.train!r} is in the path of no parameter; paths '
+      f'look like {_examples(params)}.'
+    )
+  return chosen
+
+
+def schedule(o: Optimizer, steps: int) -> optax.Schedule:
+  """Learning rate by step, 0 to steps - 1.
+
+  The first step of a warm-up has 1 / warmup_steps of the rate, not none of
+  it: a step that changes nothing is a step lost.
+  """
+  after = max(steps - o.warmup_steps, 1)
+  if o.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(o.learning_rate, after, o.final_rate)
+  elif o.schedule == 'linear':
+    main = optax.linear_schedule(
+      o.learning_rate, o.learning_rate * o.final_rate, after
+    )
+  else:
+    main = optax.constant_schedule(o.learning_rate)
+  if not o.warmup_steps:
+    return main
+  first = o.learning_rate / o.warmup_steps
+  warmup = optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
+  return optax.join_schedules([warmup, main], [o.warmup_steps])
+
+
+def make_optimizer(
+  o: Optimizer, params, steps: int
+) -> optax.GradientTransformation:
+  """The gradient transformation for a tree of trained parameters.
+
+  Frozen ones are cut out before (`rrt.state`): they have no moments.
+
+  Args:
+    o: the settings.
+    params: the trained parameters, arrays or shapes.
+    steps: of the whole run, for the schedules.
+
+  Raises:
+    InputError: a rule's pattern is in no path.
+  """
+  names = paths(params)
+  for pattern, _ in o.rules:
+    if not any(re.search(pattern, p) for p in jax.tree.leaves(names)):
+      raise InputError(
+        f'optimizer.rules: {pattern!r} is in the path of no trained '
+        f'parameter; paths look like {_examples(params)}.'
+      )
+  label = lambda path: next(
+    (p for p, _ in o.rules if re.search(p, path)), 'default'
+  )
+  settings = {'default': o} | {
+    p: o.override(fields) for p, fields in reversed(o.rules)
+  }
+  labels = jax.tree.map(label, names)
+  used = set(jax.tree.leaves(labels))
+  return optax.partition(
+    {p: _adamw(s, steps) for p, s in settings.items() if p in used}, labels
+  )
+
+
+def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
+  return optax.adamw(
+      schedule(o, steps), b1=o.beta1, b2=o.beta2, eps=o.eps,
+      weight_decay=o.weight_decay,
+      mask=lambda tree: jax.tree.map(
+          lambda path: re.search(NO_DECAY, path) is None, paths(tree)
+      ),
+  )  # fmt: skip
+
+
+def _examples(params) -> str:
+  names = jax.tree.leaves(paths(params))
+  return ', '.join(repr(n) for n in names[:: max(1, len(names) // 4)][:4])

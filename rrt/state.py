@@ -1,0 +1,394 @@
+"""The training state and the step that advances it: pure, one jitted function.
+
+A step runs the child and, in the same program, the parent it is distilled
+from. What both have in common is held once: parameters of the parent that
+equal frozen ones of the child are not passed but read from the child's
+(`share_teacher`). Everything that is trained has drifted from the parent by
+the first step, so the parent keeps its own copy of it.
+
+B batch, L length, D model, R loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+
+from rrt import sharding as sharding_lib
+from rrt.config import ModelConfig
+from rrt.losses import Losses, Objective, losses
+from rrt.models import transformer
+from rrt.optim import paths
+
+Batch = dict[str, jax.Array]
+Params = dict[str, Any]
+
+
+class TrainState(struct.PyTreeNode):
+  """All that a run changes.
+
+  Attributes:
+    step: batches taken so far, skipped ones included; int32.
+    params: the child's parameters, float32.
+    opt_state: of the trained parameters.
+    rng: key data for what draws at random; nothing does yet, but the layout
+      of checkpoints has its place.
+    skipped: steps whose loss or gradient was not finite; they changed nothing.
+    skipped_in_a_row: those since the last good step.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  rng: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What a train step is made of; all of it static.
+
+  Attributes:
+    config: the child.
+    objective: the losses.
+    optimizer: over the trained parameters (`optim.make_optimizer`).
+    trained: paths of the trained parameters.
+    clip: global gradient norm to clip to, 0 for none.
+    teacher_config: the parent, or None without distillation.
+    shared: paths that the parent reads from the child.
+    accumulate: microbatches a step.
+    dtype: of the computation; weights stay float32.
+    remat: 'none', 'full' or 'dots'.
+  """
+
+  config: ModelConfig
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  trained: frozenset[str]
+  clip: float = 1.0
+  teacher_config: ModelConfig | None = None
+  shared: frozenset[str] = frozenset()
+  accumulate: int = 1
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+
+
+def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
+  """The parameters at `trained` paths and the others, as flat dicts."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  return (
+      {k: v for k, v in flat.items() if k in trained},
+      {k: v for k, v in flat.items() if k not in trained},
+  )
+
+
+def merge(*flat: Params) -> Params:
+  """The nested tree of flat dicts."""
+  return traverse_util.unflatten_dict(
+      {k: v for part in flat for k, v in part.items()}, sep='/'
+  )
+
+
+def place(tree, shardings):
+  """Arrays (numpy or jax) laid out over the mesh, each device its own part.
+
+  Every process must hold the same values.
+  """
+
+  def one(x, s):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, s, lambda i: x[i])
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def param_shardings(config: ModelConfig, mesh) -> Any:
+  """Where each parameter of a model lives."""
+  boxed = jax.eval_shape(
+      lambda: transformer.boxed_params(config, jax.random.key(0))
+  )
+  return sharding_lib.shardings(boxed, mesh)
+
+
+def _init(params, optimizer, trained, seed) -> TrainState:
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+      step=zero,
+      params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
+      opt_state=optimizer.init(split(params, trained)[0]),
+      rng=jax.random.key_data(jax.random.key(seed)),
+      skipped=zero,
+      skipped_in_a_row=zero,
+  )
+
+
+def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
+  """Shapes, dtypes and shardings of the state; nothing is allocated."""
+  by_path = traverse_util.flatten_dict(
+      param_shardings(spec.config, mesh), sep='/'
+  )
+  shapes = jax.eval_shape(
+      lambda: _init(
+          transformer.init_params(spec.config, jax.random.key(0)),
+          spec.optimizer, spec.trained, seed,
+      )
+  )  # fmt: skip
+
+  def sharding_of(path, x):
+    # Parameters are nested; the optimizer's moments are flat dicts, whose
+    # last key is a parameter's whole path.
+    names = [k.key for k in path if hasattr(k, 'key')]
+    s = by_path.get('/'.join(names)) or by_path.get((names or [''])[-1])
+    return s or NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=sharding_of(path, x)
+      ),
+      shapes,
+  )
+
+
+def init_state(spec: Step, params: Params, mesh, seed: int = 0) -> TrainState:
+  """The state at step 0: one jitted function, laid out from the start.
+
+  The arrays of `params` are copied, never donated.
+  """
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh, seed))
+  with jax.set_mesh(mesh):
+    return jax.jit(
+        lambda p: _init(p, spec.optimizer, spec.trained, seed),
+        out_shardings=out,
+    )(place(params, out.params))
+
+
+def jit_step(spec: Step, mesh, state_shardings):
+  """The jitted step: (state, teacher, batch) -> (state, metrics).
+
+  The state is donated. Call it inside `jax.set_mesh(mesh)`.
+  """
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(
+      lambda state, teacher, batch: train_step(spec, state, teacher, batch),
+      donate_argnums=0,
+      out_shardings=(state_shardings, replicated),
+  )
+
+
+def train_step(
+    spec: Step, state: TrainState, teacher: Params, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update from one batch.
+
+  Args:
+    spec: the static parts.
+    state: before the step.
+    teacher: the parent's own parameters as a flat dict ({} without one).
+    batch: tokens, targets, segment_ids, positions and weights, all [B, L].
+
+  Returns:
+    The state after the step and its metrics: the means of the losses over
+    target tokens, `tokens` (how many those were), norms of the gradient, and
+    how much each loop after the first changed the residual stream.
+  """
+  trained, frozen = split(state.params, spec.trained)
+  # Dividing by the whole batch's count makes accumulation exact.
+  tokens = jnp.sum(batch['weights'].astype(jnp.float32))
+  scale = 1.0 / jnp.maximum(tokens, 1.0)
+
+  def loss_fn(trained, micro):
+    child = merge(trained, frozen)
+    parent = merge(
+        teacher, {k: v for k, v in frozen.items() if k in spec.shared}
+    )
+    sums, loops = batch_losses(spec, child, parent, micro, scale)
+    return sums.loss, (sums, loops)
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if spec.accumulate == 1:
+    (_, aux), grads = grad_fn(trained, batch)
+  else:
+    aux, grads = _accumulate(grad_fn, trained, batch, spec.accumulate)
+  sums, loop_change_R = aux
+
+  norm, norms = gradient_norms(grads)
+  if spec.clip:
+    shorten = jnp.minimum(1.0, spec.clip / jnp.maximum(norm, 1e-30))
+    grads = jax.tree.map(lambda g: g * shorten, grads)
+  updates, opt_state = spec.optimizer.update(grads, state.opt_state, trained)
+  new = optax.apply_updates(trained, updates)
+
+  good = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+  keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
+  bad = 1 - good.astype(jnp.int32)
+  after = state.replace(
+      step=state.step + 1,
+      params=merge(keep(new, trained), frozen),
+      opt_state=keep(opt_state, state.opt_state),
+      skipped=state.skipped + bad,
+      skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+  )
+  metrics = {
+      'loss': sums.loss,
+      'cross_entropy': sums.cross_entropy,
+      'distillation': sums.distillation,
+      'tokens': tokens,
+      'grad_norm': norm,
+      'skipped': after.skipped,
+      'skipped_in_a_row': after.skipped_in_a_row,
+      **{f'grad_norm/{k}': v for k, v in norms.items()},
+  }
+  if spec.objective.z_loss:
+    metrics['z_loss'] = sums.z_loss
+  for r in range(loop_change_R.shape[0]):
+    metrics[f'loop_change/{r + 2}'] = loop_change_R[r]
+  return after, metrics
+
+
+def batch_losses(spec: Step, child, parent, batch, scale):
+  """Losses of one (micro)batch; (Losses, how much loops 2..R changed x)."""
+  weights_BxL = batch['weights'] * scale
+  where = {
+      'positions_BxL': batch['positions'],
+      'segment_ids_BxL': batch['segment_ids'],
+      'dtype': spec.dtype,
+  }
+  many = spec.config.loops > 1 and spec.config.order == 'cycle'
+  out = transformer.forward(
+      spec.config, child, batch['tokens'], return_loops=many,
+      remat=spec.remat, **where,
+  )  # fmt: skip
+  teacher = None
+  if spec.teacher_config is not None:
+    hidden_BxLxD = transformer.forward(
+        spec.teacher_config, parent, batch['tokens'], **where
+    ).hidden_BxLxD
+    head = transformer.head_kernel(spec.teacher_config, parent)
+    teacher = (jax.lax.stop_gradient(hidden_BxLxD), head)
+  sums = losses(
+      spec.objective, out.hidden_BxLxD,
+      transformer.head_kernel(spec.config, child), batch['targets'],
+      weights_BxL, teacher,
+  )  # fmt: skip
+  share = jnp.sum(weights_BxL)
+  return sums, share * loop_changes(out.loops_RxBxLxD)
+
+
+def loop_changes(h_RxBxLxD: jax.Array | None) -> jax.Array:
+  """|h_r - h_(r-1)| / |h_(r-1)| of the block's outputs, float32 [R - 1]."""
+  if h_RxBxLxD is None:
+    return jnp.zeros((0,))
+  h = jax.lax.stop_gradient(h_RxBxLxD).astype(jnp.float32)
+  square = lambda x: jnp.sum(x**2, axis=(1, 2, 3))
+  return jnp.sqrt(square(h[1:] - h[:-1]) / jnp.maximum(square(h[:-1]), 1e-30))
+
+
+def _accumulate(grad_fn, trained, batch: Batch, count: int):
+  """Sums of a batch's gradients and losses over `count` microbatches."""
+
+  def cut(x):
+    # Every count-th row: each device keeps rows of its own in all of them.
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  def one(total, micro):
+    micro = {
+        k: sharding_lib.constrain(v, ('batch', 'length'))
+        for k, v in micro.items()
+    }
+    (_, aux), grads = grad_fn(trained, micro)
+    return jax.tree.map(jnp.add, total, (aux, grads)), None
+
+  micros = {k: cut(v) for k, v in batch.items()}
+  first = {k: v[0] for k, v in micros.items()}
+  shapes = jax.eval_shape(lambda t, m: grad_fn(t, m), trained, first)
+  (_, aux), grads = shapes
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (aux, grads))
+  return jax.lax.scan(one, zeros, micros)[0]
+
+
+def gradient_norms(grads: Params):
+  """The global norm of flat gradients, and one a group of parameters.
+
+  Groups: lora, norms, and the shared or own weights of each part (embed,
+  prelude, block, coda, head).
+  """
+  squares: dict[str, jax.Array] = {}
+  for path, g in grads.items():
+    group = path.split('/')[0]
+    if '/lora_' in path:
+      group = 'lora'
+    elif path.endswith('/scale'):
+      group = 'norms'
+    square = jnp.sum(jnp.square(g.astype(jnp.float32)))
+    squares[group] = squares.get(group, 0.0) + square
+  norms = {k: jnp.sqrt(v) for k, v in squares.items()}
+  return jnp.sqrt(sum(squares.values())), norms
+
+
+def share_teacher(
+    parent_config: ModelConfig,
+    parent: Params,
+    child_config: ModelConfig,
+    child: Params,
+    trained: frozenset[str],
+) -> tuple[ModelConfig, Params, frozenset[str]]:
+  """What the parent needs besides the child's frozen parameters.
+
+  A parent without recursion is read as prelude, block and coda of the
+  child's lengths (the same layers in the same order), so that frozen layers
+  of its own that the conversion left alone can be shared as well.
+
+  Returns:
+    The parent's configuration as the step must run it, its own parameters as
+    a flat dict, and the paths that it shares with the child.
+  """
+  _, frozen = split(child, trained)
+  P, C = child_config.prelude_layers, child_config.coda_layers
+  plain = parent_config.loops == 1 and not (
+      parent_config.prelude_layers or parent_config.coda_layers
+  )
+  outer = any(k.startswith(('prelude/', 'coda/')) for k in frozen)
+  if outer and plain and parent_config.depth == child_config.depth:
+    N = parent_config.depth - P - C
+    layers = parent['block']
+    rest = {k: v for k, v in parent.items() if k != 'block'}
+    cut = lambda a, b: jax.tree.map(lambda x: x[a:b], layers)
+    parts = {'prelude': cut(0, P), 'block': cut(P, P + N)}
+    parts['coda'] = cut(P + N, None)
+    if not P:
+      del parts['prelude']
+    if not C:
+      del parts['coda']
+    parent = {**rest, **parts}
+    parent_config = dataclasses.replace(
+        parent_config, prelude_layers=P, block_layers=N, coda_layers=C
+    )
+  flat = traverse_util.flatten_dict(parent, sep='/')
+  shared = frozenset(
+      k for k, v in flat.items()
+      if k in frozen and v.shape == frozen[k].shape
+      and (v is frozen[k] or np.array_equal(v, frozen[k]))
+  )  # fmt: skip
+  own = {k: v for k, v in flat.items() if k not in shared}
+  return parent_config, own, shared
+
+
+def trained_paths(mask) -> frozenset[str]:
+  """The paths at which a tree of bools is true."""
+  names = jax.tree.leaves(paths(mask))
+  return frozenset(
+      n for n, chosen in zip(names, jax.tree.leaves(mask)) if chosen
+  )
+
+
+__all__ = ['Losses', 'Step', 'TrainState', 'init_state', 'train_step']
