@@ -1,0 +1,26 @@
+"""Golden checkpoints: our logits are those that Hugging Face computed."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.models import transformer
+
+GOLDEN = Path(__file__).parents[1] / 'golden'
+NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_equal_hugging_faces(name):
+  model = pretrained.load(GOLDEN / name)
+  with np.load(GOLDEN / name / 'logits.npz') as stored:
+    tokens, wanted = stored['tokens'], stored['logits']
+  out = transformer.forward(model.config, model.params, jnp.asarray(tokens))
+  ours = transformer.logits(
+    model.config, model.params, out.hidden_BxLxD, jnp.float32
+  )
+  assert np.abs(wanted).max() > 1  # The model says something.
+  np.testing.assert_allclose(ours, wanted, atol=1e-4, rtol=0)

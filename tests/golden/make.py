@@ -1,0 +1,130 @@
+"""Makes the golden files: tiny random Hugging Face models and their logits.
+
+python tests/golden/make.py
+
+Needs torch and transformers (`pip install -e ".[parity]"`); the tests that
+read the files need neither. Sizes are odd on purpose, norm gains are
+perturbed (an untouched gain of 1 hides a loader that forgets it), and
+windows are shorter than the sequences.
+"""
+
+from pathlib import Path
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+LENGTH = 24
+
+MODELS = {
+  'llama3': transformers.LlamaConfig(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=38,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_parameters={
+      'rope_type': 'llama3',
+      'rope_theta': 500.0,
+      'factor': 4.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 16,
+    },
+  ),
+  'mistral': transformers.MistralConfig(
+    vocab_size=61,
+    hidden_size=20,
+    intermediate_size=28,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    sliding_window=5,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 10_000.0},
+  ),
+  'gemma': transformers.GemmaConfig(
+    vocab_size=61,
+    hidden_size=18,
+    intermediate_size=30,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=64,
+  ),
+  'gemma3': transformers.Gemma3TextConfig(
+    vocab_size=61,
+    hidden_size=20,
+    intermediate_size=26,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    query_pre_attn_scalar=7,
+    sliding_window=4,
+    layer_types=['sliding_attention', 'sliding_attention', 'full_attention']
+    * 2,
+    rope_parameters={
+      'full_attention': {
+        'rope_type': 'linear',
+        'rope_theta': 1_000_000.0,
+        'factor': 8.0,
+      },
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000.0},
+    },
+  ),
+}
+
+
+def random_model(config, seed: int) -> torch.nn.Module:
+  """A model of a config whose every weight matters, in float32."""
+  torch.manual_seed(seed)
+  config._attn_implementation = 'eager'
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if weight.ndim == 1:
+        weight.add_(0.3 * torch.randn_like(weight))
+      elif 'embed_tokens' in name:
+        weight.copy_(0.5 * torch.randn_like(weight))
+      else:
+        scale = 1.5 * weight.shape[1] ** -0.5
+        weight.copy_(scale * torch.randn_like(weight))
+  return model
+
+
+def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+  """Logits of int tokens [B, L], float32 [B, L, V]."""
+  with torch.no_grad():
+    return model(torch.from_numpy(tokens)).logits.float().numpy()
+
+
+def main() -> None:
+  for seed, (name, config) in enumerate(MODELS.items()):
+    model = random_model(config, seed)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.vocab_size, (2, LENGTH))
+    model.save_pretrained(HERE / name)
+    (HERE / name / 'generation_config.json').unlink(missing_ok=True)
+    np.savez_compressed(
+      HERE / name / 'logits.npz',
+      tokens=tokens.astype(np.int32),
+      logits=logits_of(model, tokens),
+    )
+    print(name, model.num_parameters(), 'parameters', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  main()
