@@ -1,0 +1,146 @@
+r"""Writes text after prompts, with any model that `rrt.load` takes.
+
+python -m rrt.generate --model=smollm2-135m --prompt='The sea is' \
+    --max_new_tokens=60 --temperature=0.8 --top_p=0.95
+
+Text appears as it is written; a table of speeds follows, and one line of JSON.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from rrt import cli
+from rrt.errors import InputError
+
+_MODEL = flags.DEFINE_string(
+    'model', None,
+    'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
+    'file, smollm2-135m, gemma3-270m, or a hub id.',
+)  # fmt: skip
+_PROMPT = flags.DEFINE_multi_string(
+    'prompt', None, 'What to continue. Repeat it for several prompts.'
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
+)
+_TEMPERATURE = flags.DEFINE_float(
+    'temperature', 0.0, '0 takes the most likely token each time.'
+)
+_TOP_K = flags.DEFINE_integer(
+    'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
+)
+_TOP_P = flags.DEFINE_float(
+    'top_p', 1.0, 'Draw from the fewest tokens with this much probability.'
+)
+_MIN_P = flags.DEFINE_float(
+    'min_p', 0.0, 'Draw from tokens at least this times the most likely one.'
+)
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'Of the first prompt; the next prompts count up.'
+)
+_STOP = flags.DEFINE_multi_string(
+    'stop', [], 'Text that ends a completion. Repeat it for several.'
+)
+_LOOPS = flags.DEFINE_integer(
+    'loops', None, 'How many loops of the block to run; all by default.'
+)
+_CHAT = flags.DEFINE_bool(
+    'chat', False, 'The prompts are messages: use the chat template.'
+)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
+)
+_STREAM = flags.DEFINE_bool('stream', True, 'Show text while it is written.')
+
+
+class _Screen:
+  """Prints the completions one below the other, the first one live.
+
+  The prompts are written together; what comes for a later one waits until
+  those before it are complete.
+  """
+
+  def __init__(self, prompts, live: bool):
+    self._prompts, self._live = prompts, live
+    self._waiting = [''] * len(prompts)
+    self._current = -1
+
+  def show(self, index: int, text: str) -> None:
+    """Takes new text of one prompt."""
+    if self._current < 0:
+      self._next()
+    if self._live and index == self._current:
+      print(text, end='', flush=True)
+    else:
+      self._waiting[index] += text
+
+  def finish(self) -> None:
+    """Prints all that waits."""
+    while self._current < len(self._prompts):
+      self._next()
+
+  def _next(self) -> None:
+    if self._current >= 0:
+      print(self._waiting[self._current] if not self._live else '', end='')
+      print('\n')
+    self._current += 1
+    if self._current == len(self._prompts):
+      return
+    if len(self._prompts) > 1:
+      print(f'[{self._current + 1}/{len(self._prompts)}] ', end='')
+    print(self._prompts[self._current], end='', flush=True)
+    if self._live:
+      print(self._waiting[self._current], end='', flush=True)
+
+
+def main(argv) -> None:
+  del argv
+  if not _MODEL.value:
+    raise InputError('--model is missing; try --model=smollm2-135m.')
+  if not _PROMPT.value:
+    raise InputError("--prompt is missing; try --prompt='The sea is'.")
+  from rrt import pretrained
+  from rrt.infer import sample
+
+  prompts = _PROMPT.value
+  settings = sample.Settings(
+      _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
+      _MIN_P.value, _SEED.value, tuple(_STOP.value), _CHAT.value,
+  )  # fmt: skip
+  settings.check()
+  model = pretrained.load(_MODEL.value)
+  writer = sample.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
+  heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
+  screen = _Screen(heads, live=_STREAM.value)
+  done = writer.complete(prompts, settings, screen.show)
+  screen.finish()
+
+  clock = writer.clock
+  prefill = clock.prefill_tokens / max(clock.prefill_seconds, 1e-9)
+  decoded = clock.decode_tokens / max(clock.decode_seconds, 1e-9)
+  cli.table(
+      [
+          ('prefill', clock.prefill_tokens, clock.prefill_seconds, prefill),
+          ('decode', clock.decode_tokens, clock.decode_seconds, decoded),
+      ],
+      ('phase', 'tokens', 'seconds', 'tokens/s'),
+  )
+  print(f'compilation took {clock.compile_seconds:.1f} s more')
+  cli.finish({
+      'model': _MODEL.value,
+      'loops': writer.loops,
+      'dtype': _DTYPE.value,
+      'completions': [
+          {'prompt': p} | dataclasses.asdict(c)
+          for p, c in zip(prompts, done, strict=True)
+      ],
+      'prefill_tokens_per_second': prefill,
+      'decode_tokens_per_second': decoded,
+      **dataclasses.asdict(clock),
+      'peak_memory_bytes': cli.peak_memory_bytes(),
+  })
+
+
+if __name__ == '__main__':
+  cli.run(main)

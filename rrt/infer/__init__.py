@@ -1,0 +1,1 @@
+"""Generation: sampling rules, cached decoding, text in and text out."""

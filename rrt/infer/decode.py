@@ -1,0 +1,309 @@
+"""Cached decoding of ragged batches: pure jitted steps, and who drives them.
+
+`extend` runs a chunk of right-padded prompts into the cache, `begin` draws
+each row's first token, `advance` feeds tokens and draws the next ones in a
+while-loop until all rows are done or the host wants to look. A row's tokens
+are a function of its own prompt, settings and seed.
+
+B batch, L tokens of a chunk, D model, V vocabulary, T tokens of one call.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.infer import rules
+from rrt.models import transformer
+from rrt.models.cache import Cache, init_cache
+
+DTYPES = ('float32', 'bfloat16')
+CALL = 32  # tokens that one call of `advance` can hold
+CHUNK_TOKENS = 8192  # of all rows in one prefill call; bounds the memory
+_SOON = 256  # tokens that the first cache has room for behind the prompts
+
+
+class Rows(NamedTuple):
+  """Where each row of a batch stands.
+
+  Attributes:
+    token_B: its newest token, not yet in the cache.
+    position_B: the slot that this token will take.
+    count_B: how many tokens it has drawn.
+    room_B: how many it may draw.
+    done_B: whether it has ended.
+  """
+
+  token_B: jax.Array
+  position_B: jax.Array
+  count_B: jax.Array
+  room_B: jax.Array
+  done_B: jax.Array
+
+
+class Static(NamedTuple):
+  """What a step is compiled for."""
+
+  config: ModelConfig
+  loops: int
+  dtype: str
+
+
+_jit = functools.partial(jax.jit, static_argnames=('static',))
+
+
+@functools.partial(_jit, donate_argnames=('cache', 'last_BxD'))
+def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
+  """Runs tokens at positions start.. into the cache.
+
+  Returns:
+    The hidden state of each row's last prompt token, where this chunk or an
+    earlier one holds it, and the cache.
+  """
+  B, L = tokens_BxL.shape
+  positions_L = start + jnp.arange(L, dtype=jnp.int32)
+  out = transformer.forward(
+      static.config, params, tokens_BxL,
+      positions_BxL=jnp.broadcast_to(positions_L[None, :], (B, L)),
+      cache=cache, loops=static.loops, dtype=static.dtype, scan=False,
+  )  # fmt: skip
+  at_B = length_B - 1 - start
+  end_BxD = out.hidden_BxLxD[jnp.arange(B), jnp.clip(at_B, 0, L - 1)]
+  here_B = (at_B >= 0) & (at_B < L)
+  return jnp.where(here_B[:, None], end_BxD, last_BxD), out.cache
+
+
+@_jit
+def begin(params, last_BxD, rows, sampling, eos_E, *, static):
+  """Draws each row's first token from its prompt's last hidden state."""
+  return _draw(params, last_BxD, rows, sampling, eos_E, static)
+
+
+@functools.partial(_jit, donate_argnames=('cache',))
+def advance(params, cache, rows, sampling, eos_E, limit, *, static):
+  """Feeds and draws until `limit` tokens are drawn or all rows are done.
+
+  Returns:
+    tokens_BxT: what was drawn, T = `CALL`; -1 where a row was done.
+    rows: where they stand now.
+    cache: the written cache.
+  """
+
+  def body(carry):
+    i, out_BxT, rows, cache = carry
+    step = transformer.forward(
+        static.config, params, rows.token_B[:, None],
+        positions_BxL=rows.position_B[:, None], cache=cache,
+        loops=static.loops, dtype=static.dtype, scan=False,
+    )  # fmt: skip
+    # A row that is done feeds its last token to the same slot for ever.
+    moved_B = rows.position_B + jnp.where(rows.done_B, 0, 1)
+    was_done_B = rows.done_B
+    rows = _draw(
+        params, step.hidden_BxLxD[:, 0], rows._replace(position_B=moved_B),
+        sampling, eos_E, static,
+    )  # fmt: skip
+    token_B = jnp.where(was_done_B, -1, rows.token_B)
+    return i + 1, out_BxT.at[:, i].set(token_B), rows, step.cache
+
+  def more(carry):
+    i, _, rows, _ = carry
+    return (i < limit) & ~jnp.all(rows.done_B)
+
+  out_BxT = jnp.full((rows.token_B.shape[0], CALL), -1, jnp.int32)
+  carry = (jnp.int32(0), out_BxT, rows, cache)
+  _, out_BxT, rows, cache = jax.lax.while_loop(more, body, carry)
+  return out_BxT, rows, cache
+
+
+def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
+  """The rows with their next token drawn; rows that are done stay."""
+  logits_BxV = transformer.logits(
+      static.config, params, hidden_BxD, static.dtype
+  )
+  if sampling is None:
+    token_B = rules.greedy(logits_BxV)
+  else:
+    token_B = rules.sample(logits_BxV, sampling, rows.count_B)
+  token_B = jnp.where(rows.done_B, rows.token_B, token_B)
+  count_B = rows.count_B + jnp.where(rows.done_B, 0, 1)
+  ended_B = jnp.any(token_B[:, None] == eos_E[None, :], -1)
+  done_B = rows.done_B | ended_B | (count_B >= rows.room_B)
+  return rows._replace(token_B=token_B, count_B=count_B, done_B=done_B)
+
+
+@functools.partial(jax.jit, static_argnames=('length', 'static'))
+def grow(cache: Cache, *, length: int, static: Static) -> Cache:
+  """The cache with more slots a row."""
+  batch = jax.tree.leaves(cache)[0].shape[0]
+  wide = init_cache(
+      static.config, batch, length, static.dtype, loops=static.loops
+  )
+  return jax.tree.map(
+      lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim),
+      wide, cache,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Clock:
+  """Tokens and seconds of a run; compilation is counted apart."""
+
+  prefill_tokens: int = 0
+  prefill_seconds: float = 0.0
+  decode_tokens: int = 0
+  decode_seconds: float = 0.0
+  compile_seconds: float = 0.0
+
+
+class Decoder:
+  """A model made ready for decoding, and the loop that drives a batch.
+
+  Attributes:
+    static: the model's shape, the loops it runs, the dtype it computes in.
+    params: weights in that dtype on the device, one subtree a layer.
+    clock: what all calls so far took.
+  """
+
+  def __init__(
+      self, config: ModelConfig, params, *, loops: int | None = None,
+      dtype: str = 'float32',
+  ):  # fmt: skip
+    if dtype not in DTYPES:
+      raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
+    loops = config.loops if loops is None else loops
+    transformer.check_loops(config, loops)
+    self.static = Static(config, loops, dtype)
+    self.params = prepare(params, dtype)
+    self.clock = Clock()
+
+  def run(
+      self,
+      prompts: Sequence[Sequence[int]],
+      room: Sequence[int],
+      *,
+      sampling: rules.Sampling | None = None,
+      eos: Sequence[int] = (),
+      call: int = CALL,
+  ):
+    """Yields drawn tokens of a batch as they come.
+
+    Args:
+      prompts: token ids of each row; none empty.
+      room: how many tokens each row may draw; with its prompt within the
+        model's context.
+      sampling: settings of the rows; None is greedy.
+      eos: tokens that end their row.
+      call: tokens drawn between two looks of the host, 1..CALL.
+
+    Yields:
+      tokens: list of new ids a row; nothing for rows that are done. Whoever
+        iterates may send the indices of rows that are to end.
+    """
+    static, clock = self.static, self.clock
+    B, context = len(prompts), static.config.max_context
+    length_B = np.array([len(p) for p in prompts], np.int32)
+    room_B = np.array(room, np.int32)
+    eos_E = np.array(sorted(set(eos)) or [-1], np.int32)
+    last = int((length_B + room_B).max())
+    size = bucket(min(last, int(length_B.max()) + _SOON), context)
+    cache = init_cache(
+        static.config, B, size, static.dtype, loops=static.loops
+    )
+
+    began = time.perf_counter() - clock.compile_seconds
+    last_BxD, cache = self._prefill(prompts, length_B, cache)
+    zero_B = np.zeros(B, np.int32)
+    rows = Rows(zero_B, length_B, zero_B, room_B, np.zeros(B, bool))
+    rows = self._call(begin, self.params, last_BxD, rows, sampling, eos_E)
+    rows = jax.device_get(rows)
+    clock.prefill_tokens += int(length_B.sum())
+    clock.prefill_seconds += (
+        time.perf_counter() - clock.compile_seconds - began
+    )
+
+    ended = yield [[int(t)] for t in rows.token_B]
+    while True:
+      if ended:
+        done_B = np.array(rows.done_B)
+        done_B[list(ended)] = True
+        rows = rows._replace(done_B=done_B)
+      if rows.done_B.all():
+        return
+      top = int(rows.position_B[~rows.done_B].max()) + call
+      if top > size and size < last:
+        size = bucket(min(last, max(top, 2 * size)), context)
+        cache = grow(cache, length=size, static=static)
+      began = time.perf_counter() - clock.compile_seconds
+      out_BxT, rows, cache = self._call(
+          advance, self.params, cache, rows, sampling, eos_E, np.int32(call)
+      )
+      out_BxT, rows = jax.device_get((out_BxT, rows))
+      tokens = [[int(t) for t in row if t >= 0] for row in out_BxT]
+      clock.decode_tokens += sum(map(len, tokens))
+      clock.decode_seconds += (
+          time.perf_counter() - clock.compile_seconds - began
+      )
+      ended = yield tokens
+
+  def _prefill(self, prompts, length_B, cache):
+    """Runs all prompts into the cache, a bounded chunk at a time."""
+    B, longest = len(prompts), int(length_B.max())
+    most = bucket(min(max(CHUNK_TOKENS // B, 64), longest), None)
+    last_BxD = jnp.zeros((B, self.static.config.d_model), self.static.dtype)
+    for start in range(0, longest, most):
+      width = bucket(min(most, longest - start), None)
+      tokens_BxL = np.zeros((B, width), np.int32)
+      for row, prompt in zip(tokens_BxL, prompts, strict=True):
+        part = prompt[start : start + width]
+        row[: len(part)] = part
+      last_BxD, cache = self._call(
+          extend, self.params, cache, last_BxD, tokens_BxL,
+          np.int32(start), length_B,
+      )  # fmt: skip
+    return last_BxD, cache
+
+  def _call(self, step, *args):
+    """Runs a compiled step; compiles it, on the clock, the first time."""
+    leaves, tree = jax.tree.flatten(args)
+    key = (
+        step, self.static, tree,
+        tuple((x.shape, x.dtype, getattr(x, 'sharding', 0)) for x in leaves),
+    )  # fmt: skip
+    if key not in _COMPILED:
+      began = time.perf_counter()
+      lowered = step.lower(*args, static=self.static)
+      _COMPILED[key] = lowered.compile()
+      self.clock.compile_seconds += time.perf_counter() - began
+    return _COMPILED[key](*args)
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def prepare(params, dtype: str):
+  """Weights for decoding: a subtree a layer, matrices in `dtype`, on device.
+
+  Gains of norms keep their dtype: they are small, and multiply in it.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, w: jnp.asarray(
+          w, None if path[-1].key == 'scale' else dtype
+      ),
+      transformer.unstack(params),
+  )
+
+
+def bucket(n: int, most: int | None) -> int:
+  """n rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile."""
+  size = 16
+  while size < n:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size if most is None else min(size, most)

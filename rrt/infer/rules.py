@@ -1,0 +1,110 @@
+"""Sampling rules: from logits to the next token, each row by its own settings.
+
+Every rule keeps the tokens at or above a threshold of its row. Thresholds are
+found by bisection over the 32 bits of the logits, without a sort: a sort of a
+vocabulary of 50 thousand costs more than a small model's decode step.
+
+B batch, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Sampling(NamedTuple):
+  """How each row draws its tokens.
+
+  Attributes:
+    temperature_B: float; 0 takes the most likely token and ignores the rest.
+    top_k_B: int; keep the k most likely tokens; 0 keeps all.
+    top_p_B: float; of those, keep the fewest that hold this much probability.
+    min_p_B: float; of those, keep the ones at least this times as likely as
+      the most likely one.
+    seed_B: uint32; a row's tokens depend on its seed and on how many tokens
+      it has, not on the batch.
+  """
+
+  temperature_B: jax.Array
+  top_k_B: jax.Array
+  top_p_B: jax.Array
+  min_p_B: jax.Array
+  seed_B: jax.Array
+
+
+def greedy(logits_BxV):
+  """The most likely token of each row, int [B]."""
+  return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
+
+
+def sample(logits_BxV, sampling: Sampling, step_B):
+  """Draws one token a row, int [B].
+
+  Args:
+    logits_BxV: float.
+    sampling: the rows' settings.
+    step_B: int; how many tokens each row has so far.
+  """
+  hot_B = sampling.temperature_B > 0
+  heat_B = jnp.where(hot_B, sampling.temperature_B, 1.0)
+  scaled_BxV = logits_BxV.astype(jnp.float32) / heat_B[:, None]
+  kept_BxV = keep_top_k(scaled_BxV, sampling.top_k_B)
+  kept_BxV = keep_top_p(kept_BxV, sampling.top_p_B)
+  kept_BxV = keep_min_p(kept_BxV, sampling.min_p_B)
+  drawn_B = jax.vmap(_draw)(kept_BxV, sampling.seed_B, step_B)
+  return jnp.where(hot_B, drawn_B, greedy(logits_BxV))
+
+
+def _draw(logits_V, seed, step):
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.random.categorical(key, logits_V).astype(jnp.int32)
+
+
+def keep_top_k(logits_BxV, k_B):
+  """-inf below the k-th largest logit; ties with it stay; k = 0 keeps all."""
+  order_BxV = _order(logits_BxV)
+  one_BxV = jnp.ones_like(logits_BxV)
+  bar_B = _threshold(order_BxV, one_BxV, k_B.astype(jnp.float32))
+  bar_B = jnp.where(k_B > 0, bar_B, 0)
+  return jnp.where(order_BxV >= bar_B[:, None], logits_BxV, -jnp.inf)
+
+
+def keep_top_p(logits_BxV, p_B):
+  """-inf outside the fewest top tokens with probability p; p = 1 keeps all.
+
+  Tokens as likely as the last one that is kept stay too.
+  """
+  order_BxV = _order(logits_BxV)
+  bar_B = _threshold(order_BxV, jax.nn.softmax(logits_BxV, -1), p_B)
+  bar_B = jnp.where(p_B < 1, bar_B, 0)
+  return jnp.where(order_BxV >= bar_B[:, None], logits_BxV, -jnp.inf)
+
+
+def keep_min_p(logits_BxV, p_B):
+  """-inf where the probability is under p times the largest; 0 keeps all."""
+  top_Bx1 = jnp.max(logits_BxV, -1, keepdims=True)
+  bar_Bx1 = top_Bx1 + jnp.log(p_B)[:, None]
+  return jnp.where(logits_BxV >= bar_Bx1, logits_BxV, -jnp.inf)
+
+
+def _order(x):
+  """uint32 that compare as the float32 x do."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order_BxV, weight_BxV, need_B):
+  """The largest t with a weight of at least `need` at order >= t, [B].
+
+  0, which keeps everything, where all of the weight is not enough.
+  """
+
+  def set_bit(i, t_B):
+    trial_B = t_B | (jnp.uint32(1) << jnp.uint32(31 - i))
+    above_BxV = order_BxV >= trial_B[:, None]
+    weight_B = jnp.sum(jnp.where(above_BxV, weight_BxV, 0), -1)
+    return jnp.where(weight_B >= need_B, trial_B, t_B)
+
+  start_B = jnp.zeros(need_B.shape, jnp.uint32)
+  return jax.lax.fori_loop(0, 32, set_bit, start_B)

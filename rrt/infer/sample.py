@@ -1,0 +1,366 @@
+"""From prompts to text: `complete`, and what it needs around decoding.
+
+  model = rrt.load('smollm2-135m')
+  print(rrt.complete(model, 'The sea is', max_new_tokens=40)[0].text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.infer import decode, rules
+
+if TYPE_CHECKING:
+  from rrt.data.tokenizer import Tokenizer
+  from rrt.pretrained import LanguageModel
+
+BATCH = 32  # prompts that are decoded together
+_GLANCE = 8  # tokens between looks of the host, where text is watched
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """What a model wrote after one prompt.
+
+  Attributes:
+    text: without the prompt, end tokens and the stop string.
+    tokens: ids as drawn, with the end token or stop string that ended them.
+    prompt_tokens: how many tokens the prompt has.
+    finish_reason: 'end' (an end token), 'stop' (a stop string), 'length'
+      (max_new_tokens) or 'context' (the model's context is full).
+  """
+
+  text: str
+  tokens: list[int]
+  prompt_tokens: int
+  finish_reason: str
+
+
+def complete(
+    model: LanguageModel | Writer,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
+    loops: int | None = None,
+    dtype: str = 'float32',
+    chat: bool = False,
+    ignore_end: bool = False,
+    stream: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+  """Continues each prompt.
+
+  Args:
+    model: what `rrt.load` gives, or a `Writer` over it, which keeps the
+      prepared weights from call to call.
+    prompts: a text, texts, or lists of token ids.
+    max_new_tokens: tokens to write at most.
+    temperature: 0 always takes the most likely token; above, logits are
+      divided by it and tokens drawn.
+    top_k: draw from the k most likely tokens only; 0 is all.
+    top_p: of those, from the fewest that hold this much probability.
+    min_p: of those, from the ones at least this times as likely as the most
+      likely one.
+    seed: of the first prompt, the others count up; or one for each.
+    stop: texts that end a completion where they first appear.
+    loops: how many loops of the block to run; None for all.
+    dtype: 'float32' or 'bfloat16', of weights and computation.
+    chat: prompts are messages of a user; put them in the chat template.
+    ignore_end: write on through end tokens.
+    stream: called with (index of the prompt, new text) as text comes.
+
+  Returns:
+    One completion a prompt, in order. Each is what the prompt would give
+    alone.
+
+  Raises:
+    InputError: a setting or prompt that cannot work; nothing was run.
+  """
+  settings = Settings(
+      max_new_tokens, temperature, top_k, top_p, min_p, seed,
+      (stop,) if isinstance(stop, str) else tuple(stop), chat, ignore_end,
+  )  # fmt: skip
+  settings.check()
+  if not isinstance(model, Writer):
+    model = Writer(model, loops=loops, dtype=dtype)
+  return model.complete(prompts, settings, stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to write; the arguments of `complete`."""
+
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int | Sequence[int] = 0
+  stop: tuple[str, ...] = ()
+  chat: bool = False
+  ignore_end: bool = False
+
+  def check(self) -> None:
+    """Raises InputError for the first setting that cannot work."""
+
+    def need(ok: bool, field: str, why: str) -> None:
+      if not ok:
+        raise InputError(f'{field}={getattr(self, field)!r}: must be {why}.')
+
+    def number(field, low, high) -> bool:
+      value = getattr(self, field)
+      return math.isfinite(value) and low <= value <= high
+
+    need(self.max_new_tokens > 0, 'max_new_tokens', '1 or more')
+    need(
+        number('temperature', 0, math.inf), 'temperature',
+        'a finite number, 0 (greedy) or above',
+    )  # fmt: skip
+    need(self.top_k >= 0, 'top_k', '0 (all tokens) or more')
+    need(
+        number('top_p', 0, 1) and self.top_p > 0, 'top_p',
+        'above 0 and at most 1 (all tokens)',
+    )  # fmt: skip
+    need(number('min_p', 0, 1), 'min_p', 'from 0 (all tokens) to 1')
+    need(all(self.stop), 'stop', 'texts of at least one character')
+    seeds = [self.seed] if isinstance(self.seed, int) else self.seed
+    need(
+        all(0 <= s < 2**32 for s in seeds), 'seed', 'from 0 to 2**32 - 1'
+    )
+
+  def sampling(self, rows: range) -> rules.Sampling | None:
+    """The rules for some of the prompts; None is greedy."""
+    if not self.temperature:
+      return None
+    n = len(rows)
+    seeds = [
+        (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
+        for i in rows
+    ]
+    return rules.Sampling(
+        np.full(n, self.temperature, np.float32),
+        np.full(n, self.top_k, np.int32),
+        np.full(n, self.top_p, np.float32),
+        np.full(n, self.min_p, np.float32),
+        np.array(seeds, np.uint32),
+    )
+
+
+class Writer:
+  """A model whose weights stay prepared between calls of `complete`.
+
+  Attributes:
+    clock: tokens and seconds of all calls; see `rrt.infer.decode.Clock`.
+    loops: how many loops of the block run.
+  """
+
+  def __init__(
+      self, model: LanguageModel, *, loops: int | None = None,
+      dtype: str = 'float32', batch: int = BATCH,
+  ):  # fmt: skip
+    self._config = model.config
+    self._tokenizer = model.tokenizer
+    self._batch = batch
+    self._decoder = decode.Decoder(
+        model.config, model.params, loops=loops, dtype=dtype
+    )
+    self.clock = self._decoder.clock
+    self.loops = self._decoder.static.loops
+
+  def complete(
+      self, prompts, settings: Settings,
+      stream: Callable[[int, str], None] | None = None,
+  ) -> list[Completion]:  # fmt: skip
+    """As the function `complete`, which checks the settings first."""
+    ids = encode_prompts(self._tokenizer, prompts, settings.chat)
+    check_prompts(self._config, ids)
+    if not isinstance(settings.seed, int) and len(settings.seed) != len(ids):
+      raise InputError(
+          f'seed has {len(settings.seed)} values for {len(ids)} prompts; '
+          'give one for each, or one in all.'
+      )
+    if settings.stop and self._tokenizer is None:
+      raise InputError('stop needs a model with a tokenizer.')
+    done: list[Completion] = []
+    for first in range(0, len(ids), self._batch):
+      rows = range(first, min(first + self._batch, len(ids)))
+      done += self._batched([ids[i] for i in rows], rows, settings, stream)
+    return done
+
+  def _batched(self, ids, rows, settings, stream):
+    """Completes the prompts of one batch."""
+    end = () if settings.ignore_end or self._tokenizer is None else (
+        self._tokenizer.eos_ids
+    )  # fmt: skip
+    context = self._config.max_context
+    room = [min(settings.max_new_tokens, context - len(p)) for p in ids]
+    show = stream or (lambda i, text: None)
+    texts = [
+        _Text(self._tokenizer, end, settings.stop, i, show) for i in rows
+    ]
+    watched = stream is not None or bool(settings.stop)
+    run = self._decoder.run(
+        ids, room, sampling=settings.sampling(rows), eos=end,
+        call=_GLANCE if watched else decode.CALL,
+    )  # fmt: skip
+    for tokens in _drive(run, texts):
+      for text, new in zip(texts, tokens, strict=True):
+        text.extend(new)
+    return [
+        text.finish(len(p), 'length' if r == settings.max_new_tokens else
+                    'context')
+        for text, p, r in zip(texts, ids, room, strict=True)
+    ]  # fmt: skip
+
+
+def _drive(run, texts: list[_Text]) -> Iterator[list[list[int]]]:
+  """Iterates a decoder's run, telling it which rows met a stop string."""
+  try:
+    tokens = next(run)
+    while True:
+      yield tokens
+      tokens = run.send([i for i, t in enumerate(texts) if t.stopped])
+  except StopIteration:
+    return
+
+
+class _Text:
+  """One row's text as it grows; finds stop strings, hands out what is sure."""
+
+  def __init__(
+      self, tokenizer: Tokenizer | None, end: Sequence[int],
+      stops: Sequence[str], index: int, show: Callable[[int, str], Any],
+  ):  # fmt: skip
+    self._end, self._stops = frozenset(end), stops
+    self._index, self._show = index, show
+    self._stream = _decoder(tokenizer)
+    self._tokens: list[int] = []
+    self._text = ''
+    self._shown = 0
+    self.stopped = False
+    self._ended = False
+
+  def extend(self, tokens: Sequence[int]) -> None:
+    """Takes new tokens; those behind a stop string are dropped."""
+    for token in tokens:
+      if self.stopped or self._ended:
+        break
+      self._tokens.append(token)
+      if token in self._end:
+        self._ended = True
+        self._grow(self._stream.flush())
+      else:
+        self._grow(self._stream.push(token))
+    self._hand_out(len(self._text) - self._held())
+
+  def finish(self, prompt_tokens: int, reason: str) -> Completion:
+    """The completion; `reason` is why it ended if nothing it knows of."""
+    if not (self.stopped or self._ended):
+      self._grow(self._stream.flush())
+    self._hand_out(len(self._text))
+    if self.stopped:
+      reason = 'stop'
+    elif self._ended:
+      reason = 'end'
+    return Completion(self._text, self._tokens, prompt_tokens, reason)
+
+  def _grow(self, new: str) -> None:
+    if not new:
+      return
+    longest = max(map(len, self._stops), default=0)
+    begin = max(len(self._text) - longest + 1, 0)
+    self._text += new
+    found = [self._text.find(s, begin) for s in self._stops]
+    found = [at for at in found if at >= 0]
+    if found:
+      self._text, self.stopped = self._text[: min(found)], True
+
+  def _held(self) -> int:
+    """How much of the end might be the beginning of a stop string."""
+    if self.stopped or self._ended:
+      return 0
+    for size in range(max(map(len, self._stops), default=1) - 1, 0, -1):
+      if any(s.startswith(self._text[-size:]) for s in self._stops):
+        return min(size, len(self._text))
+    return 0
+
+  def _hand_out(self, end: int) -> None:
+    if end > self._shown:
+      self._show(self._index, self._text[self._shown : end])
+      self._shown = end
+
+
+class _Mute:
+  """Stands for a stream decoder where there is no tokenizer."""
+
+  def push(self, token: int) -> str:
+    del token
+    return ''
+
+  def flush(self) -> str:
+    return ''
+
+
+def _decoder(tokenizer: Tokenizer | None):
+  if tokenizer is None:
+    return _Mute()
+  from rrt.data.tokenizer import StreamDecoder
+
+  return StreamDecoder(tokenizer)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer | None, prompts, chat: bool = False
+) -> list[list[int]]:
+  """Token ids of prompts given as one text, texts, or token ids."""
+  if isinstance(prompts, str):
+    prompts = [prompts]
+  prompts = list(prompts)
+  if not prompts:
+    raise InputError('There is no prompt; give at least one.')
+  if not all(isinstance(p, str) for p in prompts):
+    if any(isinstance(p, str) for p in prompts) or chat:
+      raise InputError('Give prompts all as texts, or all as token ids.')
+    return [[int(t) for t in p] for p in prompts]
+  if tokenizer is None:
+    raise InputError(
+        'This model has no tokenizer; give prompts as lists of token ids.'
+    )
+  if not chat:
+    for i, prompt in enumerate(prompts):
+      if not prompt:
+        raise InputError(f'Prompt {i} is empty; give at least one character.')
+    return tokenizer.encode_batch(prompts)
+  # A template writes its own begin token, where it wants one.
+  return tokenizer.encode_batch(
+      [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts],
+      bos=False,
+  )
+
+
+def check_prompts(config, ids: Sequence[Sequence[int]]) -> None:
+  """Raises InputError for the first prompt that the model cannot take."""
+  for i, prompt in enumerate(ids):
+    if not prompt:
+      raise InputError(f'Prompt {i} has no tokens; give at least one.')
+    if len(prompt) >= config.max_context:
+      raise InputError(
+          f'Prompt {i} has {len(prompt)} tokens and leaves no room in the '
+          f'context of {config.max_context}; shorten it to '
+          f'{config.max_context - 1} or fewer.'
+      )
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+      raise InputError(
+          f'Prompt {i} has token ids outside 0..{config.vocab_size - 1}.'
+      )
