@@ -1,0 +1,1 @@
+"""Text in, batches out: sources, the grain pipeline, tokenizers, a corpus."""
