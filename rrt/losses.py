@@ -53,26 +53,25 @@ class Objective:
   def __post_init__(self):
     if self.divergence not in DIVERGENCES:
       raise InputError(
-          f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.'
+        f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.'
       )
     for field in ('cross_entropy', 'distillation', 'z_loss'):
       if not 0 <= getattr(self, field) < math.inf:
         raise InputError(
-            f'loss.{field}={getattr(self, field)!r}: a weight must be 0 or '
-            'more.'
+          f'loss.{field}={getattr(self, field)!r}: a weight must be 0 or more.'
         )
     if not self.cross_entropy + self.distillation > 0:
       raise InputError(
-          'loss.cross_entropy and loss.distillation are both 0: nothing is '
-          'left to learn from; set one of them above 0.'
+        'loss.cross_entropy and loss.distillation are both 0: nothing is '
+        'left to learn from; set one of them above 0.'
       )
     if not 0 < self.temperature < math.inf:
       raise InputError(
-          f'loss.temperature={self.temperature!r}: must be above 0.'
+        f'loss.temperature={self.temperature!r}: must be above 0.'
       )
     if self.chunk_tokens < 1:
       raise InputError(
-          f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.'
+        f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.'
       )
 
 
@@ -86,12 +85,12 @@ class Losses(NamedTuple):
 
 
 def losses(
-    objective: Objective,
-    hidden_BxLxD: jax.Array,
-    head_DxV: jax.Array,
-    targets_BxL: jax.Array,
-    weights_BxL: jax.Array,
-    teacher: tuple[jax.Array, jax.Array] | None = None,
+  objective: Objective,
+  hidden_BxLxD: jax.Array,
+  head_DxV: jax.Array,
+  targets_BxL: jax.Array,
+  weights_BxL: jax.Array,
+  teacher: tuple[jax.Array, jax.Array] | None = None,
 ) -> Losses:
   """All losses of a batch, without ever holding its logits whole.
 
@@ -173,10 +172,10 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   C = chunk_length(B, L, objective.chunk_tokens)
   split = functools.partial(_split, length=C)
   xs = {
-      'hidden': split(hidden_BxLxD),
-      'targets': split(targets_BxL),
-      'weights': split(weights_BxL),
-      'teacher': None if teacher is None else split(teacher[0]),
+    'hidden': split(hidden_BxLxD),
+    'targets': split(targets_BxL),
+    'weights': split(weights_BxL),
+    'teacher': None if teacher is None else split(teacher[0]),
   }
   want_hidden, want_head = wanted or (False, False)
 
@@ -187,7 +186,7 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
     if teacher is not None:
       t_BxCxV = _logits(x['teacher'], teacher[1])
     values, d_BxCxV = _token_losses(
-        objective, s_BxCxV, t_BxCxV, x['targets'], x['weights']
+      objective, s_BxCxV, t_BxCxV, x['targets'], x['weights']
     )
     sums = jax.tree.map(jnp.add, sums, values)
     d_BxCxV = d_BxCxV.astype(hidden_BxLxD.dtype)
@@ -204,11 +203,9 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   zero = jnp.zeros((), jnp.float32)
   start = None
   if want_head:
-    start = constrain(
-        jnp.zeros(head_DxV.shape, jnp.float32), (None, 'vocab')
-    )
+    start = constrain(jnp.zeros(head_DxV.shape, jnp.float32), (None, 'vocab'))
   (sums, d_head_DxV), d_hidden = jax.lax.scan(
-      one, (Losses(zero, zero, zero, zero), start), xs
+    one, (Losses(zero, zero, zero, zero), start), xs
   )
   if wanted is None:
     return sums, None

@@ -14,8 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flax import struct
-from flax import traverse_util
+from flax import struct, traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,7 +23,7 @@ import optax
 
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
-from rrt.losses import Losses, Objective, losses
+from rrt.losses import Objective, losses
 from rrt.models import transformer
 from rrt.optim import paths
 
@@ -86,15 +85,15 @@ def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
   """The parameters at `trained` paths and the others, as flat dicts."""
   flat = traverse_util.flatten_dict(params, sep='/')
   return (
-      {k: v for k, v in flat.items() if k in trained},
-      {k: v for k, v in flat.items() if k not in trained},
+    {k: v for k, v in flat.items() if k in trained},
+    {k: v for k, v in flat.items() if k not in trained},
   )
 
 
 def merge(*flat: Params) -> Params:
   """The nested tree of flat dicts."""
   return traverse_util.unflatten_dict(
-      {k: v for part in flat for k, v in part.items()}, sep='/'
+    {k: v for part in flat for k, v in part.items()}, sep='/'
   )
 
 
@@ -114,7 +113,7 @@ def place(tree, shardings):
 def param_shardings(config: ModelConfig, mesh) -> Any:
   """Where each parameter of a model lives."""
   boxed = jax.eval_shape(
-      lambda: transformer.boxed_params(config, jax.random.key(0))
+    lambda: transformer.boxed_params(config, jax.random.key(0))
   )
   return sharding_lib.shardings(boxed, mesh)
 
@@ -122,19 +121,19 @@ def param_shardings(config: ModelConfig, mesh) -> Any:
 def _init(params, optimizer, trained, seed) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
-      step=zero,
-      params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
-      opt_state=optimizer.init(split(params, trained)[0]),
-      rng=jax.random.key_data(jax.random.key(seed)),
-      skipped=zero,
-      skipped_in_a_row=zero,
+    step=zero,
+    params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
+    opt_state=optimizer.init(split(params, trained)[0]),
+    rng=jax.random.key_data(jax.random.key(seed)),
+    skipped=zero,
+    skipped_in_a_row=zero,
   )
 
 
 def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated."""
   by_path = traverse_util.flatten_dict(
-      param_shardings(spec.config, mesh), sep='/'
+    param_shardings(spec.config, mesh), sep='/'
   )
   shapes = jax.eval_shape(
       lambda: _init(
@@ -151,10 +150,10 @@ def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
     return s or NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=sharding_of(path, x)
-      ),
-      shapes,
+    lambda path, x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding_of(path, x)
+    ),
+    shapes,
   )
 
 
@@ -166,8 +165,8 @@ def init_state(spec: Step, params: Params, mesh, seed: int = 0) -> TrainState:
   out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh, seed))
   with jax.set_mesh(mesh):
     return jax.jit(
-        lambda p: _init(p, spec.optimizer, spec.trained, seed),
-        out_shardings=out,
+      lambda p: _init(p, spec.optimizer, spec.trained, seed),
+      out_shardings=out,
     )(place(params, out.params))
 
 
@@ -178,14 +177,14 @@ def jit_step(spec: Step, mesh, state_shardings):
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   return jax.jit(
-      lambda state, teacher, batch: train_step(spec, state, teacher, batch),
-      donate_argnums=0,
-      out_shardings=(state_shardings, replicated),
+    lambda state, teacher, batch: train_step(spec, state, teacher, batch),
+    donate_argnums=0,
+    out_shardings=(state_shardings, replicated),
   )
 
 
 def train_step(
-    spec: Step, state: TrainState, teacher: Params, batch: Batch
+  spec: Step, state: TrainState, teacher: Params, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from one batch.
 
@@ -208,7 +207,7 @@ def train_step(
   def loss_fn(trained, micro):
     child = merge(trained, frozen)
     parent = merge(
-        teacher, {k: v for k, v in frozen.items() if k in spec.shared}
+      teacher, {k: v for k, v in frozen.items() if k in spec.shared}
     )
     sums, loops = batch_losses(spec, child, parent, micro, scale)
     return sums.loss, (sums, loops)
@@ -231,21 +230,21 @@ def train_step(
   keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
   bad = 1 - good.astype(jnp.int32)
   after = state.replace(
-      step=state.step + 1,
-      params=merge(keep(new, trained), frozen),
-      opt_state=keep(opt_state, state.opt_state),
-      skipped=state.skipped + bad,
-      skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    step=state.step + 1,
+    params=merge(keep(new, trained), frozen),
+    opt_state=keep(opt_state, state.opt_state),
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
   )
   metrics = {
-      'loss': sums.loss,
-      'cross_entropy': sums.cross_entropy,
-      'distillation': sums.distillation,
-      'tokens': tokens,
-      'grad_norm': norm,
-      'skipped': after.skipped,
-      'skipped_in_a_row': after.skipped_in_a_row,
-      **{f'grad_norm/{k}': v for k, v in norms.items()},
+    'loss': sums.loss,
+    'cross_entropy': sums.cross_entropy,
+    'distillation': sums.distillation,
+    'tokens': tokens,
+    'grad_norm': norm,
+    'skipped': after.skipped,
+    'skipped_in_a_row': after.skipped_in_a_row,
+    **{f'grad_norm/{k}': v for k, v in norms.items()},
   }
   if spec.objective.z_loss:
     metrics['z_loss'] = sums.z_loss
@@ -258,9 +257,9 @@ def batch_losses(spec: Step, child, parent, batch, scale):
   """Losses of one (micro)batch; (Losses, how much loops 2..R changed x)."""
   weights_BxL = batch['weights'] * scale
   where = {
-      'positions_BxL': batch['positions'],
-      'segment_ids_BxL': batch['segment_ids'],
-      'dtype': spec.dtype,
+    'positions_BxL': batch['positions'],
+    'segment_ids_BxL': batch['segment_ids'],
+    'dtype': spec.dtype,
   }
   many = spec.config.loops > 1 and spec.config.order == 'cycle'
   out = transformer.forward(
@@ -270,7 +269,7 @@ def batch_losses(spec: Step, child, parent, batch, scale):
   teacher = None
   if spec.teacher_config is not None:
     hidden_BxLxD = transformer.forward(
-        spec.teacher_config, parent, batch['tokens'], **where
+      spec.teacher_config, parent, batch['tokens'], **where
     ).hidden_BxLxD
     head = transformer.head_kernel(spec.teacher_config, parent)
     teacher = (jax.lax.stop_gradient(hidden_BxLxD), head)
@@ -302,8 +301,8 @@ def _accumulate(grad_fn, trained, batch: Batch, count: int):
 
   def one(total, micro):
     micro = {
-        k: sharding_lib.constrain(v, ('batch', 'length'))
-        for k, v in micro.items()
+      k: sharding_lib.constrain(v, ('batch', 'length'))
+      for k, v in micro.items()
     }
     (_, aux), grads = grad_fn(trained, micro)
     return jax.tree.map(jnp.add, total, (aux, grads)), None
@@ -335,60 +334,26 @@ def gradient_norms(grads: Params):
   return jnp.sqrt(sum(squares.values())), norms
 
 
-def share_teacher(
-    parent_config: ModelConfig,
-    parent: Params,
-    child_config: ModelConfig,
-    child: Params,
-    trained: frozenset[str],
-) -> tuple[ModelConfig, Params, frozenset[str]]:
-  """What the parent needs besides the child's frozen parameters.
+def to_mesh(batch: dict[str, np.ndarray], mesh) -> Batch:
+  """The rows of all processes as global arrays, split over data and fsdp."""
+  rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return {
+    k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()
+  }
 
-  A parent without recursion is read as prelude, block and coda of the
-  child's lengths (the same layers in the same order), so that frozen layers
-  of its own that the conversion left alone can be shared as well.
 
-  Returns:
-    The parent's configuration as the step must run it, its own parameters as
-    a flat dict, and the paths that it shares with the child.
-  """
-  _, frozen = split(child, trained)
-  P, C = child_config.prelude_layers, child_config.coda_layers
-  plain = parent_config.loops == 1 and not (
-      parent_config.prelude_layers or parent_config.coda_layers
-  )
-  outer = any(k.startswith(('prelude/', 'coda/')) for k in frozen)
-  if outer and plain and parent_config.depth == child_config.depth:
-    N = parent_config.depth - P - C
-    layers = parent['block']
-    rest = {k: v for k, v in parent.items() if k != 'block'}
-    cut = lambda a, b: jax.tree.map(lambda x: x[a:b], layers)
-    parts = {'prelude': cut(0, P), 'block': cut(P, P + N)}
-    parts['coda'] = cut(P + N, None)
-    if not P:
-      del parts['prelude']
-    if not C:
-      del parts['coda']
-    parent = {**rest, **parts}
-    parent_config = dataclasses.replace(
-        parent_config, prelude_layers=P, block_layers=N, coda_layers=C
-    )
-  flat = traverse_util.flatten_dict(parent, sep='/')
-  shared = frozenset(
-      k for k, v in flat.items()
-      if k in frozen and v.shape == frozen[k].shape
-      and (v is frozen[k] or np.array_equal(v, frozen[k]))
-  )  # fmt: skip
-  own = {k: v for k, v in flat.items() if k not in shared}
-  return parent_config, own, shared
+def to_host(params: Params, mesh) -> Params:
+  """Whole numpy arrays, on every process."""
+  if jax.process_count() > 1:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
+  # Copies: numpy must not look into buffers that jax may reuse.
+  return jax.tree.map(lambda x: np.array(x), params)
 
 
 def trained_paths(mask) -> frozenset[str]:
   """The paths at which a tree of bools is true."""
   names = jax.tree.leaves(paths(mask))
   return frozenset(
-      n for n, chosen in zip(names, jax.tree.leaves(mask)) if chosen
+    n for n, chosen in zip(names, jax.tree.leaves(mask)) if chosen
   )
-
-
-__all__ = ['Losses', 'Step', 'TrainState', 'init_state', 'train_step']

@@ -39,12 +39,10 @@ def plain(o, hidden, head, targets, weights, teacher):
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   m = (p + q) / 2
   kd = {
-      'forward_kl': lambda: p * (log_p - log_q),
-      'reverse_kl': lambda: q * (log_q - log_p),
-      'jsd': lambda: (
-          p * (log_p - jnp.log(m)) / 2 + q * (log_q - jnp.log(m)) / 2
-      ),
-      'tvd': lambda: jnp.abs(p - q) / 2,
+    'forward_kl': lambda: p * (log_p - log_q),
+    'reverse_kl': lambda: q * (log_q - log_p),
+    'jsd': lambda: p * (log_p - jnp.log(m)) / 2 + q * (log_q - jnp.log(m)) / 2,
+    'tvd': lambda: jnp.abs(p - q) / 2,
   }[o.divergence]().sum(-1) * o.temperature**2
   ce, kd, z = ((x * weights).sum() for x in (ce, kd, z))
   loss = o.cross_entropy * ce + o.distillation * kd + o.z_loss * z
@@ -57,7 +55,7 @@ def value_and_grads(f, objective, hidden, head, *rest):
     return out.loss, out
 
   (_, out), grads = jax.value_and_grad(scalar, (0, 1), has_aux=True)(
-      hidden, head
+    hidden, head
   )
   return out, grads
 
@@ -69,15 +67,15 @@ def assert_same(objective, args, atol=1e-5):
     if name == 'distillation' and not objective.distillation:
       continue
     np.testing.assert_allclose(
-        getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name
+      getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name
     )
   for g, w in zip(got_grads, want_grads):
     np.testing.assert_allclose(g, w, atol=atol, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    'divergence,temperature',
-    list(itertools.product(losses_lib.DIVERGENCES, (1.0, 2.5))),
+  'divergence,temperature',
+  list(itertools.product(losses_lib.DIVERGENCES, (1.0, 2.5))),
 )
 def test_chunked_equals_plain(divergence, temperature):
   objective = losses_lib.Objective(
@@ -90,7 +88,7 @@ def test_chunked_equals_plain(divergence, temperature):
 @pytest.mark.parametrize('chunk_tokens', [1, 5, 8, 26, 1000])
 def test_any_chunk_size(chunk_tokens):
   assert_same(
-      losses_lib.Objective(chunk_tokens=chunk_tokens, z_loss=1e-3), inputs()
+    losses_lib.Objective(chunk_tokens=chunk_tokens, z_loss=1e-3), inputs()
   )
 
 
@@ -112,7 +110,7 @@ def test_the_parent_distilled_into_itself_costs_nothing():
   hidden, head, targets, weights, _ = inputs()
   for divergence in losses_lib.DIVERGENCES:
     objective = losses_lib.Objective(
-        cross_entropy=0.0, divergence=divergence, chunk_tokens=8
+      cross_entropy=0.0, divergence=divergence, chunk_tokens=8
     )
     out, grads = value_and_grads(
         losses_lib.losses, objective, hidden, head, targets, weights,
@@ -162,10 +160,8 @@ def avals(jaxpr):
   for eqn in jaxpr.eqns:
     yield from (v.aval for v in eqn.outvars)
     for value in jax.tree.leaves(
-        list(eqn.params.values()),
-        is_leaf=lambda x: isinstance(
-            x, (jex_core.Jaxpr, jex_core.ClosedJaxpr)
-        ),
+      list(eqn.params.values()),
+      is_leaf=lambda x: isinstance(x, (jex_core.Jaxpr, jex_core.ClosedJaxpr)),
     ):
       if isinstance(value, jex_core.ClosedJaxpr):
         value = value.jaxpr
@@ -178,9 +174,9 @@ def test_no_array_holds_all_logits(chunk_tokens):
   hidden, head, *rest = inputs()
   objective = losses_lib.Objective(chunk_tokens=chunk_tokens)
   jaxpr = jax.make_jaxpr(
-      jax.grad(
-          lambda h, w: losses_lib.losses(objective, h, w, *rest).loss, (0, 1)
-      )
+    jax.grad(
+      lambda h, w: losses_lib.losses(objective, h, w, *rest).loss, (0, 1)
+    )
   )(hidden, head)
   shapes = {a.shape for a in avals(jaxpr.jaxpr) if hasattr(a, 'shape')}
   with_vocab = [s for s in shapes if V in s and s != (D, V)]
@@ -189,7 +185,7 @@ def test_no_array_holds_all_logits(chunk_tokens):
 
 
 @pytest.mark.parametrize(
-    'sizes', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}]
+  'sizes', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}]
 )
 def test_sharded_equals_one_device(sizes):
   args = inputs(batch=8)
@@ -197,7 +193,7 @@ def test_sharded_equals_one_device(sizes):
   want, want_grads = value_and_grads(losses_lib.losses, objective, *args)
   mesh = make_mesh(sizes)
   place = lambda x, *spec: jax.device_put(
-      x, jax.NamedSharding(mesh, jax.P(*spec))
+    x, jax.NamedSharding(mesh, jax.P(*spec))
   )
   rows = lambda x: place(x, ('data', 'fsdp'))
   hidden, head, targets, weights, (t_hidden, t_head) = args

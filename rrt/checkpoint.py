@@ -1,0 +1,349 @@
+"""Checkpoints of a run: written in the background, verified when read.
+
+One checkpoint is a directory named by its step. It holds the train state
+(Orbax, every process its own shards), the position of the data iterator, the
+run's configuration and the versions of what wrote it. Orbax writes it under
+another name and renames it when it is whole, so that one cut short is never
+taken for a checkpoint. What can still happen to it on disk (a flipped bit, a
+truncated file) is caught by digests of all arrays, taken on the devices from
+what was trained and compared with what was read.
+
+A damaged newest checkpoint stops the run with a sentence that says which
+older one is whole. It is never passed over in silence, and nothing is deleted
+but checkpoints beyond the newest `keep`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+import json
+import logging
+from pathlib import Path
+import platform
+import shutil
+from typing import Any
+import zlib
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rrt.errors import InputError
+from rrt.optim import paths
+from rrt.state import TrainState
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+class Damaged(Exception):
+  """A checkpoint that does not hold what was saved; says what is wrong."""
+
+
+@jax.jit
+def digest(tree) -> jax.Array:
+  """One uint32 for each leaf, the same on every mesh.
+
+  The bits of each element times an odd number that depends on its place,
+  summed modulo 2^32: no single changed element goes unseen (odd numbers have
+  inverses), anything else with a chance of 2^-32.
+  """
+
+  def one(x):
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+      place = place * jnp.uint32(size) + index
+    # Knuth's multiplier spreads neighbouring places over all 32 bits.
+    odd = place * jnp.uint32(2654435761) | jnp.uint32(1)
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+  return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
+def versions() -> dict[str, str]:
+  """Of python and the packages that a result depends on."""
+  found = {'python': platform.python_version()}
+  for name in (*PACKAGES, 'relaxed-recursive-transformers'):
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      found[name] = 'not installed'
+  return found
+
+
+class NoCheckpoints:
+  """The checkpoints of a run that keeps none."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def save(self, *_):
+    """Does nothing."""
+
+  def restore(self, *_):
+    """There is never one."""
+
+
+def open_checkpoints(workdir: str | Path | None, keep: int):
+  """The checkpoints of a work directory; of none, nothing is kept."""
+  if workdir is None:
+    return NoCheckpoints()
+  return Checkpoints(Path(workdir) / 'checkpoints', keep)
+
+
+class Checkpoints:
+  """The checkpoints of one run, `directory/STEP`."""
+
+  def __init__(self, directory: Path, keep: int):
+    """Opens, and if need be makes, the directory.
+
+    Raises:
+      InputError: the directory cannot be written to.
+    """
+    self.directory = Path(directory).absolute()
+    # Orbax tells every save and restore at level INFO, and warns of defaults.
+    logging.getLogger('absl').setLevel(logging.ERROR)
+    check_writable(self.directory)
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+      item_names=('state', 'run'),
+    )
+    self._saving: int | None = None
+
+  def steps(self) -> list[int]:
+    """Steps with a checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self, step: int, state: TrainState, data: Any, config: dict[str, Any]
+  ) -> None:
+    """Starts to write a checkpoint and returns; the state may be donated.
+
+    Does nothing when the step has one.
+
+    Args:
+      step: its name.
+      state: the whole train state.
+      data: the position of this process's data iterator, for json.
+      config: the run's configuration, for json.
+
+    Raises:
+      InputError: this or the checkpoint before could not be written.
+    """
+    if step in self.steps():
+      return
+    run = {
+      'config': config,
+      'data': _gather(json.dumps(data)),
+      'digest': [int(d) for d in jax.device_get(digest(state))],
+      'versions': versions(),
+    }
+    text = json.dumps(run)
+    sealed = {'text': text, 'crc32': zlib.crc32(text.encode())}
+    self.wait()
+    try:
+      self._saving = step
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(sealed)
+        ),
+      )
+    except Exception as e:
+      raise self._unwritten(e) from e
+
+  def wait(self) -> None:
+    """Returns when the checkpoint that was being written is whole.
+
+    Raises:
+      InputError: it could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      raise self._unwritten(e) from e
+    self._saving = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    try:
+      self.wait()
+    except InputError:
+      if kind is None:
+        raise
+    self._manager.close()
+
+  def restore(
+    self, abstract: TrainState, config: dict[str, Any], free: tuple[str, ...]
+  ) -> tuple[int, TrainState, list[Any]] | None:
+    """The newest checkpoint, laid out as `abstract` says; None without one.
+
+    Args:
+      abstract: shapes, dtypes and shardings of the state, on any mesh.
+      config: this run's configuration.
+      free: its top-level fields that may differ from the saved one's.
+
+    Returns:
+      (step, state, the positions of all processes' data iterators).
+
+    Raises:
+      InputError: the checkpoint is damaged, or of another configuration.
+    """
+    steps = self.steps()
+    if not steps:
+      return None
+    newest, *older = reversed(steps)
+    try:
+      run = self._read_run(newest)
+      check_same(self.directory.parent, run['config'], config, free)
+      data = [json.loads(text) for text in run['data']]
+      return newest, self._read_state(newest, abstract, run), data
+    except Damaged as e:
+      mend = 'No other checkpoint is whole: start anew with another --workdir.'
+      for step in older:
+        if self._whole(step, abstract):
+          mend = (
+            f'The one of step {step} is whole: move {self.directory}/'
+            f'{newest} away, and the same command continues from there.'
+          )
+          break
+      raise InputError(
+        f'The checkpoint {self.directory}/{newest} is damaged ({e}). {mend}'
+      ) from e
+
+  def _read_run(self, step: int) -> dict[str, Any]:
+    try:
+      sealed = self._manager.restore(
+        step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
+      )['run']
+      text = sealed['text']
+      if zlib.crc32(text.encode()) != sealed['crc32']:
+        raise Damaged('its run file does not match its checksum')
+      return json.loads(text)
+    except Damaged:
+      raise
+    except Exception as e:
+      raise Damaged(f'its run file cannot be read: {_first_line(e)}') from e
+
+  def _read_state(self, step: int, abstract, run) -> TrainState:
+    try:
+      state = self._manager.restore(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+      )['state']
+    except Exception as e:
+      raise Damaged(f'its arrays cannot be read: {_first_line(e)}') from e
+    found = [int(d) for d in jax.device_get(digest(state))]
+    if found != run['digest']:
+      names = jax.tree.leaves(paths(state.params))
+      wrong = sum(a != b for a, b in zip(found, run['digest']))
+      raise Damaged(
+        f'{wrong} of its {len(found)} arrays are not what was saved; '
+        f'the model alone has {len(names)}'
+      )
+    return state
+
+  def _whole(self, step: int, abstract) -> bool:
+    try:
+      self._read_state(step, abstract, self._read_run(step))
+      return True
+    except Damaged:
+      return False
+
+  def _unwritten(self, e: Exception) -> InputError:
+    """What to tell when writing failed; removes what was left half-written."""
+    for left in self.directory.glob(f'{self._saving}.*'):
+      shutil.rmtree(left, ignore_errors=True)
+    whole = [s for s in self.steps() if (self.directory / str(s)).is_dir()]
+    kept = f'those of steps {whole} are whole' if whole else 'there is no other'
+    return InputError(
+      f'The checkpoint of step {self._saving} could not be written to '
+      f'{self.directory}: {_first_line(e)} ({kept}). Free some space there '
+      'and start the same command again.'
+    )
+
+
+def check_writable(directory: Path) -> None:
+  """Makes the directory and a file in it.
+
+  Raises:
+    InputError: either fails.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f'.writable-{jax.process_index()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as e:
+    raise InputError(
+      f'{directory} cannot be written to: {e.strerror}; give another --workdir.'
+    ) from e
+
+
+def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:
+  """Raises InputError for the first field in which two configurations differ.
+
+  Args:
+    workdir: of the run.
+    saved, now: the run's configuration and the one it is to go on with.
+    free: top-level fields that may differ.
+  """
+  for name in sorted(saved.keys() | now.keys()):
+    if name in free:
+      continue
+    field, a, b = _difference(name, saved.get(name), now.get(name))
+    if field:
+      raise InputError(
+        f'config.{field}={b!r}, but the run in {workdir} was '
+        f'started with {a!r}; give that value, or another --workdir.'
+      )
+
+
+def _difference(name, a, b):
+  """The first differing field at or below `name`, and both its values."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    for key in sorted(a.keys() | b.keys()):
+      found = _difference(f'{name}.{key}', a.get(key), b.get(key))
+      if found[0]:
+        return found
+    return '', None, None
+  return ('', None, None) if a == b else (name, a, b)
+
+
+def _gather(text: str) -> list[str]:
+  """The text of every process, on every process."""
+  if jax.process_count() == 1:
+    return [text]
+  raw = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(raw.size))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: raw.size] = raw
+  rows = multihost_utils.process_allgather(padded)
+  return [bytes(r[:n]).decode() for r, n in zip(rows, sizes.ravel())]
+
+
+def _first_line(e: BaseException) -> str:
+  """The gist of an exception: its root cause's first line, shortened."""
+  while e.__cause__ is not None:
+    e = e.__cause__
+  text = str(e)
+  for known in (
+      'No space left on device', 'File too large', 'Permission denied',
+      'Read-only file system', 'Disk quota exceeded',
+  ):  # fmt: skip
+    if known.lower() in text.lower():
+      return known
+  line = text.strip().splitlines()[0] if text.strip() else ''
+  return f'{type(e).__name__}: {line[:160]}' if line else type(e).__name__

@@ -1,0 +1,87 @@
+"""Cross-entropy on held-out text while a run goes on, on the run's mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from rrt.data import pipeline
+from rrt.errors import InputError
+from rrt.losses import Objective
+from rrt.recipe import Recipe
+from rrt.state import Step, batch_losses, to_mesh
+
+
+def open_heldout(
+  recipe: Recipe, spec: Step, tokenizer, mesh
+) -> Callable[[Any], float] | None:
+  """Reads the text and returns a function of the parameters.
+
+  The text is cut into rows of `context` tokens; the first token of a row is
+  read but not predicted, and what is left after the last full row is dropped.
+
+  Returns:
+    params -> nats a token; None where the recipe names no text.
+
+  Raises:
+    InputError: the text is unreadable or too short, or its rows do not fit
+      the model or the mesh.
+  """
+  h = recipe.heldout
+  if not h.path:
+    return None
+  if not 1 < h.context <= spec.config.max_context:
+    raise InputError(
+      f'heldout.context={h.context}: must lie in 2 to '
+      f'{spec.config.max_context}, the longest that the model was made for.'
+    )
+  tokens = pipeline.read_tokens(h.path, tokenizer, h.max_tokens)
+  L = min(h.context, len(tokens))
+  if L < 2:
+    raise InputError(f'heldout.path={h.path!r}: holds less than two tokens.')
+  B = h.batch or recipe.batch
+  split = mesh.shape['data'] * mesh.shape['fsdp']
+  if B % split:
+    raise InputError(
+      f'heldout.batch={B}: must be a multiple of {split}, the devices on '
+      'the axes data and fsdp.'
+    )
+  tokens_NxL = np.asarray(tokens[: len(tokens) // L * L]).reshape(-1, L)
+  batches = [
+    _batch(tokens_NxL[i : i + B], B) for i in range(0, len(tokens_NxL), B)
+  ]
+  plain = dataclasses.replace(
+      spec, teacher_config=None,
+      objective=Objective(
+          distillation=0.0, chunk_tokens=recipe.loss.chunk_tokens
+      ),
+  )  # fmt: skip
+  nats = jax.jit(lambda p, b: batch_losses(plain, p, {}, b, 1.0)[0].loss)
+
+  def mean(params) -> float:
+    total = sum(float(nats(params, to_mesh(b, mesh))) for b in batches)
+    return total / tokens_NxL[:, 1:].size
+
+  return mean
+
+
+def _batch(tokens_BxL: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+  """A batch filled up with rows of no weight; this process's share of it."""
+  B, L = tokens_BxL.shape
+  tokens_BxL = np.pad(tokens_BxL, ((0, rows - B), (0, 0))).astype(np.int32)
+  weights_BxL = np.zeros((rows, L), np.float32)
+  weights_BxL[:B, :-1] = 1
+  batch = {
+    'tokens': tokens_BxL,
+    'targets': np.roll(tokens_BxL, -1, 1),
+    'weights': weights_BxL,
+    'segment_ids': np.ones((rows, L), np.int32),
+    'positions': np.tile(np.arange(L, dtype=np.int32), (rows, 1)),
+  }
+  size = rows // jax.process_count()
+  own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+  return {k: v[own] for k, v in batch.items()}

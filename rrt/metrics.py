@@ -1,0 +1,284 @@
+"""What a run writes down: JSON lines, TensorBoard, and how fast it was.
+
+`metrics.jsonl` holds one object a logged step. A run that continues drops the
+lines behind the checkpoint it starts from, so that the file always tells one
+uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt import cli, optim
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.models.count import linears, lora
+
+# Dense bf16 FLOP/s of one device, from the makers' data sheets.
+PEAK_FLOPS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA V100': 125e12,
+  'NVIDIA L4': 121e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA B200': 2250e12,
+}
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+  """Floating-point operations a token of a forward pass, head included.
+
+  Multiply and add count as two. Attention counts the keys that are visible
+  (causal, windowed), averaged over a sequence of `length` tokens; norms,
+  activations and softmaxes are left out.
+  """
+  c = config
+  matmuls = c.depth * linears(c) + lora(c) + c.d_model * c.vocab_size
+  keys = 0.0
+  for depth in range(c.depth):
+    window = (c.windows[depth] if c.windows else 0) or length
+    w = min(window, length)
+    keys += (w * (w + 1) / 2 + (length - w) * w) / length
+  return 2.0 * matmuls + 4.0 * c.num_heads * c.head_dim * keys
+
+
+def step_flops(
+  config: ModelConfig, teacher: ModelConfig | None, tokens: int, length: int
+) -> float:
+  """Model FLOPs of a train step: 3 forward passes, and one of the teacher.
+
+  What rematerialisation repeats is not counted, nor what frozen parameters
+  save.
+  """
+  flops = 3.0 * forward_flops(config, length)
+  if teacher is not None:
+    flops += forward_flops(teacher, length)
+  return flops * tokens
+
+
+def peak_flops() -> float | None:
+  """Of all devices together; None for a kind that the table lacks (CPUs)."""
+  kind = jax.devices()[0].device_kind
+  names = [n for n in PEAK_FLOPS if n.lower() in kind.lower()]
+  if not names:
+    return None
+  return PEAK_FLOPS[max(names, key=len)] * jax.device_count()
+
+
+def memory_bytes() -> int:
+  """The most memory used so far: of the first device, or of the host."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use') or cli.peak_memory_bytes()
+
+
+@jax.jit
+def lora_norms(params) -> jax.Array:
+  """Frobenius norm of all products A B, by loop; float32 [R].
+
+  |A B|^2 = trace((A^T A)(B B^T)): nothing of the size of a weight is built.
+  """
+  squares = []
+  for part in ('attn', 'mlp'):
+    for linear in params['block']['layers'][part].values():
+      if 'lora_a' in linear:
+        a, b = linear['lora_a'], linear['lora_b']
+        aa = jnp.einsum('nrdi,nrdj->nrij', a, a)
+        bb = jnp.einsum('nrif,nrjf->nrij', b, b)
+        squares.append(jnp.einsum('nrij,nrij->r', aa, bb))
+  return jnp.sqrt(sum(squares))
+
+
+def revision(directory: Path) -> str:
+  """The git revision of a directory, '+' where it has been edited, or ''."""
+  ask = lambda *args: subprocess.run(
+      ['git', '-C', str(directory), *args],
+      capture_output=True, text=True, timeout=10, check=True,
+  ).stdout.strip()  # fmt: skip
+  try:
+    edited = ask('status', '--porcelain', '--untracked-files=no')
+    return ask('rev-parse', 'HEAD') + ('+' if edited else '')
+  except (OSError, subprocess.SubprocessError):
+    return ''
+
+
+class Writer:
+  """Appends rows to `metrics.jsonl` and, if wanted, to TensorBoard."""
+
+  def __init__(self, directory: Path, step: int, tensorboard: bool):
+    """Keeps the rows up to `step` and drops later ones.
+
+    Only process 0 writes.
+    """
+    self.path = Path(directory) / 'metrics.jsonl'
+    self.rows = [r for r in read(self.path) if r['step'] <= step and step]
+    self._file = self._board = None
+    if jax.process_index():
+      return
+    rest = self.path.with_suffix('.tmp')
+    rest.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
+    os.replace(rest, self.path)
+    self._file = self.path.open('a')
+    if tensorboard:
+      self._board = _summary_writer(Path(directory) / 'tensorboard', step)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Adds a row; 'step' is one of its keys, values that are None go."""
+    row = {k: v for k, v in row.items() if v is not None}
+    self.rows.append(row)
+    if self._file:
+      self._file.write(json.dumps(_plain(row)) + '\n')
+      self._file.flush()
+    if self._board:
+      for name, value in row.items():
+        if name != 'step' and isinstance(value, (int, float)):
+          self._board.add_scalar(name, value, row['step'])
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    for f in (self._file, self._board):
+      if f:
+        f.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The rows of a metrics file; a last line cut short is left out."""
+  rows = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+  """JSON has no NaN: such a value is written as its name."""
+  return {
+    k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+    for k, v in row.items()
+  }
+
+
+def _summary_writer(directory: Path, step: int):
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as e:
+    raise InputError(
+      'tensorboard=True needs tensorboardX: pip install '
+      '"relaxed-recursive-transformers[train]", or set '
+      'config.tensorboard=False.'
+    ) from e
+  return SummaryWriter(str(directory), purge_step=step + 1)
+
+
+class Log:
+  """Turns a step's metrics into a row, one step late; watches for NaNs."""
+
+  def __init__(self, recipe, spec, workdir, start, on_row):
+    self._recipe, self._spec, self._on_row = recipe, spec, on_row
+    self._schedule = optim.schedule(recipe.optimizer, recipe.steps)
+    self._flops = step_flops(
+        spec.config, spec.teacher_config, recipe.batch * recipe.length,
+        recipe.length,
+    )  # fmt: skip
+    self._pending = None
+    self._clock: tuple[int, float] | None = None
+    self._heldout: dict[int, float] = {}
+    self._writer = None
+    self.rows: list[dict[str, Any]] = []
+    if workdir is not None:
+      self._writer = Writer(workdir, start, recipe.tensorboard)
+      self.rows = self._writer.rows
+    self._progress = cli.Progress(recipe.steps, 'uptrain', 'steps')
+    self._progress.done = start
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._progress.__exit__()
+    if self._writer:
+      self._writer.close()
+
+  def say(self, text: str) -> None:
+    """A line for the user, from one process."""
+    if jax.process_index() == 0:
+      print(text, file=sys.stderr, flush=True)
+
+  def heldout(self, step: int, nats: float) -> None:
+    """Files a measurement; the row of its step carries it."""
+    self.flush()
+    row = {'step': step, 'heldout_nats': nats}
+    self._write(row)
+    self._clock = None  # Its seconds are not the step's.
+
+  def step(self, step: int, metrics, params) -> None:
+    """Takes the metrics of a step that may still be running."""
+    norms = None
+    if step % self._recipe.log_every == 0 and self._spec.config.lora:
+      norms = lora_norms(params)
+    self.flush()
+    self._pending = (step, metrics, norms)
+
+  def flush(self) -> None:
+    """Waits for the pending step and writes its row.
+
+    Raises:
+      InputError: too many steps in a row were not finite.
+    """
+    if self._pending is None:
+      return
+    (step, metrics, norms), self._pending = self._pending, None
+    values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    now = time.monotonic()
+    self._progress.update(1, f'loss {values["loss"]:.4f}')
+    if values['skipped_in_a_row'] >= self._recipe.max_skipped:
+      first = step - values['skipped_in_a_row'] + 1
+      raise InputError(
+        f'The loss or its gradient was not finite in steps {first} to '
+        f'{step}; they changed nothing and the run stops here. Lower '
+        'optimizer.learning_rate, or look for broken text in data.path.'
+      )
+    if step % self._recipe.log_every:
+      return
+    row = {'step': step, **values}
+    row['learning_rate'] = float(self._schedule(step - 1 - values['skipped']))
+    if norms is not None:
+      for r, norm in enumerate(np.asarray(norms)):
+        row[f'lora_norm/{r + 1}'] = float(norm)
+    # The first interval holds the compilation: it is not timed.
+    if self._clock:
+      rate = (step - self._clock[0]) / (now - self._clock[1])
+      row['tokens_per_second'] = rate * self._recipe.batch * self._recipe.length
+      peak = peak_flops()
+      row['mfu'] = rate * self._flops / peak if peak else None
+    self._clock = (step, now)
+    row['memory_bytes'] = memory_bytes()
+    self._write(row)
+
+  def _write(self, row) -> None:
+    if self._writer:
+      self._writer.write(row)
+    else:
+      self.rows.append(row)
+    if self._on_row:
+      self._on_row(row)

@@ -1,0 +1,152 @@
+"""What a run starts from: the models, the text, and all that can be checked.
+
+Everything that can be known to fail later is found here, before a conversion
+of minutes or a training of days begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from rrt import checkpoint as checkpoint_lib
+from rrt import metrics as metrics_lib
+from rrt import optim, pretrained, sharding
+from rrt.config import COMPONENTS, LoraConfig, ModelConfig
+from rrt.data import pipeline
+from rrt.errors import InputError
+from rrt.models import transformer
+from rrt.pretrained import LanguageModel
+from rrt.recipe import Recipe
+
+
+def check(
+  recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh
+) -> None:
+  """Raises InputError for what cannot work, before any work is done."""
+  if recipe.loss.distillation and parent is None:
+    raise InputError(
+      'loss.distillation is above 0, but there is no parent to learn from; '
+      'give one, or set it to 0.'
+    )
+  for name, config in (('child', child), ('parent', parent or child)):
+    if recipe.length > config.max_context:
+      raise InputError(
+        f'length={recipe.length}: the {name} was made for at most '
+        f'{config.max_context} tokens; give a length up to that.'
+      )
+    sharding.check_mesh(config, mesh, recipe.batch // recipe.accumulate)
+    if config.vocab_size != child.vocab_size:
+      raise InputError(
+        f'The parent has vocab_size={config.vocab_size}, the child '
+        f'{child.vocab_size}: a child learns from a parent with its own '
+        'vocabulary.'
+      )
+  if jax.local_device_count() % mesh.shape['tensor']:
+    raise InputError(
+      f'mesh.tensor={mesh.shape["tensor"]}: must divide the '
+      f'{jax.local_device_count()} devices of a process.'
+    )
+
+
+def open_data(recipe: Recipe, tokenizer) -> pipeline.Batches:
+  """The training batches: of each, the rows of this process.
+
+  Raises:
+    InputError: the text cannot be read, or there is no tokenizer to read it.
+  """
+  if tokenizer is None:
+    raise InputError('The model has no tokenizer, so no text can be read.')
+  return pipeline.batches(
+      recipe.data.spec(), tokenizer,
+      batch=recipe.batch // jax.process_count(), length=recipe.length,
+      seed=recipe.seed, process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )  # fmt: skip
+
+
+def prepare(
+  recipe: Recipe, workdir: Path
+) -> tuple[LanguageModel, LanguageModel]:
+  """The parent, and the child that a run starts from.
+
+  The child is kept in `workdir`/child: a run that continues must not depend
+  on a conversion's last bits.
+
+  Raises:
+    InputError: anything that would fail later, as far as can be told now.
+  """
+  mesh = sharding.make_mesh(recipe.mesh)
+  recipe.data.spec()
+  settings = workdir / 'config.json'
+  begun = (workdir / 'checkpoints').is_dir() and any(
+    p.name.isdigit() for p in (workdir / 'checkpoints').iterdir()
+  )
+  config, origin, same = recipe.to_dict(), ('parent', 'child', 'convert'), False
+  if settings.is_file():
+    saved = json.loads(settings.read_text())['config']
+    if begun:
+      checkpoint_lib.check_same(workdir, saved, config, Recipe.FREE)
+    same = all(saved.get(k) == config[k] for k in (*origin, 'seed'))
+
+  parent = pretrained.load(recipe.parent)
+  kept = workdir / 'child'
+  if jax.process_index() == 0 and not (same and kept.is_dir()):
+    if recipe.child:
+      child = pretrained.load(recipe.child)
+    else:
+      shape = planned(recipe, parent.config)
+      check(recipe, parent.config, shape, mesh)
+      optim.trainable(
+        recipe.optimizer,
+        jax.eval_shape(
+          lambda: transformer.init_params(shape, jax.random.key(0))
+        ),
+      )
+      open_data(recipe, parent.tokenizer).close()
+      from rrt.convert.recursive import to_recursive
+
+      child, _ = to_recursive(
+        parent, seed=recipe.seed, **dataclasses.asdict(recipe.convert)
+      )
+    check(recipe, parent.config, child.config, mesh)
+    shutil.rmtree(kept, ignore_errors=True)
+    pretrained.save(child, kept)
+    _write_json(
+      settings,
+      {
+        'config': config,
+        'versions': checkpoint_lib.versions(),
+        'revision': metrics_lib.revision(Path(__file__).parent),
+        'devices': [str(d.device_kind) for d in jax.devices()],
+      },
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('child')
+  return parent, pretrained.load(kept)
+
+
+def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
+  """The child's shape as the recipe asks for it; ranks spread evenly."""
+  c = recipe.convert
+  block = c.block or (parent.depth - c.prelude - c.coda) // c.loops
+  shapes = parent.shapes()
+  ranks = {n: min(c.rank, *shapes[n]) for n in COMPONENTS}
+  return parent.with_recursion(
+      prelude=c.prelude, block=block, loops=c.loops, coda=c.coda,
+      order=c.order, loop_norms=c.loop_norms,
+      lora=LoraConfig(**ranks) if c.rank else None,
+  )  # fmt: skip
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+  new = path.with_suffix('.tmp')
+  new.write_text(json.dumps(value, indent=1) + '\n')
+  os.replace(new, path)

@@ -1,0 +1,258 @@
+"""A training run on paper: every setting, typed, documented and checked.
+
+`experiments/` writes recipes down as ml_collections configs, the command line
+overrides their fields, and `Recipe.from_dict` turns them into these frozen
+dataclasses, so that nothing past this file sees an untyped value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import json
+from typing import Any, get_type_hints
+
+from rrt.data.pipeline import DataSpec
+from rrt.data.sources import Source
+from rrt.errors import InputError
+from rrt.losses import Objective
+from rrt.optim import Optimizer
+
+DTYPES = ('float32', 'bfloat16')
+REMAT = ('none', 'dots', 'full')
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+  """How the parent becomes the child; arguments of `rrt.to_recursive`.
+
+  Attributes:
+    prelude: unique layers before the block.
+    block: layers of the block; None for what is left over.
+    loops: times the block runs.
+    coda: unique layers after the block.
+    order: 'cycle' or 'sequence'.
+    init: of the shared weights: 'calibrated', 'average', 'stepwise', ...
+    rank: of LoRA, for all linears; 0 for none.
+    alpha: LoRA's scale is alpha / rank; None for a scale of 1.
+    lora_init: 'svd' or 'zero'.
+    loop_norms: norm gains of each loop's own.
+    calibration: text for `init='calibrated'`: a path, or 'builtin'.
+    calibration_tokens: how much of it.
+  """
+
+  prelude: int = 0
+  block: int | None = None
+  loops: int = 2
+  coda: int = 0
+  order: str = 'cycle'
+  init: str = 'calibrated'
+  rank: int = 0
+  alpha: float | None = None
+  lora_init: str = 'svd'
+  loop_norms: bool = True
+  calibration: str = 'builtin:train'
+  calibration_tokens: int = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What is read.
+
+  Attributes:
+    path: files, directories, globs, 'builtin:train' or hf:// names, separated
+      by commas.
+    weights: each path's share of the text; () for as they come.
+    field: of JSON lines and parquet: which holds the text.
+    epochs: passes over the text; None repeats it for ever.
+    shuffle: documents in random order.
+  """
+
+  path: str = 'builtin:train'
+  weights: tuple[float, ...] = ()
+  field: str = 'text'
+  epochs: int | None = None
+  shuffle: bool = True
+
+  def spec(self) -> DataSpec:
+    """The same for `rrt.data.pipeline`."""
+    paths = [p.strip() for p in self.path.split(',') if p.strip()]
+    weights = self.weights or (None,) * len(paths)
+    if len(weights) != len(paths):
+      raise InputError(
+        f'data.weights={self.weights}: needs one number for each of the '
+        f'{len(paths)} paths.'
+      )
+    return DataSpec(
+      tuple(
+        Source(p, w, self.field) for p, w in zip(paths, weights, strict=True)
+      ),
+      self.epochs,
+      self.shuffle,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Heldout:
+  """Cross-entropy on text that is not trained on, while training.
+
+  Attributes:
+    path: the text; '' for none.
+    every: steps between evaluations; 0 for the first and last step only.
+    max_tokens: how much of it, from its start.
+    context: tokens of a row.
+    batch: rows at a time; 0 for as many as a train step has.
+  """
+
+  path: str = ''
+  every: int = 0
+  max_tokens: int = 8192
+  context: int = 1024
+  batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A training run.
+
+  Attributes:
+    parent: what `rrt.load` takes: the model to convert and to distil from.
+    child: a converted model to train; '' converts the parent.
+    convert: how.
+    steps: batches.
+    batch: rows of a step, over all devices.
+    length: tokens of a row.
+    accumulate: microbatches that a step is cut into.
+    dtype: of the computation, 'float32' or 'bfloat16'; weights and moments
+      are float32.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
+      products) or 'full'.
+    loss: the losses.
+    optimizer: the optimizer.
+    data: training text.
+    heldout: text to measure on.
+    mesh: devices on the axes data, fsdp and tensor; -1 once for the rest.
+    seed: of everything random.
+    log_every: steps between rows of metrics.
+    checkpoint_every: steps between checkpoints.
+    keep: newest checkpoints that are kept.
+    max_skipped: so many non-finite steps in a row end the run.
+    tensorboard: write event files besides metrics.jsonl.
+  """
+
+  parent: str = 'smollm2-135m'
+  child: str = ''
+  convert: Conversion = dataclasses.field(default_factory=Conversion)
+  steps: int = 100
+  batch: int = 2
+  length: int = 512
+  accumulate: int = 1
+  dtype: str = 'float32'
+  remat: str = 'none'
+  loss: Objective = dataclasses.field(default_factory=Objective)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  data: Data = dataclasses.field(default_factory=Data)
+  heldout: Heldout = dataclasses.field(default_factory=Heldout)
+  mesh: Mapping[str, int] = dataclasses.field(
+    default_factory=lambda: {'data': -1, 'fsdp': 1, 'tensor': 1}
+  )
+  seed: int = 0
+  log_every: int = 1
+  checkpoint_every: int = 100
+  keep: int = 2
+  max_skipped: int = 10
+  tensorboard: bool = False
+
+  # A run may go on with other values of these; all others make it another.
+  FREE = (
+      'mesh', 'log_every', 'checkpoint_every', 'keep', 'max_skipped',
+      'tensorboard', 'heldout',
+  )  # fmt: skip
+
+  def __post_init__(self):
+    def need(ok, field, why):
+      if not ok:
+        raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
+
+    for field in (
+        'steps', 'batch', 'length', 'accumulate', 'log_every',
+        'checkpoint_every', 'keep', 'max_skipped',
+    ):  # fmt: skip
+      need(getattr(self, field) > 0, field, 'must be above 0')
+    need(0 <= self.seed < 2**32, 'seed', 'must lie in 0 to 2^32 - 1')
+    need(self.dtype in DTYPES, 'dtype', f'must be one of {DTYPES}')
+    need(self.remat in REMAT, 'remat', f'must be one of {REMAT}')
+    need(
+        self.batch % self.accumulate == 0, 'accumulate',
+        f'must divide batch={self.batch}',
+    )  # fmt: skip
+    if self.optimizer.warmup_steps > self.steps:
+      raise InputError(
+        f'optimizer.warmup_steps={self.optimizer.warmup_steps}: is longer '
+        f'than the run, steps={self.steps}.'
+      )
+
+  def is_due(self, step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: at the end) is due."""
+    return step == self.steps or bool(every and step % every == 0)
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested dicts; absent fields take their defaults.
+
+    Raises:
+      InputError: a field is unknown or of a wrong type or value.
+    """
+    return _build(cls, fields, '')
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain dicts, lists, strings and numbers, for json."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _build(cls, fields: Mapping[str, Any], prefix: str):
+  types = get_type_hints(cls)
+  known = [f.name for f in dataclasses.fields(cls)]
+  values = {}
+  for name, value in fields.items():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, 1)
+      hint = f'did you mean {prefix}{near[0]}' if near else f'known are {known}'
+      raise InputError(
+        f'config.{prefix}{name}: there is no such field; {hint}.'
+      )
+    if dataclasses.is_dataclass(types[name]):
+      if not isinstance(value, Mapping):
+        raise InputError(f'config.{prefix}{name}={value!r}: must be a dict.')
+      values[name] = _build(types[name], value, f'{prefix}{name}.')
+    else:
+      values[name] = _cast(types[name], value, f'{prefix}{name}')
+  return cls(**values)
+
+
+def _cast(kind, value, name: str):
+  """The value as its field's type; whole floats pass for ints."""
+  text = str(kind).replace('typing.', '')
+  fits = {
+    int: lambda v: isinstance(v, int) and not isinstance(v, bool),
+    float: lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    str: lambda v: isinstance(v, str),
+    bool: lambda v: isinstance(v, bool),
+  }
+  if value is None and 'None' in text:
+    return None
+  for base, fit in fits.items():
+    if kind is base or (text == f'{base.__name__} | None'):
+      if base is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+      if fit(value):
+        return base(value)
+      raise InputError(
+        f'config.{name}={value!r}: must be {getattr(kind, "__name__", text)}.'
+      )
+  if text.startswith('tuple'):
+    if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
+      raise InputError(f'config.{name}={value!r}: must be a tuple.')
+    return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+  return dict(value)

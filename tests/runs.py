@@ -1,0 +1,109 @@
+"""A tiny parent, its child, a tokenizer and a text, for runs of seconds."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from rrt.config import LoraConfig, ModelConfig
+from rrt.data.tokenizer import Tokenizer
+from rrt.models import transformer
+from rrt.pretrained import LanguageModel
+
+PARENT = ModelConfig(
+  family='llama',
+  vocab_size=264,
+  d_model=16,
+  d_ff=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  block_layers=6,
+  max_context=32,
+  tie_embeddings=True,
+)
+CHILD = PARENT.with_recursion(
+  prelude=1,
+  block=2,
+  loops=2,
+  coda=1,
+  loop_norms=True,
+  # One rank table: its padding must stay zero.
+  lora=LoraConfig(q=2, k=2, v=2, o=2, gate=((1, 3), (2, 0)), up=2, down=2),
+)
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+  """One token a byte, and an end of text."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {'<|endoftext|>': 0}
+  vocab |= {letter: i + 1 for i, letter in enumerate(alphabet)}
+  core = tokenizers.Tokenizer(models.BPE(vocab, []))
+  core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  core.decoder = decoders.ByteLevel()
+  core.add_special_tokens(['<|endoftext|>'])
+  return Tokenizer(core, eos_ids=[0])
+
+
+def model(config: ModelConfig, seed: int) -> LanguageModel:
+  """Random weights, the norms and LoRA too."""
+  params = transformer.init_params(config, jax.random.key(seed))
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(seed)
+  leaves = [
+    np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    for x in leaves
+  ]
+  params = transformer.clear_padding(config, jax.tree.unflatten(tree, leaves))
+  params = jax.tree.map(np.asarray, params)
+  return LanguageModel(config, params, tokenizer(), {'name': 'tiny'})
+
+
+@functools.cache
+def parent() -> LanguageModel:
+  return model(PARENT, 0)
+
+
+@functools.cache
+def child() -> LanguageModel:
+  """The child, its embedding and outer layers the parent's own."""
+  random, old = model(CHILD, 1), parent().params
+  block = lambda a, b: jax.tree.map(lambda x: x[a:b], old['block'])
+  params = random.params | {
+    'embed': old['embed'],
+    'prelude': block(0, 1),
+    'coda': block(5, 6),
+    'final_norm': old['final_norm'],
+  }
+  return dataclasses.replace(random, params=params)
+
+
+def write_text(path, documents: int = 60) -> str:
+  """Numbered sentences, a document a line of JSON; the path as a string."""
+  words = 'the sea is wide and the old ship sails on to a far green shore'
+  words = words.split()
+  rng = np.random.default_rng(0)
+  with open(path, 'w') as f:
+    for i in range(documents):
+      text = ' '.join(rng.choice(words, size=rng.integers(3, 20)))
+      f.write('{"text": "%d %s."}\n' % (i, text))
+  return str(path)
+
+
+def recipe(text: str, **fields):
+  """Six short steps."""
+  return {
+    'steps': 6,
+    'batch': 8,
+    'length': 16,
+    'data': {'path': text},
+    'loss': {'chunk_tokens': 32},
+    'optimizer': {'learning_rate': 3e-3, 'warmup_steps': 2},
+    'mesh': {'data': -1},
+    'checkpoint_every': 2,
+    **fields,
+  }
