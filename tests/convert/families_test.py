@@ -1,0 +1,265 @@
+"""Families: config.json of both generations, and what is refused."""
+
+import json
+from pathlib import Path
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.config import Rope
+from rrt.convert import family, hf, tensorfile
+from rrt.errors import InputError
+
+GOLDEN = Path(__file__).parents[1] / 'golden'
+
+LLAMA = {
+  'model_type': 'llama',
+  'vocab_size': 61,
+  'hidden_size': 24,
+  'intermediate_size': 38,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 4,
+}
+LLAMA3_ROPE = {
+  'rope_type': 'llama3',
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+GEMMA3 = {
+  'model_type': 'gemma3_text',
+  'hidden_size': 640,
+  'intermediate_size': 2048,
+  'num_hidden_layers': 7,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 1,
+  'sliding_window': 512,
+}
+
+
+def test_llama_defaults():
+  config = hf.config_from_hf(LLAMA)
+  assert config.head_dim == 6 and config.num_kv_heads == 4
+  assert config.ropes == (Rope(),) and config.windows == ()
+  assert not config.tie_embeddings and config.norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'rope_theta': 5e5, 'rope_scaling': LLAMA3_ROPE},
+    {'rope_parameters': LLAMA3_ROPE | {'rope_theta': 5e5}},
+    {
+      'rope_theta': 5e5,
+      'rope_scaling': LLAMA3_ROPE,
+      'rope_parameters': LLAMA3_ROPE | {'rope_theta': 5e5},
+    },
+  ],
+)
+def test_llama3_rope_in_every_style(fields):
+  (rope,) = hf.config_from_hf(LLAMA | fields).ropes
+  assert rope == Rope(5e5, 'llama3', 8.0, 1.0, 4.0, 8192)
+
+
+def test_linear_rope_of_old_files():
+  fields = {'rope_scaling': {'type': 'linear', 'factor': 2.0}}
+  (rope,) = hf.config_from_hf(LLAMA | fields).ropes
+  assert rope == Rope(10_000.0, 'linear', 2.0)
+
+
+def test_mistral_window():
+  mistral = LLAMA | {'model_type': 'mistral', 'num_key_value_heads': 2}
+  assert hf.config_from_hf(mistral).windows == (4096,) * 4
+  assert hf.config_from_hf(mistral | {'sliding_window': None}).windows == ()
+  config = hf.config_from_hf(mistral | {'sliding_window': 7})
+  assert config.windows == (7,) * 4
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'sliding_window_pattern': 6},
+    {'_sliding_window_pattern': 6, 'rope_theta': 1e6},
+    {
+      'layer_types': ['sliding_attention'] * 5
+      + ['full_attention', 'sliding_attention'],
+      'rope_theta': 1e6,
+      'rope_local_base_freq': 1e4,
+    },
+    {
+      'rope_parameters': {
+        'full_attention': {'rope_theta': 1e6, 'rope_type': 'default'},
+        'sliding_attention': {'rope_theta': 1e4, 'rope_type': 'default'},
+      }
+    },
+  ],
+)
+def test_gemma3_in_every_style(fields):
+  config = hf.config_from_hf(GEMMA3 | fields)
+  assert config.windows == (512,) * 5 + (0, 512)
+  assert config.rope_index == (1,) * 5 + (0, 1)
+  assert config.ropes == (Rope(1e6), Rope(1e4))
+  assert config.head_dim == 256 and config.scale_q == 1 / 16
+  assert config.tie_embeddings and config.unit_offset_norm
+
+
+def test_gemma3_scales_global_rope_only():
+  scaling = {'rope_type': 'linear', 'factor': 8.0}
+  config = hf.config_from_hf(GEMMA3 | {'rope_scaling': scaling})
+  assert config.ropes == (Rope(1e6, 'linear', 8.0), Rope(1e4))
+
+
+def test_gemma3_multimodal_config():
+  fields = {
+    'model_type': 'gemma3',
+    'text_config': {k: v for k, v in GEMMA3.items() if k != 'model_type'},
+    'vision_config': {'hidden_size': 3},
+  }
+  assert hf.config_from_hf(fields) == hf.config_from_hf(GEMMA3)
+
+
+@pytest.mark.parametrize(
+  'fields, says',
+  [
+    ({'model_type': 'qwen2'}, "model_type='qwen2'.*llama, mistral"),
+    ({'model_type': None}, 'model_type=None'),
+    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'hidden_act': 'relu'}, "hidden_act='relu'"),
+    ({'num_local_experts': 8}, 'num_local_experts=8'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config.*dequantize'),
+    ({'rope_scaling': {'rope_type': 'yarn'}}, "rope_type='yarn'"),
+    ({'rope_scaling': {'rope_type': 'linear'}}, 'lacks factor'),
+    ({'hidden_size': None}, 'lacks hidden_size'),
+    ({'hidden_size': '24'}, 'wrong type'),
+    ({'num_key_value_heads': 3}, 'num_kv_heads=3'),
+    (GEMMA3 | {'final_logit_softcapping': 30.0}, 'final_logit_softcapping'),
+    (GEMMA3 | {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
+    (GEMMA3 | {'layer_types': ['full_attention']}, 'layer_types has 1'),
+    (GEMMA3 | {'layer_types': ['chunked'] * 7}, 'chunked'),
+    (GEMMA3 | {'sliding_window': None}, 'sliding_window'),
+    (GEMMA3 | {'use_bidirectional_attention': True}, 'bidirectional'),
+  ],
+)
+def test_unsupported_configs_name_the_field(fields, says):
+  with pytest.raises(InputError, match=says) as error:
+    hf.config_from_hf(LLAMA | fields)
+  assert '\n' not in str(error.value)
+
+
+def test_config_twin_round_trips():
+  for name in ('llama3', 'mistral', 'gemma', 'gemma3'):
+    config = pretrained.load(GOLDEN / name).config
+    fields = family.family_of(config).to_hf(config)
+    assert hf.config_from_hf(fields) == config
+    del fields['rope_parameters']  # What transformers 4 reads.
+    assert hf.config_from_hf(fields) == config
+
+
+# ---- tensors ---------------------------------------------------------------
+
+
+def tensors_of(name):
+  file = tensorfile.SafetensorsFile(GOLDEN / name / 'model.safetensors')
+  return {n: np.concatenate([r for _, r in file.chunks(n)]) for n in file.infos}
+
+
+def write(directory, name, tensors, **fields):
+  directory.mkdir(exist_ok=True)
+  config = json.loads((GOLDEN / name / 'config.json').read_text()) | fields
+  (directory / 'config.json').write_text(json.dumps(config))
+  tensorfile.write(directory / 'model.safetensors', tensors)
+  return directory
+
+
+def test_all_faults_of_a_checkpoint_come_together(tmp_path):
+  tensors = tensors_of('llama3')
+  del tensors['model.layers.2.mlp.up_proj.weight']
+  tensors['model.layers.0.self_attn.q_proj.bias'] = np.zeros(24, np.float32)
+  tensors['model.norm.weight'] = np.zeros(23, np.float32)
+  with pytest.raises(InputError) as error:
+    pretrained.load(write(tmp_path / 'm', 'llama3', tensors))
+  text = str(error.value)
+  assert '1 missing (model.layers.2.mlp.up_proj.weight)' in text
+  assert '1 unexpected (model.layers.0.self_attn.q_proj.bias)' in text
+  assert 'model.norm.weight [23] instead of [24]' in text
+  assert '\n' not in text
+
+
+def test_values_that_are_not_finite(tmp_path):
+  tensors = tensors_of('gemma3')
+  for name, value in (('model.norm.weight', np.nan),
+                      ('model.layers.1.mlp.down_proj.weight', np.inf)):  # fmt: skip
+    tensors[name] = tensors[name].copy()
+    tensors[name][3] = value
+  with pytest.raises(InputError, match='2 with NaN or Inf') as error:
+    pretrained.load(write(tmp_path / 'm', 'gemma3', tensors))
+  assert 'model.norm.weight' in str(error.value)
+
+
+def test_integer_tensors_are_refused(tmp_path):
+  directory = write(tmp_path / 'm', 'gemma', tensors_of('gemma'))
+  path = directory / 'model.safetensors'
+  data = path.read_bytes()
+  path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+  with pytest.raises(InputError, match='unsupported dtype.* I32'):
+    pretrained.load(directory)
+
+
+def test_wrong_config_for_the_weights(tmp_path):
+  tensors = tensors_of('llama3')
+  with pytest.raises(InputError, match='shape'):
+    pretrained.load(write(tmp_path / 'a', 'llama3', tensors, vocab_size=60))
+  with pytest.raises(InputError, match='9 missing'):
+    pretrained.load(
+      write(tmp_path / 'b', 'llama3', tensors, num_hidden_layers=5)
+    )
+  with pytest.raises(InputError, match='9 unexpected .*layers.3'):
+    pretrained.load(
+      write(tmp_path / 'c', 'llama3', tensors, num_hidden_layers=3)
+    )
+
+
+def test_other_names_for_the_same_tensors(tmp_path):
+  plain = pretrained.load(GOLDEN / 'gemma3').params
+  tensors = tensors_of('gemma3')
+  vision = {'vision_tower.patch.weight': np.zeros((2, 2), np.float32)}
+  for i, prefix in enumerate(
+    ('language_model.model.', 'model.language_model.', '')
+  ):
+    renamed = {n.replace('model.', prefix, 1): t for n, t in tensors.items()}
+    config = json.loads((GOLDEN / 'gemma3' / 'config.json').read_text())
+    extra = {'text_config': config} if prefix else {}
+    directory = write(
+      tmp_path / str(i),
+      'gemma3',
+      renamed | (vision if prefix else {}),
+      **extra,
+    )
+    params = pretrained.load(directory).params
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+
+
+def test_head_of_a_tied_checkpoint_is_ignored(tmp_path):
+  tensors = tensors_of('mistral')
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+  model = pretrained.load(write(tmp_path / 'm', 'mistral', tensors))
+  assert 'head' not in model.params
+
+
+def test_missing_shard_and_pickles(tmp_path):
+  directory = write(tmp_path / 'm', 'gemma', tensors_of('gemma'))
+  index = {'weight_map': {'a': 'model-1.safetensors'}}
+  path = directory / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index))
+  with pytest.raises(InputError, match='lacks 1 of the 1 files'):
+    pretrained.load(directory)
+  path.unlink()
+  shutil.move(directory / 'model.safetensors', directory / 'model.bin')
+  with pytest.raises(InputError, match=r'model.bin is a pickle'):
+    pretrained.load(directory)
