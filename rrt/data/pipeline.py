@@ -18,10 +18,11 @@ hundreds of steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 import pathlib
 from typing import Any
 import zlib
@@ -36,6 +37,7 @@ Batch = dict[str, np.ndarray]
 _Places = dict[int, tuple[int, int]]  # lane: (element, token)
 _Made = tuple[Batch, _Places]
 _STATE_FORMAT = 1
+_THREADS = 16
 _SAMPLE = 64  # documents read to tell a source from another
 
 
@@ -133,7 +135,7 @@ class Batches(Iterator[Batch]):
   def __init__(self, stream: _Stream, lanes: range, length: int, prefetch: int):
     self._stream, self._lane_ids, self._length = stream, lanes, length
     self._prefetch = prefetch
-    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
+    self._pools: list[concurrent.futures.ThreadPoolExecutor] = []
     self._places: _Places = {}
     self._start({lane: (lane, 0) for lane in lanes})
 
@@ -196,33 +198,38 @@ class Batches(Iterator[Batch]):
     self._start({lane: places[lane] for lane in self._lane_ids})
 
   def close(self) -> None:
-    """Stops the thread; the state stays readable."""
-    if self._worker is not None:
-      self._worker.shutdown(cancel_futures=True)
-      self._worker = None
+    """Stops the threads; the state stays readable."""
     self._start(self._places)
 
   def _start(self, places: _Places) -> None:
-    if self._worker is not None:
-      # Wait: a batch in the making must not touch the lanes made below.
-      self._worker.shutdown(cancel_futures=True)
-      self._worker = None
+    for pool in self._pools:
+      # Waits: a batch in the making must not touch the lanes made below.
+      pool.shutdown(cancel_futures=True)
+    self._pools = []
+    self._map: Callable[..., Iterable] = map
     self._places = places
     self._ahead: list[concurrent.futures.Future] = []
     self._lanes = [_Lane(self._stream, k, *at) for k, at in places.items()]
 
   def _make_ahead(self) -> _Made | None:
     """What `_make` returns, from a thread that is some batches ahead."""
-    if self._worker is None:
-      # One worker makes them in order; more would race for the lanes.
-      self._worker = concurrent.futures.ThreadPoolExecutor(1, 'rrt_data')
+    if not self._pools:
+      # One thread makes the batches in order; more would race for the lanes.
+      # The lanes of a batch know nothing of each other, and tokenizers let
+      # other threads run.
+      threads = min(_THREADS, os.cpu_count() or 1, len(self._lanes))
+      self._pools = [
+        concurrent.futures.ThreadPoolExecutor(1, 'rrt_batch'),
+        concurrent.futures.ThreadPoolExecutor(threads, 'rrt_row'),
+      ]
+      self._map = self._pools[1].map
     while len(self._ahead) <= self._prefetch:
-      self._ahead.append(self._worker.submit(self._make))
+      self._ahead.append(self._pools[0].submit(self._make))
     return self._ahead.pop(0).result()
 
   def _make(self) -> _Made | None:
     """One batch and where it ends; None when all lanes are used up."""
-    rows = [lane.row(self._length) for lane in self._lanes]
+    rows = list(self._map(lambda lane: lane.row(self._length), self._lanes))
     if not any(row['segment_ids'].any() for row in rows):
       return None
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
