@@ -26,19 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import glob
-import gzip
 import io
 import itertools
 import json
-import lzma
 import pathlib
 import re
-from typing import Any, BinaryIO
-import zlib
+from typing import Any
 
 import numpy as np
 
-from rrt.data import store
+from rrt.data import compressed, store
 from rrt.errors import InputError
 
 CUT = 8192
@@ -47,12 +44,6 @@ TEXT = ('.txt', '.text', '.md', '.rst')
 JSON = ('.jsonl', '.ndjson', '.json')
 PARQUET = ('.parquet', '.pq')
 RECORDS = ('.array_record', '.arrayrecord')
-COMPRESSED = ('.gz', '.xz', '.zst')
-_MAGIC = {
-  b'\x1f\x8b': '.gz',
-  b'\xfd7zXZ\x00': '.xz',
-  b'\x28\xb5\x2f\xfd': '.zst',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +82,7 @@ def kind(path: str | pathlib.Path) -> str | None:
   """'text', 'json', 'parquet' or 'records' by a file's ending, else None."""
   name = re.sub(r'-\d+-of-\d+$', '', str(path).lower())
   suffixes = pathlib.Path(name).suffixes
-  if suffixes and suffixes[-1] in COMPRESSED:
+  if suffixes and suffixes[-1] in compressed.COMPRESSED:
     suffixes.pop()
   ending = suffixes[-1] if suffixes else ''
   kinds = {'text': TEXT, 'json': JSON, 'parquet': PARQUET, 'records': RECORDS}
@@ -174,14 +165,14 @@ def _stream_file(file: str, field: str, whole_files: bool) -> Iterator[str]:
       texts = (records[i] for i in range(len(records)))
     case _:
       texts = _text(file, whole_files)
-  with _reading(file):
+  with compressed.reading(file):
     yield from filter(str.strip, texts)
 
 
 def _text(file: str, whole: bool) -> Iterator[str]:
   """Pieces of a text file; joined they are the file, its line ends unified."""
   line = 1
-  with _open(file) as raw:
+  with compressed.open_binary(file) as raw:
     reader = io.TextIOWrapper(raw, encoding='utf-8-sig')
     rest = ''
     while True:
@@ -229,7 +220,7 @@ def cut(text: str, size: int = CUT) -> list[str]:
 def _json_lines(file: str, field: str) -> Iterator[tuple[int, str]]:
   """Yields (offset of the line in the decompressed bytes, its text)."""
   offset = 0
-  with _open(file) as raw:
+  with compressed.open_binary(file) as raw:
     for number, line in enumerate(raw, 1):
       if line.strip():
         yield offset, _json_text(line, field, f'{file}, line {number}')
@@ -272,7 +263,7 @@ def _string(value: Any, field: str, where: str) -> str:
 
 
 def _parquet(file: str, field: str) -> Iterator[str]:
-  parquet = _import('pyarrow.parquet', 'parquet files', 'train')
+  parquet = compressed.require('pyarrow.parquet', 'parquet files', 'train')
   with parquet.ParquetFile(file) as table:
     names = table.schema_arrow.names
     if field not in names:
@@ -328,7 +319,7 @@ def _in_place(file: str) -> Callable[[str, str], Sequence[str]] | None:
     return _open_hub
   if kind(file) == 'records':
     return _open_records
-  if kind(file) == 'json' and not _compression(file):
+  if kind(file) == 'json' and not compressed.compression(file):
     return _open_json_lines
   return None
 
@@ -354,7 +345,7 @@ class _Joined(Sequence[str]):
 
 def _open_json_lines(file: str, field: str) -> Sequence[str]:
   """Maps the file; reads all of it once to check and to index its lines."""
-  with _reading(file):
+  with compressed.reading(file):
     offsets, sizes = [], []
     for offset, text in _json_lines(file, field):
       if text.strip():
@@ -379,9 +370,9 @@ class _Rows(Sequence[str]):
 
 
 def _open_records(file: str, field: str) -> Sequence[str]:
-  with _reading(file):
-    grain = _import('grain', 'ArrayRecord files', 'train')
-    _import('array_record.python', 'ArrayRecord files', 'train')
+  with compressed.reading(file):
+    grain = compressed.require('grain', 'ArrayRecord files', 'train')
+    compressed.require('array_record.python', 'ArrayRecord files', 'train')
     try:
       source = grain.sources.ArrayRecordDataSource([file])
       count = len(source)
@@ -414,7 +405,7 @@ def _open_hub(name: str, field: str) -> Sequence[str]:
       f'{name}: write it as hf://owner/name[/config]:split, for example'
       ' hf://roneneldan/TinyStories:train'
     )
-  datasets = _import('datasets', 'hf:// sources', 'eval')
+  datasets = compressed.require('datasets', 'hf:// sources', 'eval')
   try:
     rows = datasets.load_dataset('/'.join(parts[:2]), *parts[2:], split=split)
   except Exception as e:  # the hub raises many types
@@ -426,97 +417,3 @@ def _open_hub(name: str, field: str) -> Sequence[str]:
       f'{", ".join(rows.column_names[:8])}); name the one with the text'
     )
   return _Rows(rows, lambda r, i: _string(r[field], field, f'{name}, row {i}'))
-
-
-# ----------------------------------------------------------------------- bytes
-
-
-def _compression(file: str) -> str | None:
-  """'.gz', '.xz' or '.zst' by the first bytes, None for plain files."""
-  with open(file, 'rb') as f:
-    head = f.read(6)
-  found = next((c for m, c in _MAGIC.items() if head.startswith(m)), None)
-  ending = pathlib.Path(file).suffix.lower()
-  if head and ending in COMPRESSED and found is None:
-    raise InputError(f'{file}: is named {ending} but is not such a file')
-  return found
-
-
-def _open(file: str) -> BinaryIO:
-  match _compression(file):
-    case '.gz':
-      return gzip.open(file)  # type: ignore[return-value]
-    case '.xz':
-      return lzma.open(file)  # type: ignore[return-value]
-    case '.zst':
-      return io.BufferedReader(_Blocks(_zstd_blocks(file)))
-    case _:
-      return open(file, 'rb')
-
-
-def _zstd_blocks(file: str) -> Iterator[bytes]:
-  """Decompressed blocks; unlike zstandard's reader it notices a cut file."""
-  zstandard = _import('zstandard', '.zst files', 'train')
-  with open(file, 'rb') as f:
-    frame = None
-    while block := f.read(1 << 18):
-      while block:
-        if frame is None or frame.eof:
-          frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-          yield frame.decompress(block)
-        except zstandard.ZstdError as e:
-          raise InputError(f'{file}: damaged ({e})') from e
-        block = frame.unused_data if frame.eof else b''
-    if frame is not None and not frame.eof:
-      raise EOFError
-
-
-class _Blocks(io.RawIOBase):
-  """A file over an iterator of blocks."""
-
-  def __init__(self, blocks: Iterator[bytes]):
-    self._blocks, self._rest = blocks, b''
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, target) -> int:
-    while not self._rest:
-      block = next(self._blocks, None)
-      if block is None:
-        return 0
-      self._rest = block
-    size = min(len(target), len(self._rest))
-    target[:size], self._rest = self._rest[:size], self._rest[size:]
-    return size
-
-
-@contextlib.contextmanager
-def _reading(file: str) -> Iterator[None]:
-  """Turns what readers raise on a bad file into one sentence."""
-  try:
-    yield
-  except EOFError as e:
-    raise InputError(f'{file}: ends too early, it was cut off') from e
-  except (lzma.LZMAError, zlib.error, gzip.BadGzipFile) as e:
-    raise InputError(f'{file}: damaged ({e})') from e
-  except OSError as e:
-    reason = e.strerror or str(e).split('\n')[0]
-    raise InputError(f'{file}: cannot be read ({reason})') from e
-  except ValueError as e:
-    # pyarrow's ArrowInvalid is a ValueError; our own pass unchanged.
-    if isinstance(e, InputError) or type(e).__module__ != 'pyarrow.lib':
-      raise
-    raise InputError(f'{file}: not a readable parquet file ({e})') from e
-
-
-def _import(module: str, what: str, extra: str) -> Any:
-  """Imports an optional library at the moment it is needed."""
-  try:
-    return __import__(module, fromlist=['_'])
-  except ImportError as e:
-    raise InputError(
-      f'{what} need {module.split(".")[0]}: pip install'
-      f' "relaxed-recursive-transformers[{extra}]"'
-    ) from e

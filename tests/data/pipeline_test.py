@@ -384,6 +384,14 @@ def test_separator(path):
     batches(epoch(path, separator=9999999), tokenizer, batch=1, length=16)
 
 
+def test_a_document_does_not_end_like_a_turn(path):
+  tokenizer = WordTokenizer()
+  tokenizer.eos_ids = (7, 0)
+  tokenizer.token = {7: '<|im_end|>', 0: '<|endoftext|>'}.get
+  state = batches(path, tokenizer, batch=1, length=16).get_state()
+  assert state['tokenizer'].endswith(':0')
+
+
 def test_text_without_tokens_does_not_hang(path):
   tokenizer = WordTokenizer()
   tokenizer.encode = lambda text: []

@@ -1,0 +1,200 @@
+"""Documents as one stream of tokens by index: mixed, shuffled, repeated.
+
+An element is a document. One of more than 8,192 characters and more than
+`16 * length` (some four rows) is shared out, at line ends or spaces, in equal
+pieces that are shuffled on their own: else one novel would fill a row of the
+batch for hundreds of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+from typing import Any
+import zlib
+
+import numpy as np
+
+from rrt.data import compressed, sources
+from rrt.data.sources import Source
+from rrt.errors import InputError
+
+_SAMPLE = 64  # documents read to tell a source from another
+_TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """What to train on.
+
+  Attributes:
+    sources: where the documents come from. With weights, each source gives
+      that share of the text (by its size), repeated as often as needed;
+      without any, all are joined and an epoch reads each document once.
+    epochs: passes over the documents; None repeats for ever. The last batch
+      is padded. With weights an epoch ends when one source is used up.
+    shuffle: whether the order of documents is random, anew every epoch.
+    separator: the token put behind every document: None for the tokenizer's
+      first token that ends a document (not a turn), -1 for none.
+  """
+
+  sources: tuple[Source, ...]
+  epochs: int | None = None
+  shuffle: bool = True
+  separator: int | None = None
+
+  def __post_init__(self):
+    if not self.sources:
+      raise InputError('data: no source is given')
+    weights = [s.weight for s in self.sources]
+    if any(w is None for w in weights) and any(w is not None for w in weights):
+      raise InputError(f'data: give a weight to all sources or none: {weights}')
+    for source in self.sources:
+      if source.weight is not None and not 0 < source.weight < float('inf'):
+        raise InputError(
+          f'data: the weight of {source.path} is {source.weight}; it must be'
+          ' positive (leave the source out instead of 0)'
+        )
+    if self.epochs is not None and self.epochs < 1:
+      raise InputError(f'data: epochs is {self.epochs}; it must be 1 or more')
+
+
+class Stream:
+  """The stream of tokenized elements, by index."""
+
+  def __init__(
+    self, spec: DataSpec, tokenizer: Any, seed: int, lanes: int, length: int
+  ):
+    grain = compressed.require('grain', 'training data', 'train')
+    self.lanes = lanes
+    self._tokenizer = tokenizer
+    self._separator = _separator(spec, tokenizer)
+    opened = [sources.open_documents(s) for s in spec.sources]
+    size = max(16 * length, sources.CUT)
+    pieces = [_Pieces(documents, size) for documents in opened]
+    # Fewer elements than lanes would put the same text in several lanes.
+    times = -(-lanes // sum(map(len, pieces)))
+    if times > 1:
+      for each in pieces:
+        each.divide(times)
+    self.patience = sum(map(len, pieces)) + 100
+    datasets = [grain.MapDataset.source(each) for each in pieces]
+    weighted = len(pieces) > 1 and spec.sources[0].weight is not None
+    if not weighted:
+      datasets = [grain.MapDataset.concatenate(datasets)]
+    for number, dataset in enumerate(datasets):
+      if spec.shuffle:
+        own = zlib.crc32(f'{seed} {number}'.encode())
+        dataset = dataset.shuffle(seed=own)
+      datasets[number] = dataset.repeat(spec.epochs)
+    self._elements = datasets[0]
+    if weighted:
+      # Shares of the text: elements are the rarer the longer they are.
+      shares = [
+        (s.weight or 0) / each.mean_size()
+        for s, each in zip(spec.sources, pieces, strict=True)
+      ]
+      shares = [share / sum(shares) for share in shares]
+      self._elements = grain.MapDataset.mix(datasets, weights=shares)
+    self.identity = {
+      'data': _digest(spec, opened),
+      'tokenizer': _fingerprint(tokenizer, self._separator),
+      'seed': seed,
+      'global_batch': lanes,
+    }
+
+  def __len__(self) -> int:
+    return len(self._elements)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    text, ends_document = self._elements[index]
+    tokens = list(self._tokenizer.encode(text)) if text else []
+    if tokens and ends_document and self._separator >= 0:
+      tokens.append(self._separator)
+    return np.asarray(tokens, np.int32)
+
+
+class _Pieces(Sequence[tuple[str, bool]]):
+  """Documents with the long ones shared out: (text, whether it ends one)."""
+
+  def __init__(self, documents: Sequence[str], size: int):
+    self._documents = documents
+    sizes = getattr(documents, 'sizes', None)
+    if sizes is None:  # not known without reading all of it
+      sizes = np.array([min(size, len(text)) for text in _sample(documents)])
+      self._counts = np.ones(len(documents), np.int64)
+      self._size = float(sizes.mean()) * len(documents)
+    else:
+      self._counts = np.maximum(1, -(-np.asarray(sizes, np.int64) // size))
+      self._size = float(np.sum(sizes))
+    self._ends = np.cumsum(self._counts)
+
+  def divide(self, times: int) -> None:
+    """Makes `times` pieces of each."""
+    self._counts = self._counts * times
+    self._ends = np.cumsum(self._counts)
+
+  def mean_size(self) -> float:
+    return self._size / len(self)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, index):
+    document = int(np.searchsorted(self._ends, index, side='right'))
+    text, count = self._documents[document], int(self._counts[document])
+    part = index - int(self._ends[document]) + count
+    start, end = _edge(text, part, count), _edge(text, part + 1, count)
+    return text[start:end], part + 1 == count
+
+
+def _edge(text: str, part: int, count: int) -> int:
+  """Where a part starts: at its even share, or a bit behind, between words."""
+  even = len(text) * part // count
+  if part in (0, count):
+    return even
+  # Less than a share ahead, so that edges keep their order.
+  limit = even + len(text) // (2 * count)
+  line = text.find('\n', even, limit)
+  if line >= 0:
+    return line + 1
+  space = text.find(' ', even, limit)
+  return even if space < 0 else space
+
+
+def _separator(spec: DataSpec, tokenizer: Any) -> int:
+  """The token put behind a document, -1 for none."""
+  if spec.separator is None:
+    ids = tuple(tokenizer.eos_ids or ())
+    # A chat model's first such token may end a turn, not a document.
+    name = getattr(tokenizer, 'token', lambda _: None)
+    ids = tuple(i for i in ids if name(i) not in _TURN_ENDS) or ids
+    return int(ids[0]) if ids else -1
+  if spec.separator >= tokenizer.vocab_size:
+    raise InputError(
+      f'data: separator is {spec.separator}, beyond the vocabulary of '
+      f'{tokenizer.vocab_size}'
+    )
+  return spec.separator
+
+
+def _sample(documents: Sequence[str]) -> list[str]:
+  """Documents spread evenly over a source."""
+  count = min(_SAMPLE, len(documents))
+  return [documents[i * len(documents) // count] for i in range(count)]
+
+
+def _digest(spec: DataSpec, opened: Sequence[Sequence[str]]) -> str:
+  """Names the data by content, so that it may move to another place."""
+  digest = hashlib.sha256(f'{spec.epochs} {spec.shuffle}'.encode())
+  for source, documents in zip(spec.sources, opened, strict=True):
+    digest.update(f'\n{source.weight} {len(documents)}'.encode())
+    for text in _sample(documents):
+      digest.update(hashlib.sha256(text.encode('utf-8', 'replace')).digest())
+  return digest.hexdigest()[:16]
+
+
+def _fingerprint(tokenizer: Any, separator: int) -> str:
+  name = getattr(tokenizer, 'sha256', None) or str(tokenizer.vocab_size)
+  return f'{name[:16]}:{separator}'
