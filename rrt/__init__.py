@@ -41,7 +41,21 @@ _HOMES = {
   'uptrain': 'rrt.train',
 }
 
-__all__ = tuple(_HOMES)
+__all__ = [
+    'InputError',
+    'LanguageModel',
+    'LoraConfig',
+    'ModelConfig',
+    'complete',
+    'count_params',
+    'load',
+    'save',
+    'save_hf',
+    'score',
+    'to_recursive',
+    'to_untied',
+    'uptrain',
+]
 
 
 def __getattr__(name: str):

@@ -1,0 +1,75 @@
+"""Configurations: round trip, arithmetic of depth, one sentence an error."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.models.count import count_params
+from tests.models.configs import CONFIGS, llama
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_json_round_trip(name):
+  config = CONFIGS[name]
+  assert (
+    ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+  )
+
+
+def test_depths_of_both_orders():
+  np.testing.assert_array_equal(
+    llama().block_depths(), [[1, 2], [3, 4], [5, 6]]
+  )
+  np.testing.assert_array_equal(
+    llama(order='sequence').block_depths(), [[1, 4], [2, 5], [3, 6]]
+  )
+
+
+# Published sizes: (family fields, parameters).
+_SHAPE = dict(family='llama', max_context=2048)
+PUBLISHED = {
+    'SmolLM2-135M': (dict(
+        vocab_size=49152, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3,
+        head_dim=64, block_layers=30, tie_embeddings=True), 134_515_008),
+    'TinyLlama-1.1B': (dict(
+        vocab_size=32000, d_model=2048, d_ff=5632, num_heads=32, num_kv_heads=4,
+        head_dim=64, block_layers=22), 1_100_048_384),
+    'Gemma-2B': (dict(
+        vocab_size=256000, d_model=2048, d_ff=16384, num_heads=8, num_kv_heads=1,
+        head_dim=256, block_layers=18, tie_embeddings=True), 2_506_172_416),
+    'Gemma-3-270M': (dict(
+        vocab_size=262144, d_model=640, d_ff=2048, num_heads=4, num_kv_heads=1,
+        head_dim=256, block_layers=18, tie_embeddings=True, qk_norm=True,
+        post_norms=True), 268_098_176),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameter_counts(name):
+  fields, parameters = PUBLISHED[name]
+  assert count_params(ModelConfig(**_SHAPE, **fields)).unique == parameters
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(loops=0), r'loops=0: must be a whole number above 0'),
+    (dict(head_dim=5), r'head_dim=5: must be even'),
+    (dict(num_kv_heads=3), r'num_kv_heads=3: must divide num_heads=4'),
+    (dict(order='ring'), r"order='ring': must be one of"),
+    (dict(windows=(1, 2)), r'windows=.*one entry for each of the 8'),
+    (dict(rope_index=(1,) * 8), r'rope_index=.*1 tables'),
+    (dict(loops=2), r'lora.up has ranks of shape \(3, 2\)'),
+  ],
+)
+def test_a_wrong_field_is_named(changes, message):
+  with pytest.raises(InputError, match=message):
+    llama(**changes)
+
+
+def test_layers_that_do_not_add_up_are_refused():
+  with pytest.raises(InputError, match='parent has 8'):
+    llama().with_recursion(prelude=2, block=2, loops=2, coda=1)
