@@ -142,13 +142,33 @@ def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
       yield row
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Job:
-  """One checkpoint tensor and the array that takes it."""
+  """One tensor of a checkpoint and its place in the tree."""
 
   name: str
   row: Row
-  target: np.ndarray  # In the checkpoint's orientation: a view of the tree.
+  path: str
+  depth: int | None  # Index into the stacked leaf.
+  shape: tuple[int, ...]  # As our tree has it.
+
+  @property
+  def transposed(self) -> bool:
+    return self.row.kind in ('linear', 'q', 'k')
+
+
+def _jobs(config: ModelConfig, family: Family, style: str) -> list[_Job]:
+  jobs = []
+  for row in wanted_rows(config, family):
+    names = row.hf if style == 'hf' else row.gguf
+    shape = row_shape(config, row.path)
+    if '{}' not in names:
+      jobs.append(_Job(names, row, row.path, None, shape))
+      continue
+    path = f'block/layers/{row.path}'
+    for depth in range(config.depth):
+      jobs.append(_Job(names.format(depth), row, path, depth, shape))
+  return jobs
 
 
 def read_params(
@@ -179,32 +199,27 @@ def read_params(
   """
   if dtype not in DTYPES:
     raise InputError(f'dtype={dtype!r} must be one of {", ".join(DTYPES)}.')
-  tree: dict[str, Any] = {}
-  jobs: list[_Job] = []
-  for row in wanted_rows(config, family):
-    names = row.hf if style == 'hf' else row.gguf
-    shape = row_shape(config, row.path)
-    is_layer = '{}' in names
-    lead = (config.depth,) if is_layer else ()
-    array = np.empty(lead + shape, DTYPES[dtype])
-    path = f'block/layers/{row.path}' if is_layer else row.path
-    set_path(tree, path, array)
-    views = array if is_layer else [array]
-    for depth, view in enumerate(views):
-      transposed = row.kind in ('linear', 'q', 'k')
-      jobs.append(
-        _Job(names.format(depth), row, view.T if transposed else view)
-      )
   faults = _Faults()
+  jobs = _jobs(config, family, style)
   expected = {job.name for job in jobs}
   for name in tensors.infos:
     if name not in expected and not ignore(name):
       faults.add('unexpected', name)
-  ready = [job for job in jobs if _check(job, tensors, faults)]
-  if faults.found:  # Cheap faults first: no value is read before they pass.
+  for job in jobs:
+    _check(job, tensors, faults)
+  if faults.found:  # Before any memory is taken or any value read.
     raise faults.error(where)
-  for job in ready:
-    _read(job, config, family, tensors, style, faults)
+  leaves: dict[str, np.ndarray] = {}
+  tree: dict[str, Any] = {}
+  for job in jobs:
+    if job.path not in leaves:
+      lead = () if job.depth is None else (config.depth,)
+      leaves[job.path] = np.empty(lead + job.shape, DTYPES[dtype])
+      set_path(tree, job.path, leaves[job.path])
+    leaf = leaves[job.path]
+    target = leaf if job.depth is None else leaf[job.depth]
+    target = target.T if job.transposed else target
+    _read(job, target, config, family, tensors, style, faults)
   if faults.found:
     raise faults.error(where)
   return tree
@@ -232,25 +247,22 @@ class _Faults:
     )
 
 
-def _check(job: _Job, tensors: Tensors, faults: _Faults) -> bool:
+def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
   info = tensors.infos.get(job.name)
+  shape = job.shape[::-1] if job.transposed else job.shape
+  supported = getattr(tensors, 'dtypes', tensorfile.DTYPES)
   if info is None:
     faults.add('missing', job.name)
-    return False
-  if info.shape != job.target.shape:
+  elif info.shape != shape:
     faults.add(
       'of a wrong shape',
-      f'{job.name} {list(info.shape)} instead of {list(job.target.shape)}',
+      f'{job.name} {list(info.shape)} instead of {list(shape)}',
     )
-    return False
-  supported = getattr(tensors, 'dtypes', tensorfile.DTYPES)
-  if info.dtype not in supported:
+  elif info.dtype not in supported:
     faults.add('of an unsupported dtype', f'{job.name} {info.dtype}')
-    return False
-  return True
 
 
-def _read(job, config, family, tensors, style, faults) -> None:
+def _read(job, target, config, family, tensors, style, faults) -> None:
   """Copies one tensor into its place, chunk by chunk."""
   order = None
   if style == 'gguf' and family.gguf_permuted and job.row.kind in ('q', 'k'):
@@ -264,10 +276,10 @@ def _read(job, config, family, tensors, style, faults) -> None:
     if offset:
       rows = rows - rows.dtype.type(offset)
     with np.errstate(over='ignore'):  # Overflow is found below.
-      rows = rows.astype(job.target.dtype, copy=False)
+      rows = rows.astype(target.dtype, copy=False)
     finite = finite and bool(np.isfinite(rows).all())
     where = slice(start, start + len(rows))
-    job.target[where if order is None else order[where]] = rows
+    target[where if order is None else order[where]] = rows
   if not finite:
     faults.add('with NaN or Inf', job.name)
 

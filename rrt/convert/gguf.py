@@ -116,6 +116,13 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     factor = metadata.get(f'{arch}.rope.scaling.factor', 1.0)
     fields['rope_scaling'] = {'rope_type': scaling, 'factor': factor}
   if 'rope_freqs.weight' in tensors.infos:
+    if scaling != 'none':
+      raise InputError(
+        f'The GGUF field {arch}.rope.scaling.type={scaling!r} beside the '
+        'tensor rope_freqs.weight is not supported.'
+      )
+    if tensors.infos['rope_freqs.weight'].dtype != 'F32':
+      raise InputError('The GGUF tensor rope_freqs.weight must be F32.')
     (_, divisors), *_ = tensors.chunks('rope_freqs.weight')
     fields['rope_scaling'] = _llama3_scaling(
       divisors, fields.get('rope_theta', 10_000.0)

@@ -15,6 +15,9 @@ from rrt.convert import family, tensorfile
 from rrt.convert.tensorfile import Tensors
 from rrt.errors import InputError
 
+# More than any model has: a larger number is damage.
+MAX_LAYERS = 10_000
+
 
 def read_json(path: Path) -> dict[str, Any]:
   """A JSON object from a file.
@@ -46,6 +49,11 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
       if outer.get(key) is not None:
         fields.setdefault(key, outer[key])
   kind = family.family_for(fields.get('model_type'))
+  layers = fields.get('num_hidden_layers')
+  if isinstance(layers, int) and layers > MAX_LAYERS:
+    raise InputError(
+      f'config.json: num_hidden_layers={layers} cannot be right.'
+    )
   refuse(fields, 'quantization_config', None, mend='dequantize it first')
   try:
     return kind.from_hf(fields)

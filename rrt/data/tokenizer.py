@@ -127,6 +127,11 @@ class Tokenizer:
       core = builders[kind](metadata)
     except KeyError as e:
       raise InputError(f'The GGUF file lacks the field {e.args[0]}.') from e
+    except InputError:
+      raise
+    except Exception as e:  # The library raises bare Exception.
+      reason = str(e).replace('\n', ' ')
+      raise InputError(f'The GGUF tokenizer is damaged: {reason}.') from e
     special = {}
     for name in ('bos', 'eos', 'eot', 'unknown', 'padding'):
       value = metadata.get(f'tokenizer.ggml.{name}_token_id')

@@ -207,7 +207,7 @@ def test_integer_tensors_are_refused(tmp_path):
   path = directory / 'model.safetensors'
   data = path.read_bytes()
   path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
-  with pytest.raises(InputError, match='unsupported dtype.* I32'):
+  with pytest.raises(InputError, match=r'unsupported dtype.* I32'):
     pretrained.load(directory)
 
 
@@ -219,7 +219,7 @@ def test_wrong_config_for_the_weights(tmp_path):
     pretrained.load(
       write(tmp_path / 'b', 'llama3', tensors, num_hidden_layers=5)
     )
-  with pytest.raises(InputError, match='9 unexpected .*layers.3'):
+  with pytest.raises(InputError, match=r'9 unexpected .*layers.3'):
     pretrained.load(
       write(tmp_path / 'c', 'llama3', tensors, num_hidden_layers=3)
     )

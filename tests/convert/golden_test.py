@@ -1,7 +1,9 @@
 """Golden checkpoints: our logits are those that Hugging Face computed."""
 
+import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,14 +15,17 @@ GOLDEN = Path(__file__).parents[1] / 'golden'
 NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+  out = transformer.forward(config, params, tokens)
+  return transformer.logits(config, params, out.hidden_BxLxD, jnp.float32)
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_equal_hugging_faces(name):
   model = pretrained.load(GOLDEN / name)
   with np.load(GOLDEN / name / 'logits.npz') as stored:
     tokens, wanted = stored['tokens'], stored['logits']
-  out = transformer.forward(model.config, model.params, jnp.asarray(tokens))
-  ours = transformer.logits(
-    model.config, model.params, out.hidden_BxLxD, jnp.float32
-  )
+  ours = _logits(model.config, model.params, tokens)
   assert np.abs(wanted).max() > 1  # The model says something.
   np.testing.assert_allclose(ours, wanted, atol=1e-4, rtol=0)

@@ -1,0 +1,258 @@
+"""GGUF: llama.cpp's conventions undone, every quantization, clear errors."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.convert import family, tensorfile
+from rrt.convert import gguf as rrt_gguf
+from rrt.data.tokenizer import Tokenizer
+from rrt.errors import InputError
+
+gguf = pytest.importorskip('gguf')
+GOLDEN = Path(__file__).parents[1] / 'golden'
+ARCH = {'llama3': 'llama', 'gemma': 'gemma', 'gemma3': 'gemma3'}
+
+
+def permuted(weight, heads):
+  """q or k rows as llama.cpp's converter writes them for Llama."""
+  rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+  return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, name, *, quantize=None, edit=None, metadata=None, **split):
+  """A golden model as a GGUF file, with a byte-level tokenizer."""
+  config = json.loads((GOLDEN / name / 'config.json').read_text())
+  arch = ARCH[name]
+  writer = gguf.GGUFWriter(path, arch, **split)
+  writer.add_block_count(config['num_hidden_layers'])
+  writer.add_context_length(config['max_position_embeddings'])
+  writer.add_embedding_length(config['hidden_size'])
+  writer.add_feed_forward_length(config['intermediate_size'])
+  writer.add_head_count(config['num_attention_heads'])
+  writer.add_head_count_kv(config['num_key_value_heads'])
+  writer.add_key_length(config['head_dim'])
+  writer.add_layer_norm_rms_eps(config['rms_norm_eps'])
+  if arch != 'gemma3':
+    writer.add_rope_freq_base(config['rope_parameters']['rope_theta'])
+  else:
+    writer.add_rope_freq_base(1e6)
+    writer.add_sliding_window(config['sliding_window'])
+    writer.add_array(
+      'gemma3.attention.sliding_window_pattern',
+      [t == 'sliding_attention' for t in config['layer_types']],
+    )
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+  byte_tokens = [chr(0x100 + i) for i in range(59)]
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre('gpt-2')
+  writer.add_token_list(['<s>', *byte_tokens, '\u0100\u0101'])
+  writer.add_token_types([3] + [1] * 60)
+  writer.add_token_merges(['\u0100 \u0101'])
+  writer.add_bos_token_id(0)
+  for key, value in (metadata or {}).items():
+    writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+  model = pretrained.load(GOLDEN / name)
+  table = family.family_of(model.config)
+  file = tensorfile.SafetensorsFile(GOLDEN / name / 'model.safetensors')
+  for row in family.wanted_rows(model.config, table):
+    depths = range(model.config.depth) if '{}' in row.hf else [0]
+    for depth in depths:
+      chunks = [rows for _, rows in file.chunks(row.hf.format(depth))]
+      weight = np.concatenate(chunks)
+      if arch == 'llama' and row.kind in ('q', 'k'):
+        weight = permuted(
+          weight, config[f'num_{"key_value" * (row.kind == "k") or "attention"}_heads']
+        )  # fmt: skip
+      if arch != 'llama' and row.kind == 'gain':
+        weight = weight + np.float32(1)
+      if edit:
+        weight = edit(row.gguf.format(depth), weight)
+      if weight is None:
+        continue
+      kind = None
+      if quantize is not None and weight.ndim == 2:
+        weight, kind = gguf.quants.quantize(weight, quantize), quantize
+      writer.add_tensor(row.gguf.format(depth), weight, raw_dtype=kind)
+  if name == 'llama3':
+    writer.add_tensor('rope_freqs.weight', llama3_divisors(6, 500.0, 8.0))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def llama3_divisors(head_dim, base, factor, context=8192):
+  """The table that GGUF files of Llama 3.1 carry, element by element."""
+  out = []
+  for i in range(0, head_dim, 2):
+    wavelength = 2 * np.pi * base ** (i / head_dim)
+    if wavelength > context:
+      out.append(factor)
+    elif wavelength < context / 4:
+      out.append(1.0)
+    else:
+      smooth = (context / wavelength - 1) / 3
+      out.append(1 / ((1 - smooth) / factor + smooth))
+  return np.asarray(out, np.float32)
+
+
+@pytest.mark.parametrize('name', ARCH)
+def test_reads_what_llama_cpp_writes(name, tmp_path):
+  ours = pretrained.load(write_gguf(tmp_path / 'm.gguf', name))
+  wanted = pretrained.load(GOLDEN / name)
+  # Gains went through 1 + w in float32.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7, rtol=0),
+    ours.params,
+    wanted.params,
+  )
+  a, b = ours.config.to_json(), wanted.config.to_json()
+  if name == 'llama3':  # Its golden rule is not that of a released model.
+    a.pop('ropes'), b.pop('ropes')
+  if name == 'gemma3':  # GGUF has no query_pre_attn_scalar.
+    a.pop('query_scale'), b.pop('query_scale')
+  assert a == b
+
+
+def test_llama3_rule_is_found_in_its_table():
+  for factor in (8.0, 32.0):
+    found = rrt_gguf._llama3_scaling(llama3_divisors(128, 5e5, factor), 5e5)
+    assert found['factor'] == factor
+  odd = np.linspace(1, 8, 64, dtype=np.float32)
+  with pytest.raises(InputError, match='rope_freqs'):
+    rrt_gguf._llama3_scaling(odd, 5e5)
+
+
+def quantizable():
+  kinds = []
+  for kind in gguf.GGMLQuantizationType:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+      gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+      continue
+    kinds.append((kind, block, size))
+  return kinds
+
+
+@pytest.mark.parametrize(
+  'kind, block, size', quantizable(), ids=lambda v: getattr(v, 'name', '')
+)
+def test_every_type_that_the_package_decodes(kind, block, size, tmp_path):
+  rng = np.random.default_rng(0)
+  width, rows = max(block, 32), 6
+  raw = rng.integers(0, 60, (rows, width // block * size), np.uint8)
+  raw[:, ::2] = 0  # Scales stay small and finite.
+  if kind == gguf.GGMLQuantizationType.F32:
+    raw = rng.normal(size=(rows, width)).astype(np.float32)
+    wanted = raw
+  elif kind == gguf.GGMLQuantizationType.F16:
+    raw = rng.normal(size=(rows, width)).astype(np.float16)
+    wanted = raw.astype(np.float32)
+  else:
+    wanted = gguf.quants.dequantize(raw, kind)
+  writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
+  writer.add_tensor('x', raw, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  _, file = rrt_gguf.open_gguf([tmp_path / 'm.gguf'])
+  assert file.infos['x'] == ((rows, width), kind.name)
+  assert kind.name in file.dtypes
+  found = np.concatenate([part for _, part in file.chunks('x')])
+  np.testing.assert_array_equal(found.astype(np.float32), wanted)
+
+
+def test_quantized_rows_of_a_model(tmp_path):
+  kind = gguf.GGMLQuantizationType.F16
+  path = write_gguf(tmp_path / 'm.gguf', 'gemma3', quantize=kind)
+  ours = pretrained.load(path).params['block']['layers']['mlp']['up']
+  wanted = pretrained.load(GOLDEN / 'gemma3').params
+  wanted = wanted['block']['layers']['mlp']['up']
+  np.testing.assert_allclose(ours['kernel'], wanted['kernel'], rtol=1e-3)
+
+
+def test_pieces_in_any_form(tmp_path):
+  whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
+  wanted = pretrained.load(whole).params
+  data = whole.read_bytes()
+  for form in ('m.gguf.part{:02}', 'm.gguf-{:05}', 'm.gguf.{}'):
+    folder = tmp_path / form.format(0)
+    folder.mkdir()
+    cuts = [0, 1001, 1002, 50_000, len(data)]
+    paths = []
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+      paths.append(folder / form.format(i))
+      paths[-1].write_bytes(data[a:b])
+    for source in (folder, paths):
+      params = pretrained.load(source).params
+      jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    with pytest.raises(InputError, match='not a whole GGUF file'):
+      pretrained.load(paths[:3])
+
+
+def test_split_files(tmp_path):
+  write_gguf(tmp_path / 'm.gguf', 'llama3', split_max_tensors=15)
+  files = sorted(tmp_path.glob('m-*-of-*.gguf'))
+  assert len(files) > 1
+  wanted = pretrained.load(write_gguf(tmp_path / 'one.gguf', 'llama3')).params
+  (tmp_path / 'one.gguf').unlink()
+  for source in (tmp_path, files[0], list(files)):
+    params = pretrained.load(source).params
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+  files[1].unlink()
+  with pytest.raises(InputError, match='are missing'):
+    pretrained.load(files[0])
+
+
+def test_damaged_files(tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', 'gemma')
+  data = path.read_bytes()
+  for size in (0, 3, 20, 1000, len(data) // 2, len(data) - 40):
+    path.write_bytes(data[:size])
+    with pytest.raises(InputError) as error:
+      pretrained.load(path)
+    assert 'not a whole GGUF file' in str(error.value), size
+  path.write_bytes(b'PK\x03\x04' + data)
+  with pytest.raises(InputError, match='letters GGUF'):
+    pretrained.load(path)
+  path.write_bytes(data[:4] + b'\x01\x00\x00\x00' + data[8:])
+  with pytest.raises(InputError, match='version is 1'):
+    pretrained.load(path)
+
+
+def test_what_is_not_supported(tmp_path):
+  def fails(says, **options):
+    with pytest.raises(InputError, match=says):
+      pretrained.load(write_gguf(tmp_path / 'm.gguf', 'llama3', **options))
+
+  fails('expert', metadata={'llama.expert_count': 8})
+  fails('partial RoPE', metadata={'llama.rope.dimension_count': 4})
+  fails('yarn', metadata={'llama.rope.scaling.type': 'yarn'})
+
+  def drop(name, weight):
+    return None if name == 'blk.1.ffn_up.weight' else weight
+
+  fails(r'1 missing \(blk.1.ffn_up.weight\)', edit=drop)
+
+  def spoil(name, weight):
+    return weight * np.float32(np.nan) if name == 'output.weight' else weight
+
+  fails('NaN or Inf', edit=spoil)
+  with pytest.raises(InputError, match="architecture='mamba'"):
+    rrt_gguf.config_from_gguf({'general.architecture': 'mamba'}, None)
+  with pytest.raises(InputError, match="model='bert'"):
+    Tokenizer.from_gguf({'tokenizer.ggml.model': 'bert'})
+  with pytest.raises(InputError, match="pre='odd'"):
+    Tokenizer.from_gguf(
+      {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'odd'}
+    )

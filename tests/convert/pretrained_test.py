@@ -1,0 +1,246 @@
+"""Loading and saving whole models: our own directories, and every refusal."""
+
+import builtins
+import dataclasses
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.errors import InputError
+
+GOLDEN = Path(__file__).parents[1] / 'golden'
+
+
+@pytest.fixture
+def model():
+  return pretrained.load(GOLDEN / 'gemma3')
+
+
+def equal(a, b):
+  assert a.config == b.config
+  jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+def test_save_and_load(model, tmp_path):
+  model.meta['note'] = 'kept'
+  out = pretrained.save(model, tmp_path / 'a' / 'm')
+  again = pretrained.load(out)
+  equal(model, again)
+  assert again.meta['note'] == 'kept'
+  assert [p.name for p in out.parent.iterdir()] == ['m']  # Nothing else left.
+  pretrained.save(model, out)  # An older one of ours is replaced.
+  equal(model, pretrained.load(str(out)))
+
+
+def test_a_training_run_is_its_model_folder(model, tmp_path):
+  pretrained.save(model, tmp_path / 'run' / 'model')
+  equal(model, pretrained.load(tmp_path / 'run'))
+
+
+def test_jax_arrays_and_bfloat16(model, tmp_path):
+  params = jax.tree.map(lambda w: jax.numpy.bfloat16(w), model.params)
+  half = dataclasses.replace(model, params=params)
+  out = pretrained.save(half, tmp_path / 'm')
+  equal(half, pretrained.load(out, dtype='bfloat16'))
+  wide = pretrained.load(out)
+  assert wide.params['embed']['table'].dtype == np.float32
+
+
+def test_other_directories_are_left_alone(model, tmp_path):
+  (tmp_path / 'work.txt').write_text('mine')
+  with pytest.raises(InputError, match='is not an rrt model'):
+    pretrained.save(model, tmp_path)
+  with pytest.raises(InputError, match='is not an rrt model'):
+    pretrained.save(model, tmp_path / 'work.txt')
+  assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_unwritable_directory(model, tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(InputError, match='cannot be written'):
+    pretrained.save(model, tmp_path / 'm')
+  tmp_path.chmod(0o700)
+
+
+def test_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch):
+  out = pretrained.save(model, tmp_path / 'm')
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(pretrained.tensorfile, 'write', full)
+  other = dataclasses.replace(model, params={'embed': model.params['embed']})
+  with pytest.raises(InputError, match='No space left on device'):
+    pretrained.save(other, out)
+  monkeypatch.undo()
+  equal(model, pretrained.load(out))
+  assert [p.name for p in tmp_path.iterdir()] == ['m']
+
+
+def test_path_through_a_file(model, tmp_path):
+  (tmp_path / 'f').write_text('')
+  with pytest.raises(InputError, match='cannot be written'):
+    pretrained.save(model, tmp_path / 'f' / 'm')
+
+
+# ---- damage ----------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_found(model, tmp_path):
+  out = pretrained.save(model, tmp_path / 'm')
+  path = out / 'model.safetensors'
+  data = path.read_bytes()
+  header = int.from_bytes(data[:8], 'little') + 8
+  rng = np.random.default_rng(0)
+  for at in [0, 9, header - 1, header, len(data) - 1] + list(
+    rng.integers(0, len(data), 40)
+  ):
+    broken = bytearray(data)
+    broken[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(broken)
+    if json_equal(bytes(broken[8:header]), data[8:header]) and at < header:
+      continue  # A blank of the header's padding.
+    with pytest.raises(InputError) as error:
+      pretrained.load(out)
+    assert '\n' not in str(error.value), at
+
+
+def json_equal(a, b):
+  try:
+    return json.loads(a) == json.loads(b)
+  except ValueError:
+    return False
+
+
+def test_truncated_files(model, tmp_path):
+  out = pretrained.save(model, tmp_path / 'm')
+  path = out / 'model.safetensors'
+  data = path.read_bytes()
+  for size in (0, 5, 100, len(data) // 2, len(data) - 1):
+    path.write_bytes(data[:size])
+    with pytest.raises(InputError, match='not a whole safetensors file'):
+      pretrained.load(out)
+  path.write_bytes(data + b'\0\0\0\0')
+  with pytest.raises(InputError, match='follow the last tensor'):
+    pretrained.load(out)
+  path.unlink()
+  with pytest.raises(InputError, match='cannot be read'):
+    pretrained.load(out)
+
+
+def test_mislabelled_files(model, tmp_path):
+  out = pretrained.save(model, tmp_path / 'm')
+  weights = out / 'model.safetensors'
+  data = weights.read_bytes()
+  for fake in (b'\x80\x04\x95' + bytes(99), b'GGUF' + bytes(99), b'PK\3\4' * 9):
+    weights.write_bytes(fake)
+    with pytest.raises(InputError, match='not a whole safetensors file'):
+      pretrained.load(out)
+  weights.write_bytes(data)
+  manifest = out / 'rrt.json'
+  fields = json.loads(manifest.read_text())
+
+  def fails(says, text):
+    manifest.write_text(text)
+    with pytest.raises(InputError, match=says):
+      pretrained.load(out)
+
+  fails('not valid JSON', '{"format": ')
+  fails('JSON object', '[]')
+  fails('format=2', json.dumps(fields | {'format': 2}))
+  fails('is damaged', json.dumps({'format': 1, 'config': fields['config']}))
+  config = fields['config'] | {'d_model': 22}
+  fails('do not fit the configuration', json.dumps(fields | {'config': config}))
+  config = fields['config'] | {'loops': -1}
+  fails('loops=-1', json.dumps(fields | {'config': config}))
+  tensors = dict(list(fields['tensors'].items())[1:])
+  fails('do not belong together', json.dumps(fields | {'tensors': tensors}))
+  other = dict.fromkeys(fields['tensors'], 7)
+  fails('checksums of', json.dumps(fields | {'tensors': other}))
+
+
+# ---- sources ---------------------------------------------------------------
+
+
+def test_sources_that_do_not_exist(tmp_path, monkeypatch):
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  with pytest.raises(InputError, match='does not exist; give a directory'):
+    pretrained.load('no-such-model')
+  with pytest.raises(InputError, match='local path'):
+    pretrained.load('nobody/no-such-model')
+  with pytest.raises(InputError, match='holds no model'):
+    pretrained.load(tmp_path)
+  (tmp_path / 'x.txt').write_text('hello')
+  with pytest.raises(InputError, match='not a GGUF file'):
+    pretrained.load(tmp_path / 'x.txt')
+  with pytest.raises(InputError, match="dtype='int8'"):
+    pretrained.load(tmp_path, dtype='int8')
+
+
+def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
+  monkeypatch.setattr(pretrained.importlib.util, 'find_spec', lambda _: None)
+  for name, extra in (('smollm2-135m', 'smollm2'), ('gemma3-270m', 'gemma3')):
+    with pytest.raises(InputError, match=rf'transformers\[{extra}\]'):
+      pretrained.load(name)
+  real = builtins.__import__
+
+  def refuse(name, *args, **kwargs):
+    if name in ('gguf', 'huggingface_hub'):
+      raise ImportError(name)
+    return real(name, *args, **kwargs)
+
+  monkeypatch.setattr(builtins, '__import__', refuse)
+  (tmp_path / 'm.gguf').write_bytes(b'GGUF')
+  with pytest.raises(InputError, match=r'\[convert\]'):
+    pretrained.load(tmp_path)
+  with pytest.raises(InputError, match=r'\[convert\]'):
+    pretrained.load('owner/name')
+
+
+def test_loading_needs_little_more_than_the_model(tmp_path):
+  """Peak memory of loading 256 MB stays under 1.3 times that."""
+  from rrt.convert import tensorfile
+
+  model = pretrained.load(GOLDEN / 'llama3')
+  c = dataclasses.replace(model.config, d_model=1024, vocab_size=16384, d_ff=8)
+  table = family_of(c)
+  tensors = {}
+  for row in table:
+    shape = pretrained.family.row_shape(c, row.path)
+    depths = range(c.depth) if '{}' in row.hf else [0]
+    for depth in depths:
+      transposed = row.kind in ('linear', 'q', 'k')
+      tensors[row.hf.format(depth)] = np.zeros(
+        shape[::-1] if transposed else shape, np.float32
+      )
+  size = sum(t.nbytes for t in tensors.values())
+  tensorfile.write(tmp_path / 'model.safetensors', tensors)
+  fields = pretrained.family.family_of(c).to_hf(c)
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  script = (
+    'import resource, sys; from rrt import pretrained\n'
+    'pretrained.load(sys.argv[1]) if len(sys.argv) > 1 else 0\n'
+    'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+  )
+
+  def peak(*args):
+    out = subprocess.run(
+      [sys.executable, '-c', script, *args], capture_output=True, check=True
+    )
+    scale = 1 if sys.platform == 'darwin' else 1024
+    return int(out.stdout) * scale
+
+  assert peak(str(tmp_path)) - peak() < 1.3 * size
+
+
+def family_of(config):
+  family = pretrained.family
+  return list(family.wanted_rows(config, family.family_of(config)))
