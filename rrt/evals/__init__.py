@@ -1,0 +1,1 @@
+"""How good a model is: cross-entropy of text, and few-shot tasks."""

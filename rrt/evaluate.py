@@ -1,0 +1,198 @@
+r"""Measures a model: cross-entropy of a text, and few-shot tasks.
+
+python -m rrt.evaluate --model=child --parent=smollm2-135m \
+    --text=news.jsonl.xz --max_tokens=8192 --context=1024 --loops=all
+
+python -m rrt.evaluate --model=child --tasks=paper --data=eval/ --limit=200
+
+Prints tables and, as the last line, one JSON object.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+
+from rrt import cli
+from rrt.errors import InputError
+
+_MODEL = flags.DEFINE_string(
+    'model', None,
+    'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
+    'file, smollm2-135m, gemma3-270m, or a hub id.',
+)  # fmt: skip
+_PARENT = flags.DEFINE_string(
+    'parent', None, 'A model to compare with, measured the same way.'
+)
+_TEXT = flags.DEFINE_string(
+    'text', None,
+    'Text to score: a file or directory of text or JSON lines (also .gz, '
+    '.xz, .zst), its documents joined by blank lines.',
+)  # fmt: skip
+_MAX_TOKENS = flags.DEFINE_integer(
+    'max_tokens', None, 'Score the first so many tokens; all by default.'
+)
+_CONTEXT = flags.DEFINE_integer(
+    'context', 1024,
+    'Tokens in a row; a row is read alone, and its first token not scored.',
+)  # fmt: skip
+_BATCH = flags.DEFINE_integer(
+    'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
+)
+_LOOPS = flags.DEFINE_string(
+    'loops', None,
+    'How many loops of the block to run: a number, several (1,2), or all '
+    'for a table of every count. The full depth by default.',
+)  # fmt: skip
+_TASKS = flags.DEFINE_string(
+    'tasks', None,
+    'Comma-separated task names; "paper" is LAMBADA, HellaSwag, PIQA, '
+    'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
+)  # fmt: skip
+_DATA = flags.DEFINE_string(
+    'data', None, 'Directory of JSON lines for --tasks; the hub by default.'
+)
+_LIMIT = flags.DEFINE_integer(
+    'limit', None, 'Ask only the first so many questions of each task.'
+)
+_SHOTS = flags.DEFINE_integer(
+    'shots', 0, 'Solved questions before each one.'
+)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
+)
+_OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
+
+
+def parse_loops(text: str | None, loops: int) -> list[int]:
+  """The loop counts that --loops asks for, of a model with `loops`."""
+  if text is None:
+    return [loops]
+  if text == 'all':
+    return list(range(1, loops + 1))
+  try:
+    counts = [int(part) for part in text.split(',')]
+  except ValueError:
+    raise InputError(
+        f'loops={text!r}: must be a number, several like 1,2, or all.'
+    ) from None
+  for count in counts:
+    if not 1 <= count <= loops:
+      raise InputError(
+          f'loops={count}: this model runs from 1 to {loops} loops.'
+      )
+  return counts
+
+
+def measure(model, text: str | None, loops: int, label: str) -> dict:
+  """Scores of one model at one loop count, as the flags ask."""
+  from rrt.evals import perplexity
+
+  figures: dict = {'loops': loops}
+  if text is not None:
+    rows = perplexity.make_rows(
+        model, text, _CONTEXT.value, _MAX_TOKENS.value
+    )
+    total = sum(map(len, rows))
+    with cli.Progress(total, label, 'tokens') as progress:
+      score = perplexity.score(
+          model, text, context=_CONTEXT.value, loops=loops,
+          batch=_BATCH.value, max_tokens=_MAX_TOKENS.value,
+          dtype=_DTYPE.value, progress=progress.update,
+      )  # fmt: skip
+    figures |= dataclasses.asdict(score)
+  if _TASKS.value:
+    from rrt.evals import harness
+
+    found = harness.run(
+        model, _TASKS.value, data=_DATA.value, shots=_SHOTS.value,
+        limit=_LIMIT.value, loops=loops, dtype=_DTYPE.value,
+        batch_tokens=512 * _BATCH.value,
+    )  # fmt: skip
+    figures['tasks'] = {
+        r.task: {
+            'metric': r.metric, 'score': r.score, 'stderr': r.stderr,
+            'questions': r.questions, **r.metrics,
+        }
+        for r in found
+    }  # fmt: skip
+    figures['mean_score'] = sum(r.score for r in found) / len(found)
+  return figures
+
+
+def main(argv) -> None:
+  del argv
+  if not _MODEL.value:
+    raise InputError('--model is missing; try --model=smollm2-135m.')
+  if not (_TEXT.value or _TASKS.value):
+    raise InputError('Nothing to measure; give --text, --tasks or both.')
+  from rrt import pretrained
+  from rrt.evals import perplexity
+
+  text = None
+  if _TEXT.value:
+    text = perplexity.read_text(_TEXT.value, _MAX_TOKENS.value)
+  if _TASKS.value and _DATA.value:
+    from rrt.evals import tasks
+
+    for name in tasks.parse_names(_TASKS.value):
+      tasks.find_files(name, _DATA.value)
+
+  measured: list[tuple[str, dict]] = []
+  if _PARENT.value:
+    parent = pretrained.load(_PARENT.value)
+    measured.append(
+        ('parent', measure(parent, text, parent.config.loops, 'parent'))
+    )
+    del parent
+  model = pretrained.load(_MODEL.value)
+  for loops in parse_loops(_LOOPS.value, model.config.loops):
+    label = f'{loops} of {model.config.loops} loops'
+    measured.append((label, measure(model, text, loops, label)))
+  _print(measured)
+
+  # The deepest measurement is the model's own; the others stand beside it.
+  own = [figures for name, figures in measured if name != 'parent']
+  final = {'model': _MODEL.value, 'context': _CONTEXT.value} | own[-1]
+  if len(own) > 1:
+    final['by_loops'] = own
+  if _PARENT.value:
+    final['parent'] = {'model': _PARENT.value} | measured[0][1]
+  final['peak_memory_bytes'] = cli.peak_memory_bytes()
+  if _OUT.value:
+    pathlib.Path(_OUT.value).write_text(json.dumps(final, indent=1) + '\n')
+  cli.finish(final)
+
+
+def _print(measured) -> None:
+  """Tables of text scores and of tasks, a column or row a measurement."""
+  if 'nll_nats' in measured[0][1]:
+    cli.table(
+        [
+            (
+                name, f['nll_nats'], f['perplexity'],
+                f['bits_per_byte'], f['tokens'],
+            )
+            for name, f in measured
+        ],
+        ('model', 'nats/token', 'perplexity', 'bits/byte', 'tokens'),
+    )  # fmt: skip
+  if 'tasks' not in measured[0][1]:
+    return
+  names = list(measured[0][1]['tasks'])
+  rows = []
+  for name in names:
+    cells = [f['tasks'][name] for _, f in measured]
+    rows.append((
+        name, cells[0]['metric'], cells[0]['questions'],
+        *(f'{100 * c["score"]:.1f} +- {100 * c["stderr"]:.1f}' for c in cells),
+    ))  # fmt: skip
+  rows.append((
+      'mean', '', None, *(f'{100 * f["mean_score"]:.1f}' for _, f in measured)
+  ))  # fmt: skip
+  cli.table(rows, ('task', 'score', 'questions', *(n for n, _ in measured)))
+
+
+if __name__ == '__main__':
+  cli.run(main)
