@@ -112,6 +112,11 @@ class Progress:
       self.shown = now
       self._show(note=note)
 
+  def to(self, done: int, total: int | None = None, note: str = '') -> None:
+    """Sets how many units are done, and how many there are."""
+    self.total = self.total if total is None else total
+    self.update(done - self.done, note)
+
   def _show(self, note: str = '', last: bool = False) -> None:
     seconds = time.monotonic() - self.start
     rate = self.done / max(seconds, 1e-9)

@@ -68,3 +68,22 @@ def _sync(path: Path) -> None:
     os.fsync(handle)
   finally:
     os.close(handle)
+
+
+def check_writable(directory: str | Path) -> None:
+  """Makes the directory, and for a moment a file in it.
+
+  Raises:
+    InputError: either fails.
+  """
+  directory = Path(directory)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f'.writable-{os.getpid()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as e:
+    raise InputError(
+      f'{directory} cannot be written to: {e.strerror}; choose another '
+      'directory.'
+    ) from e

