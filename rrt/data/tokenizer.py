@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+import time
 from typing import Any
 
 import tokenizers
@@ -178,7 +179,9 @@ class Tokenizer:
     try:
       coded = self._core.encode_batch(list(texts), add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as e:
-      raise InputError(f'The text cannot be encoded: {e}.') from e
+      raise InputError(
+        'The text cannot be encoded: it is not a string of valid Unicode.'
+      ) from e
     return [prefix + code.ids for code in coded]
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -214,7 +217,9 @@ class Tokenizer:
   @functools.cached_property
   def sha256(self) -> str:
     """A digest of everything that `encode` depends on."""
-    text = json.dumps(json.loads(self._core.to_str()), sort_keys=True)
+    core = json.loads(self._core.to_str())
+    del core['post_processor']  # `encode` does not use it.
+    text = json.dumps(core, sort_keys=True)
     text += json.dumps([self.bos_id, self.add_bos])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -249,13 +254,18 @@ class Tokenizer:
       raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True
+      trim_blocks=True,
+      lstrip_blocks=True,
+      extensions=['jinja2.ext.loopcontrols'],
     )
     environment.globals['raise_exception'] = refuse
+    environment.globals['strftime_now'] = time.strftime
     end = self.eos_ids[0] if self.eos_ids else None
     try:
       return environment.from_string(self.chat_template).render(
         messages=list(messages),
+        tools=None,
+        documents=None,
         add_generation_prompt=add_generation_prompt,
         bos_token='' if self.bos_id is None else self.token(self.bos_id),
         eos_token='' if end is None else self.token(end),
