@@ -1,0 +1,1 @@
+"""Reading checkpoints, converting them to recursive models, writing them."""

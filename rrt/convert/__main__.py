@@ -1,0 +1,155 @@
+"""Converts a model into a relaxed recursive one.
+
+python -m rrt.convert --source=smollm2-135m --out=child \
+    --prelude=8 --loops=2 --coda=8 --rank=64
+
+The block is the layers between prelude and coda: 30 - 8 - 8 = 14, so 7 layers
+run twice. --init=calibrated (the default) fits the weights to text, which may
+be any; the others are the paper's.
+"""
+
+from absl import flags
+
+from rrt import cli, pretrained
+from rrt.config import ORDERS
+from rrt.convert import recursive
+from rrt.errors import InputError
+
+_SOURCE = flags.DEFINE_string(
+  'source', None,
+  'The parent: a Hugging Face directory, a GGUF file, smollm2-135m, '
+  'gemma3-270m, a hub id, or a vanilla model of ours.',
+)  # fmt: skip
+_OUT = flags.DEFINE_string(
+  'out', None, 'The directory to write; new, empty or an earlier model of ours.'
+)
+_PRELUDE = flags.DEFINE_integer(
+  'prelude', 0, 'Layers kept as they are before the block.'
+)
+_BLOCK = flags.DEFINE_integer(
+  'block', None, 'Layers of the block; worked out when left out.'
+)
+_LOOPS = flags.DEFINE_integer('loops', 2, 'How often the block runs.')
+_CODA = flags.DEFINE_integer(
+  'coda', 0, 'Layers of their own after the block.'
+)
+_ORDER = flags.DEFINE_enum(
+  'order', 'cycle', ORDERS,
+  'cycle runs the whole block again and again, sequence repeats each layer.',
+)  # fmt: skip
+_INIT = flags.DEFINE_enum(
+  'init', 'calibrated', recursive.INITS, 'Where the shared weights come from.'
+)
+_RANK = flags.DEFINE_string(
+  'rank', '0',
+  'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64. Capped at '
+  'the matrix; 0 for none.',
+)  # fmt: skip
+_BUDGET = flags.DEFINE_integer(
+  'budget', None,
+  'Instead of --rank: LoRA parameters to spend where they regain most.',
+)
+_ALPHA = flags.DEFINE_float(
+  'alpha', None,
+  "LoRA's scale is alpha / rank; the factors make up for it. 1 by default.",
+)
+_LORA_INIT = flags.DEFINE_enum(
+  'lora_init', 'svd', ['svd', 'zero'],
+  'LoRA starts from what the shared weights lack, or from zero.',
+)  # fmt: skip
+_LOOP_NORMS = flags.DEFINE_bool(
+  'loop_norms', True, 'Every loop keeps its own norm gains.'
+)
+_CALIBRATION = flags.DEFINE_string(
+  'calibration', None,
+  'Text to fit on and to measure on (plain, .jsonl, .jsonl.xz, ...); left '
+  'out, English text found in the installation.',
+)  # fmt: skip
+_CALIBRATION_TOKENS = flags.DEFINE_integer(
+  'calibration_tokens', recursive.CALIBRATION_TOKENS, 'Tokens to fit on.'
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of random weights.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'The type of the weights.'
+)
+
+
+def parse_rank(text: str) -> int | dict[str, int]:
+  """'64' or 'q:32,down:64'.
+
+  Raises:
+    InputError: it is neither.
+  """
+  try:
+    if ':' not in text:
+      return int(text)
+    pairs = [pair.split(':') for pair in text.split(',')]
+    return {name.strip(): int(value) for name, value in pairs}
+  except ValueError as e:
+    raise InputError(
+      f'rank={text!r}: give a whole number, or q:32,v:32,... by linear.'
+    ) from e
+
+
+def main(_) -> None:
+  """Loads, converts, reports, saves."""
+  if not _SOURCE.value or not _OUT.value:
+    raise InputError('--source and --out are both needed; see --help.')
+  rank = parse_rank(_RANK.value)
+  text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)
+  parent = pretrained.load(_SOURCE.value, dtype=_DTYPE.value)
+  bar = None
+
+  def progress(done: int, total: int) -> None:
+    nonlocal bar
+    if bar is None:
+      bar = cli.Progress(total, 'convert', 'layers').__enter__()
+    bar.update(done - bar.done)
+
+  child, report = recursive.to_recursive(
+      parent, prelude=_PRELUDE.value, block=_BLOCK.value, loops=_LOOPS.value,
+      coda=_CODA.value, order=_ORDER.value, init=_INIT.value, rank=rank,
+      budget=_BUDGET.value, alpha=_ALPHA.value, lora_init=_LORA_INIT.value,
+      loop_norms=_LOOP_NORMS.value, calibration=text,
+      calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
+      progress=progress,
+  )  # fmt: skip
+  if bar is not None:
+    bar.__exit__()
+  out = pretrained.save(child, _OUT.value)
+  report.show()
+  print(f'written to {out}')
+  cli.finish({
+    'out': str(out),
+    'params_unique': report.params.unique,
+    'params_unique_non_embedding': report.params.unique_non_embedding,
+    'params_total': report.params.total,
+    'params_total_non_embedding': report.params.total_non_embedding,
+    'params_counted': report.params_counted,
+    'params_parent': report.parent_params.unique,
+    'nll_parent_nats': report.nll_parent_nats,
+    'nll_child_nats': report.nll_child_nats,
+    'held_out_tokens': report.held_out_tokens,
+    'identity_error': report.identity_error,
+    'seconds': report.seconds,
+    'peak_memory_bytes': report.peak_memory_bytes,
+  })
+
+
+def calibration_text(path: str | None, tokens: int) -> str:
+  """Enough text for so many tokens, from a path or the installation."""
+  if path is None:
+    return recursive.builtin_text()
+  from rrt.data import sources
+
+  documents, size = [], 0
+  for document in sources.stream(path, whole_files=True):
+    documents.append(document)
+    size += len(document)
+    if size > 64 * max(tokens, 1):
+      break
+  return '\n\n'.join(documents)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,65 @@
+"""Ranks from a budget: LoRA parameters go where they regain most."""
+
+from collections.abc import Mapping
+import dataclasses
+
+import numpy as np
+
+from rrt.config import LoraConfig, ModelConfig
+from rrt.errors import InputError
+
+STEP = 8  # Ranks are multiples of this, or the whole matrix.
+
+
+def spend(
+  config: ModelConfig,
+  spectra: Mapping[str, np.ndarray],
+  budget: int,
+  alpha: float | None,
+) -> ModelConfig:
+  """Gives each position and matrix its rank, greedily.
+
+  A step of rank costs (in + out) parameters a direction and regains the
+  squared singular values it keeps, as a share of the matrix's own energy.
+  Singular values fall, so taking the best step next is optimal up to the
+  last one.
+
+  Args:
+    config: the child's, without LoRA.
+    spectra: component -> singular values of what the shared weight lacks at
+      each position, relative to the norm of the position's own weight,
+      [R, N, K], falling.
+    budget: how many LoRA parameters to spend.
+    alpha: as in `LoraConfig`.
+
+  Returns:
+    The config with rank tables; without LoRA if the budget buys no step.
+  """
+  if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+    raise InputError(
+      f'budget={budget!r}: must be a number of parameters, 0 or more.'
+    )
+  R, N = config.loops, config.block_layers
+  steps = []  # (worth a parameter, cost, component, loop, layer, rank)
+  for name, (d_in, d_out) in config.shapes().items():
+    full = min(d_in, d_out)
+    edges = [*range(0, full, STEP), full]
+    for r, n in np.ndindex(R, N):
+      energy = spectra[name][r, n] ** 2
+      for low, high in zip(edges, edges[1:]):
+        cost = (high - low) * (d_in + d_out)
+        worth = float(energy[low:high].sum()) / cost
+        steps.append((-worth, low, cost, name, r, n, high))
+  ranks = {name: np.zeros((R, N), int) for name in spectra}
+  left = budget
+  for _, low, cost, name, r, n, high in sorted(steps):
+    if cost <= left and ranks[name][r, n] == low:
+      ranks[name][r, n] = high
+      left -= cost
+  if not any(table.any() for table in ranks.values()):
+    return dataclasses.replace(config, lora=None)
+  tables = {
+    name: tuple(tuple(int(v) for v in row) for row in table)
+    for name, table in ranks.items()
+  }
+  return dataclasses.replace(config, lora=LoraConfig(**tables, alpha=alpha))

@@ -1,0 +1,177 @@
+"""What a conversion did: parameters, quality, what the ranks kept, cost."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt import cli
+from rrt.config import ModelConfig
+from rrt.evals import perplexity
+from rrt.models import transformer
+from rrt.models.count import ParamCount, count_params
+from rrt.pretrained import LanguageModel
+
+
+@dataclasses.dataclass
+class Report:
+  """Figures of one conversion.
+
+  Attributes:
+    shape: prelude + block x loops + coda, in words.
+    init: how the shared weights were found.
+    ranks: component -> LoRA rank, or the smallest and largest.
+    parent_params: the parent's counts, closed form.
+    params: the child's counts, closed form.
+    params_counted: unique parameters in the child's arrays, without the
+      padding of rank tables; equals `params.unique`.
+    nll_parent_nats: cross-entropy of the parent on text held out from the
+      calibration, nats a token; None without calibration text.
+    nll_child_nats: the child's.
+    held_out_tokens: how many tokens were scored.
+    calibration_tokens: how many the weights were fitted on; 0 for none.
+    kept: component -> share of the residual's energy that the ranks keep,
+      [loops][layers]: of the weights, or with `calibrated` of what they do
+      to their inputs.
+    drift: `||child - parent||^2 / ||parent||^2` of the residual stream on
+      the calibration text after each depth from the block on; only with
+      `calibrated`.
+    identity_error: where the child must compute what the parent does: the
+      largest difference of a logit.
+    seconds: of the whole conversion.
+    peak_memory_bytes: of the process on the host.
+  """
+
+  shape: str
+  init: str
+  ranks: dict[str, Any]
+  parent_params: ParamCount
+  params: ParamCount
+  params_counted: int = 0
+  nll_parent_nats: float | None = None
+  nll_child_nats: float | None = None
+  held_out_tokens: int = 0
+  calibration_tokens: int = 0
+  kept: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+  drift: list[float] = dataclasses.field(default_factory=list)
+  identity_error: float | None = None
+  seconds: float = 0.0
+  peak_memory_bytes: int = 0
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain dicts, lists and numbers."""
+    fields = dataclasses.asdict(self)
+    for name in ('parent_params', 'params'):
+      fields[name] = getattr(self, name)._asdict()
+    return fields
+
+  def show(self) -> None:
+    """Prints the report as tables."""
+    counts = [('parent', self.parent_params), ('child', self.params)]
+    cli.table(
+      [
+        [who, c.unique, c.unique_non_embedding, c.total, c.total_non_embedding]
+        for who, c in counts
+      ],
+      ['', 'unique', 'without embeddings', 'total', 'without embeddings'],
+    )
+    equal = 'equals' if self.params_counted == self.params.unique else 'IS NOT'
+    print(
+      f'{self.shape}, {self.init}, LoRA {_in_words(self.ranks)}\n'
+      f'unique parameters counted: {self.params_counted:,}, which {equal} the '
+      'closed form\n'
+    )
+    if self.kept:
+      cli.table(
+        [
+          [name, self.ranks[name], *(float(np.mean(row)) for row in table)]
+          for name, table in self.kept.items()
+        ],
+        ['residual kept', 'rank', *(f'loop {r + 1}' for r in range(
+            len(next(iter(self.kept.values())))))],
+      )  # fmt: skip
+    rows = []
+    if self.nll_parent_nats is not None:
+      rows += [
+        ['parent, nats a token', f'{self.nll_parent_nats:.4f}'],
+        ['child, nats a token', f'{self.nll_child_nats:.4f}'],
+        ['held-out tokens', f'{self.held_out_tokens:,}'],
+      ]
+    if self.calibration_tokens:
+      rows.append(['calibration tokens', f'{self.calibration_tokens:,}'])
+    if self.identity_error is not None:
+      rows.append(['identity error, largest logit', self.identity_error])
+    rows += [
+      ['seconds', f'{self.seconds:.1f}'],
+      ['peak memory', f'{self.peak_memory_bytes / 2**30:.2f} GiB'],
+    ]
+    cli.table([[a, str(b)] for a, b in rows], ['', ''])
+
+
+def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:
+  """What is known before any weight is."""
+  c = child
+  shape = f'{c.block_layers} x {c.loops}'
+  if c.prelude_layers or c.coda_layers:
+    shape = f'{c.prelude_layers} + {shape} + {c.coda_layers}'
+  return Report(
+    shape=f'{shape} layers in {c.order} order',
+    init=init,
+    ranks=_ranks(child),
+    parent_params=count_params(parent),
+    params=count_params(child),
+  )
+
+
+def _ranks(config: ModelConfig) -> dict[str, Any]:
+  ranks = {}
+  for name in config.shapes():
+    lora = config.lora
+    table = lora.table(name, config.loops, config.block_layers) if lora else 0
+    low, high = int(np.min(table)), int(np.max(table))
+    ranks[name] = low if low == high else f'{low}-{high}'
+  return ranks
+
+
+def _in_words(ranks: dict[str, Any]) -> str:
+  values = set(ranks.values())
+  if values == {0}:
+    return 'none'
+  if len(values) == 1:
+    return f'rank {values.pop()}'
+  return 'ranks ' + ', '.join(f'{k} {v}' for k, v in ranks.items())
+
+
+def count_arrays(config: ModelConfig, params: Any) -> int:
+  """Unique parameters in a tree, without the padding of rank tables."""
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  if config.lora is None:
+    return count
+  R, N = config.loops, config.block_layers
+  for name, (d_in, d_out) in config.shapes().items():
+    table = config.lora.table(name, R, N)
+    padding = R * N * config.lora.width(name) - int(table.sum())
+    count -= padding * (d_in + d_out)
+  return count
+
+
+def cross_entropy(model: LanguageModel, rows_BxL: np.ndarray) -> float:
+  """Nats a token, each row read alone."""
+  return perplexity.score(
+    model, rows_BxL.reshape(-1).tolist(), context=rows_BxL.shape[1], batch=2
+  ).nll_nats
+
+
+def identity_error(
+  parent: LanguageModel, child: LanguageModel, tokens_BxL: np.ndarray
+) -> float:
+  """Largest absolute difference between two models' logits."""
+
+  def run(model):
+    params = jax.tree.map(jnp.asarray, model.params)
+    hidden = transformer.forward(model.config, params, tokens_BxL).hidden_BxLxD
+    return np.asarray(transformer.logits(model.config, params, hidden))
+
+  return float(np.abs(run(parent) - run(child)).max())
