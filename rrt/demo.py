@@ -41,6 +41,7 @@ _RANK = flags.DEFINE_integer('rank', 64, 'Rank of the per-loop LoRA.')
 _STEPS = flags.DEFINE_integer('steps', 24, 'Steps of uptraining.')
 _BATCH = flags.DEFINE_integer('batch', 2, 'Rows of a step.')
 _LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a row.')
+_CONTEXT = flags.DEFINE_integer('context', 512, 'Tokens of a measured row.')
 _HELDOUT = flags.DEFINE_integer('heldout_tokens', 4096, 'Tokens measured on.')
 _NEW = flags.DEFINE_integer('max_new_tokens', 40, 'Tokens each model writes.')
 _PROMPT = flags.DEFINE_multi_string(
@@ -80,7 +81,7 @@ def recipe(train: Path, heldout: Path) -> dict:
                     'schedule': 'cosine', 'final_rate': 0.1},
       'data': {'path': str(train)},
       'heldout': {'path': str(heldout), 'max_tokens': _HELDOUT.value,
-                  'context': 512, 'batch': 2,
+                  'context': _CONTEXT.value, 'batch': 2,
                   'every': max(_STEPS.value // 3, 1)},
   }  # fmt: skip
 
@@ -88,7 +89,7 @@ def recipe(train: Path, heldout: Path) -> dict:
 def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
   """Size, quality and writing of one model."""
   quality = score(
-    model, heldout, context=512, batch=2, max_tokens=_HELDOUT.value
+    model, heldout, context=_CONTEXT.value, batch=2, max_tokens=_HELDOUT.value
   )
   texts = complete(
     model, _PROMPT.value, max_new_tokens=_NEW.value, temperature=0.0
