@@ -176,12 +176,10 @@ class Decoder:
       self, config: ModelConfig, params, *, loops: int | None = None,
       dtype: str = 'float32',
   ):  # fmt: skip
-    if dtype not in DTYPES:
-      raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
-    self.params = prepare(params, dtype)
+    self.params = cast(transformer.unstack(params), dtype)
     self.clock = Clock()
 
   def run(
@@ -256,10 +254,10 @@ class Decoder:
   def _prefill(self, prompts, length_B, cache):
     """Runs all prompts into the cache, a bounded chunk at a time."""
     B, longest = len(prompts), int(length_B.max())
-    most = bucket(min(max(CHUNK_TOKENS // B, 64), longest), None)
+    most = bucket(min(max(CHUNK_TOKENS // B, 64), longest))
     last_BxD = jnp.zeros((B, self.static.config.d_model), self.static.dtype)
     for start in range(0, longest, most):
-      width = bucket(min(most, longest - start), None)
+      width = bucket(min(most, longest - start))
       tokens_BxL = np.zeros((B, width), np.int32)
       for row, prompt in zip(tokens_BxL, prompts, strict=True):
         part = prompt[start : start + width]
@@ -288,22 +286,34 @@ class Decoder:
 _COMPILED: dict[Any, Any] = {}
 
 
-def prepare(params, dtype: str):
-  """Weights for decoding: a subtree a layer, matrices in `dtype`, on device.
+def cast(params, dtype: str):
+  """Parameters on the device, matrices in `dtype`.
 
   Gains of norms keep their dtype: they are small, and multiply in it.
+
+  Raises:
+    InputError: a dtype that is not supported.
   """
+  if dtype not in DTYPES:
+    raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
   return jax.tree_util.tree_map_with_path(
       lambda path, w: jnp.asarray(
           w, None if path[-1].key == 'scale' else dtype
       ),
-      transformer.unstack(params),
+      params,
   )
 
 
-def bucket(n: int, most: int | None) -> int:
-  """n rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile."""
-  size = 16
+def bucket(n: int, most: int | None = None, least: int = 16) -> int:
+  """n rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
+
+  Args:
+    n: what has to fit.
+    most: never more than this.
+    least: the smallest bucket, a power of 2.
+  """
+  size = least
   while size < n:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    power = size & (size - 1) == 0
+    size = (size * 3 // 2 if size > 1 else 2) if power else size * 4 // 3
   return size if most is None else min(size, most)
