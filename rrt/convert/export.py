@@ -105,7 +105,8 @@ def _merged(c, params, path, stacked, loop, layer) -> np.ndarray:
   for key in parents:
     tree = tree[key]
   a, b = (np.asarray(tree[k][layer, loop]) for k in ('lora_a', 'lora_b'))
-  a, b = a[:, :rank].astype(np.float32), b[:rank].astype(np.float32)
+  # In float64, so that the only rounding is that of the merged weight.
+  a, b = a[:, :rank].astype(np.float64), b[:rank].astype(np.float64)
   return stacked[layer] + c.lora.scale(component) * (a @ b)
 
 

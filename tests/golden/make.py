@@ -100,8 +100,7 @@ def random_model(config, seed: int) -> torch.nn.Module:
       elif 'embed_tokens' in name:
         weight.copy_(0.5 * torch.randn_like(weight))
       else:
-        scale = 1.5 * weight.shape[1] ** -0.5
-        weight.copy_(scale * torch.randn_like(weight))
+        weight.copy_(weight.shape[1] ** -0.5 * torch.randn_like(weight))
   return model
 
 

@@ -1,0 +1,146 @@
+"""Live parity with Hugging Face: load, convert, export, generate.
+
+make parity
+
+Fresh random models with perturbed norms and odd sizes on every run of this
+file's seeds; the golden files hold the same without torch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rrt
+from rrt.models import transformer
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+TOLERANCE = 1e-4
+
+
+@functools.lru_cache
+def make():
+  """tests/golden/make.py, which needs torch to be imported."""
+  from tests.golden import make
+
+  torch.set_num_threads(2)
+  return make
+
+
+def parent_of(name, folder, seed=7):
+  """(Hugging Face's model, ours) of a random checkpoint."""
+  model = make().random_model(make().MODELS[name], seed)
+  model.save_pretrained(folder)
+  return model, rrt.load(folder)
+
+
+def random_tokens(config, seed=3, rows=2, length=21):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, config.vocab_size, (rows, length))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+  out = transformer.forward(config, params, tokens)
+  return transformer.logits(config, params, out.hidden_BxLxD, jnp.float32)
+
+
+def assert_same_logits(ours, theirs, tokens=None):
+  if tokens is None:
+    tokens = random_tokens(ours.config)
+  wanted = make().logits_of(theirs, tokens)
+  assert np.abs(wanted).max() > 1
+  found = np.asarray(_logits(ours.config, ours.params, tokens))
+  assert np.abs(found - wanted).max() < TOLERANCE
+
+
+def exported(model, folder):
+  """What Hugging Face loads of our export."""
+  rrt.save_hf(model, folder)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  )
+  return theirs.eval()
+
+
+def assert_same_greedy_tokens(ours, theirs, steps=12):
+  prompts = random_tokens(ours.config, rows=3, length=9)
+  with torch.no_grad():
+    theirs.generation_config.eos_token_id = None
+    out = theirs.generate(
+      torch.from_numpy(prompts),
+      attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+      max_new_tokens=steps,
+      do_sample=False,
+      pad_token_id=0,
+    )
+  wanted = out[:, prompts.shape[1] :].tolist()
+  written = rrt.complete(
+    ours, prompts.tolist(), max_new_tokens=steps, ignore_end=True
+  )
+  assert [w.tokens for w in written] == wanted
+
+
+NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loaded_and_exported(name, tmp_path):
+  theirs, ours = parent_of(name, tmp_path / 'parent')
+  assert_same_logits(ours, theirs)
+  assert_same_greedy_tokens(ours, theirs)
+  assert_same_logits(ours, exported(ours, tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('name', ['llama3', 'gemma3'])
+def test_one_loop_is_the_parent(name, tmp_path):
+  theirs, ours = parent_of(name, tmp_path / 'parent')
+  child, _ = rrt.to_recursive(ours, prelude=1, loops=1, coda=1)
+  assert_same_logits(child, theirs)
+  assert_same_logits(ours, exported(child, tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('order', ['cycle', 'sequence'])
+@pytest.mark.parametrize('half_ranks', [1, 2, 4])
+@pytest.mark.parametrize('name', ['llama3', 'gemma3'])
+def test_full_rank_is_the_parent_at_any_alpha(
+  name, half_ranks, order, tmp_path
+):
+  theirs, ours = parent_of(name, tmp_path / 'parent')
+  rank = min(ours.config.d_model, ours.config.num_heads * ours.config.head_dim)
+  child, _ = rrt.to_recursive(
+    ours,
+    loops=2,
+    order=order,
+    init='average',
+    rank=10_000,
+    alpha=rank * half_ranks / 2,
+    loop_norms=True,
+  )
+  assert child.config.loops == 2
+  assert_same_logits(child, theirs)
+  assert_same_logits(ours, exported(child, tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_low_rank_child_is_its_export(name, tmp_path):
+  _, ours = parent_of(name, tmp_path / 'parent')
+  depth = ours.config.depth
+  child, _ = rrt.to_recursive(
+    ours,
+    prelude=depth % 2,
+    loops=2,
+    init='average',
+    rank={'q': 2, 'v': 3, 'down': 4, 'gate': 1},
+    alpha=5.0,
+  )
+  theirs = exported(child, tmp_path / 'out')
+  assert_same_logits(child, theirs)
+  assert_same_greedy_tokens(child, theirs)
+  rrt.save(child, tmp_path / 'saved')
+  assert_same_logits(rrt.load(tmp_path / 'saved'), theirs)
