@@ -1,8 +1,9 @@
 """A training run on paper: every setting, typed, documented and checked.
 
-`experiments/` writes recipes down as ml_collections configs, the command line
-overrides their fields, and `Recipe.from_dict` turns them into these frozen
-dataclasses, so that nothing past this file sees an untyped value.
+`config()` is the same as an ml_collections config, all fields at their
+defaults. A file of `experiments/` changes some, the command line overrides
+others, and `Recipe.from_dict` makes these frozen dataclasses of it, so that
+nothing past this file sees an untyped value.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 import difflib
 import json
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import Source
@@ -35,6 +36,7 @@ class Conversion:
     order: 'cycle' or 'sequence'.
     init: of the shared weights: 'calibrated', 'average', 'stepwise', ...
     rank: of LoRA, for all linears; 0 for none.
+    budget: instead of a rank: parameters of LoRA, spread by what each regains.
     alpha: LoRA's scale is alpha / rank; None for a scale of 1.
     lora_init: 'svd' or 'zero'.
     loop_norms: norm gains of each loop's own.
@@ -49,6 +51,7 @@ class Conversion:
   order: str = 'cycle'
   init: str = 'calibrated'
   rank: int = 0
+  budget: int | None = None
   alpha: float | None = None
   lora_init: str = 'svd'
   loop_norms: bool = True
@@ -209,6 +212,51 @@ class Recipe:
   def to_dict(self) -> dict[str, Any]:
     """Plain dicts, lists, strings and numbers, for json."""
     return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def config():
+  """All fields at their defaults, as a locked ml_collections.ConfigDict.
+
+  Raises:
+    InputError: ml_collections is not installed.
+  """
+  config_dict, _ = _ml_collections()
+
+  def of(cls):
+    fields = {}
+    for field in dataclasses.fields(cls):
+      kind = get_type_hints(cls)[field.name]
+      if dataclasses.is_dataclass(kind):
+        fields[field.name] = of(kind)
+      elif field.default is None:
+        base = next(t for t in get_args(kind) if t is not type(None))
+        fields[field.name] = config_dict.placeholder(base)
+      elif field.default is dataclasses.MISSING:
+        fields[field.name] = config_dict.create(**field.default_factory())
+      else:
+        fields[field.name] = field.default
+    return config_dict.create(**fields)
+
+  return of(Recipe).lock()
+
+
+def define_config_flag() -> None:
+  """Adds --config, a file with get_config(), and --config.FIELD to absl."""
+  _, config_flags = _ml_collections()
+  config_flags.DEFINE_config_file(
+    'config', None, 'The recipe: a file of experiments/, or your own.'
+  )
+
+
+def _ml_collections():
+  try:
+    from ml_collections import config_dict, config_flags
+  except ImportError as e:
+    raise InputError(
+      'configs need ml_collections: pip install '
+      '"relaxed-recursive-transformers[train]"'
+    ) from e
+  return config_dict, config_flags
 
 
 def _build(cls, fields: Mapping[str, Any], prefix: str):

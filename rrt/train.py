@@ -35,7 +35,7 @@ from rrt.heldout import open_heldout
 from rrt.models.count import count_params
 from rrt.prepare import check, open_data, prepare
 from rrt.pretrained import LanguageModel
-from rrt.recipe import Recipe
+from rrt.recipe import Recipe, define_config_flag
 from rrt.teacher import with_teacher
 
 
@@ -183,8 +183,9 @@ def main(argv):
     jax.distributed.initialize(
       FLAGS.coordinator, FLAGS.processes, FLAGS.process
     )
-  if not FLAGS.workdir:
-    raise InputError('--workdir is not given: name a directory for the run.')
+  for flag in ('config', 'workdir'):
+    if not getattr(FLAGS, flag):
+      raise InputError(f'--{flag} is not given; see --help.')
   recipe = Recipe.from_dict(FLAGS.config.to_dict())
   workdir = Path(FLAGS.workdir).expanduser().absolute()
   checkpoint_lib.check_writable(workdir)
@@ -243,26 +244,27 @@ def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
 
 FLAGS = flags.FLAGS
 
-if __name__ == '__main__':
-  try:
-    from ml_collections import config_flags
-  except ImportError:
-    raise SystemExit(
-      'error: configs need ml_collections: pip install '
-      '"relaxed-recursive-transformers[train]".'
-    ) from None
-  config_flags.DEFINE_config_file(
-    'config', None, 'The recipe: a file of experiments/.', lock_config=True
+
+def define_flags() -> None:
+  """The command line's; importing `uptrain` defines none."""
+  define_config_flag()
+  flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; it goes on where it was.'
   )
-  flags.DEFINE_string('workdir', None, 'Directory of the run.')
   flags.DEFINE_bool(
-      'distributed', False,
-      'Several processes, found from the environment (TPU pods, Slurm, MPI).',
+    'distributed', False,
+    'Several processes, found from the environment (TPU pods, Slurm, MPI).',
   )  # fmt: skip
   flags.DEFINE_string(
     'coordinator', None, 'Several processes by hand: host:port of the first.'
   )
-  flags.DEFINE_integer('processes', None, 'By hand: how many.')
+  flags.DEFINE_integer('processes', None, 'By hand: how many there are.')
   flags.DEFINE_integer('process', None, 'By hand: which one this is, from 0.')
-  flags.mark_flag_as_required('config')
+
+
+if __name__ == '__main__':
+  try:
+    define_flags()
+  except InputError as error:
+    raise SystemExit(f'error: {error}') from None
   cli.run(main)

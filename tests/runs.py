@@ -2,12 +2,18 @@
 
 import dataclasses
 import functools
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from rrt import pretrained
 from rrt.config import LoraConfig, ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.models import transformer
@@ -90,7 +96,7 @@ def write_text(path, documents: int = 60) -> str:
   with open(path, 'w') as f:
     for i in range(documents):
       text = ' '.join(rng.choice(words, size=rng.integers(3, 20)))
-      f.write('{"text": "%d %s."}\n' % (i, text))
+      f.write(json.dumps({'text': f'{i} {text}.'}) + '\n')
   return str(path)
 
 
@@ -107,3 +113,61 @@ def recipe(text: str, **fields):
     'checkpoint_every': 2,
     **fields,
   }
+
+
+CONFIG = """
+from rrt.recipe import config
+
+def get_config():
+  c = config()
+  c.parent, c.child = {parent!r}, {child!r}
+  c.steps, c.batch, c.length = 12, 8, 16
+  c.data.path = {text!r}
+  c.loss.chunk_tokens = 64
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-3, 2
+  c.checkpoint_every = 3
+  return c
+"""
+
+
+def write_experiment(folder: Path) -> Path:
+  """A config file, and the models and the text that it names."""
+  pretrained.save(parent(), folder / 'parent')
+  pretrained.save(child(), folder / 'child')
+  text = write_text(folder / 'text.jsonl')
+  file = folder / 'experiment.py'
+  file.write_text(
+    CONFIG.format(
+      parent=str(folder / 'parent'), child=str(folder / 'child'), text=text
+    )
+  )
+  return file
+
+
+def start(file: Path, workdir: Path, *flags: str, devices: int = 1):
+  """The command line as a process of its own."""
+  return subprocess.Popen(
+    [sys.executable, '-m', 'rrt.train', f'--config={file}',
+     f'--workdir={workdir}', *flags],
+    cwd=Path(__file__).parent.parent,
+    env=os.environ | {
+      'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+
+
+def finish(process, status: int = 0) -> tuple[str, str]:
+  """Waits; (stdout, stderr) of a process that must end with `status`."""
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == status, out[-1000:] + err[-3000:]
+  return out, err
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+  """(step, loss) of a run's metrics."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [(r['step'], r['loss']) for r in rows if 'loss' in r]

@@ -1,0 +1,73 @@
+"""What the experiments of this folder share; not an experiment itself.
+
+A config of your own starts from here, or from `rrt.recipe.config()`, and sets
+the fields that differ; the command line sets more: --config.steps=200. What a
+field means is said in `rrt/recipe.py`.
+"""
+
+from rrt import recipe
+
+
+def get_config():
+  """The recipe for a laptop: 2 x 512 tokens a step, on two CPU cores."""
+  c = recipe.config()
+  c.data.path = 'builtin:train'
+  c.heldout.path = 'builtin:heldout'
+  c.heldout.every = 20
+
+  c.steps = 40
+  c.batch, c.length = 2, 512
+  c.loss.cross_entropy = 1.0
+  c.loss.distillation = 1.0  # Forward KL from the parent, temperature 1.
+
+  c.optimizer.learning_rate = 3e-4
+  c.optimizer.warmup_steps = 4
+  c.optimizer.schedule = 'cosine'
+  c.optimizer.final_rate = 0.1
+
+  c.convert.init = 'calibrated'
+  c.convert.calibration = 'builtin:train'
+  c.checkpoint_every = 20
+  return c
+
+
+def accelerator(c):
+  """The same on an accelerator: bf16, larger batches, longer runs."""
+  c.dtype = 'bfloat16'
+  c.batch, c.length = 32, 1024
+  c.steps = 2000
+  c.optimizer.warmup_steps = 100
+  c.loss.chunk_tokens = 8192
+  c.log_every = 10
+  c.heldout.every = 250
+  c.checkpoint_every = 250
+  return c
+
+
+def paper(c):
+  """The paper's uptraining (appendix E), 60 billion tokens.
+
+  SlimPajama; context 2048; about 2 million tokens a step; AdamW, 2e-4, cosine,
+  800 steps of warm-up; mixed precision on 8 H100; forward KL from the
+  full-size model of the same family, uptrained on 15 billion tokens, added to
+  the cross-entropy. The paper does not state betas, weight decay, the final
+  learning rate, clipping, LoRA's alpha or the weight and temperature of the
+  distillation: here they are this package's defaults.
+  """
+  c.data.path = 'hf://DKYoon/SlimPajama-6B:train'
+  c.heldout.path = ''
+  c.length = 2048
+  c.batch = 1024  # 2,097,152 tokens.
+  c.steps = 28_610  # 60e9 tokens.
+  c.accumulate = 16
+  c.dtype, c.remat = 'bfloat16', 'dots'
+  c.loss.chunk_tokens = 16_384
+  c.optimizer.learning_rate = 2e-4
+  c.optimizer.warmup_steps = 800
+  c.optimizer.schedule, c.optimizer.final_rate = 'cosine', 0.0
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  # As the paper: plain means and plain SVD, norms shared by all loops.
+  c.convert.init, c.convert.lora_init = 'average', 'svd'
+  c.convert.loop_norms = False
+  c.log_every, c.checkpoint_every, c.keep = 10, 500, 3
+  return c

@@ -1,0 +1,31 @@
+"""Gemma 3 270M, 6 x 3, rank 128: 18 layers from 6, one period of its windows.
+
+Five local layers and a global one are Gemma 3's period: in a block of six,
+each shared layer is local in all loops, or global in all.
+
+COMMAND
+  python -m rrt.train --config=experiments/gemma3_270m_6x3.py \
+      --workdir=runs/gemma3_270m_6x3
+  On an accelerator add --config=experiments/gemma3_270m_6x3.py:accelerator
+
+HARDWARE
+  Two CPU cores, 16 GiB; or one GPU or TPU chip.
+
+RESULT
+  Not run.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = ''):
+  """The recipe; arg may be `accelerator`."""
+  c = base.get_config()
+  if arg == 'accelerator':
+    c = base.accelerator(c)
+  c.parent = 'gemma3-270m'
+  c.convert.block, c.convert.loops = 6, 3
+  c.convert.rank = 128
+  # A vocabulary of 262,144: half as many tokens of logits at a time.
+  c.loss.chunk_tokens //= 2
+  return c

@@ -1,0 +1,26 @@
+"""SmolLM2-135M, 15 x 2, rank 128: every layer shared by two depths.
+
+COMMAND
+  python -m rrt.train --config=experiments/smollm2_15x2.py \
+      --workdir=runs/smollm2_15x2
+  On an accelerator add --config=experiments/smollm2_15x2.py:accelerator
+
+HARDWARE
+  Two CPU cores, 8 GiB; or one GPU or TPU chip.
+
+RESULT
+  Not run.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = ''):
+  """The recipe; arg may be `accelerator`."""
+  c = base.get_config()
+  if arg == 'accelerator':
+    c = base.accelerator(c)
+  c.parent = 'smollm2-135m'
+  c.convert.block, c.convert.loops = 15, 2
+  c.convert.rank = 128
+  return c

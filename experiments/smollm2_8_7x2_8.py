@@ -1,0 +1,27 @@
+"""SmolLM2-135M, 8 + 7 x 2 + 8, rank 64: the middle half shared.
+
+COMMAND
+  python -m rrt.train --config=experiments/smollm2_8_7x2_8.py \
+      --workdir=runs/smollm2_8_7x2_8
+  On an accelerator add --config=experiments/smollm2_8_7x2_8.py:accelerator
+
+HARDWARE
+  Two CPU cores, 8 GiB; or one GPU or TPU chip.
+
+RESULT
+  Not run yet on an idle machine; see the README's table.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = ''):
+  """The recipe; arg may be `accelerator`."""
+  c = base.get_config()
+  if arg == 'accelerator':
+    c = base.accelerator(c)
+  c.parent = 'smollm2-135m'
+  c.convert.prelude, c.convert.block, c.convert.coda = 8, 7, 8
+  c.convert.loops = 2
+  c.convert.rank = 64
+  return c

@@ -1,0 +1,101 @@
+"""What is written down, and the closed forms behind it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rrt import metrics
+from rrt.models import transformer
+from tests import runs
+
+
+def test_flops_against_xla():
+  """The closed form is what XLA counts, less the parts it leaves out."""
+  config = dataclasses.replace(runs.PARENT, d_model=128, d_ff=256, head_dim=32)
+  L = 16
+  params = jax.eval_shape(
+    lambda: transformer.init_params(config, jax.random.key(0))
+  )
+
+  def f(params, tokens):
+    out = transformer.forward(config, params, tokens, scan=False)
+    return transformer.logits(config, params, out.hidden_BxLxD)
+
+  tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
+  cost = jax.jit(f).lower(params, tokens).compile().cost_analysis()
+  want = metrics.forward_flops(config, L) * L
+  # XLA multiplies with masked keys as well, and counts norms and softmaxes.
+  assert 1.0 < cost['flops'] / want < 1.12
+
+
+def test_windows_and_loops_cost_what_they_run():
+  config = runs.PARENT
+  far = metrics.forward_flops(config, 32)
+  near = metrics.forward_flops(
+    dataclasses.replace(config, windows=(4,) * 6), 32
+  )
+  keys = lambda w: (w * (w + 1) / 2 + (32 - w) * w) / 32
+  saved = 6 * 4 * config.num_heads * config.head_dim * (keys(32) - keys(4))
+  np.testing.assert_allclose(far - near, saved)
+  plain = config.with_recursion(prelude=0, block=3, loops=2, coda=0)
+  assert metrics.forward_flops(plain, 32) == far
+  assert metrics.forward_flops(runs.CHILD, 32) > far
+  assert metrics.step_flops(config, config, 10, 32) == 40 * far
+
+
+def test_lora_norms_equal_the_products():
+  params = runs.child().params
+  want = np.zeros(2)
+  for part in ('attn', 'mlp'):
+    for linear in params['block']['layers'][part].values():
+      ab = linear['lora_a'] @ linear['lora_b']
+      want += np.sum(np.square(ab), axis=(0, 2, 3))
+  np.testing.assert_allclose(
+    metrics.lora_norms(params), np.sqrt(want), rtol=1e-5
+  )
+
+
+def test_peak_flops_of_a_cpu_is_unknown():
+  assert metrics.peak_flops() is None
+  assert metrics.memory_bytes() > 0
+
+
+def test_writer_tells_one_uninterrupted_run(tmp_path):
+  writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+  for step in range(1, 5):
+    writer.write({'step': step, 'loss': 1 / step, 'none': None})
+  writer.close()
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 5, "lo')  # Killed while writing.
+  writer = metrics.Writer(tmp_path, 3, tensorboard=False)
+  writer.write({'step': 4, 'loss': float('nan')})
+  writer.close()
+  rows = metrics.read(tmp_path / 'metrics.jsonl')
+  assert [r['step'] for r in rows] == [1, 2, 3, 4]
+  assert rows[-1]['loss'] == 'nan' and 'none' not in rows[0]
+  for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
+    json.loads(line)
+
+
+def test_a_new_run_drops_an_old_ones_rows(tmp_path):
+  writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+  writer.write({'step': 0, 'heldout_nats': 1.0})
+  writer.close()
+  assert metrics.Writer(tmp_path, 0, tensorboard=False).rows == []
+
+
+def test_tensorboard(tmp_path):
+  pytest.importorskip('tensorboardX')
+  writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+  writer.write({'step': 1, 'loss': 0.5})
+  writer.close()
+  files = list((tmp_path / 'tensorboard').glob('events*'))
+  assert files and files[0].stat().st_size > 0
+
+
+def test_revision(tmp_path):
+  assert metrics.revision(tmp_path) == ''

@@ -1,0 +1,48 @@
+"""Two processes train as one does, save together and go on together."""
+
+import signal
+import socket
+
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from tests import runs
+from tests.resume_test import until
+
+pytest.importorskip('ml_collections')
+
+
+def start_two(file, workdir, *flags):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  return [
+    runs.start(
+      file, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+      f'--process={i}', *flags, devices=2,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+
+
+def test_two_processes_equal_one(tmp_path):
+  file = runs.write_experiment(tmp_path)
+  flags = (
+    '--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8',
+  )  # fmt: skip
+  runs.finish(runs.start(file, tmp_path / 'one', *flags, devices=4))
+
+  two = start_two(file, tmp_path / 'two', *flags)
+  until(two[0], tmp_path / 'two', 5)
+  for process in two:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  for process in start_two(file, tmp_path / 'two', *flags):
+    runs.finish(process)
+  got, want = runs.losses(tmp_path / 'two'), runs.losses(tmp_path / 'one')
+  assert [s for s, _ in got] == list(range(1, 9))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  a, b = (pretrained.load(tmp_path / x) for x in ('two', 'one'))
+  table = lambda m: m.params['embed']['table']
+  np.testing.assert_allclose(table(a), table(b), atol=1e-4)

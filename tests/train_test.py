@@ -1,0 +1,185 @@
+"""Uptraining as one call, and as a command."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from rrt import pretrained, recipe
+from rrt.errors import InputError
+from rrt.models.count import count_params
+from rrt.train import uptrain
+from tests import runs
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  return runs.write_text(tmp_path_factory.mktemp('text') / 'a.jsonl')
+
+
+@pytest.fixture(scope='module')
+def experiment(tmp_path_factory):
+  return runs.write_experiment(tmp_path_factory.mktemp('experiment'))
+
+
+def held(config, params):
+  """Numbers in a tree, the padding of rank tables left out."""
+  ones = jax.tree.map(lambda x: np.ones(x.shape), params)
+  from rrt.models.transformer import clear_padding
+
+  return sum(int(x.sum()) for x in jax.tree.leaves(clear_padding(config, ones)))
+
+
+def test_a_child_learns(text, tmp_path):
+  rows = []
+  run = uptrain(
+    runs.parent(),
+    runs.child(),
+    runs.recipe(
+      text,
+      steps=30,
+      heldout={'path': text, 'context': 16, 'max_tokens': 400, 'every': 10},
+    ),
+    on_row=rows.append,
+  )
+  assert rows == run.history and run.step == 30 and not run.stopped
+  trained = [r for r in rows if 'loss' in r]
+  assert [r['step'] for r in trained] == list(range(1, 31))
+  assert trained[-1]['cross_entropy'] < trained[0]['cross_entropy'] - 0.5
+  heldout = {r['step']: r['heldout_nats'] for r in rows if 'heldout_nats' in r}
+  assert list(heldout) == [0, 10, 20, 30]
+  assert heldout[30] < heldout[0] - 0.5
+  for name in (
+    'distillation', 'learning_rate', 'grad_norm', 'grad_norm/lora',
+    'loop_change/2', 'lora_norm/1', 'lora_norm/2', 'tokens_per_second',
+    'memory_bytes', 'skipped',
+  ):  # fmt: skip
+    assert name in trained[-1], name
+  # The child that was passed in is as it was, and tying held.
+  model = run.model
+  before = jax.tree.leaves(runs.child().params)
+  assert all(isinstance(x, np.ndarray) for x in before)
+  assert held(model.config, model.params) == count_params(model.config).unique
+  pretrained.save(model, tmp_path / 'model')
+  again = pretrained.load(tmp_path / 'model')
+  assert held(again.config, again.params) == count_params(model.config).unique
+  jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_the_text_ends_first(text):
+  run = uptrain(
+    runs.parent(),
+    runs.child(),
+    runs.recipe(text, steps=10_000, data={'path': text, 'epochs': 1}),
+  )
+  assert 5 < run.step < 100
+
+
+def test_a_run_that_diverges_stops_with_the_reason(text, tmp_path):
+  bad = dataclasses.replace(
+    runs.child(),
+    params=jax.tree.map(lambda x: x * np.float32('nan'), runs.child().params),
+  )
+  with pytest.raises(InputError, match='not finite in steps 1 to 3') as e:
+    uptrain(
+      runs.parent(), bad, runs.recipe(text, max_skipped=3), tmp_path / 'run'
+    )
+  assert 'learning_rate' in str(e.value)
+
+
+@pytest.mark.parametrize(
+  'fields,message',
+  [
+    ({'stepps': 3}, 'did you mean steps'),
+    ({'loss': {'divergence': 'l2'}}, 'loss.divergence'),
+    ({'loss': {'chunk': 5}}, 'config.loss.chunk'),
+    ({'steps': 1.5}, 'config.steps=1.5'),
+    ({'steps': 0}, 'steps=0'),
+    ({'batch': 9}, 'batch=9'),
+    ({'batch': 8, 'accumulate': 3}, 'accumulate=3'),
+    ({'batch': 8, 'accumulate': 2}, 'batch=4'),
+    ({'length': 33}, 'length=33'),
+    ({'mesh': {'tensor': 8}}, 'num_heads=4'),
+    ({'mesh': {'data': 3}}, 'devices'),
+    ({'mesh': {'expert': 8}}, 'mesh.expert'),
+    ({'optimizer': {'train': 'router'}}, 'router'),
+    ({'optimizer': {'warmup_steps': 7}}, 'warmup_steps=7'),
+    ({'dtype': 'float16'}, 'dtype'),
+    ({'remat': 'some'}, 'remat'),
+    ({'data': {'path': '/nowhere/x.txt'}}, '/nowhere/x.txt'),
+    ({'heldout': {'path': '/nowhere/x.txt'}}, 'heldout|/nowhere/x.txt'),
+    ({'heldout': {'path': 'TEXT', 'context': 99}}, 'heldout.context=99'),
+    ({'heldout': {'path': 'TEXT', 'context': 9, 'batch': 3}}, 'heldout.batch'),
+  ],
+  ids=str,
+)
+def test_wrong_settings_are_told_before_work(text, fields, message):
+  if fields.get('heldout', {}).get('path') == 'TEXT':
+    fields['heldout']['path'] = text
+  with pytest.raises(InputError, match=message) as e:
+    uptrain(runs.parent(), runs.child(), runs.recipe(text) | fields)
+  assert '\n' not in str(e.value)
+
+
+def test_wrong_models_are_told(text):
+  other = dataclasses.replace(runs.PARENT, vocab_size=272)
+  with pytest.raises(InputError, match='vocab_size=272'):
+    uptrain(runs.model(other, 0), runs.child(), runs.recipe(text))
+  with pytest.raises(InputError, match='no parent'):
+    uptrain(None, runs.child(), runs.recipe(text))
+  blank = dataclasses.replace(runs.child(), tokenizer=None)
+  with pytest.raises(InputError, match='no tokenizer'):
+    uptrain(runs.parent(), blank, runs.recipe(text))
+
+
+def test_without_a_parent(text):
+  run = uptrain(
+    None, runs.child(), runs.recipe(text, loss={'distillation': 0.0})
+  )
+  assert all(r['distillation'] == 0 for r in run.history)
+
+
+def test_command(experiment, tmp_path):
+  pytest.importorskip('ml_collections')
+  flags = ('--config.steps=4', '--config.tensorboard=True')
+  out, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
+  figures = json.loads(out.splitlines()[-1])
+  assert figures['steps'] == 4 and figures['tokens'] == 4 * 8 * 16
+  assert figures['params_unique'] == count_params(runs.CHILD).unique
+  model = pretrained.load(tmp_path / 'run')
+  assert model.config == runs.CHILD
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert saved['config']['steps'] == 4 and saved['versions']['jax']
+  # Again: nothing is left to do, and nothing changes.
+  out, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
+  assert json.loads(out.splitlines()[-1])['loss'] == figures['loss']
+  # With another setting it is another run.
+  flags = ('--config.steps=4', '--config.seed=1')
+  _, err = runs.finish(runs.start(experiment, tmp_path / 'run', *flags), 2)
+  told = err.strip().splitlines()[-1]
+  assert told.startswith('error: config.seed=1') and 'workdir' in told
+
+
+@pytest.mark.parametrize(
+  'flags,message',
+  [
+    (('--config.optimizer.learning_rate=-1',), 'learning_rate'),
+    (('--workdir=/proc/nothing',), 'cannot be written to'),
+    (('--config.parent=/nowhere',), '/nowhere'),
+  ],
+)
+def test_command_tells_in_one_line(experiment, tmp_path, flags, message):
+  pytest.importorskip('ml_collections')
+  process = runs.start(experiment, tmp_path / 'run', *flags)
+  _, err = runs.finish(process, 2)
+  told = [x for x in err.splitlines() if x.startswith('error: ')]
+  assert len(told) == 1 and message in told[0] and 'Traceback' not in err
+
+
+def test_recipes_survive_json():
+  r = recipe.Recipe.from_dict(
+    {'optimizer': {'rules': (('lora', {'multiplier': 2.0}),)}, 'steps': 5.0}
+  )
+  assert recipe.Recipe.from_dict(r.to_dict()).to_dict() == r.to_dict()
