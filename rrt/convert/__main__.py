@@ -30,9 +30,7 @@ _BLOCK = flags.DEFINE_integer(
   'block', None, 'Layers of the block; worked out when left out.'
 )
 _LOOPS = flags.DEFINE_integer('loops', 2, 'How often the block runs.')
-_CODA = flags.DEFINE_integer(
-  'coda', 0, 'Layers of their own after the block.'
-)
+_CODA = flags.DEFINE_integer('coda', 0, 'Layers of their own after the block.')
 _ORDER = flags.DEFINE_enum(
   'order', 'cycle', ORDERS,
   'cycle runs the whole block again and again, sequence repeats each layer.',
@@ -46,11 +44,13 @@ _RANK = flags.DEFINE_string(
   'the matrix; 0 for none.',
 )  # fmt: skip
 _BUDGET = flags.DEFINE_integer(
-  'budget', None,
+  'budget',
+  None,
   'Instead of --rank: LoRA parameters to spend where they regain most.',
 )
 _ALPHA = flags.DEFINE_float(
-  'alpha', None,
+  'alpha',
+  None,
   "LoRA's scale is alpha / rank; the factors make up for it. 1 by default.",
 )
 _LORA_INIT = flags.DEFINE_enum(
@@ -119,21 +119,23 @@ def main(_) -> None:
   out = pretrained.save(child, _OUT.value)
   report.show()
   print(f'written to {out}')
-  cli.finish({
-    'out': str(out),
-    'params_unique': report.params.unique,
-    'params_unique_non_embedding': report.params.unique_non_embedding,
-    'params_total': report.params.total,
-    'params_total_non_embedding': report.params.total_non_embedding,
-    'params_counted': report.params_counted,
-    'params_parent': report.parent_params.unique,
-    'nll_parent_nats': report.nll_parent_nats,
-    'nll_child_nats': report.nll_child_nats,
-    'held_out_tokens': report.held_out_tokens,
-    'identity_error': report.identity_error,
-    'seconds': report.seconds,
-    'peak_memory_bytes': report.peak_memory_bytes,
-  })
+  cli.finish(
+    {
+      'out': str(out),
+      'params_unique': report.params.unique,
+      'params_unique_non_embedding': report.params.unique_non_embedding,
+      'params_total': report.params.total,
+      'params_total_non_embedding': report.params.total_non_embedding,
+      'params_counted': report.params_counted,
+      'params_parent': report.parent_params.unique,
+      'nll_parent_nats': report.nll_parent_nats,
+      'nll_child_nats': report.nll_child_nats,
+      'held_out_tokens': report.held_out_tokens,
+      'identity_error': report.identity_error,
+      'seconds': report.seconds,
+      'peak_memory_bytes': report.peak_memory_bytes,
+    }
+  )
 
 
 def calibration_text(path: str | None, tokens: int) -> str:

@@ -114,9 +114,7 @@ def with_ranks(
       )
     value = 0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-      raise InputError(
-        f'rank={value!r}: must be a whole number, 0 or more.'
-      )
+      raise InputError(f'rank={value!r}: must be a whole number, 0 or more.')
     capped[name] = min(value, *config.shapes()[name])
   lora = None
   if any(capped.values()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -9,6 +10,18 @@ from rrt.config import LoraConfig, ModelConfig
 from rrt.errors import InputError
 
 STEP = 8  # Ranks are multiples of this, or the whole matrix.
+
+
+def check(budget: int | None, rank: object) -> None:
+  """Raises InputError unless a budget is a count, given instead of a rank."""
+  if budget is None:
+    return
+  if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+    raise InputError(
+      f'budget={budget!r}: must be a number of parameters, 0 or more.'
+    )
+  if rank:
+    raise InputError('rank and budget are both given; choose one of them.')
 
 
 def spend(
@@ -35,10 +48,6 @@ def spend(
   Returns:
     The config with rank tables; without LoRA if the budget buys no step.
   """
-  if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-    raise InputError(
-      f'budget={budget!r}: must be a number of parameters, 0 or more.'
-    )
   R, N = config.loops, config.block_layers
   steps = []  # (worth a parameter, cost, component, loop, layer, rank)
   for name, (d_in, d_out) in config.shapes().items():
@@ -46,7 +55,7 @@ def spend(
     edges = [*range(0, full, STEP), full]
     for r, n in np.ndindex(R, N):
       energy = spectra[name][r, n] ** 2
-      for low, high in zip(edges, edges[1:]):
+      for low, high in itertools.pairwise(edges):
         cost = (high - low) * (d_in + d_out)
         worth = float(energy[low:high].sum()) / cost
         steps.append((-worth, low, cost, name, r, n, high))

@@ -43,6 +43,8 @@ SITES = {
   'mlp_out': ('down',),
 }
 RIDGE = 1e-2
+PULL = 1e-2
+CODA_PULL = 1e9
 CHUNK_TOKENS = 4096  # Tokens whose activations are in memory at a time.
 
 
@@ -103,9 +105,9 @@ def _mixed(config: ModelConfig, attn, x_BxLxD, place: Place, context: Context):
   """What the output projection reads."""
   module = Attention(config)
   params = {'params': attn}
-  return module.apply(
-    params, x_BxLxD, None, place, 0, context, method='mixed'
-  )[0]
+  return module.apply(params, x_BxLxD, None, place, 0, context, method='mixed')[
+    0
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,7 +135,13 @@ def _gather(c_IxI, k_IxI, own_BxLxI, wanted_BxLxI):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gather_out(
-  config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, gap_BxLxD,
+  config: ModelConfig,
+  c_IxI,
+  k_IxD,
+  x_BxLxI,
+  kernel_IxD,
+  post_D,
+  gap_BxLxD,
   y_BxLxD,
 ):
   """Adds x^T x and x^T (target - x W) of a chunk, for o and down.
@@ -224,13 +232,14 @@ class Walk:
     embedded_BxLxD: np.ndarray,
     first: int,
     progress: Callable[[int], None] = lambda n: None,
-  ) -> list[Stream | None]:
-    """The parent's streams by depth; None before `first`."""
-    streams: list[Stream | None] = []
+  ) -> dict[int, Stream]:
+    """The parent's streams by depth, from `first` on."""
+    streams = {}
     h_BxLxD = embedded_BxLxD
     for depth in range(self.config.depth):
       stream = self.step(depth, self.layers(depth), h_BxLxD)
-      streams.append(stream if depth >= first else None)
+      if depth >= first:
+        streams[depth] = stream
       h_BxLxD = stream.end
       progress(1)
     return streams
@@ -253,7 +262,7 @@ def _gather_own(c_IxI, x_BxLxI):
 def calibrate(
   walk: Walk,
   child: ModelConfig,
-  streams: list[Stream | None],
+  streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
   *,
   ridge: float = RIDGE,
@@ -282,7 +291,7 @@ def calibrate(
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
     size = np.sum(streams[depth].end ** 2, dtype=np.float64)
     fitted.drift.append(float(gap / size))
-    streams[depth] = None  # A layer looks ahead to later loops, never back.
+    del streams[depth]  # A layer looks ahead to later loops, never back.
     h_BxLxD = end_BxLxD
     progress(1)
   return fitted
@@ -291,7 +300,7 @@ def calibrate(
 def spectra(
   walk: Walk,
   child: ModelConfig,
-  streams: list[Stream | None],
+  streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
   ridge: float = RIDGE,
 ) -> dict[str, np.ndarray]:
@@ -309,10 +318,12 @@ def spectra(
     depths = [child.depth_of(r, n) for r in range(R)]
     layers = [with_norms(walk.config, walk.layers(d), norms(d)) for d in depths]
     for site, names in SITES.items():
-      cs_RxIxI = jnp.stack([
-        fit.damp(walk.covariance(site, layer, d, streams[d]), ridge)
-        for d, layer in zip(depths, layers, strict=True)
-      ])
+      cs_RxIxI = jnp.stack(
+        [
+          fit.damp(walk.covariance(site, layer, d, streams[d]), ridge)
+          for d, layer in zip(depths, layers, strict=True)
+        ]
+      )
       for name in names:
         ws_RxIxO = jnp.stack([_kernel(layer, name) for layer in layers])
         mean_IxO = fit.weighted_mean(cs_RxIxI, ws_RxIxO)
@@ -354,7 +365,7 @@ def with_norms(config: ModelConfig, layer, norms):
     weak_D = jnp.abs(new_D) < 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
     ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
     for name in SITES[f'{part}_in']:
-      _set(new, name, ratio_D[:, None] * layer[part][name]['kernel'])
+      _set(new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel'])
   return new
 
 
@@ -372,7 +383,7 @@ def _fit_layer(
   fitted: Fitted,
   depth: int,
   position: tuple[int, int] | None,
-  streams: list[Stream],
+  streams: dict[int, Stream],
   h_BxLxD: np.ndarray,
   norms: Callable[[int], dict[str, Any]],
   ridge: float,
@@ -387,29 +398,28 @@ def _fit_layer(
     for d in (child.depth_of(r, position[1]) for r in range(1, R)):
       later[d] = with_norms(c, walk.layers(d), norms(d))
   for site, names in SITES.items():
-    xs = [
-      walk.inputs(site, layer, depth, rows, stream) for rows in walk.chunks
-    ]
+    xs = [walk.inputs(site, layer, depth, rows, stream) for rows in walk.chunks]
     c_IxI, crosses = _targets(
       walk, site, parent, layer, depth, streams[depth], stream, xs
     )
-    c_IxI = fit.damp(c_IxI, ridge)
-    cs_RxIxI = jnp.stack([
-      c_IxI,
-      *(
-        fit.damp(walk.covariance(site, other, d, streams[d]), ridge)
-        for d, other in later.items()
-      ),
-    ])
+    raw_IxI, c_IxI = c_IxI, fit.damp(c_IxI, ridge)
+    pulled_IxI = fit.damp(raw_IxI, PULL if position is not None else CODA_PULL)
+    cs_RxIxI = jnp.stack(
+      [
+        c_IxI,
+        *(
+          fit.damp(walk.covariance(site, other, d, streams[d]), ridge)
+          for d, other in later.items()
+        ),
+      ]
+    )
     for name in names:
-      target_IxO = fit.refit(c_IxI, crosses[name], _kernel(layer, name))
+      target_IxO = fit.refit(pulled_IxI, crosses[name], _kernel(layer, name))
       if position is not None:
         ws_RxIxO = jnp.stack(
           [target_IxO, *(_kernel(other, name) for other in later.values())]
         )
-        target_IxO = _relax(
-          child, fitted, name, position, cs_RxIxI, ws_RxIxO
-        )
+        target_IxO = _relax(child, fitted, name, position, cs_RxIxI, ws_RxIxO)
       _set(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]

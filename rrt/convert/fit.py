@@ -32,7 +32,7 @@ def solve(c_IxI, b_IxO):
 
 
 def weighted_mean(cs_RxIxI, ws_RxIxO):
-  """argmin over W of sum_b ||x_b (W - W_b)||^2."""
+  """Argmin over W of sum_b ||x_b (W - W_b)||^2."""
   total_IxO = jnp.einsum('rij,rjo->io', cs_RxIxI, ws_RxIxO)
   return solve(cs_RxIxI.sum(0), total_IxO)
 
@@ -135,10 +135,12 @@ def _tie_two(cs_RxIxI, ws_RxIxO, ranks_R):
   used = k < ranks_R.sum()
   first_K = (used & to_first).astype(left_IxK.dtype)
   second_K = (used & ~to_first).astype(left_IxK.dtype)
-  low_RxIxO = jnp.stack([
-    -(left_IxK * first_K[None, :]) @ right_KxO,
-    (left_IxK * second_K[None, :]) @ right_KxO,
-  ])
+  low_RxIxO = jnp.stack(
+    [
+      -(left_IxK * first_K[None, :]) @ right_KxO,
+      (left_IxK * second_K[None, :]) @ right_KxO,
+    ]
+  )
   return weighted_mean(cs_RxIxI, ws_RxIxO - low_RxIxO)
 
 
@@ -158,15 +160,13 @@ def _tie_many(cs_RxIxI, ws_RxIxO, ranks_R, stages: int = 4, rounds: int = 2):
     return low_RxIxO, weighted_mean(cs_RxIxI, ws_RxIxO - low_RxIxO)
 
   steps = R * (stages + rounds)
-  _, shared_IxO = jax.lax.fori_loop(
-    0, steps, improve, (low_RxIxO, shared_IxO)
-  )
+  _, shared_IxO = jax.lax.fori_loop(0, steps, improve, (low_RxIxO, shared_IxO))
   return shared_IxO
 
 
 @jax.jit
 def refit(c_IxI, cross_IxO, center_IxO):
-  """argmin over V of ||x V - y||^2, held near a center by C's damping.
+  """Argmin over V of ||x V - y||^2, held near a center by C's damping.
 
   Args:
     c_IxI: damped covariance of x.

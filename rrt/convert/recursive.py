@@ -19,7 +19,8 @@ import numpy as np
 
 from rrt import cli
 from rrt.config import ModelConfig
-from rrt.convert import budgets, calibrate as calibrate_lib, fit
+from rrt.convert import budgets, fit
+from rrt.convert import calibrate as calibrate_lib
 from rrt.convert.arrange import (
   arrange,
   is_full_rank,
@@ -107,16 +108,14 @@ def to_recursive(
       parent.config, prelude=prelude, block=block, loops=loops, coda=coda,
       order=order, loop_norms=loop_norms,
   )  # fmt: skip
-  if budget is not None and rank:
-    raise InputError('rank and budget are both given; choose one of them.')
+  budgets.check(budget, rank)
   config = with_ranks(config, rank, alpha)
   check_finite(parent)
-
   exact = (loops == 1 and init != 'random') or (
     lora_init == 'svd' and loop_norms and is_full_rank(config)
   )
   fits = init == 'calibrated' and not exact
-  fit_BxL = held_out_BxL = None
+  fit_BxL = held_out_BxL = np.zeros((0, 0), np.int32)
   if fits or calibration is not None:
     fit_BxL, held_out_BxL = split_rows(
         builtin_text() if calibration is None else calibration,
@@ -137,13 +136,13 @@ def to_recursive(
   report.params_counted = count_arrays(config, params)
   meta = dict(parent.meta)
   child = LanguageModel(config, params, parent.tokenizer, meta)
-  if held_out_BxL is not None:
+  if held_out_BxL.size:
     report.nll_parent_nats = cross_entropy(untied, held_out_BxL)
     report.nll_child_nats = cross_entropy(child, held_out_BxL)
     report.held_out_tokens = held_out_BxL.size - len(held_out_BxL)
   if exact:
     tokens_BxL = held_out_BxL
-    if tokens_BxL is None:
+    if not tokens_BxL.size:
       ids = np.random.default_rng(seed).integers(0, config.vocab_size, 64)
       tokens_BxL = ids.astype(np.int32)[None]
     report.identity_error = identity_error(untied, child, tokens_BxL[:1, :256])
@@ -269,8 +268,7 @@ class _Conversion:
     if self.init in ('stepwise', 'lower', 'upper'):
       return self.kernel(name, int(source_layers(c, self.init)[n]))
     depths_R = c.block_depths()[:, n]
-    mean_IxO = sum(self.kernel(name, int(d)) for d in depths_R)
-    return mean_IxO / np.float32(len(depths_R))
+    return np.mean([self.kernel(name, int(d)) for d in depths_R], axis=0)
 
   def _residual(self, name: str, r: int, n: int) -> np.ndarray:
     depth = self.config.depth_of(r, n)
@@ -290,9 +288,9 @@ class _Conversion:
     """LoRA of one component (paper, eq. 4), or its zero init."""
     c = self.config
     R, N = c.loops, c.block_layers
-    width = c.lora.width(name) if c.lora else 0
-    if not width:
+    if c.lora is None or not c.lora.width(name):
       return
+    width = c.lora.width(name)
     d_in, d_out = c.shapes()[name]
     ranks_RxN = c.lora.table(name, R, N)
     a_NxRxIxr = np.zeros((N, R, d_in, width), np.float32)
@@ -365,7 +363,7 @@ class _Conversion:
   def params(self) -> dict[str, Any]:
     """The child's parameter tree, in the parent's dtype."""
     c, source = self.config, self.parent.params
-    tree = {
+    tree: dict[str, Any] = {
       part: source[part]
       for part in ('embed', 'final_norm', 'head')
       if part in source
@@ -377,7 +375,7 @@ class _Conversion:
     for name, kernels in self.shared.items():
       place = f'{part_of(name)}/{name}'
       set_path(block, f'{place}/kernel', kernels.astype(dtype))
-      if name in self.low_a:
+      if c.lora is not None and name in self.low_a:
         # The forward pass multiplies the product by alpha / rank.
         half = np.float32(c.lora.scale(name) ** -0.5)
         set_path(

@@ -102,12 +102,14 @@ class Report:
     if self.calibration_tokens:
       rows.append(['calibration tokens', f'{self.calibration_tokens:,}'])
     if self.identity_error is not None:
-      rows.append(['identity error, largest logit', self.identity_error])
+      rows.append(
+        ['identity error, largest logit', f'{self.identity_error:.2e}']
+      )
     rows += [
       ['seconds', f'{self.seconds:.1f}'],
       ['peak memory', f'{self.peak_memory_bytes / 2**30:.2f} GiB'],
     ]
-    cli.table([[a, str(b)] for a, b in rows], ['', ''])
+    cli.table(rows, ['', ''])
 
 
 def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:

@@ -1,0 +1,55 @@
+"""Tiny random parents, with gains that are not all ones."""
+
+import jax
+import numpy as np
+
+from rrt.config import ModelConfig, Rope
+from rrt.models import transformer
+from rrt.pretrained import LanguageModel
+
+VOCAB = 61
+
+
+def parent(family='llama', layers=4, seed=0, **fields):
+  """A vanilla model of odd sizes."""
+  shape = dict(
+    family=family, vocab_size=VOCAB, d_model=12, d_ff=20, num_heads=4,
+    num_kv_heads=2, head_dim=6, block_layers=layers, max_context=128,
+  )  # fmt: skip
+  if family == 'gemma3':
+    shape |= dict(
+      unit_offset_norm=True, post_norms=True, qk_norm=True,
+      activation='gelu_tanh', scale_embeddings=True, tie_embeddings=True,
+      windows=(5, 0) * (layers // 2), ropes=(Rope(), Rope(1e6)),
+      rope_index=(0, 1) * (layers // 2),
+    )  # fmt: skip
+  config = ModelConfig(**shape | fields)
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    noise = rng.normal(0, 1, leaf.shape)
+    if path[-1].key == 'scale':
+      leaf = (not config.unit_offset_norm) + 0.2 * noise
+    else:
+      leaf = noise * leaf.shape[-2] ** -0.5
+    return leaf.astype(np.float32)
+
+  shapes = jax.eval_shape(
+    lambda key: transformer.init_params(config, key), jax.random.key(0)
+  )
+  return LanguageModel(config, jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+def tokens(count=600, seed=1):
+  """Token ids that depend on those before them."""
+  rng = np.random.default_rng(seed)
+  steps = rng.integers(0, 7, count)
+  return (np.cumsum(steps) % VOCAB).astype(np.int32)
+
+
+def logits(model, tokens_BxL):
+  """The model's logits, as an array."""
+  hidden = transformer.forward(
+    model.config, model.params, tokens_BxL
+  ).hidden_BxLxD
+  return np.asarray(transformer.logits(model.config, model.params, hidden))
