@@ -25,6 +25,7 @@ from absl import flags
 import numpy as np
 
 from rrt import cli
+from rrt.models.init import init_params
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -68,11 +69,10 @@ def our_step(config, params=None):
   from rrt import optim, sharding
   from rrt import state as state_lib
   from rrt.losses import Objective
-  from rrt.models import transformer
 
   mesh = sharding.make_mesh()
   shapes = params or jax.eval_shape(
-    lambda: transformer.init_params(config, jax.random.key(0))
+    lambda: init_params(config, jax.random.key(0))
   )
   settings = optim.Optimizer(
     learning_rate=LEARNING_RATE, schedule='constant', clip=1.0

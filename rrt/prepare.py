@@ -22,7 +22,7 @@ from rrt import optim, pretrained, sharding
 from rrt.config import COMPONENTS, LoraConfig, ModelConfig
 from rrt.data import pipeline
 from rrt.errors import InputError
-from rrt.models import transformer
+from rrt.models.init import init_params
 from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe
 
@@ -106,9 +106,7 @@ def prepare(
       check(recipe, parent.config, shape, mesh)
       optim.trainable(
         recipe.optimizer,
-        jax.eval_shape(
-          lambda: transformer.init_params(shape, jax.random.key(0))
-        ),
+        jax.eval_shape(lambda: init_params(shape, jax.random.key(0))),
       )
       open_data(recipe, parent.tokenizer).close()
       from rrt.convert.recursive import to_recursive

@@ -23,6 +23,7 @@ from rrt.config import ModelConfig
 from rrt.convert import family, gguf, gguf_file, hf, tensorfile
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
+from rrt.models.init import init_params
 
 FORMAT = 1
 MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
@@ -248,10 +249,8 @@ def check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   """Raises InputError unless a tree is what its config describes."""
   import jax  # Kept out of the import: reading a config needs no jax.
 
-  from rrt.models import transformer
-
   shapes = jax.eval_shape(
-    lambda key: transformer.init_params(config, key), jax.random.key(0)
+    lambda key: init_params(config, key), jax.random.key(0)
   )
   wanted = {k: tuple(v.shape) for k, v in family.flatten(shapes).items()}
   found = {k: tuple(v.shape) for k, v in family.flatten(params).items()}

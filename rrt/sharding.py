@@ -4,9 +4,9 @@ Parameters and activations name their axes differently, so that sharding
 `embed` of the parameters over `fsdp` leaves the residual stream alone.
 """
 
+from collections.abc import Mapping
 import functools
 import math
-from collections.abc import Mapping
 
 from flax import linen as nn
 import jax

@@ -25,6 +25,7 @@ from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.losses import Objective, losses
 from rrt.models import transformer
+from rrt.models.init import boxed_params, init_params
 from rrt.optim import paths
 
 Batch = dict[str, jax.Array]
@@ -112,9 +113,7 @@ def place(tree, shardings):
 
 def param_shardings(config: ModelConfig, mesh) -> Any:
   """Where each parameter of a model lives."""
-  boxed = jax.eval_shape(
-    lambda: transformer.boxed_params(config, jax.random.key(0))
-  )
+  boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
   return sharding_lib.shardings(boxed, mesh)
 
 
@@ -137,7 +136,7 @@ def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
   )
   shapes = jax.eval_shape(
       lambda: _init(
-          transformer.init_params(spec.config, jax.random.key(0)),
+          init_params(spec.config, jax.random.key(0)),
           spec.optimizer, spec.trained, seed,
       )
   )  # fmt: skip

@@ -11,6 +11,7 @@ from rrt import optim, prepare
 from rrt import recipe as recipe_lib
 from rrt import state as state_lib
 from rrt.config import ModelConfig, Rope
+from rrt.models.init import init_params
 from rrt.recipe import Recipe
 
 pytest.importorskip('ml_collections')
@@ -69,11 +70,8 @@ def test_builds(name):
     devices=jax.devices()[:1],
   )
   prepare.check(recipe, parent, child, mesh)
-  from rrt.models import transformer
 
-  shapes = lambda c: jax.eval_shape(
-    lambda: transformer.init_params(c, jax.random.key(0))
-  )
+  shapes = lambda c: jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
   trained = state_lib.trained_paths(
     optim.trainable(recipe.optimizer, shapes(child))
   )

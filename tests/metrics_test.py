@@ -10,6 +10,7 @@ import pytest
 
 from rrt import metrics
 from rrt.models import transformer
+from rrt.models.init import init_params
 from tests import runs
 
 
@@ -17,9 +18,7 @@ def test_flops_against_xla():
   """The closed form is what XLA counts, less the parts it leaves out."""
   config = dataclasses.replace(runs.PARENT, d_model=128, d_ff=256, head_dim=32)
   L = 16
-  params = jax.eval_shape(
-    lambda: transformer.init_params(config, jax.random.key(0))
-  )
+  params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
   def f(params, tokens):
     out = transformer.forward(config, params, tokens, scan=False)

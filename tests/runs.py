@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from rrt import pretrained
 from rrt.config import LoraConfig, ModelConfig
 from rrt.data.tokenizer import Tokenizer
-from rrt.models import transformer
+from rrt.models.init import clear_padding, init_params
 from rrt.pretrained import LanguageModel
 
 PARENT = ModelConfig(
@@ -57,14 +57,14 @@ def tokenizer() -> Tokenizer:
 
 def model(config: ModelConfig, seed: int) -> LanguageModel:
   """Random weights, the norms and LoRA too."""
-  params = transformer.init_params(config, jax.random.key(seed))
+  params = init_params(config, jax.random.key(seed))
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
   leaves = [
     np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
     for x in leaves
   ]
-  params = transformer.clear_padding(config, jax.tree.unflatten(tree, leaves))
+  params = clear_padding(config, jax.tree.unflatten(tree, leaves))
   params = jax.tree.map(np.asarray, params)
   return LanguageModel(config, params, tokenizer(), {'name': 'tiny'})
 

@@ -27,7 +27,7 @@ def experiment(tmp_path_factory):
 def held(config, params):
   """Numbers in a tree, the padding of rank tables left out."""
   ones = jax.tree.map(lambda x: np.ones(x.shape), params)
-  from rrt.models.transformer import clear_padding
+  from rrt.models.init import clear_padding
 
   return sum(int(x.sum()) for x in jax.tree.leaves(clear_padding(config, ones)))
 

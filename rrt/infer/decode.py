@@ -23,6 +23,7 @@ from rrt.errors import InputError
 from rrt.infer import rules
 from rrt.models import transformer
 from rrt.models.cache import Cache, init_cache
+from rrt.models.stack import unstack
 
 DTYPES = ('float32', 'bfloat16')
 CALL = 32  # tokens that one call of `advance` can hold
@@ -126,7 +127,7 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
 def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
   """The rows with their next token drawn; rows that are done stay."""
   logits_BxV = transformer.logits(
-      static.config, params, hidden_BxD, static.dtype
+    static.config, params, hidden_BxD, static.dtype
   )
   if sampling is None:
     token_B = rules.greedy(logits_BxV)
@@ -144,7 +145,7 @@ def grow(cache: Cache, *, length: int, static: Static) -> Cache:
   """The cache with more slots a row."""
   batch = jax.tree.leaves(cache)[0].shape[0]
   wide = init_cache(
-      static.config, batch, length, static.dtype, loops=static.loops
+    static.config, batch, length, static.dtype, loops=static.loops
   )
   return jax.tree.map(
       lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim),
@@ -179,17 +180,17 @@ class Decoder:
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
-    self.params = cast(transformer.unstack(params), dtype)
+    self.params = cast(unstack(params), dtype)
     self.clock = Clock()
 
   def run(
-      self,
-      prompts: Sequence[Sequence[int]],
-      room: Sequence[int],
-      *,
-      sampling: rules.Sampling | None = None,
-      eos: Sequence[int] = (),
-      call: int = CALL,
+    self,
+    prompts: Sequence[Sequence[int]],
+    room: Sequence[int],
+    *,
+    sampling: rules.Sampling | None = None,
+    eos: Sequence[int] = (),
+    call: int = CALL,
   ):
     """Yields drawn tokens of a batch as they come.
 
@@ -212,9 +213,7 @@ class Decoder:
     eos_E = np.array(sorted(set(eos)) or [-1], np.int32)
     last = int((length_B + room_B).max())
     size = bucket(min(last, int(length_B.max()) + _SOON), context)
-    cache = init_cache(
-        static.config, B, size, static.dtype, loops=static.loops
-    )
+    cache = init_cache(static.config, B, size, static.dtype, loops=static.loops)
 
     began = time.perf_counter() - clock.compile_seconds
     last_BxD, cache = self._prefill(prompts, length_B, cache)
@@ -223,9 +222,7 @@ class Decoder:
     rows = self._call(begin, self.params, last_BxD, rows, sampling, eos_E)
     rows = jax.device_get(rows)
     clock.prefill_tokens += int(length_B.sum())
-    clock.prefill_seconds += (
-        time.perf_counter() - clock.compile_seconds - began
-    )
+    clock.prefill_seconds += time.perf_counter() - clock.compile_seconds - began
 
     ended = yield [[int(t)] for t in rows.token_B]
     while True:
@@ -241,13 +238,13 @@ class Decoder:
         cache = grow(cache, length=size, static=static)
       began = time.perf_counter() - clock.compile_seconds
       out_BxT, rows, cache = self._call(
-          advance, self.params, cache, rows, sampling, eos_E, np.int32(call)
+        advance, self.params, cache, rows, sampling, eos_E, np.int32(call)
       )
       out_BxT, rows = jax.device_get((out_BxT, rows))
       tokens = [[int(t) for t in row if t >= 0] for row in out_BxT]
       clock.decode_tokens += sum(map(len, tokens))
       clock.decode_seconds += (
-          time.perf_counter() - clock.compile_seconds - began
+        time.perf_counter() - clock.compile_seconds - began
       )
       ended = yield tokens
 
@@ -297,15 +294,13 @@ def cast(params, dtype: str):
   if dtype not in DTYPES:
     raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
   return jax.tree_util.tree_map_with_path(
-      lambda path, w: jnp.asarray(
-          w, None if path[-1].key == 'scale' else dtype
-      ),
-      params,
+    lambda path, w: jnp.asarray(w, None if path[-1].key == 'scale' else dtype),
+    params,
   )
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:
-  """n rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
+  """N rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
 
   Args:
     n: what has to fit.

@@ -12,7 +12,6 @@ B batch, L query length, D model, V vocabulary, P prelude, N block, C coda
 layers, R loops, T rotary tables.
 """
 
-import functools
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -22,16 +21,11 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.models.attention import Attention, Context, Place
-from rrt.models.cache import KV, Cache
-from rrt.models.layers import Mlp, Norm, rope_tables
+from rrt.models.attention import Context, Place
+from rrt.models.cache import Cache
+from rrt.models.layers import Norm, rope_tables
+from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
 from rrt.sharding import constrain
-
-REMAT = {
-  'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Output(NamedTuple):
@@ -46,119 +40,6 @@ class Output(NamedTuple):
   hidden_BxLxD: jax.Array
   loops_RxBxLxD: jax.Array | None
   cache: Cache | None
-
-
-class Layer(nn.Module):
-  """Attention and MLP with pre-norms, and post-norms where a family has them."""
-
-  config: ModelConfig
-  looped: bool = False
-
-  def setup(self):
-    c = self.config
-    norm = functools.partial(Norm, c, c.d_model, self.looped)
-    self.attn_norm, self.mlp_norm = norm(), norm()
-    if c.post_norms:
-      self.attn_post_norm, self.mlp_post_norm = norm(), norm()
-    self.attn = Attention(c, self.looped)
-    self.mlp = Mlp(c, self.looped)
-
-  def __call__(self, x_BxLxD, xs, loop, context: Context):
-    """One layer in one loop; xs is (its KV or None, its Place)."""
-    kv, place = xs
-    y_BxLxD, kv = self.attn(
-      self.attn_norm(x_BxLxD, loop), kv, place, loop, context
-    )
-    x_BxLxD += self.attn_post(y_BxLxD, loop)
-    y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
-    x_BxLxD += self.mlp_post(y_BxLxD, loop)
-    return constrain(x_BxLxD, ('batch', 'length', 'act_embed')), kv
-
-  def attn_post(self, y_BxLxD, loop):
-    """What attention adds to the residual stream."""
-    post = self.config.post_norms
-    return self.attn_post_norm(y_BxLxD, loop) if post else y_BxLxD
-
-  def mlp_post(self, y_BxLxD, loop):
-    """What the MLP adds to the residual stream."""
-    post = self.config.post_norms
-    return self.mlp_post_norm(y_BxLxD, loop) if post else y_BxLxD
-
-
-class RepeatedLayer(Layer):
-  """SEQUENCE order: a block layer that runs all its loops in place."""
-
-  repeats: int = 1
-
-  def __call__(self, x_BxLxD, xs, loop, context: Context):
-    """xs is (KVs, Places) by loop; `loop` is unused."""
-    kvs, places = xs
-    new = []
-    for r in range(self.repeats):
-      kv, place = _at(kvs, r), _at(places, r)
-      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, place), r, context)
-      new.append(kv)
-    return x_BxLxD, _like(kvs, new)
-
-
-def _at(tree, i):
-  """Entry i of python tuples of KVs, or of arrays' leading axis."""
-  if type(tree) is tuple:
-    return tree[i]
-  return jax.tree.map(lambda t: t[i], tree)
-
-
-def _like(kvs, new):
-  """The list `new` in the form of `kvs`: None, a tuple, or stacked arrays."""
-  if kvs is None:
-    return None
-  if type(kvs) is tuple:
-    return tuple(new)
-  return jax.tree.map(lambda *t: jnp.stack(t), *new)
-
-
-class Stack(nn.Module):
-  """Layers that run one after the other, parameters stacked on axis 0.
-
-  Attributes:
-    count: layers.
-    repeats: how often the layers of a SEQUENCE block repeat; 0 elsewhere.
-    looped: whether this is the block, with relaxations and per-loop norms.
-    keep: whether to return x as well, for a scan over loops to stack.
-  """
-
-  config: ModelConfig
-  count: int
-  repeats: int = 0
-  looped: bool = False
-  keep: bool = False
-  remat: str = 'none'
-  scan: bool = True
-
-  @nn.compact
-  def __call__(self, x_BxLxD, xs, context: Context):
-    """xs is (KVs by layer, Places by layer, loop); a scan's body."""
-    kvs, places, loop = xs
-    layer, more = Layer, {}
-    if self.repeats:
-      layer, more = RepeatedLayer, {'repeats': self.repeats}
-    if self.remat != 'none':
-      layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
-    if self.scan:
-      layers = nn.scan(
-          layer, variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(0, nn.broadcast, nn.broadcast), length=self.count,
-          metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(self.config, self.looped, name='layers', **more)  # fmt: skip
-      x_BxLxD, kvs = layers(x_BxLxD, (kvs, places), loop, context)
-    else:
-      new = []
-      for i in range(self.count):
-        one = layer(self.config, self.looped, name=f'layers_{i}', **more)
-        x_BxLxD, kv = one(x_BxLxD, (_at(kvs, i), _at(places, i)), loop, context)
-        new.append(kv)
-      kvs = _like(kvs, new)
-    return x_BxLxD, (kvs, x_BxLxD if self.keep else None)
 
 
 class Transformer(nn.Module):
@@ -231,11 +112,11 @@ class Transformer(nn.Module):
       run = stack(c.block_layers, 'block', looped=True, keep=return_loops)
       new, states = [], []
       for r in range(R):
-        xs = (_at(block, r), _at(looped, r), r)
+        xs = (at_index(block, r), at_index(looped, r), r)
         x_BxLxD, (kv, h_BxLxD) = run(x_BxLxD, xs, context)
         new.append(kv)
         states.append(h_BxLxD)
-      block = _like(block, new)
+      block = in_form_of(block, new)
       h_RxBxLxD = jnp.stack(states) if return_loops else None
     if c.coda_layers:
       x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(
@@ -352,7 +233,7 @@ def forward(
 
   Args:
     config: the model's shape.
-    params: as `init_params` gives them; for `scan=False` unstacked or not.
+    params: as `init.init_params` gives them; for `scan=False` unstacked or not.
     tokens_BxL: int token ids.
     positions_BxL: of each token in its document; 0.. by default. With a
       cache, the slots the tokens are written to.
@@ -432,67 +313,3 @@ def head_kernel(config: ModelConfig, params):
   if config.tie_embeddings:
     return params['embed']['table'].T
   return params['head']['kernel']
-
-
-def boxed_params(config: ModelConfig, key):
-  """Random parameters, each boxed with the names of its axes."""
-  variables = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))
-  return variables['params']
-
-
-def init_params(config: ModelConfig, key, dtype=jnp.float32):
-  """Random parameters; LoRA starts at zero output.
-
-  Returns:
-    The parameter tree, without boxes.
-  """
-
-  @jax.jit
-  def init(key):
-    params = nn.unbox(boxed_params(config, key))
-    params = clear_padding(config, params)
-    return jax.tree.map(lambda p: p.astype(dtype), params)
-
-  return init(key)
-
-
-def clear_padding(config: ModelConfig, params):
-  """Zeroes the columns of LoRA factors beyond each position's own rank.
-
-  Zero on both sides, they get no gradient and stay zero in training.
-  """
-  if config.lora is None:
-    return params
-  params = jax.tree.map(lambda p: p, params)
-  for part in ('attn', 'mlp'):
-    for name, linear in params['block']['layers'][part].items():
-      if 'lora_a' not in linear or config.lora.uniform(name):
-        continue
-      table_RxN = config.lora.table(name, config.loops, config.block_layers)
-      width = config.lora.width(name)
-      own_NxRxr = np.arange(width) < table_RxN.T[:, :, None]
-      linear['lora_a'] = linear['lora_a'] * own_NxRxr[:, :, None, :]
-      linear['lora_b'] = linear['lora_b'] * own_NxRxr[:, :, :, None]
-  return params
-
-
-def unstack(params):
-  """One subtree a layer, `layers_0` and on, instead of stacked `layers`.
-
-  For `scan=False`: a decode loop over stacked parameters would copy each
-  layer's weights at every step.
-  """
-
-  def split(part):
-    if 'layers' not in part:
-      return part
-    count = jax.tree.leaves(part['layers'])[0].shape[0]
-    return {
-      f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers'])
-      for i in range(count)
-    }
-
-  return {
-    name: split(part) if name in ('prelude', 'block', 'coda') else part
-    for name, part in params.items()
-  }

@@ -15,6 +15,7 @@ from rrt.config import LoraConfig
 from rrt.convert import export, family, tensorfile
 from rrt.errors import InputError
 from rrt.models import transformer
+from rrt.models.init import init_params
 from rrt.pretrained import LanguageModel
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
@@ -35,7 +36,7 @@ def recursive(name, **recursion):
   """A random recursive model with the shape of a golden one, all leaves set."""
   config = family_config(name).with_recursion(**recursion)
   shapes = jax.eval_shape(
-    lambda key: transformer.init_params(config, key), jax.random.key(0)
+    lambda key: init_params(config, key), jax.random.key(0)
   )
   rng = np.random.default_rng(0)
   params = jax.tree.map(

@@ -14,7 +14,7 @@ from rrt.convert.export import to_untied
 from rrt.convert.recursive import INITS, to_recursive
 from rrt.errors import InputError
 from rrt.models.count import count_params
-from rrt.models.transformer import init_params
+from rrt.models.init import init_params
 from tests.convert import tiny
 
 TOKENS = tiny.tokens(40).reshape(2, 20)
@@ -76,9 +76,7 @@ def test_full_rank_is_the_parent_from_any_start(init, order):
 )  # fmt: skip
 def test_stepwise_takes_the_layers_of_the_paper(depth, block, expected):
   config = tiny.parent(layers=2).config
-  config = dataclasses.replace(
-    config, block_layers=block, loops=depth // block
-  )
+  config = dataclasses.replace(config, block_layers=block, loops=depth // block)
   assert arrange.source_layers(config, 'stepwise').tolist() == expected
 
 
@@ -199,8 +197,7 @@ def test_a_budget_is_spent_where_it_regains_most(init):
     calibration_tokens=256,
   )  # fmt: skip
   spent = {
-    name: child.config.lora.table(name, 2, 2)
-    for name in child.config.shapes()
+    name: child.config.lora.table(name, 2, 2) for name in child.config.shapes()
   }
   used = sum(
     int(spent[name].sum()) * (i + o)

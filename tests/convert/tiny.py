@@ -5,6 +5,7 @@ import numpy as np
 
 from rrt.config import ModelConfig, Rope
 from rrt.models import transformer
+from rrt.models.init import init_params
 from rrt.pretrained import LanguageModel
 
 VOCAB = 61
@@ -35,7 +36,7 @@ def parent(family='llama', layers=4, seed=0, **fields):
     return leaf.astype(np.float32)
 
   shapes = jax.eval_shape(
-    lambda key: transformer.init_params(config, key), jax.random.key(0)
+    lambda key: init_params(config, key), jax.random.key(0)
   )
   return LanguageModel(config, jax.tree_util.tree_map_with_path(draw, shapes))
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import LoraConfig, ModelConfig, Rope
-from rrt.models.transformer import clear_padding, init_params
+from rrt.models.init import clear_padding, init_params
 
 _SIZES = dict(vocab_size=53, d_model=24, d_ff=40, max_context=64)
 _HEADS = dict(num_heads=4, num_kv_heads=2, head_dim=6)

@@ -10,13 +10,13 @@ import pytest
 from rrt.errors import InputError
 from rrt.models import cache as cache_lib
 from rrt.models.count import count_params
+from rrt.models.init import init_params
+from rrt.models.stack import unstack
 from rrt.models.transformer import (
   block_pass,
   forward,
-  init_params,
   logits,
   make_context,
-  unstack,
 )
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed, tokens
 

@@ -1,0 +1,158 @@
+"""Layers that run one after the other: scanned or unrolled, once or looped.
+
+B batch, L query length, D model.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from rrt.config import ModelConfig
+from rrt.models.attention import Attention, Context
+from rrt.models.layers import Mlp, Norm
+from rrt.sharding import constrain
+
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Layer(nn.Module):
+  """Attention and MLP with pre-norms, and post-norms where a family has them."""
+
+  config: ModelConfig
+  looped: bool = False
+
+  def setup(self):
+    c = self.config
+    norm = functools.partial(Norm, c, c.d_model, self.looped)
+    self.attn_norm, self.mlp_norm = norm(), norm()
+    if c.post_norms:
+      self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+    self.attn = Attention(c, self.looped)
+    self.mlp = Mlp(c, self.looped)
+
+  def __call__(self, x_BxLxD, xs, loop, context: Context):
+    """One layer in one loop; xs is (its KV or None, its Place)."""
+    kv, place = xs
+    y_BxLxD, kv = self.attn(
+      self.attn_norm(x_BxLxD, loop), kv, place, loop, context
+    )
+    x_BxLxD += self.attn_post(y_BxLxD, loop)
+    y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
+    x_BxLxD += self.mlp_post(y_BxLxD, loop)
+    return constrain(x_BxLxD, ('batch', 'length', 'act_embed')), kv
+
+  def attn_post(self, y_BxLxD, loop):
+    """What attention adds to the residual stream."""
+    post = self.config.post_norms
+    return self.attn_post_norm(y_BxLxD, loop) if post else y_BxLxD
+
+  def mlp_post(self, y_BxLxD, loop):
+    """What the MLP adds to the residual stream."""
+    post = self.config.post_norms
+    return self.mlp_post_norm(y_BxLxD, loop) if post else y_BxLxD
+
+
+class RepeatedLayer(Layer):
+  """SEQUENCE order: a block layer that runs all its loops in place."""
+
+  repeats: int = 1
+
+  def __call__(self, x_BxLxD, xs, loop, context: Context):
+    """Xs is (KVs, Places) by loop; `loop` is unused."""
+    kvs, places = xs
+    new = []
+    for r in range(self.repeats):
+      kv, place = at_index(kvs, r), at_index(places, r)
+      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, place), r, context)
+      new.append(kv)
+    return x_BxLxD, in_form_of(kvs, new)
+
+
+def at_index(tree, i):
+  """Entry i of python tuples of KVs, or of arrays' leading axis."""
+  if type(tree) is tuple:
+    return tree[i]
+  return jax.tree.map(lambda t: t[i], tree)
+
+
+def in_form_of(kvs, new):
+  """The list `new` in the form of `kvs`: None, a tuple, or stacked arrays."""
+  if kvs is None:
+    return None
+  if type(kvs) is tuple:
+    return tuple(new)
+  return jax.tree.map(lambda *t: jnp.stack(t), *new)
+
+
+class Stack(nn.Module):
+  """Layers that run one after the other, parameters stacked on axis 0.
+
+  Attributes:
+    count: layers.
+    repeats: how often the layers of a SEQUENCE block repeat; 0 elsewhere.
+    looped: whether this is the block, with relaxations and per-loop norms.
+    keep: whether to return x as well, for a scan over loops to stack.
+  """
+
+  config: ModelConfig
+  count: int
+  repeats: int = 0
+  looped: bool = False
+  keep: bool = False
+  remat: str = 'none'
+  scan: bool = True
+
+  @nn.compact
+  def __call__(self, x_BxLxD, xs, context: Context):
+    """Xs is (KVs by layer, Places by layer, loop); a scan's body."""
+    kvs, places, loop = xs
+    layer, more = Layer, {}
+    if self.repeats:
+      layer, more = RepeatedLayer, {'repeats': self.repeats}
+    if self.remat != 'none':
+      layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
+    if self.scan:
+      layers = nn.scan(
+          layer, variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(0, nn.broadcast, nn.broadcast), length=self.count,
+          metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(self.config, self.looped, name='layers', **more)  # fmt: skip
+      x_BxLxD, kvs = layers(x_BxLxD, (kvs, places), loop, context)
+    else:
+      new = []
+      for i in range(self.count):
+        one = layer(self.config, self.looped, name=f'layers_{i}', **more)
+        x_BxLxD, kv = one(
+          x_BxLxD, (at_index(kvs, i), at_index(places, i)), loop, context
+        )
+        new.append(kv)
+      kvs = in_form_of(kvs, new)
+    return x_BxLxD, (kvs, x_BxLxD if self.keep else None)
+
+
+def unstack(params):
+  """One subtree a layer, `layers_0` and on, instead of stacked `layers`.
+
+  For `scan=False`: a decode loop over stacked parameters would copy each
+  layer's weights at every step.
+  """
+
+  def split(part):
+    if 'layers' not in part:
+      return part
+    count = jax.tree.leaves(part['layers'])[0].shape[0]
+    return {
+      f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers'])
+      for i in range(count)
+    }
+
+  return {
+    name: split(part) if name in ('prelude', 'block', 'coda') else part
+    for name, part in params.items()
+  }
