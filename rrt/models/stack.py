@@ -4,6 +4,7 @@ B batch, L query length, D model.
 """
 
 import functools
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -112,7 +113,8 @@ class Stack(nn.Module):
   def __call__(self, x_BxLxD, xs, context: Context):
     """Xs is (KVs by layer, Places by layer, loop); a scan's body."""
     kvs, places, loop = xs
-    layer, more = Layer, {}
+    layer: Any = Layer
+    more: dict[str, Any] = {}
     if self.repeats:
       layer, more = RepeatedLayer, {'repeats': self.repeats}
     if self.remat != 'none':

@@ -12,7 +12,7 @@ B batch, L query length, D model, V vocabulary, P prelude, N block, C coda
 layers, R loops, T rotary tables.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -206,9 +206,10 @@ def places(config: ModelConfig) -> tuple[Place, Place, Place]:
     return v[:P], v[config.block_depths()], v[L - config.coda_layers :]
 
   windows, ropes = by_part(config.windows), by_part(config.rope_index)
-  return tuple(
+  prelude, block, coda = (
     Place(*map(_device, part)) for part in zip(windows, ropes, strict=True)
   )
+  return prelude, block, coda
 
 
 def _device(values):
@@ -250,7 +251,7 @@ def forward(
   """
   if not scan:
     params = unstack(params)
-  model = Transformer(config, dtype, remat, scan)
+  model: Any = Transformer(config, dtype, remat, scan)
   return model.apply(
       {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
       cache, loops, return_loops,

@@ -142,12 +142,12 @@ def test_mixed_depth_rows_equal_single_depth_rows(name, scan):
       close(mixed[own], single[own])
       if cached is not None:
         batch_axis = 1 if scan else 0
-        jax.tree.map(
-            lambda a, b: close(
-                np.compress(own, a, batch_axis), np.compress(own, b, batch_axis)
-            ),
-            kv_mixed, kv_single,
-        )  # fmt: skip
+        pick = functools.partial(np.compress, own, axis=batch_axis)
+        ours, theirs = (
+            [pick(t) for t in jax.tree.leaves(kv)]
+            for kv in (kv_mixed, kv_single)
+        )
+        jax.tree.map(close, ours, theirs)
     shuffled, _ = run(x_BxLxD.at[1:].set(0.0), loops_B.at[1:].set(0), cached)
     close(shuffled[0], mixed[0])
 
