@@ -23,7 +23,7 @@ _MODEL = flags.DEFINE_string(
     'file, smollm2-135m, gemma3-270m, or a hub id.',
 )  # fmt: skip
 _PARENT = flags.DEFINE_string(
-    'parent', None, 'A model to compare with, measured the same way.'
+  'parent', None, 'A model to compare with, measured the same way.'
 )
 _TEXT = flags.DEFINE_string(
     'text', None,
@@ -31,14 +31,14 @@ _TEXT = flags.DEFINE_string(
     '.xz, .zst), its documents joined by blank lines.',
 )  # fmt: skip
 _MAX_TOKENS = flags.DEFINE_integer(
-    'max_tokens', None, 'Score the first so many tokens; all by default.'
+  'max_tokens', None, 'Score the first so many tokens; all by default.'
 )
 _CONTEXT = flags.DEFINE_integer(
     'context', 1024,
     'Tokens in a row; a row is read alone, and its first token not scored.',
 )  # fmt: skip
 _BATCH = flags.DEFINE_integer(
-    'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
+  'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
 )
 _LOOPS = flags.DEFINE_string(
     'loops', None,
@@ -51,16 +51,14 @@ _TASKS = flags.DEFINE_string(
     'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
 )  # fmt: skip
 _DATA = flags.DEFINE_string(
-    'data', None, 'Directory of JSON lines for --tasks; the hub by default.'
+  'data', None, 'Directory of JSON lines for --tasks; the hub by default.'
 )
 _LIMIT = flags.DEFINE_integer(
-    'limit', None, 'Ask only the first so many questions of each task.'
+  'limit', None, 'Ask only the first so many questions of each task.'
 )
-_SHOTS = flags.DEFINE_integer(
-    'shots', 0, 'Solved questions before each one.'
-)
+_SHOTS = flags.DEFINE_integer('shots', 0, 'Solved questions before each one.')
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
 
@@ -75,12 +73,12 @@ def parse_loops(text: str | None, loops: int) -> list[int]:
     counts = [int(part) for part in text.split(',')]
   except ValueError:
     raise InputError(
-        f'loops={text!r}: must be a number, several like 1,2, or all.'
+      f'loops={text!r}: must be a number, several like 1,2, or all.'
     ) from None
   for count in counts:
     if not 1 <= count <= loops:
       raise InputError(
-          f'loops={count}: this model runs from 1 to {loops} loops.'
+        f'loops={count}: this model runs from 1 to {loops} loops.'
       )
   return counts
 
@@ -91,9 +89,7 @@ def measure(model, text: str | None, loops: int, label: str) -> dict:
 
   figures: dict = {'loops': loops}
   if text is not None:
-    rows = perplexity.make_rows(
-        model, text, _CONTEXT.value, _MAX_TOKENS.value
-    )
+    rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
     total = sum(map(len, rows))
     with cli.Progress(total, label, 'tokens') as progress:
       score = perplexity.score(
@@ -143,7 +139,7 @@ def main(argv) -> None:
   if _PARENT.value:
     parent = pretrained.load(_PARENT.value)
     measured.append(
-        ('parent', measure(parent, text, parent.config.loops, 'parent'))
+      ('parent', measure(parent, text, parent.config.loops, 'parent'))
     )
     del parent
   model = pretrained.load(_MODEL.value)

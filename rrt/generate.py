@@ -19,37 +19,37 @@ _MODEL = flags.DEFINE_string(
     'file, smollm2-135m, gemma3-270m, or a hub id.',
 )  # fmt: skip
 _PROMPT = flags.DEFINE_multi_string(
-    'prompt', None, 'What to continue. Repeat it for several prompts.'
+  'prompt', None, 'What to continue. Repeat it for several prompts.'
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
+  'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
 )
 _TEMPERATURE = flags.DEFINE_float(
-    'temperature', 0.0, '0 takes the most likely token each time.'
+  'temperature', 0.0, '0 takes the most likely token each time.'
 )
 _TOP_K = flags.DEFINE_integer(
-    'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
+  'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
 )
 _TOP_P = flags.DEFINE_float(
-    'top_p', 1.0, 'Draw from the fewest tokens with this much probability.'
+  'top_p', 1.0, 'Draw from the fewest tokens with this much probability.'
 )
 _MIN_P = flags.DEFINE_float(
-    'min_p', 0.0, 'Draw from tokens at least this times the most likely one.'
+  'min_p', 0.0, 'Draw from tokens at least this times the most likely one.'
 )
 _SEED = flags.DEFINE_integer(
-    'seed', 0, 'Of the first prompt; the next prompts count up.'
+  'seed', 0, 'Of the first prompt; the next prompts count up.'
 )
 _STOP = flags.DEFINE_multi_string(
-    'stop', [], 'Text that ends a completion. Repeat it for several.'
+  'stop', [], 'Text that ends a completion. Repeat it for several.'
 )
 _LOOPS = flags.DEFINE_integer(
-    'loops', None, 'How many loops of the block to run; all by default.'
+  'loops', None, 'How many loops of the block to run; all by default.'
 )
 _CHAT = flags.DEFINE_bool(
-    'chat', False, 'The prompts are messages: use the chat template.'
+  'chat', False, 'The prompts are messages: use the chat template.'
 )
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
 _STREAM = flags.DEFINE_bool('stream', True, 'Show text while it is written.')
 
@@ -120,26 +120,28 @@ def main(argv) -> None:
   prefill = clock.prefill_tokens / max(clock.prefill_seconds, 1e-9)
   decoded = clock.decode_tokens / max(clock.decode_seconds, 1e-9)
   cli.table(
-      [
-          ('prefill', clock.prefill_tokens, clock.prefill_seconds, prefill),
-          ('decode', clock.decode_tokens, clock.decode_seconds, decoded),
-      ],
-      ('phase', 'tokens', 'seconds', 'tokens/s'),
+    [
+      ('prefill', clock.prefill_tokens, clock.prefill_seconds, prefill),
+      ('decode', clock.decode_tokens, clock.decode_seconds, decoded),
+    ],
+    ('phase', 'tokens', 'seconds', 'tokens/s'),
   )
   print(f'compilation took {clock.compile_seconds:.1f} s more')
-  cli.finish({
+  cli.finish(
+    {
       'model': _MODEL.value,
       'loops': writer.loops,
       'dtype': _DTYPE.value,
       'completions': [
-          {'prompt': p} | dataclasses.asdict(c)
-          for p, c in zip(prompts, done, strict=True)
+        {'prompt': p} | dataclasses.asdict(c)
+        for p, c in zip(prompts, done, strict=True)
       ],
       'prefill_tokens_per_second': prefill,
       'decode_tokens_per_second': decoded,
       **dataclasses.asdict(clock),
       'peak_memory_bytes': cli.peak_memory_bytes(),
-  })
+    }
+  )
 
 
 if __name__ == '__main__':

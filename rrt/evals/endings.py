@@ -42,14 +42,14 @@ class Batch(NamedTuple):
 
 
 def score_endings(
-    config: ModelConfig,
-    params,
-    pairs: Sequence[Pair],
-    *,
-    loops: int | None = None,
-    dtype: str = 'float32',
-    batch_tokens: int = 4096,
-    progress: Callable[[int], None] | None = None,
+  config: ModelConfig,
+  params,
+  pairs: Sequence[Pair],
+  *,
+  loops: int | None = None,
+  dtype: str = 'float32',
+  batch_tokens: int = 4096,
+  progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
   """Scores each ending after its context.
 
@@ -76,14 +76,14 @@ def score_endings(
   for batch in plan(config, pairs, batch_tokens):
     arrays, picks = _arrays(pairs, batch)
     nll_N, greedy_N = jax.device_get(
-        _score(params, *arrays, config=config, loops=loops, dtype=dtype)
+      _score(params, *arrays, config=config, loops=loops, dtype=dtype)
     )
     first = 0
     for i in picks:
       last = first + len(pairs[i][1])
       found[i] = (
-          -float(nll_N[first:last].astype(np.float64).sum()),
-          bool(greedy_N[first:last].all()),
+        -float(nll_N[first:last].astype(np.float64).sum()),
+        bool(greedy_N[first:last].all()),
       )
       first = last
     if progress:
@@ -99,14 +99,14 @@ def fit(config: ModelConfig, context, ending) -> Pair:
   room = config.max_context - (len(ending) - 1)
   if room < 1:
     raise InputError(
-        f'An ending of {len(ending)} tokens does not fit the context of '
-        f'{config.max_context}.'
+      f'An ending of {len(ending)} tokens does not fit the context of '
+      f'{config.max_context}.'
     )
   return tuple(context[-room:]), tuple(ending)
 
 
 def plan(
-    config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int
+  config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int
 ) -> Iterator[Batch]:
   """Groups pairs by context and contexts by shape, the longest first."""
   by_context: dict[tuple[int, ...], list[int]] = {}
@@ -146,8 +146,8 @@ def _merge(by_shape):
       last, others = merged[-1]
       both = (shape[0], max(last[1], shape[1]), max(last[2], shape[2]))
       extra = sum(
-          len(g) * (_tokens(*both) - _tokens(*old))
-          for old, g in ((last, others), (shape, groups))
+        len(g) * (_tokens(*both) - _tokens(*old))
+        for old, g in ((last, others), (shape, groups))
       )
       if extra <= _COMPILE_TOKENS:
         merged[-1] = (both, others + groups)
@@ -190,7 +190,7 @@ def _score(
   _, E, T = ending_QxExT.shape
   M = T - 1
   run = functools.partial(
-      transformer.forward, config, params, loops=loops, dtype=dtype
+    transformer.forward, config, params, loops=loops, dtype=dtype
   )
   slots = min(L + M, config.max_context)
   cache = init_cache(config, Q, slots, dtype, scan=True, loops=loops)
@@ -200,21 +200,18 @@ def _score(
   hidden_QxExTxD = jnp.broadcast_to(end_QxD[:, None, None], (Q, E, 1, D))
   if M:
     # The batch is the fourth axis from the end of every cache array.
-    wide = jax.tree.map(
-        lambda t: jnp.repeat(t, E, axis=t.ndim - 4), out.cache
-    )
+    wide = jax.tree.map(lambda t: jnp.repeat(t, E, axis=t.ndim - 4), out.cache)
     # Padding of the context lies in slots that an ending overwrites before
     # any of its tokens can see them.
     positions_QExM = (
-        jnp.repeat(length_Q, E)[:, None]
-        + jnp.arange(M, dtype=jnp.int32)[None, :]
+      jnp.repeat(length_Q, E)[:, None] + jnp.arange(M, dtype=jnp.int32)[None, :]
     )
     out = run(
         ending_QxExT[:, :, :-1].reshape(Q * E, M),
         positions_BxL=positions_QExM, cache=wide,
     )  # fmt: skip
     hidden_QxExTxD = jnp.concatenate(
-        [hidden_QxExTxD, out.hidden_BxLxD.reshape(Q, E, M, D)], 2
+      [hidden_QxExTxD, out.hidden_BxLxD.reshape(Q, E, M, D)], 2
     )
   return token_losses(
       config, params, hidden_QxExTxD.reshape(-1, D)[pick_N],

@@ -25,7 +25,7 @@ try:
   from lm_eval.api.registry import register_model
 except ImportError as e:
   raise InputError(
-      'Tasks need lm-eval: pip install "relaxed-recursive-transformers[eval]".'
+    'Tasks need lm-eval: pip install "relaxed-recursive-transformers[eval]".'
   ) from e
 
 from rrt import cli, pretrained
@@ -66,16 +66,16 @@ class RrtLM(TemplateLM):
   """
 
   def __init__(
-      self,
-      pretrained: Any = None,
-      *,
-      loops: int | None = None,
-      dtype: str = 'float32',
-      max_length: int | None = None,
-      batch_tokens: int | None = None,
-      batch_size: int | str | None = None,
-      max_batch_size: int | None = None,
-      device: str | None = None,
+    self,
+    pretrained: Any = None,
+    *,
+    loops: int | None = None,
+    dtype: str = 'float32',
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    batch_size: int | str | None = None,
+    max_batch_size: int | None = None,
+    device: str | None = None,
   ):
     super().__init__()
     del max_batch_size, device  # lm-eval passes them to every model.
@@ -89,8 +89,8 @@ class RrtLM(TemplateLM):
     if max_length is not None:
       if not 2 <= max_length <= self.config.max_context:
         raise InputError(
-            f'max_length={max_length}: must lie between 2 and '
-            f'{self.config.max_context}, the context of the model.'
+          f'max_length={max_length}: must lie between 2 and '
+          f'{self.config.max_context}, the context of the model.'
         )
       self.config = dataclasses.replace(self.config, max_context=max_length)
     self.loops, self.dtype = loops, dtype
@@ -130,7 +130,7 @@ class RrtLM(TemplateLM):
     return self.tokenizer.chat_template
 
   def apply_chat_template(
-      self, chat_history, add_generation_prompt: bool = True
+    self, chat_history, add_generation_prompt: bool = True
   ) -> str:
     """A dialogue as text."""
     return self.tokenizer.apply_chat(chat_history, add_generation_prompt)
@@ -144,7 +144,7 @@ class RrtLM(TemplateLM):
       if string.startswith(self.tokenizer.token(self.tokenizer.bos_id)):
         bos = False
     return self.tokenizer.encode(
-        string, bos=bos and self.tokenizer.bos_id is not None
+      string, bos=bos and self.tokenizer.bos_id is not None
     )
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
@@ -165,7 +165,7 @@ class RrtLM(TemplateLM):
     }  # fmt: skip
     if not show:
       return endings.score_endings(
-          self.config, self._params, pairs, **arguments
+        self.config, self._params, pairs, **arguments
       )
     with cli.Progress(len(pairs), label, 'endings') as progress:
       return endings.score_endings(
@@ -178,13 +178,13 @@ class RrtLM(TemplateLM):
     pairs, counts = [], []
     for request in requests:
       windows = [
-          utils.make_disjoint_window(w)
-          for w in utils.get_rolling_token_windows(
-              token_list=self.tok_encode(request.args[0], False),
-              prefix_token=self.prefix_token_id,
-              max_seq_len=self.max_length,
-              context_len=1,
-          )
+        utils.make_disjoint_window(w)
+        for w in utils.get_rolling_token_windows(
+          token_list=self.tok_encode(request.args[0], False),
+          prefix_token=self.prefix_token_id,
+          max_seq_len=self.max_length,
+          context_len=1,
+        )
       ]
       pairs += windows
       counts.append(len(windows))
@@ -193,7 +193,7 @@ class RrtLM(TemplateLM):
     for request, count in zip(requests, counts, strict=True):
       sums.append(sum(next(found)[0] for _ in range(count)))
       self.cache_hook.add_partial(
-          'loglikelihood_rolling', request.args, sums[-1]
+        'loglikelihood_rolling', request.args, sums[-1]
       )
     return sums
 
@@ -201,9 +201,7 @@ class RrtLM(TemplateLM):
     """What the model writes after each context."""
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
-      self._writer = sample.Writer(
-          limited, loops=self.loops, dtype=self.dtype
-      )
+      self._writer = sample.Writer(limited, loops=self.loops, dtype=self.dtype)
     by_settings: dict[sample.Settings, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)
@@ -214,13 +212,13 @@ class RrtLM(TemplateLM):
         room = self.max_length - settings.max_new_tokens
         if room < 1:
           raise InputError(
-              f'max_gen_toks={settings.max_new_tokens}: leaves no room in '
-              f'the context of {self.max_length}.'
+            f'max_gen_toks={settings.max_new_tokens}: leaves no room in '
+            f'the context of {self.max_length}.'
           )
         prompts = {
-            i: self.tok_encode(requests[i].args[0])[-room:]
-            or [self.prefix_token_id]
-            for i in indices
+          i: self.tok_encode(requests[i].args[0])[-room:]
+          or [self.prefix_token_id]
+          for i in indices
         }
         # Rows of like length share a batch and waste little padding.
         indices.sort(key=lambda i: -len(prompts[i]))
@@ -230,7 +228,7 @@ class RrtLM(TemplateLM):
           for i, completion in zip(part, done, strict=True):
             texts[i] = completion.text
             self.cache_hook.add_partial(
-                'generate_until', requests[i].args, completion.text
+              'generate_until', requests[i].args, completion.text
             )
           if not disable_tqdm:
             progress.update(len(part))
@@ -248,30 +246,30 @@ def _settings(arguments: dict[str, Any]) -> sample.Settings:
   if not arguments.get('do_sample', temperature > 0):
     temperature = 0.0
   return sample.Settings(
-      max_new_tokens=int(
-          arguments.get('max_gen_toks')
-          or arguments.get('max_new_tokens')
-          or _NEW_TOKENS
-      ),
-      temperature=temperature,
-      top_k=int(arguments.get('top_k') or 0),
-      top_p=float(arguments.get('top_p') or 1.0),
-      min_p=float(arguments.get('min_p') or 0.0),
-      stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+    max_new_tokens=int(
+      arguments.get('max_gen_toks')
+      or arguments.get('max_new_tokens')
+      or _NEW_TOKENS
+    ),
+    temperature=temperature,
+    top_k=int(arguments.get('top_k') or 0),
+    top_p=float(arguments.get('top_p') or 1.0),
+    min_p=float(arguments.get('min_p') or 0.0),
+    stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
   )
 
 
 def run(
-    model: pretrained.LanguageModel | RrtLM,
-    names: str | Sequence[str] = 'paper',
-    *,
-    data: str | None = None,
-    shots: int = 0,
-    limit: int | None = None,
-    loops: int | None = None,
-    dtype: str = 'float32',
-    batch_tokens: int | None = None,
-    seed: int = 1234,
+  model: pretrained.LanguageModel | RrtLM,
+  names: str | Sequence[str] = 'paper',
+  *,
+  data: str | None = None,
+  shots: int = 0,
+  limit: int | None = None,
+  loops: int | None = None,
+  dtype: str = 'float32',
+  batch_tokens: int | None = None,
+  seed: int = 1234,
 ) -> list[Result]:
   """Asks a model the questions of some tasks.
 
@@ -309,8 +307,8 @@ def run(
   found = _evaluate(model, chosen, shots, limit, seed)
   keys = names if data is not None else chosen
   return [
-      _result(name, found, key, metric)
-      for name, key, metric in zip(names, keys, metrics, strict=True)
+    _result(name, found, key, metric)
+    for name, key, metric in zip(names, keys, metrics, strict=True)
   ]
 
 
@@ -329,8 +327,8 @@ def _evaluate(lm, chosen, shots, limit, seed):
       raise
     if all(isinstance(c, str) for c in chosen):
       raise InputError(
-          f'The tasks could not be fetched from the hub ({e}); give --data, '
-          'a directory with their JSON lines.'
+        f'The tasks could not be fetched from the hub ({e}); give --data, '
+        'a directory with their JSON lines.'
       ) from e
     raise
   finally:
@@ -338,16 +336,16 @@ def _evaluate(lm, chosen, shots, limit, seed):
 
 
 def _dataset(splits: dict[str, list[dict[str, Any]]]):
-  return datasets.DatasetDict({
-      name: datasets.Dataset.from_list(docs) for name, docs in splits.items()
-  })
+  return datasets.DatasetDict(
+    {name: datasets.Dataset.from_list(docs) for name, docs in splits.items()}
+  )
 
 
 def _result(name, found, key, metric) -> Result:
   figures = {
-      k.removesuffix(',none'): v
-      for k, v in found['results'][key].items()
-      if isinstance(v, (int, float))
+    k.removesuffix(',none'): v
+    for k, v in found['results'][key].items()
+    if isinstance(v, (int, float))
   }
   return Result(
       name, metric, figures[metric], figures[f'{metric}_stderr'],

@@ -56,15 +56,15 @@ class Score:
 
 
 def score(
-    model: LanguageModel,
-    text: str | Sequence[int],
-    *,
-    context: int = 1024,
-    loops: int | None = None,
-    batch: int = 4,
-    max_tokens: int | None = None,
-    dtype: str = 'float32',
-    progress: Callable[[int], None] | None = None,
+  model: LanguageModel,
+  text: str | Sequence[int],
+  *,
+  context: int = 1024,
+  loops: int | None = None,
+  batch: int = 4,
+  max_tokens: int | None = None,
+  dtype: str = 'float32',
+  progress: Callable[[int], None] | None = None,
 ) -> Score:
   """Scores a text, or tokens, in rows of `context`.
 
@@ -99,7 +99,7 @@ def score(
       tokens_BxL[i, : len(row)] = row
       scored_BxT[i, : len(row) - 1] = True
     nll_BxT = _row_losses(
-        params, tokens_BxL, config=config, loops=loops, dtype=dtype
+      params, tokens_BxL, config=config, loops=loops, dtype=dtype
     )
     total += float(np.asarray(nll_BxT, np.float64)[scored_BxT].sum())
     if progress:
@@ -109,17 +109,17 @@ def score(
   if model.tokenizer is not None:
     size = sum(int(byte_lengths(model.tokenizer, r[1:]).sum()) for r in rows)
   return Score(
-      nll_nats=total / count,
-      perplexity=math.exp(min(total / count, 700.0)),
-      bits_per_byte=total / math.log(2) / size if size else None,
-      tokens=count,
-      bytes=size,
-      loops=loops,
+    nll_nats=total / count,
+    perplexity=math.exp(min(total / count, 700.0)),
+    bits_per_byte=total / math.log(2) / size if size else None,
+    tokens=count,
+    bytes=size,
+    loops=loops,
   )
 
 
 def make_rows(
-    model: LanguageModel, text, context: int, max_tokens: int | None
+  model: LanguageModel, text, context: int, max_tokens: int | None
 ) -> list[list[int]]:
   """Tokens in rows of `context`; a last row of one token is left out.
 
@@ -129,20 +129,20 @@ def make_rows(
   config = model.config
   if not 2 <= context <= config.max_context:
     raise InputError(
-        f'context={context}: must lie between 2 and {config.max_context}, '
-        'the context of the model.'
+      f'context={context}: must lie between 2 and {config.max_context}, '
+      'the context of the model.'
     )
   if max_tokens is not None and max_tokens < 2:
     raise InputError(f'max_tokens={max_tokens}: must be 2 or more.')
   tokens = encode(model.tokenizer, text, max_tokens)
   if len(tokens) < 2:
     raise InputError(
-        f'The text has {len(tokens)} tokens; at least 2 are needed.'
+      f'The text has {len(tokens)} tokens; at least 2 are needed.'
     )
   if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
     raise InputError(
-        f'The text has token ids outside 0..{config.vocab_size - 1}; is this '
-        'the tokenizer of the model?'
+      f'The text has token ids outside 0..{config.vocab_size - 1}; is this '
+      'the tokenizer of the model?'
     )
   rows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
   return rows if len(rows[-1]) > 1 else rows[:-1]
@@ -194,18 +194,18 @@ def read_text(path: str | Path, max_tokens: int | None = None) -> str:
 def _row_losses(params, tokens_BxL, *, config, loops, dtype):
   """Negative log-likelihood of each next token, float32 [B, L - 1]."""
   out = transformer.forward(
-      config, params, tokens_BxL, loops=loops, dtype=dtype
+    config, params, tokens_BxL, loops=loops, dtype=dtype
   )
   B, L = tokens_BxL.shape
   hidden_NxD = out.hidden_BxLxD[:, :-1].reshape(B * (L - 1), -1)
   nll_N, _ = token_losses(
-      config, params, hidden_NxD, tokens_BxL[:, 1:].reshape(-1), dtype
+    config, params, hidden_NxD, tokens_BxL[:, 1:].reshape(-1), dtype
   )
   return nll_N.reshape(B, L - 1)
 
 
 def token_losses(
-    config, params, hidden_NxD, targets_N, dtype='float32', count=None
+  config, params, hidden_NxD, targets_N, dtype='float32', count=None
 ):
   """Losses of tokens from the hidden states before them, chunk by chunk.
 

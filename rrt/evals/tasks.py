@@ -39,9 +39,9 @@ _ENDINGS = ('.jsonl', '.jsonl.gz', '.jsonl.xz')
 PLAIN_SCORE = ('lambada', 'winogrande')
 # The prompt around a query, as lm-eval's own tasks write it.
 _PROMPTS = {
-    'piqa': 'Question: {}\nAnswer:',
-    'arc_easy': 'Question: {}\nAnswer:',
-    'arc_challenge': 'Question: {}\nAnswer:',
+  'piqa': 'Question: {}\nAnswer:',
+  'arc_easy': 'Question: {}\nAnswer:',
+  'arc_challenge': 'Question: {}\nAnswer:',
 }
 
 
@@ -107,7 +107,7 @@ def load_task(name: str, directory: str | Path) -> Task:
 
 
 def find_files(
-    name: str, directory: str | Path
+  name: str, directory: str | Path
 ) -> tuple[list[Path], list[Path]]:
   """The files with a task's questions, and those with its pool of shots."""
   directory = Path(directory).expanduser()
@@ -120,13 +120,13 @@ def find_files(
   if not tests:
     have = sorted({_stem(p) for p in files})
     raise InputError(
-        f'tasks={name!r}: {directory} holds no file {name}*.jsonl (or .gz, '
-        f'.xz of it); it has {", ".join(have) or "none"}.'
+      f'tasks={name!r}: {directory} holds no file {name}*.jsonl (or .gz, '
+      f'.xz of it); it has {", ".join(have) or "none"}.'
     )
   if len(tests) > 1:
     raise InputError(
-        f'tasks={name!r}: {directory} holds several files of it '
-        f'({", ".join(p.name for p in tests)}); name one of them in full.'
+      f'tasks={name!r}: {directory} holds several files of it '
+      f'({", ".join(p.name for p in tests)}); name one of them in full.'
     )
   return tests, pools
 
@@ -177,8 +177,8 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
         }  # fmt: skip
       if not 0 <= gold < len(doc['choices']):
         raise InputError(
-            f'{where}: label {gold} does not name one of the '
-            f'{len(doc["choices"])} choices.'
+          f'{where}: label {gold} does not name one of the '
+          f'{len(doc["choices"])} choices.'
         )
       return doc | {'gold': gold}
     if 'target' in record:
@@ -189,8 +189,8 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(e, InputError):
       raise
     raise InputError(
-        f'{where}: not a question; it needs query, choices and label, or '
-        'context_options, continuation and label, or text.'
+      f'{where}: not a question; it needs query, choices and label, or '
+      'context_options, continuation and label, or text.'
     ) from e
 
 
@@ -240,7 +240,7 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
     config['doc_to_target'] = lambda doc: doc['ending']
     metrics = ('acc',)
   config['metric_list'] = [
-      {'metric': m, 'aggregation': 'mean', 'higher_is_better': True}
-      for m in metrics
+    {'metric': m, 'aggregation': 'mean', 'higher_is_better': True}
+    for m in metrics
   ]
   return config

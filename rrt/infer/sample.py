@@ -1,7 +1,7 @@
 """From prompts to text: `complete`, and what it needs around decoding.
 
-  model = rrt.load('smollm2-135m')
-  print(rrt.complete(model, 'The sea is', max_new_tokens=40)[0].text)
+model = rrt.load('smollm2-135m')
+print(rrt.complete(model, 'The sea is', max_new_tokens=40)[0].text)
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ class Completion:
 
 
 def complete(
-    model: LanguageModel | Writer,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int | Sequence[int] = 0,
-    stop: str | Sequence[str] = (),
-    loops: int | None = None,
-    dtype: str = 'float32',
-    chat: bool = False,
-    ignore_end: bool = False,
-    stream: Callable[[int, str], None] | None = None,
+  model: LanguageModel | Writer,
+  prompts: str | Sequence[str] | Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int = 128,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  min_p: float = 0.0,
+  seed: int | Sequence[int] = 0,
+  stop: str | Sequence[str] = (),
+  loops: int | None = None,
+  dtype: str = 'float32',
+  chat: bool = False,
+  ignore_end: bool = False,
+  stream: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
   """Continues each prompt.
 
@@ -135,9 +135,7 @@ class Settings:
     need(number('min_p', 0, 1), 'min_p', 'from 0 (all tokens) to 1')
     need(all(self.stop), 'stop', 'texts of at least one character')
     seeds = [self.seed] if isinstance(self.seed, int) else self.seed
-    need(
-        all(0 <= s < 2**32 for s in seeds), 'seed', 'from 0 to 2**32 - 1'
-    )
+    need(all(0 <= s < 2**32 for s in seeds), 'seed', 'from 0 to 2**32 - 1')
 
   def sampling(self, rows: range) -> rules.Sampling | None:
     """The rules for some of the prompts; None is greedy."""
@@ -145,15 +143,15 @@ class Settings:
       return None
     n = len(rows)
     seeds = [
-        (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
-        for i in rows
+      (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
+      for i in rows
     ]
     return rules.Sampling(
-        np.full(n, self.temperature, np.float32),
-        np.full(n, self.top_k, np.int32),
-        np.full(n, self.top_p, np.float32),
-        np.full(n, self.min_p, np.float32),
-        np.array(seeds, np.uint32),
+      np.full(n, self.temperature, np.float32),
+      np.full(n, self.top_k, np.int32),
+      np.full(n, self.top_p, np.float32),
+      np.full(n, self.min_p, np.float32),
+      np.array(seeds, np.uint32),
     )
 
 
@@ -173,7 +171,7 @@ class Writer:
     self._tokenizer = model.tokenizer
     self._batch = batch
     self._decoder = decode.Decoder(
-        model.config, model.params, loops=loops, dtype=dtype
+      model.config, model.params, loops=loops, dtype=dtype
     )
     self.clock = self._decoder.clock
     self.loops = self._decoder.static.loops
@@ -187,8 +185,8 @@ class Writer:
     check_prompts(self._config, ids)
     if not isinstance(settings.seed, int) and len(settings.seed) != len(ids):
       raise InputError(
-          f'seed has {len(settings.seed)} values for {len(ids)} prompts; '
-          'give one for each, or one in all.'
+        f'seed has {len(settings.seed)} values for {len(ids)} prompts; '
+        'give one for each, or one in all.'
       )
     if settings.stop and self._tokenizer is None:
       raise InputError('stop needs a model with a tokenizer.')
@@ -206,9 +204,7 @@ class Writer:
     context = self._config.max_context
     room = [min(settings.max_new_tokens, context - len(p)) for p in ids]
     show = stream or (lambda i, text: None)
-    texts = [
-        _Text(self._tokenizer, end, settings.stop, i, show) for i in rows
-    ]
+    texts = [_Text(self._tokenizer, end, settings.stop, i, show) for i in rows]
     watched = stream is not None or bool(settings.stop)
     run = self._decoder.run(
         ids, room, sampling=settings.sampling(rows), eos=end,
@@ -321,7 +317,7 @@ def _decoder(tokenizer: Tokenizer | None):
 
 
 def encode_prompts(
-    tokenizer: Tokenizer | None, prompts, chat: bool = False
+  tokenizer: Tokenizer | None, prompts, chat: bool = False
 ) -> list[list[int]]:
   """Token ids of prompts given as one text, texts, or token ids."""
   if isinstance(prompts, str):
@@ -335,7 +331,7 @@ def encode_prompts(
     return [[int(t) for t in p] for p in prompts]
   if tokenizer is None:
     raise InputError(
-        'This model has no tokenizer; give prompts as lists of token ids.'
+      'This model has no tokenizer; give prompts as lists of token ids.'
     )
   if not chat:
     for i, prompt in enumerate(prompts):
@@ -344,8 +340,8 @@ def encode_prompts(
     return tokenizer.encode_batch(prompts)
   # A template writes its own begin token, where it wants one.
   return tokenizer.encode_batch(
-      [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts],
-      bos=False,
+    [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts],
+    bos=False,
   )
 
 
@@ -356,11 +352,11 @@ def check_prompts(config, ids: Sequence[Sequence[int]]) -> None:
       raise InputError(f'Prompt {i} has no tokens; give at least one.')
     if len(prompt) >= config.max_context:
       raise InputError(
-          f'Prompt {i} has {len(prompt)} tokens and leaves no room in the '
-          f'context of {config.max_context}; shorten it to '
-          f'{config.max_context - 1} or fewer.'
+        f'Prompt {i} has {len(prompt)} tokens and leaves no room in the '
+        f'context of {config.max_context}; shorten it to '
+        f'{config.max_context - 1} or fewer.'
       )
     if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
       raise InputError(
-          f'Prompt {i} has token ids outside 0..{config.vocab_size - 1}.'
+        f'Prompt {i} has token ids outside 0..{config.vocab_size - 1}.'
       )

@@ -95,7 +95,7 @@ def test_end_tokens_end_their_row_alone():
 def test_rows_have_room_of_their_own():
   free = run('llama-cycle', PROMPTS)
   decoder = decode.Decoder(
-      configs.CONFIGS['llama-cycle'], params('llama-cycle')
+    configs.CONFIGS['llama-cycle'], params('llama-cycle')
   )
   rows = [[] for _ in PROMPTS]
   for tokens in decoder.run(PROMPTS, [1, 5, 12], call=4):
@@ -107,7 +107,7 @@ def test_rows_have_room_of_their_own():
 def test_whoever_iterates_can_end_a_row():
   free = run('llama-cycle', PROMPTS)
   decoder = decode.Decoder(
-      configs.CONFIGS['llama-cycle'], params('llama-cycle')
+    configs.CONFIGS['llama-cycle'], params('llama-cycle')
   )
   steps = decoder.run(PROMPTS, [12] * 3, call=4)
   rows = next(steps)
@@ -138,7 +138,7 @@ def test_the_context_can_be_filled_to_its_end():
 
 def test_decoding_holds_no_logits_of_the_prompt():
   decoder = decode.Decoder(
-      configs.CONFIGS['llama-cycle'], params('llama-cycle')
+    configs.CONFIGS['llama-cycle'], params('llama-cycle')
   )
   config = decoder.static.config
   cache = decode.init_cache(config, 2, 32)
@@ -152,7 +152,7 @@ def test_decoding_holds_no_logits_of_the_prompt():
 
 def test_clock_counts_tokens():
   decoder = decode.Decoder(
-      configs.CONFIGS['llama-cycle'], params('llama-cycle')
+    configs.CONFIGS['llama-cycle'], params('llama-cycle')
   )
   list(decoder.run(PROMPTS, [6] * 3))
   assert decoder.clock.prefill_tokens == sum(map(len, PROMPTS))

@@ -40,9 +40,7 @@ def test_top_k_keeps_the_k_largest(logits_BxV, k):
 
 @pytest.mark.parametrize('p', [1e-6, 0.3, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits_BxV, p):
-  got = np.asarray(
-      rules.keep_top_p(logits_BxV, jnp.full((4,), p, jnp.float32))
-  )
+  got = np.asarray(rules.keep_top_p(logits_BxV, jnp.full((4,), p, jnp.float32)))
   for row, kept in zip(logits_BxV, got, strict=True):
     prob = softmax(row.astype(np.float64))
     order = np.argsort(-prob)
@@ -52,9 +50,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(logits_BxV, p):
 
 @pytest.mark.parametrize('p', [0.01, 0.5, 1.0])
 def test_min_p_is_relative_to_the_most_likely(logits_BxV, p):
-  got = np.asarray(
-      rules.keep_min_p(logits_BxV, jnp.full((4,), p, jnp.float32))
-  )
+  got = np.asarray(rules.keep_min_p(logits_BxV, jnp.full((4,), p, jnp.float32)))
   for row, kept in zip(logits_BxV, got, strict=True):
     prob = softmax(row)
     want = np.flatnonzero(np.log(prob / prob.max()) >= np.log(np.float32(p)))
@@ -87,7 +83,7 @@ def test_seeds_repeat_and_rows_do_not_depend_on_the_batch(logits_BxV):
   np.testing.assert_array_equal(whole, again)
   for i in range(4):
     alone = rules.sample(
-        logits_BxV[i : i + 1], sampling(1, seeds=[i]), step[i : i + 1]
+      logits_BxV[i : i + 1], sampling(1, seeds=[i]), step[i : i + 1]
     )
     assert alone[0] == whole[i]
   other = rules.sample(logits_BxV, sampling(4, seeds=range(10, 14)), step)
@@ -98,19 +94,17 @@ def test_frequencies_follow_the_kept_distribution():
   logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
   n = 4000
   s = sampling(n, top_p=0.9)
-  drawn = rules.sample(
-      jnp.repeat(logits, n, 0), s, jnp.zeros(n, jnp.int32)
-  )
+  drawn = rules.sample(jnp.repeat(logits, n, 0), s, jnp.zeros(n, jnp.int32))
   share = np.bincount(np.asarray(drawn), minlength=4) / n
   np.testing.assert_allclose(
-      share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03
+    share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03
   )
 
 
 def test_rules_compile_without_a_sort(logits_BxV):
   text = (
-      jax.jit(rules.sample)
-      .lower(jnp.asarray(logits_BxV), sampling(4, top_k=3), jnp.zeros(4, int))
-      .as_text()
+    jax.jit(rules.sample)
+    .lower(jnp.asarray(logits_BxV), sampling(4, top_k=3), jnp.zeros(4, int))
+    .as_text()
   )
   assert 'sort' not in text

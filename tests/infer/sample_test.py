@@ -118,7 +118,7 @@ def test_end_tokens_end_unless_ignored():
   tokenizer = model().tokenizer
   end = free.tokens[4]
   changed = dataclasses.replace(
-      model(), tokenizer=type(tokenizer)(tokenizer._core, eos_ids=[end])
+    model(), tokenizer=type(tokenizer)(tokenizer._core, eos_ids=[end])
   )
   (c,) = complete(changed, 'the sea', temperature=1.5, seed=3)
   first = free.tokens.index(end)

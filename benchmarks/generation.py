@@ -1,0 +1,107 @@
+"""What the decode and prefill benchmarks share: both models, clocks, results.
+
+Ours and Hugging Face's run the same weights in one process, taking turns, so
+that both see the same machine; each repeat times every contender once.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import platform
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+from rrt import pretrained
+from rrt.convert import export
+
+
+def load(source: str, threads: int):
+  """Our model, and Hugging Face's of the same weights: loader by dtype."""
+  import torch
+  import transformers
+
+  torch.set_num_threads(threads)
+  transformers.logging.set_verbosity_error()
+  model = pretrained.load(source)
+  directory = tempfile.TemporaryDirectory()
+  with contextlib.redirect_stdout(None):
+    export.save_hf(export.to_untied(model), Path(directory.name) / 'hf')
+
+  def peer(dtype: str, attention: str = 'sdpa'):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+      Path(directory.name) / 'hf',
+      dtype=getattr(torch, dtype),
+      attn_implementation=attention,
+    ).eval()
+    loaded.generation_config.eos_token_id = None  # Write on to the end.
+    loaded.generation_config.pad_token_id = 0
+    return loaded
+
+  peer.directory = directory  # Lives as long as the loader.
+  return model, peer
+
+
+def prompts(vocab: int, batch: int, length: int) -> np.ndarray:
+  """Random ids: time does not depend on them."""
+  ids = np.random.default_rng(0).integers(5, vocab, (batch, length))
+  return ids.astype(np.int32)
+
+
+def take_turns(contenders: dict, repeats: int) -> dict[str, list[float]]:
+  """Seconds of each contender in each repeat, after one untimed round."""
+  for run in contenders.values():
+    run()
+  seconds: dict[str, list[float]] = {name: [] for name in contenders}
+  for _ in range(repeats):
+    for name, run in contenders.items():
+      began = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - began)
+  return seconds
+
+
+def summary(seconds: list[float], tokens: int) -> dict[str, float]:
+  """Median and quartiles of the seconds, and tokens a second."""
+  low, middle, high = statistics.quantiles(seconds, n=4)
+  return {
+    'seconds': middle,
+    'seconds_iqr': high - low,
+    'seconds_best': min(seconds),
+    'tokens_per_second': tokens / middle,
+  }
+
+
+def machine(threads: int) -> dict:
+  """What the figures were measured on, and with which versions."""
+  import jax
+  import torch
+  import transformers
+
+  name = platform.processor() or platform.machine()
+  with contextlib.suppress(OSError):
+    for line in Path('/proc/cpuinfo').read_text().splitlines():
+      if line.startswith('model name'):
+        name = line.split(':', 1)[1].strip()
+        break
+  return {
+    'device': str(jax.devices()[0].device_kind),
+    'cpu': name,
+    'cores': os.cpu_count(),
+    'threads': threads,
+    'load_before': os.getloadavg()[0],
+    'jax': jax.__version__,
+    'torch': torch.__version__,
+    'transformers': transformers.__version__,
+    'python': platform.python_version(),
+  }
+
+
+def save(out: str, figures: dict) -> None:
+  """Writes the figures as JSON."""
+  path = Path(out)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(figures, indent=1, default=float) + '\n')

@@ -1,0 +1,27 @@
+"""Runs `python -m rrt.NAME`; two of them cannot share absl's flags."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def run(module: str, *flags: str, cwd=None):
+  """Returns (status, standard output, last line of standard error)."""
+  paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
+  done = subprocess.run(
+    [sys.executable, '-m', module, *flags],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=cwd,
+    env=os.environ
+    | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths)},
+  )
+  errors = done.stderr.strip().split('\n')
+  return done.returncode, done.stdout, errors[-1]
+
+
+def final(printed: str):
+  """The JSON object of the last line."""
+  return json.loads(printed.strip().split('\n')[-1])

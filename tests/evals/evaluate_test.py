@@ -1,0 +1,55 @@
+"""`python -m rrt.evaluate` from end to end on a tiny saved model."""
+
+import json
+
+import pytest
+
+from rrt import pretrained
+from tests import command, runs
+from tests.evals import tasks_test
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  place = tmp_path_factory.mktemp('models')
+  pretrained.save(runs.parent(), place / 'parent')
+  pretrained.save(runs.child(), place / 'child')
+  runs.write_text(place / 'text.jsonl')
+  tasks_test.write(place / 'arc_easy.jsonl', tasks_test.ARC)
+  return place
+
+
+def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
+  pytest.importorskip('lm_eval')
+  status, printed, error = command.run(
+      'rrt.evaluate', '--model=child', '--parent=parent', '--text=text.jsonl',
+      '--max_tokens=200', '--context=32', '--loops=all', '--tasks=arc_easy',
+      '--data=.', '--out=out.json', cwd=place,
+  )  # fmt: skip
+  assert status == 0, error
+  final = command.final(printed)
+  assert {'nll_nats', 'bits_per_byte', 'tokens'} <= set(final)
+  assert [f['loops'] for f in final['by_loops']] == [1, 2]
+  assert final['nll_nats'] == final['by_loops'][1]['nll_nats']
+  assert final['parent']['nll_nats'] > 0
+  task = final['tasks']['arc_easy']
+  assert 0 <= task['score'] <= 1 and task['stderr'] >= 0
+  assert task['questions'] == 5
+  assert '2 of 2 loops' in printed and 'parent' in printed
+  assert json.loads((place / 'out.json').read_text()) == final
+
+
+@pytest.mark.parametrize(
+  ('flags', 'word'),
+  [
+    ([], '--model is missing'),
+    (['--model=child'], 'give --text, --tasks'),
+    (['--model=child', '--text=none.txt'], 'no such file'),
+    (['--model=child', '--tasks=piqa', '--data=.'], 'holds no file piqa'),
+    (['--model=child', '--text=text.jsonl', '--loops=3'], 'from 1 to 2'),
+  ],
+)
+def test_bad_flags_end_with_one_sentence(place, flags, word):
+  status, _, error = command.run('rrt.evaluate', *flags, cwd=place)
+  assert status == 2
+  assert error.startswith('error: ') and word in error
