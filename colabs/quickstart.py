@@ -65,12 +65,12 @@ print(rrt.count_params(config))
 text = '\n\n'.join(corpus.documents('builtin:train'))
 outer = (config.depth - 2 * (config.depth // 4)) // 2
 shape = dict(
-    prelude=outer,
-    loops=2,
-    coda=config.depth - outer - 2 * (config.depth // 4),
-    rank=64 if config.d_model >= 512 else 2,
-    calibration=text,
-    calibration_tokens=64 * ROW if config.d_model >= 512 else 4 * ROW,
+  prelude=outer,
+  loops=2,
+  coda=config.depth - outer - 2 * (config.depth // 4),
+  rank=64 if config.d_model >= 512 else 2,
+  calibration=text,
+  calibration_tokens=64 * ROW if config.d_model >= 512 else 4 * ROW,
 )
 plain, _ = rrt.to_recursive(parent, init='average', **shape)
 child, report = rrt.to_recursive(parent, init='calibrated', **shape)
@@ -84,11 +84,11 @@ report.show()
 # %%
 heldout = '\n\n'.join(corpus.documents('builtin:heldout'))
 measure = lambda model: rrt.score(
-    model, heldout, context=ROW, max_tokens=8 * ROW
+  model, heldout, context=ROW, max_tokens=8 * ROW
 )
 nats = {
-    name: measure(model).nll_nats
-    for name, model in (('parent', parent), ('plain', plain), ('child', child))
+  name: measure(model).nll_nats
+  for name, model in (('parent', parent), ('plain', plain), ('child', child))
 }
 nats
 
@@ -102,11 +102,14 @@ nats
 # %%
 tokens_BxL = jnp.asarray(parent.tokenizer.encode(heldout)[:ROW])[None]
 out = jax.jit(
-    lambda p, t: transformer.forward(child.config, p, t, return_loops=True)
+  lambda p, t: transformer.forward(child.config, p, t, return_loops=True)
 )(child.params, tokens_BxL)
 h_RxBxLxD = out.loops_RxBxLxD
 change = jnp.linalg.norm(h_RxBxLxD[1] - h_RxBxLxD[0], axis=-1)
-print('change by loop 2:', float((change / jnp.linalg.norm(h_RxBxLxD[0], axis=-1)).mean()))
+print(
+  'change by loop 2:',
+  float((change / jnp.linalg.norm(h_RxBxLxD[0], axis=-1)).mean()),
+)
 
 # %% [markdown]
 # ## Uptrain it
@@ -116,31 +119,38 @@ print('change by loop 2:', float((change / jnp.linalg.norm(h_RxBxLxD[0], axis=-1
 
 # %%
 recipe = dict(
-    steps=STEPS,
+  steps=STEPS,
+  batch=2,
+  length=ROW,
+  optimizer=dict(learning_rate=3e-4, warmup_steps=2),
+  data=dict(path='builtin:train'),
+  heldout=dict(
+    path='builtin:heldout',
+    max_tokens=8 * ROW,
+    context=ROW,
+    every=max(STEPS // 4, 1),
     batch=2,
-    length=ROW,
-    optimizer=dict(learning_rate=3e-4, warmup_steps=2),
-    data=dict(path='builtin:train'),
-    heldout=dict(
-        path='builtin:heldout', max_tokens=8 * ROW, context=ROW,
-        every=max(STEPS // 4, 1), batch=2,
-    ),
+  ),
 )
 run = rrt.uptrain(parent, child, recipe)
-curve = [(r['step'], r['heldout_nats']) for r in run.history if 'heldout_nats' in r]
+curve = [
+  (r['step'], r['heldout_nats']) for r in run.history if 'heldout_nats' in r
+]
 
 plt.plot(*zip(*curve), 'o-', label='child')
 plt.axhline(nats['parent'], ls='--', label='parent')
 plt.xlabel('step')
 plt.ylabel('nats a token, held-out text')
-plt.legend();
+plt.legend()
 
 # %% [markdown]
 # ## And it still writes
 
 # %%
 for model in (parent, child, run.model):
-  print(repr(rrt.complete(model, 'The city was founded', max_new_tokens=24)[0].text))
+  print(
+    repr(rrt.complete(model, 'The city was founded', max_new_tokens=24)[0].text)
+  )
 
 # %% [markdown]
 # `rrt.save(run.model, 'my_model')` writes a directory that every command line

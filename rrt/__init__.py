@@ -42,19 +42,19 @@ _HOMES = {
 }
 
 __all__ = [
-    'InputError',
-    'LanguageModel',
-    'LoraConfig',
-    'ModelConfig',
-    'complete',
-    'count_params',
-    'load',
-    'save',
-    'save_hf',
-    'score',
-    'to_recursive',
-    'to_untied',
-    'uptrain',
+  'InputError',
+  'LanguageModel',
+  'LoraConfig',
+  'ModelConfig',
+  'complete',
+  'count_params',
+  'load',
+  'save',
+  'save_hf',
+  'score',
+  'to_recursive',
+  'to_untied',
+  'uptrain',
 ]
 
 

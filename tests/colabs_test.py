@@ -36,5 +36,5 @@ def test_notebook_and_script_are_paired(name):
   notebook = jupytext.read(COLABS / f'{name}.ipynb')
   cells = lambda nb: [(c.cell_type, c.source) for c in nb.cells]
   assert cells(script) == cells(notebook), (
-      f'run: jupytext --sync colabs/{name}.py'
+    f'run: jupytext --sync colabs/{name}.py'
   )
