@@ -118,6 +118,7 @@ def measure(model, text: str | None, loops: int, label: str) -> dict:
 
 
 def main(argv) -> None:
+  """Measures what the flags ask for, prints and writes it."""
   del argv
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')

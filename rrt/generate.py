@@ -95,6 +95,7 @@ class _Screen:
 
 
 def main(argv) -> None:
+  """Writes, then tells the speed."""
   del argv
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')
@@ -109,6 +110,7 @@ def main(argv) -> None:
       _MIN_P.value, _SEED.value, tuple(_STOP.value), _CHAT.value,
   )  # fmt: skip
   settings.check()
+  sample.check_texts(prompts)
   model = pretrained.load(_MODEL.value)
   writer = sample.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts

@@ -34,7 +34,7 @@ PAPER = (
     'arc_challenge', 'openbookqa',
 )  # fmt: skip
 _ON_HUB = {'lambada': 'lambada_openai'}
-_OPEN = {'.jsonl': open, '.gz': gzip.open, '.xz': lzma.open}
+_OPEN: dict[str, Any] = {'.jsonl': open, '.gz': gzip.open, '.xz': lzma.open}
 _ENDINGS = ('.jsonl', '.jsonl.gz', '.jsonl.xz')
 PLAIN_SCORE = ('lambada', 'winogrande')
 # The prompt around a query, as lm-eval's own tasks write it.
@@ -211,7 +211,7 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
   splits = {'test': task.docs}
   if task.pool:
     splits['train'] = task.pool
-  config = {
+  config: dict[str, Any] = {
       'task': task.name,
       'custom_dataset': lambda **_: dataset(splits),
       'test_split': 'test',
@@ -220,14 +220,14 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
       'metadata': {'version': 1.0},
   }  # fmt: skip
   if task.kind == 'word':
-    metrics = ('acc',)
+    metrics = ['acc']
     config |= {
         'output_type': 'loglikelihood', 'target_delimiter': '',
         'doc_to_text': lambda doc: doc['text'],
         'doc_to_target': lambda doc: doc['target'],
     }  # fmt: skip
   else:
-    metrics = ('acc', 'acc_norm', 'acc_bytes')
+    metrics = ['acc', 'acc_norm', 'acc_bytes']
     config |= {
         'output_type': 'multiple_choice',
         'doc_to_text': lambda doc: doc['text'],
@@ -238,7 +238,7 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
     # lm-eval's several-contexts form: the text is the right index.
     config['doc_to_text'] = lambda doc: doc['gold']
     config['doc_to_target'] = lambda doc: doc['ending']
-    metrics = ('acc',)
+    metrics = ['acc']
   config['metric_list'] = [
     {'metric': m, 'aggregation': 'mean', 'higher_is_better': True}
     for m in metrics

@@ -42,11 +42,11 @@ class Rows(NamedTuple):
     done_B: whether it has ended.
   """
 
-  token_B: jax.Array
-  position_B: jax.Array
-  count_B: jax.Array
-  room_B: jax.Array
-  done_B: jax.Array
+  token_B: rules.Array
+  position_B: rules.Array
+  count_B: rules.Array
+  room_B: rules.Array
+  done_B: rules.Array
 
 
 class Static(NamedTuple):

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 
 class Sampling(NamedTuple):
@@ -26,11 +29,11 @@ class Sampling(NamedTuple):
       it has, not on the batch.
   """
 
-  temperature_B: jax.Array
-  top_k_B: jax.Array
-  top_p_B: jax.Array
-  min_p_B: jax.Array
-  seed_B: jax.Array
+  temperature_B: Array
+  top_k_B: Array
+  top_p_B: Array
+  min_p_B: Array
+  seed_B: Array
 
 
 def greedy(logits_BxV):

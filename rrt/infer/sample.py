@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rrt.errors import InputError
 from rrt.infer import decode, rules
+from rrt.infer.text import Completion, Text
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
@@ -22,24 +23,6 @@ if TYPE_CHECKING:
 
 BATCH = 32  # prompts that are decoded together
 _GLANCE = 8  # tokens between looks of the host, where text is watched
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """What a model wrote after one prompt.
-
-  Attributes:
-    text: without the prompt, end tokens and the stop string.
-    tokens: ids as drawn, with the end token or stop string that ended them.
-    prompt_tokens: how many tokens the prompt has.
-    finish_reason: 'end' (an end token), 'stop' (a stop string), 'length'
-      (max_new_tokens) or 'context' (the model's context is full).
-  """
-
-  text: str
-  tokens: list[int]
-  prompt_tokens: int
-  finish_reason: str
 
 
 def complete(
@@ -204,7 +187,7 @@ class Writer:
     context = self._config.max_context
     room = [min(settings.max_new_tokens, context - len(p)) for p in ids]
     show = stream or (lambda i, text: None)
-    texts = [_Text(self._tokenizer, end, settings.stop, i, show) for i in rows]
+    texts = [Text(self._tokenizer, end, settings.stop, i, show) for i in rows]
     watched = stream is not None or bool(settings.stop)
     run = self._decoder.run(
         ids, room, sampling=settings.sampling(rows), eos=end,
@@ -220,7 +203,7 @@ class Writer:
     ]  # fmt: skip
 
 
-def _drive(run, texts: list[_Text]) -> Iterator[list[list[int]]]:
+def _drive(run, texts: list[Text]) -> Iterator[list[list[int]]]:
   """Iterates a decoder's run, telling it which rows met a stop string."""
   try:
     tokens = next(run)
@@ -229,91 +212,6 @@ def _drive(run, texts: list[_Text]) -> Iterator[list[list[int]]]:
       tokens = run.send([i for i, t in enumerate(texts) if t.stopped])
   except StopIteration:
     return
-
-
-class _Text:
-  """One row's text as it grows; finds stop strings, hands out what is sure."""
-
-  def __init__(
-      self, tokenizer: Tokenizer | None, end: Sequence[int],
-      stops: Sequence[str], index: int, show: Callable[[int, str], Any],
-  ):  # fmt: skip
-    self._end, self._stops = frozenset(end), stops
-    self._index, self._show = index, show
-    self._stream = _decoder(tokenizer)
-    self._tokens: list[int] = []
-    self._text = ''
-    self._shown = 0
-    self.stopped = False
-    self._ended = False
-
-  def extend(self, tokens: Sequence[int]) -> None:
-    """Takes new tokens; those behind a stop string are dropped."""
-    for token in tokens:
-      if self.stopped or self._ended:
-        break
-      self._tokens.append(token)
-      if token in self._end:
-        self._ended = True
-        self._grow(self._stream.flush())
-      else:
-        self._grow(self._stream.push(token))
-    self._hand_out(len(self._text) - self._held())
-
-  def finish(self, prompt_tokens: int, reason: str) -> Completion:
-    """The completion; `reason` is why it ended if nothing it knows of."""
-    if not (self.stopped or self._ended):
-      self._grow(self._stream.flush())
-    self._hand_out(len(self._text))
-    if self.stopped:
-      reason = 'stop'
-    elif self._ended:
-      reason = 'end'
-    return Completion(self._text, self._tokens, prompt_tokens, reason)
-
-  def _grow(self, new: str) -> None:
-    if not new:
-      return
-    longest = max(map(len, self._stops), default=0)
-    begin = max(len(self._text) - longest + 1, 0)
-    self._text += new
-    found = [self._text.find(s, begin) for s in self._stops]
-    found = [at for at in found if at >= 0]
-    if found:
-      self._text, self.stopped = self._text[: min(found)], True
-
-  def _held(self) -> int:
-    """How much of the end might be the beginning of a stop string."""
-    if self.stopped or self._ended:
-      return 0
-    for size in range(max(map(len, self._stops), default=1) - 1, 0, -1):
-      if any(s.startswith(self._text[-size:]) for s in self._stops):
-        return min(size, len(self._text))
-    return 0
-
-  def _hand_out(self, end: int) -> None:
-    if end > self._shown:
-      self._show(self._index, self._text[self._shown : end])
-      self._shown = end
-
-
-class _Mute:
-  """Stands for a stream decoder where there is no tokenizer."""
-
-  def push(self, token: int) -> str:
-    del token
-    return ''
-
-  def flush(self) -> str:
-    return ''
-
-
-def _decoder(tokenizer: Tokenizer | None):
-  if tokenizer is None:
-    return _Mute()
-  from rrt.data.tokenizer import StreamDecoder
-
-  return StreamDecoder(tokenizer)
 
 
 def encode_prompts(
@@ -333,16 +231,21 @@ def encode_prompts(
     raise InputError(
       'This model has no tokenizer; give prompts as lists of token ids.'
     )
+  check_texts(prompts)
   if not chat:
-    for i, prompt in enumerate(prompts):
-      if not prompt:
-        raise InputError(f'Prompt {i} is empty; give at least one character.')
     return tokenizer.encode_batch(prompts)
   # A template writes its own begin token, where it wants one.
   return tokenizer.encode_batch(
     [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts],
     bos=False,
   )
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+  """Raises InputError for the first prompt without a character."""
+  for i, prompt in enumerate(prompts):
+    if not prompt:
+      raise InputError(f'Prompt {i} is empty; give at least one character.')
 
 
 def check_prompts(config, ids: Sequence[Sequence[int]]) -> None:

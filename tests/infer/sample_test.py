@@ -8,6 +8,7 @@ import pytest
 from rrt.errors import InputError
 from rrt.infer import sample
 from rrt.infer.sample import complete
+from rrt.infer.text import Text
 from tests import runs
 
 
@@ -92,7 +93,7 @@ def test_streams_add_up_to_the_text(stop):
 def test_multi_byte_characters_arrive_whole():
   tokenizer = runs.tokenizer()
   seen = []
-  text = sample._Text(tokenizer, (), (), 0, lambda i, t: seen.append(t))
+  text = Text(tokenizer, (), (), 0, lambda i, t: seen.append(t))
   wanted = 'naïve 日本 😀!'
   for token in tokenizer.encode(wanted):
     text.extend([token])
@@ -103,7 +104,7 @@ def test_multi_byte_characters_arrive_whole():
 def test_what_may_begin_a_stop_string_is_held_back():
   tokenizer = runs.tokenizer()
   seen = []
-  text = sample._Text(tokenizer, (), ('END',), 0, lambda i, t: seen.append(t))
+  text = Text(tokenizer, (), ('END',), 0, lambda i, t: seen.append(t))
   for token in tokenizer.encode('an E, an EN, the END of it'):
     text.extend([token])
     assert not ''.join(seen).endswith('E')
