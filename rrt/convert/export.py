@@ -48,7 +48,7 @@ def to_untied(model: LanguageModel) -> LanguageModel:
     loop_norms=False,
     lora=None,
   )
-  params = {
+  params: dict[str, Any] = {
     part: model.params[part]
     for part in ('embed', 'final_norm', 'head')
     if part in model.params

@@ -90,7 +90,7 @@ def family_for(model_type: str | None) -> Family:
   Raises:
     InputError: no family has this model type.
   """
-  known = []
+  known: list[str] = []
   for family in families():
     known += family.model_types
     if model_type in family.model_types:
@@ -111,7 +111,7 @@ def set_path(tree: dict, path: str, leaf: Any) -> None:
 
 def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
   """Leaves of nested dicts by '/'-joined path, in a fixed order."""
-  leaves = {}
+  leaves: dict[str, Any] = {}
   for key in sorted(tree):
     path = f'{prefix}{key}'
     if isinstance(tree[key], dict):

@@ -66,7 +66,6 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
     )
   files = [GgufFile([path]) for path in sorted(paths)]
   merged = tensorfile.ShardedTensors(files)
-  merged.dtypes = files[0].dtypes
   return files[0].metadata, merged
 
 

@@ -43,7 +43,10 @@ class TensorInfo(NamedTuple):
 class Tensors(Protocol):
   """A checkpoint's tensors by name, wherever they are stored."""
 
-  infos: Mapping[str, TensorInfo]
+  @property
+  def infos(self) -> Mapping[str, TensorInfo]:
+    """Shape and type of each tensor."""
+    ...
 
   def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, rows) until all rows of the first axis came.

@@ -53,7 +53,7 @@ def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     )
   )
   split = _SPLITS[pre]
-  steps = []
+  steps: list[Any] = []
   if pre in _SINGLE_DIGITS:
     steps.append(pre_tokenizers.Digits(individual_digits=True))
   if split:

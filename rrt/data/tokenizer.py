@@ -175,7 +175,7 @@ class Tokenizer:
     bos = self.add_bos if bos is None else bos
     if bos and self.bos_id is None:
       raise InputError('bos=True, but this tokenizer has no such token.')
-    prefix = [self.bos_id] if bos else []
+    prefix = [self.bos_id] if bos and self.bos_id is not None else []
     try:
       coded = self._core.encode_batch(list(texts), add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as e:
@@ -302,9 +302,9 @@ class Tokenizer:
     """tokenizer.json, whose post-processor adds what `encode` adds."""
     core = json.loads(self._core.to_str())
     if self.add_bos and not self._core.encode('').ids:
-      core['post_processor'] = _bos_template(
-        self.token(self.bos_id), self.bos_id
-      )
+      bos = None if self.bos_id is None else self.token(self.bos_id)
+      if bos is not None and self.bos_id is not None:
+        core['post_processor'] = _bos_template(bos, self.bos_id)
     return json.dumps(core, ensure_ascii=False)
 
 

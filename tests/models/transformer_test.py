@@ -144,8 +144,7 @@ def test_mixed_depth_rows_equal_single_depth_rows(name, scan):
         batch_axis = 1 if scan else 0
         pick = functools.partial(np.compress, own, axis=batch_axis)
         ours, theirs = (
-            [pick(t) for t in jax.tree.leaves(kv)]
-            for kv in (kv_mixed, kv_single)
+          [pick(t) for t in jax.tree.leaves(kv)] for kv in (kv_mixed, kv_single)
         )
         jax.tree.map(close, ours, theirs)
     shuffled, _ = run(x_BxLxD.at[1:].set(0.0), loops_B.at[1:].set(0), cached)
