@@ -65,7 +65,7 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
       'are missing.'
     )
   files = [GgufFile([path]) for path in sorted(paths)]
-  merged = tensorfile.ShardedTensors(files)
+  merged = tensorfile.ShardedTensors(files, files[0].dtypes)
   return files[0].metadata, merged
 
 

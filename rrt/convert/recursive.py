@@ -27,7 +27,6 @@ from rrt.convert.arrange import (
   source_layers,
   with_ranks,
 )
-from rrt.convert.calibrate import part_of
 from rrt.convert.export import to_untied
 from rrt.convert.family import flatten, set_path
 from rrt.convert.report import (
@@ -38,6 +37,7 @@ from rrt.convert.report import (
   start_report,
 )
 from rrt.convert.sample import split_rows
+from rrt.convert.walk import Walk, part_of
 from rrt.errors import InputError
 from rrt.pretrained import LanguageModel
 
@@ -329,7 +329,7 @@ class _Conversion:
       if progress:
         progress(done, total)
 
-    walk = calibrate_lib.Walk(
+    walk = Walk(
       self.parent.config,
       lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), self.layers),
       tokens_BxL,

@@ -134,9 +134,10 @@ class SafetensorsFile:
 
 
 class ShardedTensors:
-  """Several files seen as one checkpoint."""
+  """Several files seen as one checkpoint, of types that can be decoded."""
 
-  def __init__(self, files: Iterable[Tensors]):
+  def __init__(self, files: Iterable[Tensors], dtypes: Any = None):
+    self.dtypes = DTYPES if dtypes is None else dtypes
     self.infos: dict[str, TensorInfo] = {}
     self._file: dict[str, Tensors] = {}
     for file in files:
