@@ -6,7 +6,8 @@ time. The gradients are taken in the same pass, so that a chunk costs three
 matrix products with the head (logits, hidden gradient, head gradient) where
 rematerialisation would pay for four, plus one with the teacher's.
 
-Axes: B batch, L length, C positions of a chunk, D model, V vocabulary.
+Axes: B batch, L length, C positions of a chunk, D model, V vocabulary, S
+devices over which the rows of a batch are split.
 """
 
 from __future__ import annotations
@@ -157,6 +158,13 @@ def chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
   return -(-length // -(-length // most))
 
 
+def row_shards(batch: int) -> int:
+  """S: over how many devices the mesh in use splits the rows of a batch."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  count = sizes.get('data', 1) * sizes.get('fsdp', 1)
+  return count if batch % count == 0 else 1
+
+
 def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   """Scans over chunks of positions, so that every chunk has all rows.
 
@@ -170,6 +178,7 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   targets_BxL, weights_BxL, teacher = rest
   B, L, _ = hidden_BxLxD.shape
   C = chunk_length(B, L, objective.chunk_tokens)
+  S = row_shards(B)
   split = functools.partial(_split, length=C)
   xs = {
     'hidden': split(hidden_BxLxD),
@@ -180,7 +189,7 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   want_hidden, want_head = wanted or (False, False)
 
   def one(carry, x):
-    sums, d_head_DxV = carry
+    sums, d_head_SxDxV = carry
     s_BxCxV = _logits(x['hidden'], head_DxV)
     t_BxCxV = None
     if teacher is not None:
@@ -194,21 +203,28 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
     if want_hidden:
       d_hidden_BxCxD = jnp.einsum('bcv,dv->bcd', d_BxCxV, head_DxV)
     if want_head:
-      d_head_DxV += jnp.einsum(
-          'bcd,bcv->dv', x['hidden'], d_BxCxV,
-          preferred_element_type=jnp.float32,
-      )  # fmt: skip
-    return (sums, d_head_DxV), d_hidden_BxCxD
+      by_shard = lambda y: y.reshape(S, B // S, *y.shape[1:])
+      d_head_SxDxV += jnp.einsum(
+        'sbcd,sbcv->sdv',
+        by_shard(x['hidden']),
+        by_shard(d_BxCxV),
+        preferred_element_type=jnp.float32,
+      )
+    return (sums, d_head_SxDxV), d_hidden_BxCxD
 
   zero = jnp.zeros((), jnp.float32)
   start = None
   if want_head:
-    start = constrain(jnp.zeros(head_DxV.shape, jnp.float32), (None, 'vocab'))
-  (sums, d_head_DxV), d_hidden = jax.lax.scan(
+    # A sum for each share of the rows: added up once, behind the loop.
+    start = constrain(
+      jnp.zeros((S, *head_DxV.shape), jnp.float32), ('batch', None, 'vocab')
+    )
+  (sums, d_head_SxDxV), d_hidden = jax.lax.scan(
     one, (Losses(zero, zero, zero, zero), start), xs
   )
   if wanted is None:
     return sums, None
+  d_head_DxV = jnp.sum(d_head_SxDxV, axis=0) if want_head else None
   if want_hidden:
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, d_hidden.shape[-1])
     d_hidden = d_hidden[:, :L]

@@ -80,7 +80,7 @@ def uptrain(
   if not recipe.loss.distillation:
     parent = None
   mesh = sharding.make_mesh(recipe.mesh)
-  check(recipe, parent and parent.config, child.config, mesh)
+  check(recipe, parent.config if parent else None, child.config, mesh)
   data = open_data(recipe, child.tokenizer)
 
   # What is trained, by which optimizer; what the parent shares with it.
