@@ -8,6 +8,14 @@ run twice. --init=calibrated (the default) fits the weights to text, which may
 be any; the others are the paper's.
 """
 
+import os
+
+# LAPACK's own threads only get in the way of XLA's: measured on two shared
+# cores, an eigendecomposition takes 20 times as long with them. Set before
+# anything loads it.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+# ruff: noqa: E402
 from absl import flags
 
 from rrt import cli, pretrained

@@ -1,0 +1,71 @@
+"""Lines the hidden units of tied layers up before their weights are shared.
+
+A gated MLP computes the same in whatever order its hidden units stand, and
+with any unit's up and down weights negated together. Two layers of a parent
+have no reason to keep like units in like places, so a mean of both mixes
+units that have nothing to do with each other. Here each later layer's units
+are put where they resemble the first layer's most; the parent computes what
+it did.
+
+I inputs, O outputs of the MLP, F hidden units.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def match_units(
+  first: dict[str, Any],
+  other: dict[str, Any],
+  c_IxI,
+  power_first_F,
+  power_other_F,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which unit of one MLP stands for each of another's.
+
+  Units resemble each other if their gate and up weights give like values on
+  the inputs that they get, and what they send down, at the size that it
+  usually has, points the same way. Each of the three counts as a share of
+  its matrix's energy; the assignment is the best one overall.
+
+  Args:
+    first, other: 'gate', 'up' [I, F] and 'down' [F, O] of each.
+    c_IxI: covariance of the MLP's inputs, over both layers.
+    power_first_F, power_other_F: mean squares of the hidden units.
+
+  Returns:
+    (order_F, sign_F): unit `order[i]` of `other`, times `sign[i]`, stands at
+    unit i of `first`.
+  """
+  from scipy import optimize  # Comes with jax; slow to import.
+
+  def alike(a_IxF, b_IxF, weighted_IxF):
+    return np.asarray(
+      weighted_IxF.T @ b_IxF / jnp.maximum(jnp.sum(weighted_IxF * a_IxF), 1e-30)
+    )
+
+  gate_FxF, up_FxF = (
+    alike(first[name], other[name], c_IxI @ first[name])
+    for name in ('gate', 'up')
+  )
+  sent = first['down'] * jnp.sqrt(power_first_F)[:, None]
+  others = other['down'] * jnp.sqrt(power_other_F)[:, None]
+  down_FxF = alike(sent.T, others.T, sent.T)
+  signed_FxF = up_FxF + down_FxF
+  score_FxF = gate_FxF + np.abs(signed_FxF)
+  _, order_F = optimize.linear_sum_assignment(score_FxF, maximize=True)
+  chosen_F = signed_FxF[np.arange(len(order_F)), order_F]
+  return order_F, np.where(chosen_F < 0, -1.0, 1.0).astype(np.float32)
+
+
+def reorder(mlp: dict[str, Any], order_F, sign_F) -> dict[str, Any]:
+  """The same MLP with its units in another order, some negated."""
+  kernel = lambda name: mlp[name]['kernel']
+  return {
+    **mlp,
+    'gate': {'kernel': kernel('gate')[:, order_F]},
+    'up': {'kernel': kernel('up')[:, order_F] * sign_F[None, :]},
+    'down': {'kernel': kernel('down')[order_F] * sign_F[:, None]},
+  }

@@ -1,0 +1,293 @@
+"""The calibration tokens' way through a model, one layer at a time.
+
+A layer is taken to pieces where its linears read: what q, k and v read, what
+o reads, what gate and up read, what down reads. All parts run on chunks of
+rows, so that memory does not grow with the tokens, but for the residual
+stream itself.
+
+B rows, L length, T tokens, D model, F hidden units, I inputs, O outputs.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.convert import align
+from rrt.models.attention import Attention, Context, Place
+from rrt.models.layers import Mlp, rms_norm
+from rrt.models.transformer import make_context
+
+# Where linears read: inputs in the order in which a layer makes them.
+SITES = {
+  'attn_in': ('q', 'k', 'v'),
+  'attn_out': ('o',),
+  'mlp_in': ('gate', 'up'),
+  'mlp_out': ('down',),
+}
+CHUNK_TOKENS = 2048  # Tokens whose activations are in memory at a time.
+CHECKED = 4  # One chunk in so many is what `fit.refit` checks on.
+ALIGN_CHUNKS = 2  # How many serve to compare hidden units.
+
+
+def part_of(component: str) -> str:
+  """The subtree that holds a component: 'attn' or 'mlp'."""
+  return 'mlp' if component in ('gate', 'up', 'down') else 'attn'
+
+
+class Stream(NamedTuple):
+  """The residual stream at one depth, for all calibration tokens.
+
+  Attributes:
+    start: what the layer reads, [B, L, D] on the host.
+    middle: after attention.
+    end: after the MLP.
+  """
+
+  start: np.ndarray
+  middle: np.ndarray
+  end: np.ndarray
+
+
+def with_norms(config: ModelConfig, layer, norms):
+  """A layer tree with other gains, its linears rescaled to match.
+
+  Where a pre-norm's gain changes, the rows of the linears that read it are
+  divided by the change: the layer computes what it did. (Gains of post-norms
+  and of q and k have no linear behind them to make up for a change.)
+  """
+  new = {**layer, **{k: v for k, v in norms.items() if k.endswith('_norm')}}
+  for part in ('attn', 'mlp'):
+    new[part] = {**layer[part], **norms.get(part, {})}
+    old_D, new_D = (
+      tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm)
+      for tree in (layer, norms)
+    )
+    weak_D = jnp.abs(new_D) < 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
+    ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
+    for name in SITES[f'{part}_in']:
+      set_kernel(
+        new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel']
+      )
+  return new
+
+
+def kernel_of(layer, name: str):
+  """One of the seven linears of a layer tree, [I, O]."""
+  return layer[part_of(name)][name]['kernel']
+
+
+def set_kernel(layer, name: str, kernel_IxO) -> None:
+  """Replaces one of the seven linears of a layer tree, in place."""
+  layer[part_of(name)][name] = {'kernel': kernel_IxO}
+
+
+# ------------------------------------------------- one layer, taken to pieces
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _norm(config: ModelConfig, gain_D, x_BxLxD):
+  return rms_norm(
+    x_BxLxD, gain_D[None, None], config.norm_eps, config.unit_offset_norm
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mixed(config: ModelConfig, attn, x_BxLxD, place: Place, context: Context):
+  """What the output projection reads."""
+  module = Attention(config)
+  params = {'params': attn}
+  return module.apply(params, x_BxLxD, None, place, 0, context, method='mixed')[
+    0
+  ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(config: ModelConfig, mlp, x_BxLxD):
+  """What the down projection reads."""
+  return Mlp(config).apply({'params': mlp}, x_BxLxD, method='hidden')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(config: ModelConfig, post_D, kernel_IxD, x_BxLxI, h_BxLxD):
+  """The residual stream after a linear (and its post-norm) wrote to it."""
+  y_BxLxD = x_BxLxI @ kernel_IxD
+  if post_D is not None:
+    y_BxLxD = _norm(config, post_D, y_BxLxD)
+  return h_BxLxD + y_BxLxD
+
+
+@jax.jit
+def gather(c_IxI, k_IxI, own_BxLxI, wanted_BxLxI):
+  """Adds x^T x and x^T (wanted - x) of a chunk."""
+  x_TxI = own_BxLxI.reshape(-1, own_BxLxI.shape[-1])
+  e_TxI = (wanted_BxLxI - own_BxLxI).reshape(x_TxI.shape)
+  return c_IxI + x_TxI.T @ x_TxI, k_IxI + x_TxI.T @ e_TxI
+
+
+def _size(config: ModelConfig, y):
+  """What a norm divides by."""
+  return jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + config.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gather_out(
+  config: ModelConfig,
+  c_IxI,
+  k_IxD,
+  x_BxLxI,
+  kernel_IxD,
+  post_D,
+  gap_BxLxD,
+  y_BxLxD,
+):
+  """Adds x^T x and x^T (target - x W) of a chunk, for o and down.
+
+  Without post-norms the target is the gap to the parent's stream. A
+  post-norm divides by the size of its input and multiplies by a gain, so
+  tokens are weighted by 1 / size and targets divided by the gain, at the
+  size of the parent's y; where a gain is next to nothing, y is the target.
+  """
+  x_TxI = x_BxLxI.reshape(-1, x_BxLxI.shape[-1])
+  gap_TxD = gap_BxLxD.reshape(-1, gap_BxLxD.shape[-1])
+  if post_D is not None:
+    y_TxD = y_BxLxD.reshape(gap_TxD.shape)
+    size_Tx1 = _size(config, y_TxD)
+    gain_D = post_D + 1.0 if config.unit_offset_norm else post_D
+    weak_D = jnp.abs(gain_D) < 1e-2 * jnp.sqrt(jnp.mean(gain_D**2))
+    gain_D = jnp.where(weak_D, 1.0, gain_D)
+    gap_TxD = jnp.where(
+      weak_D[None, :], y_TxD / size_Tx1, gap_TxD / gain_D[None, :]
+    )
+    x_TxI = x_TxI / size_Tx1
+  e_TxD = gap_TxD - x_TxI @ kernel_IxD
+  return c_IxI + x_TxI.T @ x_TxI, k_IxD + x_TxI.T @ e_TxD
+
+
+class Walk:
+  """The calibration tokens' way through a parent and its child.
+
+  Attributes:
+    config: the parent's, untied.
+    chunks: slices of rows that are in memory together.
+    orders: depth -> (order, signs) of the hidden units of its MLP, where
+      they were lined up with another layer's.
+  """
+
+  def __init__(
+    self, config: ModelConfig, layers: Callable[[int], Any], tokens_BxL
+  ):
+    self.config, self._layers = config, layers
+    self.orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    rows, length = tokens_BxL.shape
+    step = max(1, min(CHUNK_TOKENS // length, rows // CHECKED))
+    self.chunks = [slice(i, i + step) for i in range(0, rows, step)]
+    self.tokens = rows * length
+    self._tokens_BxL = tokens_BxL
+
+  def layer(self, depth: int) -> Any:
+    """The parent's layer tree at a depth, its hidden units lined up."""
+    layer = self._layers(depth)
+    if depth in self.orders:
+      layer = {**layer, 'mlp': align.reorder(layer['mlp'], *self.orders[depth])}
+    return layer
+
+  def context(self, rows: slice) -> Context:
+    return make_context(self.config, jnp.asarray(self._tokens_BxL[rows]))
+
+  def place(self, depth: int) -> Place:
+    """Window and rotary table of a depth."""
+    pick = lambda values: jnp.asarray(values[depth]) if values else None
+    return Place(pick(self.config.windows), pick(self.config.rope_index))
+
+  def inputs(self, site: str, layer, depth: int, rows: slice, stream: Stream):
+    """What a site's linears read for a chunk of rows, [B, L, I]."""
+    c = self.config
+    if site.startswith('attn'):
+      x_BxLxD = _norm(c, layer['attn_norm']['scale'], stream.start[rows])
+      if site == 'attn_in':
+        return x_BxLxD
+      context, place = self.context(rows), self.place(depth)
+      return _mixed(c, layer['attn'], x_BxLxD, place, context)
+    x_BxLxD = _norm(c, layer['mlp_norm']['scale'], stream.middle[rows])
+    return x_BxLxD if site == 'mlp_in' else _hidden(c, layer['mlp'], x_BxLxD)
+
+  def write(self, site: str, layer, x_BxLxI, h_BxLxD):
+    """The residual stream after attention or the MLP wrote to it."""
+    part, component = ('attn', 'o') if site == 'attn_out' else ('mlp', 'down')
+    post = layer.get(f'{part}_post_norm', {}).get('scale')
+    kernel_IxD = layer[part][component]['kernel']
+    return _add(self.config, post, kernel_IxD, x_BxLxI, h_BxLxD)
+
+  def step(self, depth: int, layer, start_BxLxD: np.ndarray) -> Stream:
+    """One layer on all tokens."""
+    stream = Stream(
+      start_BxLxD, np.empty_like(start_BxLxD), np.empty_like(start_BxLxD)
+    )
+    for rows in self.chunks:
+      for site, old, new in (
+        ('attn_out', stream.start, stream.middle),
+        ('mlp_out', stream.middle, stream.end),
+      ):
+        x_BxLxI = self.inputs(site, layer, depth, rows, stream)
+        new[rows] = self.write(site, layer, x_BxLxI, old[rows])
+    return stream
+
+  def run(
+    self,
+    embedded_BxLxD: np.ndarray,
+    first: int,
+    progress: Callable[[int], None] = lambda n: None,
+  ) -> dict[int, Stream]:
+    """The parent's streams by depth, from `first` on."""
+    streams = {}
+    h_BxLxD = embedded_BxLxD
+    for depth in range(self.config.depth):
+      stream = self.step(depth, self.layer(depth), h_BxLxD)
+      if depth >= first:
+        streams[depth] = stream
+      h_BxLxD = stream.end
+      progress(1)
+    return streams
+
+  def covariance(self, site: str, layer, depth: int, stream: Stream):
+    """E[x^T x] of a site's inputs, weighted as `_gather_out` weights them."""
+    c_IxI = 0.0
+    for rows in self.chunks:
+      x_BxLxI = self.inputs(site, layer, depth, rows, stream)
+      if site.endswith('out') and self.config.post_norms:
+        y_BxLxD = x_BxLxI @ kernel_of(layer, SITES[site][0])
+        x_BxLxI = x_BxLxI / _size(self.config, y_BxLxD)
+      c_IxI = _gather_own(c_IxI, x_BxLxI)
+    return c_IxI / self.tokens
+
+  def align(self, first: int, others: list[int], streams: dict[int, Stream]):
+    """Lines the hidden units of tied depths up with the first one's."""
+
+    def look(depth):
+      layer, c_IxI, power_F, tokens = self.layer(depth), 0.0, 0.0, 0
+      for rows in self.chunks[:ALIGN_CHUNKS]:
+        x_BxLxI = self.inputs('mlp_in', layer, depth, rows, streams[depth])
+        hidden_BxLxF = _hidden(self.config, layer['mlp'], x_BxLxI)
+        c_IxI = _gather_own(c_IxI, x_BxLxI)
+        power_F = power_F + jnp.sum(hidden_BxLxF**2, (0, 1))
+        tokens += x_BxLxI.shape[0] * x_BxLxI.shape[1]
+      mlp = {name: kernel_of(layer, name) for name in ('gate', 'up', 'down')}
+      return mlp, c_IxI / tokens, power_F / tokens
+
+    mlp, c_IxI, power_F = look(first)
+    for depth in others:
+      other, c2_IxI, power2_F = look(depth)
+      self.orders[depth] = align.match_units(
+        mlp, other, c_IxI + c2_IxI, power_F, power2_F
+      )
+
+
+@jax.jit
+def _gather_own(c_IxI, x_BxLxI):
+  x_TxI = x_BxLxI.reshape(-1, x_BxLxI.shape[-1])
+  return c_IxI + x_TxI.T @ x_TxI
