@@ -15,7 +15,6 @@ import os
 # anything loads it.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-# ruff: noqa: E402
 from absl import flags
 
 from rrt import cli, pretrained

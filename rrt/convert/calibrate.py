@@ -42,7 +42,33 @@ from rrt.convert.walk import (
   with_norms,
 )
 
-RIDGE = 1e-2  # Of the covariances that weight means and SVDs.
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Which steps of the calibration are taken; all, but for experiments.
+
+  Attributes:
+    own_inputs: each layer is fitted on the child's inputs, with the errors
+      of the layers before it; otherwise on the parent's.
+    parent_outputs: and towards the parent's outputs and residual stream;
+      otherwise towards the parent's weights.
+    tie_with_lora: shared weights are chosen together with the low-rank
+      terms; otherwise they are weighted means.
+    align_units: hidden units are lined up before weights are shared.
+    refit_coda: the coda's layers are refitted too.
+    ridge: how strongly the covariances that weight means and SVDs are
+      shrunk towards their diagonals.
+  """
+
+  own_inputs: bool = True
+  parent_outputs: bool = True
+  tie_with_lora: bool = True
+  align_units: bool = True
+  refit_coda: bool = True
+  ridge: float = 1e-2
+
+
+ALL_STEPS = Steps()
 
 
 @dataclasses.dataclass
@@ -74,7 +100,7 @@ def calibrate(
   streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
   *,
-  ridge: float = RIDGE,
+  steps: Steps = ALL_STEPS,
   progress: Callable[[int], None] = lambda n: None,
 ) -> Fitted:
   """Fits a child's linears to its parent, layer after layer.
@@ -84,7 +110,7 @@ def calibrate(
     child: the child's config; its LoRA ranks say what is fitted.
     streams: from `walk.run(.., child.prelude_layers)`; emptied on the way.
     norms: depth -> the child's gains, as the norm leaves of a layer tree.
-    ridge: how strongly covariances are shrunk towards their diagonals.
+    steps: which steps to take.
     progress: called with the number of layers done since the last call.
   """
   P, R, N = child.prelude_layers, child.loops, child.block_layers
@@ -93,7 +119,7 @@ def calibrate(
   h_BxLxD = streams[P].start
   for depth in range(P, walk.config.depth):
     layer, end_BxLxD = _fit_layer(
-      walk, child, fitted, depth, at.get(depth), streams, h_BxLxD, norms, ridge
+      walk, child, fitted, depth, at.get(depth), streams, h_BxLxD, norms, steps
     )
     if depth not in at:
       fitted.coda.append(jax.tree.map(np.asarray, layer))
@@ -111,7 +137,7 @@ def spectra(
   child: ModelConfig,
   streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
-  ridge: float = RIDGE,
+  steps: Steps = ALL_STEPS,
 ) -> dict[str, np.ndarray]:
   """What a weighted mean would lack, for `budgets.spend`.
 
@@ -125,11 +151,13 @@ def spectra(
   }
   for n in range(N):
     depths = [child.depth_of(r, n) for r in range(R)]
+    if steps.align_units:
+      walk.align(depths[0], depths[1:], streams)
     layers = [with_norms(walk.config, walk.layer(d), norms(d)) for d in depths]
     for site, names in SITES.items():
       cs_RxIxI = jnp.stack(
         [
-          fit.damp(walk.covariance(site, layer, d, streams[d]), ridge)
+          fit.damp(walk.covariance(site, layer, d, streams[d]), steps.ridge)
           for d, layer in zip(depths, layers, strict=True)
         ]
       )
@@ -166,7 +194,7 @@ def _fit_layer(
   streams: dict[int, Stream],
   h_BxLxD: np.ndarray,
   norms: Callable[[int], dict[str, Any]],
-  ridge: float,
+  steps: Steps,
 ):
   """Fits one depth, site after site; returns its merged layer and output."""
   c, R = walk.config, child.loops
@@ -174,33 +202,45 @@ def _fit_layer(
   later = {}
   if position is not None and position[0] == 0:
     depths = [child.depth_of(r, position[1]) for r in range(1, R)]
-    walk.align(depth, depths, streams)
+    if steps.align_units:
+      walk.align(depth, depths, streams)
     later = {d: with_norms(c, walk.layer(d), norms(d)) for d in depths}
   parent = walk.layer(depth)
   layer = with_norms(c, parent, norms(depth))
+  # What is seen of the inputs: the child's, or (for experiments) the parent's.
+  seen, source = (stream, layer)
+  if not steps.own_inputs:
+    seen, source = streams[depth], with_norms(c, parent, norms(depth))
+  refits = steps.own_inputs and steps.parent_outputs
+  if position is None:
+    refits = refits and steps.refit_coda
   for site, names in SITES.items():
-    xs = [walk.inputs(site, layer, depth, rows, stream) for rows in walk.chunks]
+    xs = [walk.inputs(site, source, depth, rows, seen) for rows in walk.chunks]
     found = _targets(
       walk, site, parent, layer, depth, streams[depth], stream, xs
     )
-    c_IxI = fit.damp(found[0][0] + found[1][0], ridge)
+    c_IxI = fit.damp(found[0][0] + found[1][0], steps.ridge)
     cs_RxIxI = jnp.stack(
       [
         c_IxI,
         *(
-          fit.damp(walk.covariance(site, other, d, streams[d]), ridge)
+          fit.damp(walk.covariance(site, other, d, streams[d]), steps.ridge)
           for d, other in later.items()
         ),
       ]
     )
     for name in names:
-      (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
-      target_IxO = fit.refit(c1 + c2, k1 + k2, c2, k2, kernel_of(layer, name))
+      target_IxO = kernel_of(layer, name)
+      if refits:
+        (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
+        target_IxO = fit.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack(
           [target_IxO, *(kernel_of(other, name) for other in later.values())]
         )
-        target_IxO = _relax(child, fitted, name, position, cs_RxIxI, ws_RxIxO)
+        target_IxO = _relax(
+          child, fitted, name, position, cs_RxIxI, ws_RxIxO, steps
+        )
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
@@ -258,14 +298,18 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
-def _relax(child, fitted: Fitted, name, position, cs_RxIxI, ws_RxIxO):
+def _relax(
+  child, fitted: Fitted, name, position, cs_RxIxI, ws_RxIxO, steps: Steps
+):
   """W' + A B of a position, towards ws[0]; at its first loop W' as well."""
   r, n = position
   ranks_R = np.zeros(child.loops, np.int32)
   if child.lora:
     ranks_R = child.lora.table(name, child.loops, child.block_layers)[:, n]
-  if r == 0:
+  if r == 0 and steps.tie_with_lora:
     fitted.shared[name][n] = fit.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
+  elif r == 0:
+    fitted.shared[name][n] = fit.weighted_mean(cs_RxIxI, ws_RxIxO)
   shared_IxO = jnp.asarray(fitted.shared[name][n])
   rest_IxO = ws_RxIxO[0] - shared_IxO
   width = child.lora.width(name) if child.lora else 0

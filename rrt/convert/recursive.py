@@ -63,6 +63,7 @@ def to_recursive(
   calibration: str | Sequence[int] | None = None,
   calibration_tokens: int = CALIBRATION_TOKENS,
   seed: int = 0,
+  steps: calibrate_lib.Steps = calibrate_lib.ALL_STEPS,
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LanguageModel, Report]:
   """Converts a vanilla model into a relaxed recursive one.
@@ -90,6 +91,7 @@ def to_recursive(
       English text that is found in the installation.
     calibration_tokens: how many to fit on.
     seed: of random weights.
+    steps: of the calibration; all of them, but for experiments.
     progress: called with (layers done, layers in all) as work proceeds.
 
   Returns:
@@ -125,7 +127,7 @@ def to_recursive(
   untied = to_untied(parent)
   job = _Conversion(untied, config, init, lora_init, seed)
   if fits:
-    job.calibrate(fit_BxL, budget, alpha, progress)
+    job.calibrate(fit_BxL, budget, alpha, steps, progress)
   else:
     job.select(budget, alpha)
   config, params = job.config, job.params()
@@ -317,6 +319,7 @@ class _Conversion:
     tokens_BxL: np.ndarray,
     budget: int | None,
     alpha: float | None,
+    steps: calibrate_lib.Steps,
     progress: Callable[[int, int], None] | None,
   ) -> None:
     """Shared weights, LoRA and coda by `rrt.convert.calibrate`."""
@@ -336,12 +339,12 @@ class _Conversion:
     )
     streams = walk.run(self._embed(tokens_BxL), c.prelude_layers, count)
     if budget is not None:
-      spectra = calibrate_lib.spectra(walk, c, streams, self._norms_at)
+      spectra = calibrate_lib.spectra(walk, c, streams, self._norms_at, steps)
       self.config = budgets.spend(c, spectra, budget, alpha)
     zero = self.lora_init == 'zero'
     fitted = calibrate_lib.calibrate(
         walk, dataclasses.replace(c, lora=None) if zero else self.config,
-        streams, self._norms_at, progress=count,
+        streams, self._norms_at, steps=steps, progress=count,
     )  # fmt: skip
     self.shared, self.coda = fitted.shared, fitted.coda
     self.kept, self.drift = fitted.kept, fitted.drift

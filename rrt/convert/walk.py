@@ -266,7 +266,10 @@ class Walk:
     return c_IxI / self.tokens
 
   def align(self, first: int, others: list[int], streams: dict[int, Stream]):
-    """Lines the hidden units of tied depths up with the first one's."""
+    """Lines the hidden units of tied depths up with the first one's, once."""
+    others = [depth for depth in others if depth not in self.orders]
+    if not others:
+      return
 
     def look(depth):
       layer, c_IxI, power_F, tokens = self.layer(depth), 0.0, 0.0, 0
