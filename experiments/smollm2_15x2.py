@@ -6,7 +6,7 @@ COMMAND
   On an accelerator add --config=experiments/smollm2_15x2.py:accelerator
 
 HARDWARE
-  Two CPU cores, 8 GiB; or one GPU or TPU chip.
+  Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
 
 RESULT
   Not run.

@@ -6,7 +6,7 @@ COMMAND
   On an accelerator add --config=experiments/smollm2_8_7x2_8.py:accelerator
 
 HARDWARE
-  Two CPU cores, 8 GiB; or one GPU or TPU chip.
+  Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
 
 RESULT
   Not run yet on an idle machine; see the README's table.

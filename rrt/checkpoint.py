@@ -31,6 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rrt.errors import InputError
+from rrt.files import check_writable
 from rrt.optim import paths
 from rrt.state import TrainState
 
@@ -273,23 +274,6 @@ class Checkpoints:
       f'{self.directory}: {_first_line(e)} ({kept}). Free some space there '
       'and start the same command again.'
     )
-
-
-def check_writable(directory: Path) -> None:
-  """Makes the directory and a file in it.
-
-  Raises:
-    InputError: either fails.
-  """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f'.writable-{jax.process_index()}'
-    probe.write_text('')
-    probe.unlink()
-  except OSError as e:
-    raise InputError(
-      f'{directory} cannot be written to: {e.strerror}; give another --workdir.'
-    ) from e
 
 
 def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:

@@ -17,10 +17,10 @@ import jax
 from jax.experimental import multihost_utils
 
 from rrt import checkpoint as checkpoint_lib
+from rrt import cli, optim, pretrained, sharding
 from rrt import metrics as metrics_lib
-from rrt import optim, pretrained, sharding
 from rrt.config import COMPONENTS, LoraConfig, ModelConfig
-from rrt.data import pipeline
+from rrt.data import pipeline, sources
 from rrt.errors import InputError
 from rrt.models.init import init_params
 from rrt.pretrained import LanguageModel
@@ -109,11 +109,7 @@ def prepare(
         jax.eval_shape(lambda: init_params(shape, jax.random.key(0))),
       )
       open_data(recipe, parent.tokenizer).close()
-      from rrt.convert.recursive import to_recursive
-
-      child, _ = to_recursive(
-        parent, seed=recipe.seed, **dataclasses.asdict(recipe.convert)
-      )
+      child = convert(recipe, parent)
     check(recipe, parent.config, child.config, mesh)
     shutil.rmtree(kept, ignore_errors=True)
     pretrained.save(child, kept)
@@ -129,6 +125,36 @@ def prepare(
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('child')
   return parent, pretrained.load(kept)
+
+
+def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
+  """The parent as the recipe's recursive child, with a report on stdout."""
+  # Here, so that training a converted child needs no converter.
+  from rrt.convert.recursive import to_recursive
+
+  fields = dataclasses.asdict(recipe.convert)
+  fields['calibration'] = calibration_text(recipe)
+  bar = cli.Progress(parent.config.depth, 'convert', 'layers')
+  with bar:
+    child, report = to_recursive(
+      parent, seed=recipe.seed, progress=bar.to, **fields
+    )
+  report.show()
+  return child
+
+
+def calibration_text(recipe: Recipe) -> str:
+  """As much of the calibration text as its tokens can need."""
+  goal = 64 * recipe.convert.calibration_tokens
+  documents, size = [], 0
+  for document in sources.stream(
+    recipe.convert.calibration, recipe.data.field, whole_files=True
+  ):
+    documents.append(document)
+    size += len(document)
+    if size > goal:
+      break
+  return '\n\n'.join(documents)
 
 
 def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:

@@ -152,7 +152,7 @@ class Recipe:
   length: int = 512
   accumulate: int = 1
   dtype: str = 'float32'
-  remat: str = 'none'
+  remat: str = 'dots'
   loss: Objective = dataclasses.field(default_factory=Objective)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   data: Data = dataclasses.field(default_factory=Data)

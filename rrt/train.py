@@ -31,6 +31,7 @@ from rrt import cli, optim, pretrained, sharding
 from rrt import metrics as metrics_lib
 from rrt import state as state_lib
 from rrt.errors import InputError
+from rrt.files import check_writable
 from rrt.heldout import open_heldout
 from rrt.models.count import count_params
 from rrt.prepare import check, open_data, prepare
@@ -188,7 +189,7 @@ def main(argv):
       raise InputError(f'--{flag} is not given; see --help.')
   recipe = Recipe.from_dict(FLAGS.config.to_dict())
   workdir = Path(FLAGS.workdir).expanduser().absolute()
-  checkpoint_lib.check_writable(workdir)
+  check_writable(workdir)
   parent, child = prepare(recipe, workdir)
   run = uptrain(parent, child, recipe, workdir)
   if run.stopped and run.step < recipe.steps:

@@ -175,7 +175,7 @@ def test_another_configuration(tmp_path):
 
 def test_unwritable_directory(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(InputError, match=r'cannot be written to.*--workdir'):
+  with pytest.raises(InputError, match='cannot be written to'):
     checkpoint.Checkpoints(tmp_path / 'file' / 'run', 2)
 
 

@@ -162,6 +162,26 @@ def test_command(experiment, tmp_path):
   assert told.startswith('error: config.seed=1') and 'workdir' in told
 
 
+def test_command_converts(experiment, tmp_path):
+  """From the parent alone: calibration text is a path, as data.path is."""
+  pytest.importorskip('ml_collections')
+  text = experiment.parent / 'text.jsonl'
+  flags = [
+    '--config.child=', '--config.steps=2', '--config.convert.prelude=1',
+    '--config.convert.coda=1', '--config.convert.rank=2',
+    f'--config.convert.calibration={text}',
+    '--config.convert.calibration_tokens=256',
+  ]  # fmt: skip
+  out, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
+  model = pretrained.load(tmp_path / 'run')
+  assert (model.config.block_layers, model.config.loops) == (2, 2)
+  figures = json.loads(out.splitlines()[-1])
+  assert figures['params_unique'] == count_params(model.config).unique
+  # Started again, it begins with the child that is kept, not with another.
+  again, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
+  assert 'residual kept' not in again
+
+
 @pytest.mark.parametrize(
   'flags,message',
   [

@@ -1,0 +1,140 @@
+r"""How near to the parent a conversion starts, before any training.
+
+SmolLM2-135M, cross-entropy in nats a token on text that no fit has seen.
+Rank x method x which layers. Any text serves as --calibration and --text:
+
+python -m experiments.calibration_table --calibration=wiki.jsonl.xz \
+    --text=news.jsonl.xz --cells='.*'
+
+RESULTS
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+
+# See rrt/convert/__main__.py: before anything loads LAPACK.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+from absl import flags
+
+from rrt import cli, pretrained
+from rrt.convert import recursive
+from rrt.convert.__main__ import calibration_text
+from rrt.convert.calibrate import ALL_STEPS
+from rrt.data import pipeline
+from rrt.errors import InputError
+from rrt.evals import perplexity
+
+_SOURCE = flags.DEFINE_string('source', 'smollm2-135m', 'The parent.')
+_CALIBRATION = flags.DEFINE_string('calibration', None, 'Text to fit on.')
+_TEXT = flags.DEFINE_string('text', None, 'Other text, to measure on.')
+_TOKENS = flags.DEFINE_integer('tokens', 8192, 'Calibration tokens.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 8192, 'Tokens to measure on.')
+_CONTEXT = flags.DEFINE_integer('context', 1024, 'Length of a row of them.')
+_CELLS = flags.DEFINE_string('cells', '.*', 'Names of cells to run, a pattern.')
+
+WEIGHTS_ONLY = dataclasses.replace(
+  ALL_STEPS, own_inputs=False, parent_outputs=False, tie_with_lora=False,
+  align_units=False, refit_coda=False,
+)  # fmt: skip
+OWN_INPUTS = dataclasses.replace(WEIGHTS_ONLY, own_inputs=True)
+OUTPUTS = dataclasses.replace(OWN_INPUTS, parent_outputs=True)
+TIED = dataclasses.replace(OUTPUTS, tie_with_lora=True)
+CODA = dataclasses.replace(TIED, refit_coda=True)
+
+# Method -> arguments of `to_recursive`; each adds one step to the one before.
+METHODS = {
+  'mean + SVD': dict(init='average'),
+  'stepwise + SVD': dict(init='stepwise'),
+  'weighted mean + whitened SVD': dict(steps=WEIGHTS_ONLY),
+  '+ own inputs': dict(steps=OWN_INPUTS),
+  "+ parent's outputs, ridge checked": dict(steps=OUTPUTS),
+  '+ tied with the LoRA': dict(steps=TIED),
+  '+ coda refitted': dict(steps=CODA),
+  '+ hidden units aligned = calibrated': dict(),
+}
+LAYERS = {
+  '8+7x2+8': dict(prelude=8, loops=2, coda=8),
+  '4+11x2+4': dict(prelude=4, loops=2, coda=4),
+  '15x2': dict(loops=2),
+  '15x2 sequence': dict(loops=2, order='sequence'),
+  '10x3': dict(loops=3),
+}
+
+
+def cells() -> dict[str, dict]:
+  """Name -> arguments of `to_recursive`."""
+  found = {}
+
+  def add(layers, rank, method, **more):
+    name = f'{layers}, rank {rank}, {method}'
+    found[name] = LAYERS[layers] | dict(rank=rank) | METHODS[method] | more
+
+  for method in METHODS:
+    add('8+7x2+8', 64, method)
+  ends = ('mean + SVD', '+ hidden units aligned = calibrated')
+  for rank in (16, 128, 256):
+    for method in ends:
+      add('8+7x2+8', rank, method)
+  for layers in ('4+11x2+4', '15x2', '15x2 sequence', '10x3'):
+    for method in ends:
+      add(layers, 128, method)
+  same = recursive_budget(64)
+  found['8+7x2+8, budget of rank 64, calibrated'] = LAYERS['8+7x2+8'] | dict(
+    budget=same
+  )
+  return found
+
+
+def recursive_budget(rank: int) -> int:
+  """LoRA parameters of SmolLM2-135M at one rank for all of 14 positions."""
+  d, kv, f = 576, 192, 1536
+  return 14 * rank * (2 * 2 * d + 2 * (d + kv) + 3 * (d + f))
+
+
+def main(_) -> None:
+  """Runs the cells, one conversion each."""
+  if not _CALIBRATION.value or not _TEXT.value:
+    raise InputError('--calibration and --text are both needed; see --help.')
+  parent = pretrained.load(_SOURCE.value)
+  calibration = calibration_text(_CALIBRATION.value, _TOKENS.value)
+  tokens = pipeline.read_tokens(
+    _TEXT.value, parent.tokenizer, _MAX_TOKENS.value
+  ).tolist()
+
+  def measure(model):
+    return perplexity.score(
+      model, tokens, context=_CONTEXT.value, batch=2
+    ).nll_nats
+
+  rows = [['parent', measure(parent), 0.0, parent_count(parent)]]
+  print(json.dumps(rows[0]), flush=True)
+  for name, arguments in cells().items():
+    if not re.search(_CELLS.value, name):
+      continue
+    start = time.monotonic()
+    fits = arguments.get('init') is None
+    child, report = recursive.to_recursive(
+      parent, calibration=calibration if fits else None,
+      calibration_tokens=_TOKENS.value, **arguments,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    rows.append([name, measure(child), seconds, report.params.unique])
+    print(json.dumps(rows[-1]), flush=True)
+  headers = ['start', 'nats a token', 'seconds', 'parameters']
+  cli.table(rows, headers)
+  cli.finish({'rows': rows})
+
+
+def parent_count(parent) -> int:
+  """Parameters of the parent."""
+  from rrt.models.count import count_params
+
+  return count_params(parent.config).unique
+
+
+if __name__ == '__main__':
+  cli.run(main)
