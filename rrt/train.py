@@ -16,6 +16,7 @@ from collections.abc import Callable
 import dataclasses
 from pathlib import Path
 import signal
+import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -266,6 +267,10 @@ def define_flags() -> None:
 if __name__ == '__main__':
   try:
     define_flags()
-  except InputError as error:
-    raise SystemExit(f'error: {error}') from None
-  cli.run(main)
+    cli.run(main)
+  except (InputError, AttributeError) as error:
+    if FLAGS.is_parsed():
+      raise
+    # An unknown --config.FIELD, for which absl has no sentence.
+    print(f'error: --config: {" ".join(str(error).split())}', file=sys.stderr)
+    sys.exit(2)
