@@ -165,10 +165,8 @@ def _load_path(path: Path, dtype: str) -> LanguageModel:
   if (path / 'model' / MANIFEST).is_file():  # A training run.
     return _load_own(path / 'model', dtype)
   if (path / 'config.json').is_file():
+    tokenizer = _tokenizer_in(path)
     config, params, token_ids = hf.load_directory(path, dtype)
-    tokenizer = None
-    if (path / 'tokenizer.json').is_file():
-      tokenizer = Tokenizer.from_directory(path)
     meta = {'format': 'hf', 'token_ids': token_ids}
     return LanguageModel(config, params, tokenizer, meta)
   pieces = sorted(path.glob('*.gguf'))
@@ -189,8 +187,11 @@ def _load_path(path: Path, dtype: str) -> LanguageModel:
 
 
 def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
-  config, params, metadata = gguf.load_gguf(paths, dtype)
+  metadata, tensors = gguf.open_gguf(paths)
+  config = gguf.config_from_gguf(metadata, tensors)
   tokenizer = Tokenizer.from_gguf(metadata)
+  tokenizer.text_vocab_size  # noqa: B018  (as in `_tokenizer_in`)
+  params = gguf.read_params(config, tensors, dtype, str(paths[0]))
   meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
   return LanguageModel(config, params, tokenizer, meta)
 
@@ -211,6 +212,7 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
     if isinstance(e, InputError):
       raise
     raise InputError(f'{directory / MANIFEST} is damaged: {e}.') from e
+  tokenizer = _tokenizer_in(directory)
   file = tensorfile.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
     odd = sorted(set(file.infos) ^ set(listed))
@@ -239,10 +241,20 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
       'again.'
     )
   check_shapes(config, params, str(directory))
-  tokenizer = None
-  if (directory / 'tokenizer.json').is_file():
-    tokenizer = Tokenizer.from_directory(directory)
   return LanguageModel(config, params, tokenizer, meta)
+
+
+def _tokenizer_in(directory: Path) -> Tokenizer | None:
+  """A directory's tokenizer, read before the weights.
+
+  Reading a large vocabulary takes some hundred megabytes for a moment, which
+  must not come on top of the weights.
+  """
+  if not (directory / 'tokenizer.json').is_file():
+    return None
+  tokenizer = Tokenizer.from_directory(directory)
+  tokenizer.text_vocab_size  # noqa: B018  (cached: it takes memory too)
+  return tokenizer
 
 
 def check_shapes(config: ModelConfig, params: dict, where: str) -> None:

@@ -179,23 +179,16 @@ def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
   }
 
 
-def load_gguf(
-  paths: Sequence[Path], dtype: str
-) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-  """(config, parameters, metadata) of a GGUF file or its pieces.
-
-  Raises:
-    InputError: anything about it is wrong or not supported.
-  """
-  metadata, tensors = open_gguf(paths)
-  config = config_from_gguf(metadata, tensors)
-  params = family.read_params(
+def read_params(
+  config: ModelConfig, tensors: Any, dtype: str, where: str
+) -> dict[str, Any]:
+  """The parameters of an open GGUF file; see `family.read_params`."""
+  return family.read_params(
     config,
     family.family_of(config),
     tensors,
     dtype=dtype,
     style='gguf',
     ignore=lambda name: name == 'rope_freqs.weight',
-    where=str(paths[0]),
+    where=where,
   )
-  return config, params, metadata
