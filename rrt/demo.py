@@ -38,7 +38,10 @@ _PRELUDE = flags.DEFINE_integer('prelude', 8, 'Layers before the block.')
 _CODA = flags.DEFINE_integer('coda', 8, 'Layers after the block.')
 _LOOPS = flags.DEFINE_integer('loops', 2, 'Times the block runs.')
 _RANK = flags.DEFINE_integer('rank', 64, 'Rank of the per-loop LoRA.')
-_STEPS = flags.DEFINE_integer('steps', 24, 'Steps of uptraining.')
+_CALIBRATION_TOKENS = flags.DEFINE_integer(
+  'calibration_tokens', 6144, 'Tokens that the calibrated child is fitted on.'
+)
+_STEPS = flags.DEFINE_integer('steps', 12, 'Steps of uptraining.')
 _BATCH = flags.DEFINE_integer('batch', 2, 'Rows of a step.')
 _LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a row.')
 _CONTEXT = flags.DEFINE_integer('context', 512, 'Tokens of a measured row.')
@@ -125,6 +128,7 @@ def main(argv):
   shape = dict(
       prelude=_PRELUDE.value, loops=_LOOPS.value, coda=_CODA.value,
       rank=_RANK.value, calibration=calibration, seed=_SEED.value,
+      calibration_tokens=_CALIBRATION_TOKENS.value,
   )  # fmt: skip
   rows = {}
   say(2, 'the parent: held-out text, and what it writes')

@@ -56,7 +56,7 @@ class Conversion:
   lora_init: str = 'svd'
   loop_norms: bool = True
   calibration: str = 'builtin:train'
-  calibration_tokens: int = 16384
+  calibration_tokens: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
