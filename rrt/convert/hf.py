@@ -181,7 +181,8 @@ def open_directory(directory: Path) -> Tensors:
     if absent:
       raise InputError(
         f'{directory} lacks {len(absent)} of the {len(names)} files that '
-        f'its index names ({", ".join(absent[: family.MAX_LISTED])}); copy them too.'
+        f'its index names ({", ".join(absent[: family.MAX_LISTED])}); copy '
+        'them too.'
       )
   else:
     names = sorted(p.name for p in directory.glob('*.safetensors'))

@@ -193,8 +193,11 @@ def test_all_faults_of_a_checkpoint_come_together(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
   tensors = tensors_of('gemma3')
-  for name, value in (('model.norm.weight', np.nan),
-                      ('model.layers.1.mlp.down_proj.weight', np.inf)):  # fmt: skip
+  spoilt = {
+    'model.norm.weight': np.nan,
+    'model.layers.1.mlp.down_proj.weight': np.inf,
+  }
+  for name, value in spoilt.items():
     tensors[name] = tensors[name].copy()
     tensors[name][3] = value
   with pytest.raises(InputError, match='2 with NaN or Inf') as error:

@@ -67,9 +67,8 @@ def write_gguf(path, name, *, quantize=None, edit=None, metadata=None, **split):
       chunks = [rows for _, rows in file.chunks(row.hf.format(depth))]
       weight = np.concatenate(chunks)
       if arch == 'llama' and row.kind in ('q', 'k'):
-        weight = permuted(
-          weight, config[f'num_{"key_value" * (row.kind == "k") or "attention"}_heads']
-        )  # fmt: skip
+        part = 'attention' if row.kind == 'q' else 'key_value'
+        weight = permuted(weight, config[f'num_{part}_heads'])
       if arch != 'llama' and row.kind == 'gain':
         weight = weight + np.float32(1)
       if edit:
