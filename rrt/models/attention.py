@@ -56,21 +56,33 @@ def visible(queries_BxL, keys_BxS, window=None):
   return mask & ((j > i - window) | (window == 0))
 
 
-def attend(q_BxLxHxDh, k_BxSxGxDh, v_BxSxGxDh, mask_BxLxS):
-  """Softmax attention in float32; q is already scaled.  [B, L, H, Dh]."""
+def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
+  """Softmax attention in float32; q is already scaled.  [B, L, H, Dh].
+
+  The heads of a group are stacked along the queries and the keys lie
+  transposed, so that both products are plain batched matrix products: XLA on
+  CPU is 3 (prefill) to 10 times (decoding) slower on the einsums over
+  [B, S, G, Dh], which it transposes at every step.
+  """
   B, L, H, Dh = q_BxLxHxDh.shape
-  G = k_BxSxGxDh.shape[2]
-  q_BxLxGxMxDh = q_BxLxHxDh.reshape(B, L, G, H // G, Dh)
-  att_BxGxMxLxS = jnp.einsum(
-      'blgmd,bsgd->bgmls', q_BxLxGxMxDh, k_BxSxGxDh,
+  G, S = k_BxGxDhxS.shape[1], k_BxGxDhxS.shape[3]
+  M = H // G
+  q_BxGxMxLxDh = q_BxLxHxDh.reshape(B, L, G, M, Dh).transpose(0, 2, 3, 1, 4)
+  att_BxGxMLxS = jnp.einsum(
+      'bgqd,bgds->bgqs', q_BxGxMxLxDh.reshape(B, G, M * L, Dh), k_BxGxDhxS,
       preferred_element_type=jnp.float32,
   )  # fmt: skip
   att_BxGxMxLxS = jnp.where(
-    mask_BxLxS[:, None, None, :, :], att_BxGxMxLxS, -1e30
+    mask_BxLxS[:, None, None, :, :],
+    att_BxGxMLxS.reshape(B, G, M, L, S),
+    -1e30,
   )
   att_BxGxMxLxS = jax.nn.softmax(att_BxGxMxLxS, -1).astype(q_BxLxHxDh.dtype)
-  o_BxLxGxMxDh = jnp.einsum('bgmls,bsgd->blgmd', att_BxGxMxLxS, v_BxSxGxDh)
-  return o_BxLxGxMxDh.reshape(B, L, H, Dh)
+  o_BxGxMLxDh = jnp.einsum(
+    'bgqs,bgsd->bgqd', att_BxGxMxLxS.reshape(B, G, M * L, S), v_BxGxSxDh
+  )
+  o_BxGxMxLxDh = o_BxGxMLxDh.reshape(B, G, M, L, Dh)
+  return o_BxGxMxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
 def pick_rope(table_TxBxLxK, index):
@@ -120,16 +132,20 @@ class Attention(nn.Module):
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     positions_BxL = context.positions_BxL
     if kv is None:
+      k_BxGxDhxS = k_BxLxGxDh.transpose(0, 2, 3, 1)
+      v_BxGxSxDh = v_BxLxGxDh.swapaxes(1, 2)
       mask_BxLxS = visible(positions_BxL, positions_BxL, place.window)
     else:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
-      k_BxLxGxDh = kv.k.astype(x_BxLxD.dtype)
-      v_BxLxGxDh = kv.v.astype(x_BxLxD.dtype)
-      B, S = kv.k.shape[:2]
-      slots_BxS = jnp.broadcast_to(jnp.arange(S)[None, :], (B, S))
+      k_BxGxDhxS = kv.k_BxGxDhxS.astype(x_BxLxD.dtype)
+      v_BxGxSxDh = kv.v_BxGxSxDh.astype(x_BxLxD.dtype)
+      slots_BxS = jnp.arange(k_BxGxDhxS.shape[3], dtype=jnp.int32)[None, :]
+      slots_BxS = jnp.broadcast_to(
+        slots_BxS, (x_BxLxD.shape[0], slots_BxS.shape[1])
+      )
       mask_BxLxS = visible(positions_BxL, slots_BxS, place.window)
     if context.segments_BxL is not None and kv is None:
       s = context.segments_BxL
       mask_BxLxS &= s[:, :, None] == s[:, None, :]
-    o_BxLxHxDh = attend(q_BxLxHxDh, k_BxLxGxDh, v_BxLxGxDh, mask_BxLxS)
+    o_BxLxHxDh = attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS)
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

@@ -18,10 +18,10 @@ from rrt.errors import InputError
 
 
 class KV(NamedTuple):
-  """Keys (after RoPE) and values of one depth, [B, S, G, Dh]."""
+  """Keys (after RoPE) and values of one depth, as attention reads them."""
 
-  k: jax.Array
-  v: jax.Array
+  k_BxGxDhxS: jax.Array
+  v_BxGxSxDh: jax.Array
 
 
 class Cache(NamedTuple):
@@ -65,10 +65,13 @@ def init_cache(
     )
   R = config.loops if loops is None else loops
   P, N, C = config.prelude_layers, config.block_layers, config.coda_layers
-  shape = (batch, length, config.num_kv_heads, config.head_dim)
+  G, Dh = config.num_kv_heads, config.head_dim
 
   def empty(*lead):
-    return KV(*(jnp.zeros((*lead, *shape), dtype) for _ in range(2)))
+    return KV(
+      jnp.zeros((*lead, batch, G, Dh, length), dtype),
+      jnp.zeros((*lead, batch, G, length, Dh), dtype),
+    )
 
   if scan:
     return Cache(empty(P), empty(R, N), empty(C))
@@ -84,8 +87,13 @@ def write(kv: KV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
 
   Positions past the last slot are dropped.
   """
+  k, v = kv
   rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
-  put = lambda old, new: old.at[rows_Bx1, positions_BxL].set(
-    new.astype(old.dtype), mode='drop'
+  return KV(
+    k.at[rows_Bx1, :, :, positions_BxL].set(
+      k_BxLxGxDh.astype(k.dtype), mode='drop'
+    ),
+    v.at[rows_Bx1, :, positions_BxL].set(
+      v_BxLxGxDh.astype(v.dtype), mode='drop'
+    ),
   )
-  return KV(put(kv.k, k_BxLxGxDh), put(kv.v, v_BxLxGxDh))

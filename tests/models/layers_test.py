@@ -77,7 +77,7 @@ def test_grouped_attention_equals_repeated_heads():
   q = jax.random.normal(keys[0], (2, 5, 6, 4))
   k, v = (jax.random.normal(key, (2, 5, 2, 4)) for key in keys[1:])
   mask = jnp.broadcast_to(jnp.tri(5, dtype=bool)[None], (2, 5, 5))
-  got = attend(q, k, v, mask)
+  got = attend(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask)
   k3, v3 = np.repeat(k, 3, 2), np.repeat(v, 3, 2)
   logits = np.einsum('blhd,bshd->bhls', q, k3)
   logits = np.where(np.asarray(mask)[:, None], logits, -np.inf)
