@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import json
+import math
 import resource
 import sys
 import time
@@ -77,7 +78,18 @@ def _cell(value: Any) -> str:
 
 def finish(figures: dict[str, Any]) -> None:
   """Prints the figures as the program's last line, one JSON object."""
-  print(json.dumps(figures, default=float), flush=True)
+  print(json.dumps(_plain(figures), allow_nan=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+  """What JSON can hold: numbers that are not finite become null."""
+  if isinstance(value, dict):
+    return {str(k): _plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(v) for v in value]
+  if value is None or isinstance(value, (bool, int, str)):
+    return value
+  return float(value) if math.isfinite(value) else None
 
 
 def peak_memory_bytes() -> int:

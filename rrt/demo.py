@@ -80,7 +80,7 @@ def recipe(train: Path, heldout: Path) -> dict:
   return {
       'steps': _STEPS.value, 'batch': _BATCH.value, 'length': _LENGTH.value,
       'seed': _SEED.value,
-      'optimizer': {'learning_rate': 3e-4, 'warmup_steps': 2,
+      'optimizer': {'learning_rate': 3e-4, 'warmup_steps': min(2, _STEPS.value),
                     'schedule': 'cosine', 'final_rate': 0.1},
       'data': {'path': str(train)},
       'heldout': {'path': str(heldout), 'max_tokens': _HELDOUT.value,
@@ -114,6 +114,7 @@ def main(argv):
   begin = time.monotonic()
   out = Path(_OUT.value)
   check_writable(out)
+  plots.open_pyplot()  # Missing, it ends the demo here and not at its end.
   steps = 6
 
   def say(step, text):

@@ -18,14 +18,8 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-def loss_curves(
-  history: Sequence[dict[str, Any]], levels: dict[str, float]
-) -> str:
-  """Training losses and held-out cross-entropy by step, as SVG.
-
-  Args:
-    history: rows of metrics of a run.
-    levels: held-out cross-entropies to draw as lines, in nats, by name.
+def open_pyplot():
+  """matplotlib's pyplot, drawing to memory.
 
   Raises:
     InputError: matplotlib is not installed.
@@ -40,6 +34,22 @@ def loss_curves(
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
+  return pyplot
+
+
+def loss_curves(
+  history: Sequence[dict[str, Any]], levels: dict[str, float]
+) -> str:
+  """Training losses and held-out cross-entropy by step, as SVG.
+
+  Args:
+    history: rows of metrics of a run.
+    levels: held-out cross-entropies to draw as lines, in nats, by name.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  pyplot = open_pyplot()
   figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
   steps = [r for r in history if 'loss' in r]
   for key, name in (
