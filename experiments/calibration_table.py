@@ -22,8 +22,8 @@ from absl import flags
 
 from rrt import cli, pretrained
 from rrt.convert import recursive
-from rrt.convert.__main__ import calibration_text
 from rrt.convert.calibrate import ALL_STEPS
+from rrt.convert.sample import calibration_text
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.evals import perplexity

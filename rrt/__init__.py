@@ -3,7 +3,7 @@
     import rrt
     parent = rrt.load('smollm2-135m')
     child, report = rrt.to_recursive(parent, prelude=8, loops=2, coda=8,
-                                     rank=64, calibration='text.txt')
+                                     rank=64)
     print(rrt.complete(child, 'The sea is')[0].text)
 
 Names load their modules on first use, so that `import rrt` stays quick.

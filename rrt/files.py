@@ -27,14 +27,7 @@ def write_directory(
   Raises:
     InputError: the directory may not be replaced, or cannot be written.
   """
-  directory = Path(directory).expanduser().absolute()
-  if directory.exists() and not (
-    directory.is_dir() and (not any(directory.iterdir()) or is_ours(directory))
-  ):
-    raise InputError(
-      f'{directory} exists and is not {what}, so it is left alone; choose '
-      'a new directory.'
-    )
+  directory = check_replaceable(directory, is_ours, what)
   mark = f'{directory.name}-{os.getpid()}'
   new, old = (directory.with_name(f'.{mark}.{end}') for end in ('new', 'old'))
   try:
@@ -59,6 +52,34 @@ def write_directory(
     shutil.rmtree(new, ignore_errors=True)
     if directory.exists():
       shutil.rmtree(old, ignore_errors=True)
+  return directory
+
+
+def check_replaceable(
+  directory: str | Path, is_ours: Callable[[Path], bool], what: str
+) -> Path:
+  """Checks that `write_directory` may and can write, changing nothing.
+
+  Args:
+    directory: the name to be written.
+    is_ours: whether an existing directory may be replaced.
+    what: such a directory in words, for errors.
+
+  Returns:
+    The directory's absolute path.
+
+  Raises:
+    InputError: the directory may not be replaced, or cannot be written.
+  """
+  directory = Path(directory).expanduser().absolute()
+  if directory.exists() and not (
+    directory.is_dir() and (not any(directory.iterdir()) or is_ours(directory))
+  ):
+    raise InputError(
+      f'{directory} exists and is not {what}, so it is left alone; choose '
+      'a new directory.'
+    )
+  check_writable(next(p for p in directory.parents if p.exists()))
   return directory
 
 

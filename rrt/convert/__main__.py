@@ -20,6 +20,7 @@ from absl import flags
 from rrt import cli, pretrained
 from rrt.config import ORDERS
 from rrt.convert import recursive
+from rrt.convert.sample import calibration_text
 from rrt.errors import InputError
 
 _SOURCE = flags.DEFINE_string(
@@ -70,7 +71,8 @@ _LOOP_NORMS = flags.DEFINE_bool(
 _CALIBRATION = flags.DEFINE_string(
   'calibration', None,
   'Text to fit on and to measure on (plain, .jsonl, .jsonl.xz, ...); left '
-  'out, English text found in the installation.',
+  'out, English text found in the installation, if the parent has a '
+  'tokenizer.',
 )  # fmt: skip
 _CALIBRATION_TOKENS = flags.DEFINE_integer(
   'calibration_tokens', recursive.CALIBRATION_TOKENS, 'Tokens to fit on.'
@@ -103,25 +105,23 @@ def main(_) -> None:
   if not _SOURCE.value or not _OUT.value:
     raise InputError('--source and --out are both needed; see --help.')
   rank = parse_rank(_RANK.value)
-  text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)
+  pretrained.check_save(_OUT.value)
+  text = None
+  if _CALIBRATION.value is not None:
+    text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)
   parent = pretrained.load(_SOURCE.value, dtype=_DTYPE.value)
-  bar = None
-
-  def progress(done: int, total: int) -> None:
-    nonlocal bar
-    if bar is None:
-      bar = cli.Progress(total, 'convert', 'layers').__enter__()
-    bar.update(done - bar.done)
-
+  if text is None and parent.tokenizer is not None:
+    text = calibration_text(None, _CALIBRATION_TOKENS.value)
+  bar = cli.Progress(0, 'convert', 'layers')
   child, report = recursive.to_recursive(
       parent, prelude=_PRELUDE.value, block=_BLOCK.value, loops=_LOOPS.value,
       coda=_CODA.value, order=_ORDER.value, init=_INIT.value, rank=rank,
       budget=_BUDGET.value, alpha=_ALPHA.value, lora_init=_LORA_INIT.value,
       loop_norms=_LOOP_NORMS.value, calibration=text,
       calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
-      progress=progress,
+      progress=bar.to,
   )  # fmt: skip
-  if bar is not None:
+  if bar.done:
     bar.__exit__()
   out = pretrained.save(child, _OUT.value)
   report.show()
@@ -135,6 +135,9 @@ def main(_) -> None:
       'params_total_non_embedding': report.params.total_non_embedding,
       'params_counted': report.params_counted,
       'params_parent': report.parent_params.unique,
+      'ranks': report.ranks,
+      'kept': report.kept,
+      'calibration_tokens': report.calibration_tokens,
       'nll_parent_nats': report.nll_parent_nats,
       'nll_child_nats': report.nll_child_nats,
       'held_out_tokens': report.held_out_tokens,
@@ -143,21 +146,6 @@ def main(_) -> None:
       'peak_memory_bytes': report.peak_memory_bytes,
     }
   )
-
-
-def calibration_text(path: str | None, tokens: int) -> str:
-  """Enough text for so many tokens, from a path or the installation."""
-  if path is None:
-    return recursive.builtin_text()
-  from rrt.data import sources
-
-  documents, size = [], 0
-  for document in sources.stream(path, whole_files=True):
-    documents.append(document)
-    size += len(document)
-    if size > 64 * max(tokens, 1):
-      break
-  return '\n\n'.join(documents)
 
 
 if __name__ == '__main__':

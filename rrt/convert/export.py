@@ -18,7 +18,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert import family, hf, tensorfile
-from rrt.files import write_directory
+from rrt.files import check_replaceable, write_directory
 from rrt.pretrained import LanguageModel
 
 SHARD_BYTES = 5_000_000_000
@@ -190,6 +190,15 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
     _write_json(folder / 'config.json', hf_config(model))
 
   return write_directory(directory, write, _is_export, 'an rrt export')
+
+
+def check_save_hf(directory: str | Path) -> None:
+  """Checks, before long work, that `save_hf` may and can write there.
+
+  Raises:
+    InputError: the directory holds something else, or cannot be written.
+  """
+  check_replaceable(directory, _is_export, 'an rrt export')
 
 
 def _is_export(directory: Path) -> bool:

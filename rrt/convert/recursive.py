@@ -106,6 +106,8 @@ def to_recursive(
     raise InputError(f'init={init!r}: must be one of {", ".join(INITS)}.')
   if lora_init not in ('svd', 'zero'):
     raise InputError(f"lora_init={lora_init!r}: must be 'svd' or 'zero'.")
+  if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    raise InputError(f'seed={seed!r}: must be from 0 to 2**32 - 1.')
   config = arrange(
       parent.config, prelude=prelude, block=block, loops=loops, coda=coda,
       order=order, loop_norms=loop_norms,

@@ -12,6 +12,27 @@ HELD_OUT = 8  # One row in so many is kept for measuring, ...
 HELD_OUT_TOKENS = 4096  # ... up to so many tokens.
 
 
+def calibration_text(path: str | None, tokens: int) -> str:
+  """Enough text for so many tokens, from a path or the installation.
+
+  Raises:
+    InputError: the path cannot be read.
+  """
+  if path is None:
+    from rrt.data import corpus  # Only here is text needed.
+
+    return corpus.builtin_text()
+  from rrt.data import sources
+
+  documents, size = [], 0
+  for document in sources.stream(path, whole_files=True):
+    documents.append(document)
+    size += len(document)
+    if size > 64 * max(tokens, 1):
+      break
+  return '\n\n'.join(documents)
+
+
 def split_rows(
   calibration: str | Sequence[int],
   tokenizer: Any,
@@ -77,7 +98,8 @@ def _cut(ids: np.ndarray, goal: int, length: int) -> np.ndarray:
 def _rows_of_text(text: str, tokenizer, goal: int, length: int) -> np.ndarray:
   if tokenizer is None:
     raise InputError(
-      'The parent has no tokenizer; give the calibration as token ids.'
+      'The parent has no tokenizer to read text with; give token ids, or '
+      'leave the text out and take --init=average.'
     )
   bos = tokenizer.bos_id if getattr(tokenizer, 'add_bos', False) else None
   own = length - (bos is not None)

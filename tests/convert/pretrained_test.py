@@ -59,6 +59,9 @@ def test_other_directories_are_left_alone(model, tmp_path):
     pretrained.save(model, tmp_path)
   with pytest.raises(InputError, match='is not an rrt model'):
     pretrained.save(model, tmp_path / 'work.txt')
+  with pytest.raises(InputError, match='is not an rrt model'):
+    pretrained.check_save(tmp_path)
+  pretrained.check_save(tmp_path / 'new' / 'm')
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
 
 

@@ -240,6 +240,7 @@ def test_svd_factors_are_balanced():
     (dict(order='spiral'), "order='spiral'"),
     (dict(init='best'), "init='best'"),
     (dict(lora_init='one'), "lora_init='one'"),
+    (dict(seed=-1), 'seed=-1: must be'),
     (dict(rank=-1), 'rank=-1'),
     (dict(rank={'x': 1}), "rank names 'x'"),
     (dict(rank=2, alpha=0.0), 'alpha=0.0'),

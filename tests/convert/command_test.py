@@ -1,0 +1,68 @@
+"""The command lines: convert, export, and load again what they wrote."""
+
+from pathlib import Path
+import re
+
+import numpy as np
+import pytest
+
+import rrt
+from rrt.convert.report import identity_error
+from tests import command
+
+GOLDEN = Path(__file__).parents[1] / 'golden'
+FIGURES = {
+  'params_unique', 'params_total', 'nll_parent_nats', 'nll_child_nats',
+  'seconds', 'peak_memory_bytes', 'kept', 'ranks', 'calibration_tokens',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name, flags',
+  [
+    ('llama3', ['--loops=1', '--init=calibrated']),
+    ('gemma3', ['--loops=2', '--init=average', '--rank=24', '--alpha=48']),
+  ],
+)
+def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
+  child, out = tmp_path / 'child', tmp_path / 'out'
+  status, printed, error = command.run(
+    'rrt.convert', f'--source={GOLDEN / name}', f'--out={child}', *flags
+  )
+  assert status == 0, error
+  figures = command.final(printed)
+  assert FIGURES <= set(figures)
+  parent = rrt.load(GOLDEN / name)
+  assert figures['params_parent'] == rrt.count_params(parent.config).unique
+  assert figures['identity_error'] < 1e-4
+  assert all(np.min(kept) > 0.9999 for kept in figures['kept'].values())
+  status, printed, error = command.run(
+    'rrt.export', f'--model={child}', f'--out={out}'
+  )
+  assert status == 0, error
+  with np.load(GOLDEN / name / 'logits.npz') as stored:
+    tokens = stored['tokens']
+  exported = rrt.load(out)
+  assert exported.config == parent.config
+  assert identity_error(parent, exported, tokens) < 1e-4
+
+
+def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
+  """A taken directory before anything is loaded; text without a tokenizer."""
+  (tmp_path / 'work.txt').write_text('mine')
+  for source, out, sentence in (
+    ('nowhere', tmp_path, 'is not an rrt model'),
+    (GOLDEN / 'llama3', tmp_path / 'new', 'no tokenizer .*--init=average'),
+  ):
+    status, _, error = command.run(
+      'rrt.convert', f'--source={source}', f'--out={out}'
+    )
+    assert status == 2 and re.search(sentence, error), error
+  assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
+
+
+def test_the_table_of_calibrations_starts():
+  status, printed, error = command.run(
+    'experiments.calibration_table', '--help'
+  )
+  assert '--calibration' in printed, (status, error)
