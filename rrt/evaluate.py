@@ -34,8 +34,9 @@ _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', None, 'Score the first so many tokens; all by default.'
 )
 _CONTEXT = flags.DEFINE_integer(
-    'context', 1024,
-    'Tokens in a row; a row is read alone, and its first token not scored.',
+    'context', None,
+    'Tokens in a row; a row is read alone, and its first token not scored. '
+    '1024 by default, or what the model was made for if that is less.',
 )  # fmt: skip
 _BATCH = flags.DEFINE_integer(
   'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
@@ -83,17 +84,19 @@ def parse_loops(text: str | None, loops: int) -> list[int]:
   return counts
 
 
-def measure(model, text: str | None, loops: int, label: str) -> dict:
+def measure(
+  model, text: str | None, context: int, loops: int, label: str
+) -> dict:
   """Scores of one model at one loop count, as the flags ask."""
   from rrt.evals import perplexity
 
   figures: dict = {'loops': loops}
   if text is not None:
-    rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
+    rows = perplexity.make_rows(model, text, context, _MAX_TOKENS.value)
     total = sum(map(len, rows))
     with cli.Progress(total, label, 'tokens') as progress:
       score = perplexity.score(
-          model, text, context=_CONTEXT.value, loops=loops,
+          model, text, context=context, loops=loops,
           batch=_BATCH.value, max_tokens=_MAX_TOKENS.value,
           dtype=_DTYPE.value, progress=progress.update,
       )  # fmt: skip
@@ -127,6 +130,8 @@ def main(argv) -> None:
   from rrt import pretrained
   from rrt.evals import perplexity
 
+  if _OUT.value:
+    _check_out(pathlib.Path(_OUT.value))
   text = None
   if _TEXT.value:
     text = perplexity.read_text(_TEXT.value, _MAX_TOKENS.value)
@@ -137,29 +142,67 @@ def main(argv) -> None:
       tasks.find_files(name, _DATA.value)
 
   measured: list[tuple[str, dict]] = []
+  context = None
   if _PARENT.value:
     parent = pretrained.load(_PARENT.value)
-    measured.append(
-      ('parent', measure(parent, text, parent.config.loops, 'parent'))
-    )
+    context = _context(parent)
+    figures = measure(parent, text, context, parent.config.loops, 'parent')
+    measured.append(('parent', figures))
     del parent
   model = pretrained.load(_MODEL.value)
+  context = _context(model, context)
   for loops in parse_loops(_LOOPS.value, model.config.loops):
     label = f'{loops} of {model.config.loops} loops'
-    measured.append((label, measure(model, text, loops, label)))
+    measured.append((label, measure(model, text, context, loops, label)))
   _print(measured)
 
   # The deepest measurement is the model's own; the others stand beside it.
   own = [figures for name, figures in measured if name != 'parent']
-  final = {'model': _MODEL.value, 'context': _CONTEXT.value} | own[-1]
+  final = {'model': _MODEL.value, 'context': context} | own[-1]
   if len(own) > 1:
     final['by_loops'] = own
   if _PARENT.value:
     final['parent'] = {'model': _PARENT.value} | measured[0][1]
   final['peak_memory_bytes'] = cli.peak_memory_bytes()
+  failed = None
   if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(final, indent=1) + '\n')
-  cli.finish(final)
+    try:
+      pathlib.Path(_OUT.value).write_text(json.dumps(final, indent=1) + '\n')
+    except OSError as e:
+      failed = e
+  cli.finish(final)  # Printed in any case: measuring may have taken hours.
+  if failed:
+    raise InputError(_unwritable(failed)) from failed
+
+
+def _context(model, parent: int | None = None) -> int:
+  """--context, or its default: the same for a model as for its parent."""
+  if _CONTEXT.value is not None:
+    return _CONTEXT.value
+  limit = model.config.max_context
+  if parent and limit < parent and _TEXT.value:
+    raise InputError(
+      f'The model was made for {limit} tokens, the parent for more; give '
+      f'--context={limit} to measure both alike.'
+    )
+  return min(parent or 1024, limit)
+
+
+def _check_out(path: pathlib.Path) -> None:
+  """Raises InputError unless the file can be written; leaves it as it is."""
+  new = not path.exists()
+  try:
+    with open(path, 'ab'):
+      pass
+    if new:
+      path.unlink()
+  except OSError as e:
+    raise InputError(_unwritable(e)) from e
+
+
+def _unwritable(error: OSError) -> str:
+  why = error.strerror or error
+  return f'out={_OUT.value!r}: cannot be written ({why}); choose another file.'
 
 
 def _print(measured) -> None:
@@ -183,12 +226,16 @@ def _print(measured) -> None:
     cells = [f['tasks'][name] for _, f in measured]
     rows.append((
         name, cells[0]['metric'], cells[0]['questions'],
-        *(f'{100 * c["score"]:.1f} +- {100 * c["stderr"]:.1f}' for c in cells),
+        *(f'{_percent(c["score"])} +- {_percent(c["stderr"])}' for c in cells),
     ))  # fmt: skip
   rows.append((
       'mean', '', None, *(f'{100 * f["mean_score"]:.1f}' for _, f in measured)
   ))  # fmt: skip
   cli.table(rows, ('task', 'score', 'questions', *(n for n, _ in measured)))
+
+
+def _percent(share: float | None) -> str:
+  return '-' if share is None else f'{100 * share:.1f}'
 
 
 if __name__ == '__main__':

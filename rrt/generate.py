@@ -3,7 +3,8 @@ r"""Writes text after prompts, with any model that `rrt.load` takes.
 python -m rrt.generate --model=smollm2-135m --prompt='The sea is' \
     --max_new_tokens=60 --temperature=0.8 --top_p=0.95
 
-Text appears as it is written; a table of speeds follows, and one line of JSON.
+The first prompt's text appears as it is written, the others' at the end; a
+table of speeds follows, and one line of JSON.
 """
 
 import dataclasses
@@ -51,14 +52,16 @@ _CHAT = flags.DEFINE_bool(
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
-_STREAM = flags.DEFINE_bool('stream', True, 'Show text while it is written.')
+_STREAM = flags.DEFINE_bool(
+  'stream', True, 'Show the first text as it is written.'
+)
 
 
 class _Screen:
   """Prints the completions one below the other, the first one live.
 
-  The prompts are written together; what comes for a later one waits until
-  those before it are complete.
+  The prompts are continued together; what comes for the later ones waits
+  until all are complete.
   """
 
   def __init__(self, prompts, live: bool):

@@ -65,8 +65,8 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
       'are missing.'
     )
   files = [GgufFile([path]) for path in sorted(paths)]
-  merged = tensorfile.ShardedTensors(files, files[0].dtypes)
-  return files[0].metadata, merged
+  dtypes = set().union(*(file.dtypes for file in files))
+  return files[0].metadata, tensorfile.ShardedTensors(files, dtypes)
 
 
 def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:

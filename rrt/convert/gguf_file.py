@@ -182,7 +182,12 @@ class GgufFile:
         row = shape[-1] // per_block * block_bytes if shape else block_bytes
         self._places[name] = (kind, offset, row)
     self.dtypes = {t.name for t in used if _decodable(self._gguf, t)}
-    align = int(self.metadata.get('general.alignment', 32))
+    align = self.metadata.get('general.alignment', 32)
+    if type(align) is not int or align < 1:
+      raise broken(
+        f'its general.alignment is {str(align)[:80]!r}, where a number above '
+        '0 is needed'
+      )
     self._data = -(-cursor.offset // align) * align
     for name, (_, offset, row) in self._places.items():
       end = self._data + offset + row * math.prod(self.infos[name].shape[:-1])

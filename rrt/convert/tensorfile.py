@@ -90,14 +90,16 @@ class SafetensorsFile:
     end = 0
     for name, entry in fields.items():
       try:
-        shape = tuple(int(n) for n in entry['shape'])
+        shape = tuple(entry['shape'])
         begin, stop = entry['data_offsets']
-        self.infos[name] = TensorInfo(shape, entry['dtype'])
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
+          raise ValueError('not sizes')
+        self.infos[name] = TensorInfo(shape, str(entry['dtype']))
       except (TypeError, KeyError, ValueError) as e:
         raise _broken(self.path, f'its entry for {name!r} is damaged') from e
-      dtype = DTYPES.get(entry['dtype'])
+      dtype = DTYPES.get(self.infos[name].dtype)
       wanted = dtype and math.prod(shape) * dtype.itemsize
-      if begin < 0 or stop < begin or (dtype and stop - begin != wanted):
+      if stop < begin or (dtype and stop - begin != wanted):
         raise _broken(self.path, f'the byte range of {name!r} is damaged')
       self._ranges[name] = (begin, stop)
       end = max(end, stop)
@@ -113,8 +115,16 @@ class SafetensorsFile:
       )
 
   def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, rows) of a tensor in its own dtype."""
+    """Yields (first row, rows) of a tensor in its own dtype.
+
+    Raises:
+      InputError: the dtype is unknown, or the file ends.
+    """
     shape, dtype_name = self.infos[name]
+    if dtype_name not in DTYPES:
+      raise _broken(
+        self.path, f'{name!r} has the unknown dtype {dtype_name[:80]!r}'
+      )
     dtype = DTYPES[dtype_name]
     begin, stop = self._ranges[name]
     if stop == begin:

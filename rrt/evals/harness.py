@@ -33,6 +33,7 @@ from rrt.evals import endings, tasks
 from rrt.infer import decode, sample
 
 _NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
+_COUNTS = ('sample_len', 'sample_count')  # among lm-eval's scores
 _ROW_TOKENS = 512  # what one row of lm-eval's batch_size stands for
 
 
@@ -44,7 +45,7 @@ class Result:
     task: its name.
     metric: what `score` is, such as 'acc'.
     score: a share, from 0 to 1.
-    stderr: its standard error.
+    stderr: its standard error; None where lm-eval has none, as of one question.
     questions: how many were asked.
     metrics: all that lm-eval computed, by name.
   """
@@ -52,7 +53,7 @@ class Result:
   task: str
   metric: str
   score: float
-  stderr: float
+  stderr: float | None
   questions: int
   metrics: dict[str, float]
 
@@ -297,7 +298,7 @@ def run(
   if limit is not None and limit < 1:
     raise InputError(f'limit={limit}: must be 1 or more.')
   chosen: list[Any] = [tasks.hub_name(n) for n in names]
-  metrics = ['acc' if n in tasks.PLAIN_SCORE else 'acc_norm' for n in names]
+  metrics = ['acc' if n in tasks.PLAIN_SCORE else '' for n in names]
   if data is not None:
     local = [tasks.load_task(n, data) for n in names]
     chosen = [tasks.lm_eval_config(t, _dataset, shots) for t in local]
@@ -342,15 +343,32 @@ def _dataset(splits: dict[str, list[dict[str, Any]]]):
 
 
 def _result(name, found, key, metric) -> Result:
+  """One task's figures; metric '' is the best known that it has."""
   figures = {
     k.removesuffix(',none'): v
     for k, v in found['results'][key].items()
-    if isinstance(v, (int, float))
+    if isinstance(v, (int, float)) and k not in _COUNTS
   }
+  scores = [k for k in figures if not k.partition(',')[0].endswith('_stderr')]
+  if not scores:
+    raise InputError(f'tasks={name!r}: lm-eval gives no score of it.')
+  if not metric:
+    known = [k for k in ('acc_norm', 'acc') if k in scores]
+    metric = (known + scores)[0]
+  base, comma, kind = metric.partition(',')
   return Result(
-      name, metric, figures[metric], figures[f'{metric}_stderr'],
-      found['n-samples'][key]['effective'], figures,
+      name, metric, figures[metric],
+      figures.get(f'{base}_stderr{comma}{kind}'),
+      _questions(found, key), figures,
   )  # fmt: skip
+
+
+def _questions(found, key) -> int:
+  """How many were asked in a task, or in all tasks of a group."""
+  if key in found['n-samples']:
+    return found['n-samples'][key]['effective']
+  parts = found.get('group_subtasks', {}).get(key, ())
+  return sum(_questions(found, part) for part in parts)
 
 
 def main() -> None:

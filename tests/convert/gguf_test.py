@@ -25,8 +25,20 @@ def permuted(weight, heads):
   return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, name, *, quantize=None, edit=None, metadata=None, **split):
-  """A golden model as a GGUF file, with a byte-level tokenizer."""
+def write_gguf(
+  path, name, *, quantize=None, only='', edit=None, metadata=None, **split
+):
+  """A golden model as a GGUF file, with a byte-level tokenizer.
+
+  Args:
+    path: the file.
+    name: the golden model.
+    quantize: type of the matrices.
+    only: a part of the names of those.
+    edit: called with (name, weight), gives the weight to write.
+    metadata: more fields.
+    **split: how to split the file, for the writer.
+  """
   config = json.loads((GOLDEN / name / 'config.json').read_text())
   arch = ARCH[name]
   writer = gguf.GGUFWriter(path, arch, **split)
@@ -76,7 +88,8 @@ def write_gguf(path, name, *, quantize=None, edit=None, metadata=None, **split):
       if weight is None:
         continue
       kind = None
-      if quantize is not None and weight.ndim == 2:
+      chosen = only in row.gguf.format(depth)
+      if quantize is not None and weight.ndim == 2 and chosen:
         weight, kind = gguf.quants.quantize(weight, quantize), quantize
       writer.add_tensor(row.gguf.format(depth), weight, raw_dtype=kind)
   if name == 'llama3':
@@ -211,6 +224,34 @@ def test_split_files(tmp_path):
   files[1].unlink()
   with pytest.raises(InputError, match='are missing'):
     pretrained.load(files[0])
+
+
+def test_split_files_of_mixed_types(tmp_path):
+  kind = gguf.GGMLQuantizationType.F16
+  write_gguf(
+      tmp_path / 'm.gguf', 'llama3', quantize=kind, only='ffn_down',
+      split_max_tensors=15,
+  )  # fmt: skip
+  files = sorted(tmp_path.glob('m-*-of-*.gguf'))
+  types = [rrt_gguf.GgufFile([file]).dtypes for file in files]
+  assert 'F16' not in types[0] and 'F16' in set().union(*types)
+  ours = pretrained.load(files[0]).params['block']['layers']['mlp']['down']
+  wanted = pretrained.load(GOLDEN / 'llama3').params
+  wanted = wanted['block']['layers']['mlp']['down']
+  np.testing.assert_allclose(ours['kernel'], wanted['kernel'], rtol=1e-3)
+
+
+@pytest.mark.parametrize('align', [0, -32, 'wide', 32.0, True])
+def test_alignment_must_be_a_number_above_zero(align, tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
+  kind = gguf.GGUFValueType.get_type(align)
+  writer.add_key_value('general.alignment', align, kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(InputError, match='alignment'):
+    rrt_gguf.open_gguf([tmp_path / 'm.gguf'])
 
 
 def test_damaged_files(tmp_path):

@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from rrt import pretrained
+from rrt.config import ModelConfig
+from rrt.convert import tensorfile
 from rrt.errors import InputError
+from rrt.models.init import init_params
+from tests import runs
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
@@ -116,6 +120,77 @@ def test_every_flipped_bit_is_found(model, tmp_path):
     assert '\n' not in str(error.value), at
 
 
+def tiny(vocab_size):
+  config = ModelConfig(
+      family='llama', vocab_size=vocab_size, d_model=2, d_ff=2, num_heads=1,
+      num_kv_heads=1, head_dim=2, block_layers=1, tie_embeddings=True,
+  )  # fmt: skip
+  params = init_params(config, jax.random.key(0))
+  return pretrained.LanguageModel(config, jax.tree.map(np.asarray, params))
+
+
+def test_every_flipped_byte_of_a_header_is_found(tmp_path):
+  model = tiny(4)
+  out = pretrained.save(model, tmp_path / 'm')
+  path = out / 'model.safetensors'
+  data = path.read_bytes()
+  for at in range(int.from_bytes(data[:8], 'little') + 8):
+    broken = bytearray(data)
+    broken[at] ^= 1 << at % 8
+    path.write_bytes(broken)
+    try:
+      again = pretrained.load(out)
+    except InputError as e:
+      assert '\n' not in str(e), at
+    else:
+      equal(model, again)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    (b'"F32"', b'"F33"'),
+    (b'"F32"', b'[  1]'),
+    (b'[32,16]', b'[-2,16]'),
+    (b'[32,16]', b'[32.16]'),
+    (b'"data_offsets":[', b'"data_offsets":"'),
+  ],
+)
+def test_damaged_entries_of_a_header(tmp_path, old, new):
+  path = tmp_path / 'm.safetensors'
+  tensorfile.write(path, {'x': np.zeros((32, 16), np.float32)})
+  data = path.read_bytes()
+  assert old in data
+  path.write_bytes(data.replace(old, new))
+  with pytest.raises(InputError, match='not a whole safetensors file'):
+    list(tensorfile.SafetensorsFile(path).chunks('x'))
+
+
+def test_configuration_and_tokenizer_have_checksums(tmp_path):
+  model = dataclasses.replace(tiny(264), tokenizer=runs.tokenizer())
+  out = pretrained.save(model, tmp_path / 'm')
+  manifest, tokenizer = out / 'rrt.json', out / 'tokenizer.json'
+  text, words = manifest.read_text(), tokenizer.read_bytes()
+  fields = json.loads(text)
+  fields['config']['norm_eps'] = 1e-3
+  manifest.write_text(json.dumps(fields))
+  with pytest.raises(InputError, match='checksum of its configuration'):
+    pretrained.load(out)
+  manifest.write_text(text)
+  tokenizer.write_bytes(words.replace(b'"z"', b'"zz"'))
+  with pytest.raises(InputError, match='json is damaged'):
+    pretrained.load(out)
+  tokenizer.unlink()
+  with pytest.raises(InputError, match='json cannot be read'):
+    pretrained.load(out)
+  tokenizer.write_bytes(words)
+  equal(model, pretrained.load(out))
+  fields = json.loads(text)  # As older versions wrote it.
+  del fields['config_crc32'], fields['tokenizer_crc32']
+  manifest.write_text(json.dumps(fields))
+  equal(model, pretrained.load(out))
+
+
 def json_equal(a, b):
   try:
     return json.loads(a) == json.loads(b)
@@ -160,6 +235,8 @@ def test_mislabelled_files(model, tmp_path):
   fails('JSON object', '[]')
   fails('format=2', json.dumps(fields | {'format': 2}))
   fails('is damaged', json.dumps({'format': 1, 'config': fields['config']}))
+  fails('checksum of its conf', json.dumps(fields | {'config_crc32': 7}))
+  del fields['config_crc32']
   config = fields['config'] | {'d_model': 22}
   fails('do not fit the configuration', json.dumps(fields | {'config': config}))
   config = fields['config'] | {'loops': -1}
@@ -210,8 +287,6 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
 
 def test_loading_needs_little_more_than_the_model(tmp_path):
   """Peak memory of loading 256 MB stays under 1.3 times that."""
-  from rrt.convert import tensorfile
-
   model = pretrained.load(GOLDEN / 'llama3')
   c = dataclasses.replace(model.config, d_model=1024, vocab_size=16384, d_ff=8)
   table = family_of(c)

@@ -1,6 +1,7 @@
 """`python -m rrt.evaluate` from end to end on a tiny saved model."""
 
 import json
+import os
 
 import pytest
 
@@ -23,11 +24,12 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   pytest.importorskip('lm_eval')
   status, printed, error = command.run(
       'rrt.evaluate', '--model=child', '--parent=parent', '--text=text.jsonl',
-      '--max_tokens=200', '--context=32', '--loops=all', '--tasks=arc_easy',
+      '--max_tokens=200', '--loops=all', '--tasks=arc_easy',
       '--data=.', '--out=out.json', cwd=place,
   )  # fmt: skip
   assert status == 0, error
   final = command.final(printed)
+  assert final['context'] == 32  # By default what the model was made for.
   assert {'nll_nats', 'bits_per_byte', 'tokens'} <= set(final)
   assert [f['loops'] for f in final['by_loops']] == [1, 2]
   assert final['nll_nats'] == final['by_loops'][1]['nll_nats']
@@ -39,6 +41,16 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   assert json.loads((place / 'out.json').read_text()) == final
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_figures_are_printed_even_if_the_disk_is_full(place):
+  status, printed, error = command.run(
+      'rrt.evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
+      '--out=/dev/full', cwd=place,
+  )  # fmt: skip
+  assert status == 2 and 'cannot be written (No space' in error
+  assert command.final(printed)['nll_nats'] > 0
+
+
 @pytest.mark.parametrize(
   ('flags', 'word'),
   [
@@ -47,6 +59,8 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
     (['--model=child', '--text=none.txt'], 'no such file'),
     (['--model=child', '--tasks=piqa', '--data=.'], 'holds no file piqa'),
     (['--model=child', '--text=text.jsonl', '--loops=3'], 'from 1 to 2'),
+    (['--model=child', '--text=text.jsonl', '--context=33'], 'context=33'),
+    (['--model=none', '--text=text.jsonl', '--out=no/a.json'], "out='no/a"),
   ],
 )
 def test_bad_flags_end_with_one_sentence(place, flags, word):

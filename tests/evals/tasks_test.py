@@ -162,6 +162,43 @@ def test_all_kinds_with_shots_limit_and_loops(harness, data):
   assert all(r.questions == 2 and 0 <= r.score <= 1 for r in results)
 
 
+def test_one_question_has_no_standard_error(harness, data):
+  (result,) = harness.run(model(), 'hellaswag', data=str(data), limit=1)
+  assert result.questions == 1 and result.stderr is None
+
+
+@pytest.mark.parametrize(
+  ('scores', 'metric', 'stderr'),
+  [
+    ({'acc': 0.1, 'acc_norm': 0.2, 'acc_norm_stderr': 0.3}, 'acc_norm', 0.3),
+    ({'f1': 0.2, 'acc': 0.1, 'acc_stderr': 'N/A'}, 'acc', None),
+    ({'f1': 0.2, 'f1_stderr': 0.1}, 'f1', 0.1),
+  ],
+)
+def test_the_score_of_a_hub_task(harness, scores, metric, stderr):
+  scores = {'alias': 'x', 'sample_len': 3} | {
+    f'{k},none': v for k, v in scores.items()
+  }
+  found = {'results': {'x': scores}, 'n-samples': {'x': {'effective': 3}}}
+  result = harness._result('x', found, 'x', '')
+  assert (result.metric, result.stderr) == (metric, stderr)
+  assert result.score == scores[f'{metric},none'] and result.questions == 3
+
+
+def test_scores_of_a_filter_and_of_a_group(harness):
+  scores = {'exact_match,strict': 0.5, 'exact_match_stderr,strict': 0.1}
+  sizes = {'a': {'effective': 2}, 'b': {'effective': 3}}
+  found = {
+      'results': {'x': scores}, 'n-samples': sizes,
+      'group_subtasks': {'x': ['a', 'b']},
+  }  # fmt: skip
+  result = harness._result('x', found, 'x', '')
+  assert result.metric == 'exact_match,strict' and result.stderr == 0.1
+  assert result.questions == 5
+  with pytest.raises(InputError, match='no score'):
+    harness._result('x', {'results': {'x': {'alias': 'x'}}}, 'x', '')
+
+
 class Request:
   """What lm-eval passes: an instance with arguments."""
 
