@@ -12,7 +12,7 @@ import numpy as np
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.losses import Objective
-from rrt.recipe import Recipe
+from rrt.recipe import Heldout, Recipe
 from rrt.state import Step, batch_losses, to_mesh
 
 
@@ -34,13 +34,18 @@ def open_heldout(
   h = recipe.heldout
   if not h.path:
     return None
-  if not 1 < h.context <= spec.config.max_context:
+  longest = spec.config.max_context
+  context = h.context
+  if context == Heldout.context:
+    # The default is as much of it as the model can take.
+    context = min(context, longest)
+  if not 1 < context <= longest:
     raise InputError(
-      f'heldout.context={h.context}: must lie in 2 to '
-      f'{spec.config.max_context}, the longest that the model was made for.'
+      f'heldout.context={context}: must lie in 2 to {longest}, the longest '
+      'that the model was made for.'
     )
   tokens = pipeline.read_tokens(h.path, tokenizer, h.max_tokens)
-  L = min(h.context, len(tokens))
+  L = min(context, len(tokens))
   if L < 2:
     raise InputError(f'heldout.path={h.path!r}: holds less than two tokens.')
   B = h.batch or recipe.batch

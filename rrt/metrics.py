@@ -11,6 +11,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import time
@@ -125,13 +126,22 @@ class Writer:
   def __init__(self, directory: Path, step: int, tensorboard: bool):
     """Keeps the rows up to `step` and drops later ones.
 
-    Only process 0 writes.
+    Only process 0 writes. Of a file with damaged lines it keeps a copy.
     """
     self.path = Path(directory) / 'metrics.jsonl'
-    self.rows = [r for r in read(self.path) if r['step'] <= step and step]
+    rows, damaged = _parse(self.path)
+    self.rows = [r for r in rows if r['step'] <= step and step]
     self._file = self._board = None
     if jax.process_index():
       return
+    if damaged:
+      copy = self.path.with_name(self.path.name + '.damaged')
+      shutil.copyfile(self.path, copy)
+      print(
+        f'{self.path}: lines {damaged} are damaged and left out from now on; '
+        f'{copy.name} is the file as it was',
+        file=sys.stderr,
+      )
     rest = self.path.with_suffix('.tmp')
     rest.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
     os.replace(rest, self.path)
@@ -159,15 +169,27 @@ class Writer:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """The rows of a metrics file; a last line cut short is left out."""
-  rows = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
-  return rows
+  """The rows of a metrics file; lines that are damaged are left out."""
+  return _parse(path)[0]
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+  """(the rows, the numbers of damaged lines) of a file that may not exist.
+
+  A last line cut short is neither: its run was killed while writing it.
+  """
+  rows, damaged = [], []
+  text = path.read_text(errors='replace') if path.exists() else ''
+  lines = text.split('\n')
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+      row['step'] + 0  # A number, or the line is none of ours.
+      rows.append(row)
+    except (ValueError, KeyError, TypeError):
+      if number < len(lines):
+        damaged.append(number)
+  return rows, damaged
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from rrt import checkpoint as checkpoint_lib
 from rrt import cli, optim, pretrained, sharding
 from rrt import metrics as metrics_lib
-from rrt.config import COMPONENTS, LoraConfig, ModelConfig
+from rrt.config import ModelConfig
 from rrt.data import pipeline, sources
 from rrt.errors import InputError
 from rrt.models.init import init_params
@@ -91,7 +91,7 @@ def prepare(
   )
   config, origin, same = recipe.to_dict(), ('parent', 'child', 'convert'), False
   if settings.is_file():
-    saved = json.loads(settings.read_text())['config']
+    saved = _read_settings(settings)
     if begun:
       checkpoint_lib.check_same(workdir, saved, config, Recipe.FREE)
     same = all(saved.get(k) == config[k] for k in (*origin, 'seed'))
@@ -158,16 +158,38 @@ def calibration_text(recipe: Recipe) -> str:
 
 
 def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
-  """The child's shape as the recipe asks for it; ranks spread evenly."""
+  """The child's shape as the recipe asks for it.
+
+  A budget's ranks are only known when it is spent: here they are all 1.
+
+  Raises:
+    InputError: no such child can be made of the parent.
+  """
+  # Here, so that training a converted child needs no converter.
+  from rrt.convert import budgets
+  from rrt.convert.arrange import arrange, with_ranks
+
   c = recipe.convert
-  block = c.block or (parent.depth - c.prelude - c.coda) // c.loops
-  shapes = parent.shapes()
-  ranks = {n: min(c.rank, *shapes[n]) for n in COMPONENTS}
-  return parent.with_recursion(
-      prelude=c.prelude, block=block, loops=c.loops, coda=c.coda,
+  config = arrange(
+      parent, prelude=c.prelude, block=c.block, loops=c.loops, coda=c.coda,
       order=c.order, loop_norms=c.loop_norms,
-      lora=LoraConfig(**ranks) if c.rank else None,
   )  # fmt: skip
+  budgets.check(c.budget, c.rank)
+  return with_ranks(config, 1 if c.budget else c.rank, c.alpha)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+  """The configuration that a work directory was started with."""
+  try:
+    saved = json.loads(path.read_text())['config']
+    if isinstance(saved, dict):
+      return saved
+  except (ValueError, KeyError, TypeError):
+    pass
+  raise InputError(
+    f"{path} is damaged: it does not hold a run's settings; remove it, and "
+    'the same command writes it anew, or give another --workdir.'
+  )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -11,8 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import functools
 import json
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from absl import flags
 
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import Source
@@ -104,7 +108,7 @@ class Heldout:
     path: the text; '' for none.
     every: steps between evaluations; 0 for the first and last step only.
     max_tokens: how much of it, from its start.
-    context: tokens of a row.
+    context: tokens of a row; the default shrinks to what the model can take.
     batch: rows at a time; 0 for as many as a train step has.
   """
 
@@ -241,11 +245,41 @@ def config():
 
 
 def define_config_flag() -> None:
-  """Adds --config, a file with get_config(), and --config.FIELD to absl."""
+  """Adds --config, a file with get_config(), and --config.FIELD to absl.
+
+  What is wrong with a file is raised as ConfigFileError when flags are parsed.
+  """
   _, config_flags = _ml_collections()
-  config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     'config', None, 'The recipe: a file of experiments/, or your own.'
   )
+  parser = flags.FLAGS[holder.name].parser
+  parser.parse = functools.partial(_read_config, parser.parse)
+
+
+class ConfigFileError(Exception):
+  """A config file that cannot be used; no ValueError, which absl rewords."""
+
+
+def _read_config(parse, path: str):
+  """What get_config() returns, or one line with the file and its error."""
+  file = path.split(':', 1)[0]
+  if not Path(file).is_file():
+    raise ConfigFileError(f'--config={file}: there is no such file.')
+  try:
+    found = parse(path)
+    if hasattr(found, 'to_dict'):
+      return found
+    why = f'get_config() returns {type(found).__name__}, not a ConfigDict'
+  except Exception as e:
+    # ml_collections puts a traceback into the message of these two, and holds
+    # back an OSError until the config is used.
+    if isinstance(e, (TypeError, ValueError)) and e.__context__:
+      e = e.__context__
+    elif isinstance(e, OSError) and e.__cause__:
+      e = e.__cause__
+    why = f'{type(e).__name__}: {" ".join(str(e).split())}'
+  raise ConfigFileError(f'--config={file}: {why}')
 
 
 def _ml_collections():

@@ -37,7 +37,7 @@ from rrt.heldout import open_heldout
 from rrt.models.count import count_params
 from rrt.prepare import check, open_data, prepare
 from rrt.pretrained import LanguageModel
-from rrt.recipe import Recipe, define_config_flag
+from rrt.recipe import ConfigFileError, Recipe, define_config_flag
 from rrt.teacher import with_teacher
 
 
@@ -268,9 +268,12 @@ if __name__ == '__main__':
   try:
     define_flags()
     cli.run(main)
-  except (InputError, AttributeError) as error:
+  except Exception as error:
     if FLAGS.is_parsed():
       raise
-    # An unknown --config.FIELD, for which absl has no sentence.
-    print(f'error: --config: {" ".join(str(error).split())}', file=sys.stderr)
+    # Files and fields of --config, for which absl has no sentence.
+    told = ' '.join(str(error).split())
+    if not isinstance(error, (InputError, ConfigFileError)):
+      told = f'--config: {told or type(error).__name__}'
+    print(f'error: {told}', file=sys.stderr)
     sys.exit(2)

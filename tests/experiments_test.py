@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from rrt import optim, prepare
@@ -13,6 +14,7 @@ from rrt import state as state_lib
 from rrt.config import ModelConfig, Rope
 from rrt.models.init import init_params
 from rrt.recipe import Recipe
+from tests import runs
 
 pytest.importorskip('ml_collections')
 
@@ -61,8 +63,12 @@ def test_builds(name):
   """The whole train step of the real sizes, abstractly."""
   recipe = load(name)
   parent = PARENTS[recipe.parent]
-  child = prepare.planned(recipe, parent)
-  assert child.depth == parent.depth and child.loops > 1
+  if recipe.child:  # Made by the experiment itself, of half the layers.
+    child = dataclasses.replace(parent, block_layers=parent.depth // 2)
+  else:
+    child = prepare.planned(recipe, parent)
+    assert child.depth == parent.depth
+    assert (child.loops > 1) == (name != 'baseline_parent')
   mesh = jax.make_mesh(
     (1, 1, 1),
     ('data', 'fsdp', 'tensor'),
@@ -109,6 +115,19 @@ def test_docstrings_tell_command_hardware_and_result(name):
 @pytest.mark.parametrize('name', [n for n in NAMES if 'smol' in n])
 def test_accelerator_variant(name):
   assert load(name, 'accelerator').dtype == 'bfloat16'
+
+
+def test_a_reduced_model_is_layers_of_the_parent():
+  from experiments import baseline_reduced
+
+  parent = runs.parent()
+  child = baseline_reduced.reduced(parent, 3)
+  assert child.config == dataclasses.replace(parent.config, block_layers=3)
+  jax.tree.map(
+    lambda new, old: np.testing.assert_array_equal(new, old[[0, 2, 5]]),
+    child.params['block'],
+    parent.params['block'],
+  )
 
 
 def test_config_holds_every_field():

@@ -80,6 +80,23 @@ def test_writer_tells_one_uninterrupted_run(tmp_path):
     json.loads(line)
 
 
+def test_damaged_lines_are_kept_aside(tmp_path, capsys):
+  file = tmp_path / 'metrics.jsonl'
+  text = '{"step": 1}\n{"st\x00\n[2]\n{"step": 4}\n{"step": 5'
+  file.write_text(text)
+  assert [r['step'] for r in metrics.read(file)] == [1, 4]
+  writer = metrics.Writer(tmp_path, 4, tensorboard=False)
+  writer.write({'step': 5})
+  writer.close()
+  assert [r['step'] for r in metrics.read(file)] == [1, 4, 5]
+  assert (tmp_path / 'metrics.jsonl.damaged').read_text() == text
+  assert 'lines [2, 3] are damaged' in capsys.readouterr().err
+  # A line that was only cut short is no damage.
+  file.write_text('{"step": 1}\n{"step"')
+  metrics.Writer(tmp_path, 1, tensorboard=False).close()
+  assert capsys.readouterr().err == ''
+
+
 def test_a_new_run_drops_an_old_ones_rows(tmp_path):
   writer = metrics.Writer(tmp_path, 0, tensorboard=False)
   writer.write({'step': 0, 'heldout_nats': 1.0})

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained, recipe
+from rrt import prepare, pretrained, recipe
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.train import uptrain
@@ -188,14 +188,53 @@ def test_command_converts(experiment, tmp_path):
     (('--config.optimizer.learning_rate=-1',), 'learning_rate'),
     (('--workdir=/proc/nothing',), 'cannot be written to'),
     (('--config.parent=/nowhere',), '/nowhere'),
+    (('--config=FOLDER/none.py', '--config.steps=20'), 'none.py'),
+    (('--config=FOLDER/bad.py', '--config.steps=20'), "name 'oops'"),
+    (('--config=FOLDER/value.py',), 'ValueError: invalid literal for int()'),
   ],
 )
 def test_command_tells_in_one_line(experiment, tmp_path, flags, message):
   pytest.importorskip('ml_collections')
+  (tmp_path / 'bad.py').write_text('oops\n')
+  (tmp_path / 'value.py').write_text('def get_config():\n  int("x")\n')
+  if flags[0].startswith('--config=FOLDER'):
+    experiment = tmp_path / flags[0].split('/')[1]
+    flags = flags[1:]
   process = runs.start(experiment, tmp_path / 'run', *flags)
   _, err = runs.finish(process, 2)
   told = [x for x in err.splitlines() if x.startswith('error: ')]
   assert len(told) == 1 and message in told[0] and 'Traceback' not in err
+
+
+@pytest.mark.parametrize(
+  'fields,message',
+  [
+    ({'loops': 4}, r'Choose prelude=.* loops=.*; or '),
+    ({'loops': 0}, 'loops=0'),
+    ({'block': 3, 'loops': 3}, 'block 3'),
+    ({'alpha': 0.0}, 'alpha=0.0'),
+    ({'rank': 2, 'budget': 100}, 'rank and budget'),
+  ],
+  ids=str,
+)
+def test_wrong_conversions_are_told(fields, message):
+  with pytest.raises(InputError, match=message):
+    prepare.planned(recipe.Recipe.from_dict({'convert': fields}), runs.PARENT)
+
+
+@pytest.mark.parametrize(
+  'text', ['{"config": {"st', '{}', '[]', '{"config": 1}']
+)
+def test_damaged_settings_are_told(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(InputError, match=r'config\.json is damaged'):
+    prepare.prepare(recipe.Recipe(), tmp_path)
+
+
+def test_heldout_rows_shrink_to_the_model(text):
+  settings = runs.recipe(text, steps=1, optimizer={}, heldout={'path': text})
+  run = uptrain(runs.parent(), runs.child(), settings)
+  assert 'heldout_nats' in run.history[0]
 
 
 def test_recipes_survive_json():

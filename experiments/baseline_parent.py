@@ -1,0 +1,30 @@
+"""SmolLM2-135M on the same tokens without recursion: what a child can reach.
+
+All 30 layers as they are, one loop, no LoRA, cross-entropy only: what the
+other recipes of this parent gain from their text alone, at full size.
+
+COMMAND
+  python -m rrt.train --config=experiments/baseline_parent.py \
+      --workdir=runs/baseline_parent
+  On an accelerator add --config=experiments/baseline_parent.py:accelerator
+
+HARDWARE
+  Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
+
+RESULT
+  Not run.
+"""
+
+from experiments import base
+
+
+def get_config(arg: str = ''):
+  """The recipe; arg may be `accelerator`."""
+  c = base.get_config()
+  if arg == 'accelerator':
+    c = base.accelerator(c)
+  c.parent = 'smollm2-135m'
+  c.convert.block, c.convert.loops = 30, 1
+  c.convert.loop_norms = False
+  c.loss.distillation = 0.0
+  return c

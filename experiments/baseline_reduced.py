@@ -1,0 +1,57 @@
+"""SmolLM2-135M cut to 15 layers: a child's size without its recursion.
+
+Every second layer of the parent, spread from the first to the last (the start
+of the paper's reduced-size baseline), and then the training that the
+15 x 2 child gets.
+
+COMMAND
+  python -m experiments.baseline_reduced runs/baseline_reduced_start
+  python -m rrt.train --config=experiments/baseline_reduced.py \
+      --workdir=runs/baseline_reduced
+  On an accelerator add --config=experiments/baseline_reduced.py:accelerator
+
+HARDWARE
+  Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
+
+RESULT
+  Not run.
+"""
+
+import dataclasses
+import sys
+
+from experiments import base
+
+
+def get_config(arg: str = ''):
+  """The recipe; arg may be `accelerator`."""
+  c = base.get_config()
+  if arg == 'accelerator':
+    c = base.accelerator(c)
+  c.parent = 'smollm2-135m'
+  c.child = 'runs/baseline_reduced_start'
+  return c
+
+
+def reduced(parent, layers: int = 15):
+  """The parent with `layers` of its layers: a block of them, run once."""
+  from rrt.convert.recursive import to_recursive
+
+  child, _ = to_recursive(
+    parent,
+    block=layers,
+    loops=parent.config.depth // layers,
+    init='stepwise',
+    loop_norms=False,
+  )
+  return dataclasses.replace(
+    child,
+    config=dataclasses.replace(child.config, loops=1),
+    meta=dict(parent.meta),
+  )
+
+
+if __name__ == '__main__':
+  from rrt import pretrained
+
+  pretrained.save(reduced(pretrained.load('smollm2-135m')), sys.argv[1])
