@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import json
+import logging
 import math
 import resource
 import sys
@@ -37,6 +38,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
       print('interrupted', file=sys.stderr)
       return 130
 
+  # Which backends a machine lacks is no news to its user.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   app.run(outer)
 
 
