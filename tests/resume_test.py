@@ -73,14 +73,17 @@ def test_resumed_on_another_mesh(text, whole, tmp_path):
   )
 
 
-def until(process, workdir, step, seconds=300):
-  """Waits until a run has written a row of this step."""
+def until(process, workdir, step, seconds=900):
+  """Waits until a run has written a row of this step, or has ended."""
   end = time.monotonic() + seconds
   while time.monotonic() < end and process.poll() is None:
     file = workdir / 'metrics.jsonl'
     if file.exists() and file.read_text().count('\n') >= step:
       return
     time.sleep(0.02)
+  if process.poll() is None:
+    process.kill()
+    pytest.fail(f'step {step} was not reached in {seconds} seconds')
 
 
 def kill_and_finish(tmp_path, kills, steps, seed):
@@ -91,17 +94,20 @@ def kill_and_finish(tmp_path, kills, steps, seed):
   want, _ = runs.finish(runs.start(file, tmp_path / 'whole', *flags))
   run = tmp_path / 'killed'
   killed = 0
-  for _ in range(20 * kills):
-    if killed == kills:
-      break
+  for i in range(kills):
     process = runs.start(file, run, *flags)
-    # Anywhere: while loading, compiling, between steps, while saving.
-    until(process, run, killed * steps // kills)
-    time.sleep(rng.uniform(0, 1.5) * (rng.random() < 0.7))
+    # Anywhere: while loading, compiling, between steps, while saving; the
+    # last kill falls into the first half, so that none comes too late.
+    if rng.random() < 0.3:
+      time.sleep(rng.uniform(0, 2))
+    else:
+      until(process, run, (i + 1) * steps // (2 * kills))
+      time.sleep(rng.uniform(0, 0.1))
     if process.poll() is None:
       process.send_signal(signal.SIGKILL)
-      killed += 1
     process.communicate()
+    killed += process.returncode == -signal.SIGKILL
+  assert killed == kills and not (run / 'model').exists()
   got, _ = runs.finish(runs.start(file, run, *flags))
   got, want = (json.loads(x.splitlines()[-1]) for x in (got, want))
   assert got['loss'] == want['loss']
@@ -111,7 +117,7 @@ def kill_and_finish(tmp_path, kills, steps, seed):
 
 
 def test_sigkill(tmp_path):
-  kill_and_finish(tmp_path, kills=2, steps=12, seed=0)
+  kill_and_finish(tmp_path, kills=2, steps=24, seed=0)
 
 
 @pytest.mark.slow
