@@ -9,7 +9,11 @@ HARDWARE
   Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
 
 RESULT
-  Not run yet on an idle machine; see the README's table.
+  Converted on 16,384 tokens of Wikipedia; cross-entropy on 8,192 tokens of
+  Wikinews in rows of 1,024 (parent 3.396 nats), trained on Wikipedia with
+  --config.loss.cross_entropy=0.0: 3.824 nats before training, 3.777 after 20
+  steps. That run was stopped at step 24; 40 steps were not measured. On two
+  shared cores a step took 9 to 20 s.
 """
 
 from experiments import base
