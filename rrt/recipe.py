@@ -253,7 +253,7 @@ def define_config_flag() -> None:
   holder = config_flags.DEFINE_config_file(
     'config', None, 'The recipe: a file of experiments/, or your own.'
   )
-  parser = flags.FLAGS[holder.name].parser
+  parser: Any = flags.FLAGS[holder.name].parser
   parser.parse = functools.partial(_read_config, parser.parse)
 
 
@@ -274,11 +274,12 @@ def _read_config(parse, path: str):
   except Exception as e:
     # ml_collections puts a traceback into the message of these two, and holds
     # back an OSError until the config is used.
+    cause: BaseException = e
     if isinstance(e, (TypeError, ValueError)) and e.__context__:
-      e = e.__context__
+      cause = e.__context__
     elif isinstance(e, OSError) and e.__cause__:
-      e = e.__cause__
-    why = f'{type(e).__name__}: {" ".join(str(e).split())}'
+      cause = e.__cause__
+    why = f'{type(cause).__name__}: {" ".join(str(cause).split())}'
   raise ConfigFileError(f'--config={file}: {why}')
 
 
