@@ -62,7 +62,7 @@ def test_schedule_warms_up_and_falls():
   np.testing.assert_allclose(rate[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
   np.testing.assert_allclose(rate[8], (1.0 + 0.1) / 2, rtol=1e-6)
   np.testing.assert_allclose(rate[12], 0.1, rtol=1e-6)
-  assert all(a >= b for a, b in itertools.pairwise(rate))
+  assert all(a >= b for a, b in itertools.pairwise(rate[4:]))
 
 
 @pytest.mark.parametrize('warmup', [0, 1, 2])
