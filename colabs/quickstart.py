@@ -70,7 +70,7 @@ shape = dict(
   coda=config.depth - outer - 2 * (config.depth // 4),
   rank=64 if config.d_model >= 512 else 2,
   calibration=text,
-  calibration_tokens=64 * ROW if config.d_model >= 512 else 4 * ROW,
+  calibration_tokens=64 * ROW if config.d_model >= 512 else 32 * ROW,
 )
 plain, _ = rrt.to_recursive(parent, init='average', **shape)
 child, report = rrt.to_recursive(parent, init='calibrated', **shape)
