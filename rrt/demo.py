@@ -126,8 +126,9 @@ def main(argv):
     print(f'[{step}/{steps}] {gone:5.0f} s  {text}', flush=True)
 
   say(1, f'loading {_MODEL.value} and the text')
-  parent = load(_MODEL.value)
+  # The text first: too little of it is seen before a model is read.
   train, heldout = prepare_text(_DATA.value, out)
+  parent = load(_MODEL.value)
   heldout_text = '\n\n'.join(sources.stream(heldout))
   calibration = '\n\n'.join(sources.stream(train))
   shape = dict(
