@@ -69,6 +69,7 @@ def theirs(loaded, cache, ids):
 
 
 def main(_):
+  generation.use_huge_pages()
   model, peer = generation.load(FLAGS.model, FLAGS.threads)
   ids = generation.prompts(
     model.config.vocab_size, FLAGS.batch, FLAGS.prompt_tokens

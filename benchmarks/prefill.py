@@ -43,6 +43,7 @@ def theirs(loaded, ids):
 
 
 def main(_):
+  generation.use_huge_pages()
   from rrt.infer.decode import Decoder
 
   model, peer = generation.load(FLAGS.model, FLAGS.threads)

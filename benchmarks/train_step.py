@@ -4,10 +4,12 @@
 
 Both train all parameters of the same model with AdamW and gradient clipping
 on cross-entropy, on the same tokens, in the same precision, without
-rematerialisation, with all cores. Steps of the two alternate, so that both see the same
-machine. torch runs with the settings of its own that are fastest on the
-machine at hand: each of eager attention and SDPA is timed, the better one is
-the peer, and its AdamW is the fused one.
+rematerialisation, with all cores and huge pages. The two take turns, so that
+both see the same machine: in each round each takes a step that is not timed
+(the pages that the other gave back must be found again) and then three that
+are. torch runs with the settings of its own that are fastest on the machine at
+hand: each of eager attention and SDPA is timed, the better one is the peer,
+and its AdamW is the fused one.
 
 What it prints: seconds a step (median and quartiles), the ratio of the
 medians (above 1: ours is faster), the first loss of each (they agree), and
@@ -15,15 +17,13 @@ our compile time for models of growing depth.
 """
 
 import gc
-import json
-from pathlib import Path
-import platform
 import statistics
 import time
 
 from absl import flags
 import numpy as np
 
+from benchmarks import generation
 from rrt import cli
 from rrt.models.init import init_params
 
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
 flags.DEFINE_integer('batch', 2, 'Rows.')
 flags.DEFINE_integer('length', 512, 'Tokens a row.')
-flags.DEFINE_integer('repeats', 7, 'Timed steps of each.')
+flags.DEFINE_integer('rounds', 4, 'Of three timed steps of each.')
 flags.DEFINE_integer('chunk_tokens', 512, 'Tokens of logits at a time (ours).')
 flags.DEFINE_integer('threads', 2, 'Of torch.')
 flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Precision.')
@@ -147,9 +147,8 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def main(_):
+  generation.use_huge_pages()
   import dataclasses
-
-  import jax
 
   import rrt
   from rrt.metrics import step_flops
@@ -183,9 +182,10 @@ def main(_):
       runs['torch'] = their_step(f'{scratch}/hf', chosen, config.vocab_size)
   first = {name: run() for name, run in runs.items()}
   times = {name: [] for name in runs}
-  for _ in range(FLAGS.repeats):
+  for _ in range(FLAGS.rounds):
     for name, run in runs.items():
-      times[name].append(timed(run)[0])
+      run()
+      times[name] += [timed(run)[0] for _ in range(3)]
   rows, figures = [], {}
   flops = step_flops(config, None, FLAGS.batch * FLAGS.length, FLAGS.length)
   for name, values in times.items():
@@ -199,15 +199,7 @@ def main(_):
   )
   if FLAGS.peer:
     figures['ratio'] = figures['torch_seconds'] / figures['ours_seconds']
-    import torch
-    import transformers
-
-    figures['peer'] = {
-      'torch': torch.__version__,
-      'transformers': transformers.__version__,
-      'attention': chosen,
-      'threads': FLAGS.threads,
-    }
+    figures['peer'] = {'attention': chosen}
   figures |= {
     'model': FLAGS.model,
     'batch': FLAGS.batch,
@@ -217,24 +209,10 @@ def main(_):
     'first_loss': first,
     'compile_seconds': seconds,
     'compile_seconds_by_layers': compile_seconds,
-    'jax': jax.__version__,
-    'device': jax.devices()[0].device_kind,
-    'cpu': processor(),
+    'machine': generation.machine(FLAGS.threads),
   }
-  out = Path(FLAGS.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(json.dumps(figures, indent=1) + '\n')
+  generation.save(FLAGS.out, figures)
   cli.finish(figures)
-
-
-def processor() -> str:
-  """The host's processor, as Linux names it."""
-  try:
-    lines = Path('/proc/cpuinfo').read_text().splitlines()
-    names = [x.split(':')[1].strip() for x in lines if 'model name' in x]
-    return f'{len(names)} x {names[0]}'
-  except (OSError, IndexError):
-    return platform.processor()
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.infer import rules
 from rrt.models import transformer
-from rrt.models.cache import Cache, init_cache
+from rrt.models.cache import Cache, as_empty, init_cache
 from rrt.models.stack import unstack
 
 DTYPES = ('float32', 'bfloat16')
@@ -64,11 +64,15 @@ _jit = functools.partial(jax.jit, static_argnames=('static',))
 def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
   """Runs tokens at positions start.. into the cache.
 
+  Without a start they are the first, and the cache is empty.
+
   Returns:
     The hidden state of each row's last prompt token, where this chunk or an
     earlier one holds it, and the cache.
   """
   B, L = tokens_BxL.shape
+  if start is None:
+    start, cache = 0, as_empty(cache)
   positions_L = start + jnp.arange(L, dtype=jnp.int32)
   out = transformer.forward(
       static.config, params, tokens_BxL,
@@ -261,7 +265,7 @@ class Decoder:
         row[: len(part)] = part
       last_BxD, cache = self._call(
           extend, self.params, cache, last_BxD, tokens_BxL,
-          np.int32(start), length_B,
+          np.int32(start) if start else None, length_B,
       )  # fmt: skip
     return last_BxD, cache
 

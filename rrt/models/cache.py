@@ -24,6 +24,16 @@ class KV(NamedTuple):
   v_BxGxSxDh: jax.Array
 
 
+class EmptyKV(NamedTuple):
+  """A KV that holds nothing yet, and whose next tokens take slots 0, 1, ..
+
+  These then need not read it: they attend to each other alone.
+  """
+
+  k_BxGxDhxS: jax.Array
+  v_BxGxSxDh: jax.Array
+
+
 class Cache(NamedTuple):
   """KVs of all depths.
 
@@ -82,12 +92,27 @@ def init_cache(
   )
 
 
-def write(kv: KV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
+def as_empty(cache: Cache) -> Cache:
+  """The same cache, known to be empty when a step is compiled."""
+  return jax.tree.map(
+    lambda kv: EmptyKV(*kv), cache, is_leaf=lambda x: isinstance(x, KV)
+  )
+
+
+def write(kv: KV | EmptyKV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
   """Puts new keys and values at their rows' positions.
 
   Positions past the last slot are dropped.
   """
   k, v = kv
+  if isinstance(kv, EmptyKV):
+    S = v.shape[2]
+    new_k = k_BxLxGxDh[:, :S].transpose(0, 2, 3, 1).astype(k.dtype)
+    new_v = v_BxLxGxDh[:, :S].swapaxes(1, 2).astype(v.dtype)
+    return KV(
+      jax.lax.dynamic_update_slice(k, new_k, (0,) * 4),
+      jax.lax.dynamic_update_slice(v, new_v, (0,) * 4),
+    )
   rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
   return KV(
     k.at[rows_Bx1, :, :, positions_BxL].set(

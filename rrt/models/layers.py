@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig, Rope
+from rrt.models.matmul import matmul
 from rrt.relax import lora
 
 
@@ -125,7 +126,7 @@ class Linear(nn.Module):
         'kernel', nn.with_logical_partitioning(scaled, self.axes),
         (d_in, d_out), jnp.float32,
     )  # fmt: skip
-    y_BxLxF = x_BxLxD @ kernel_DxF.astype(x_BxLxD.dtype)
+    y_BxLxF = matmul(x_BxLxD, kernel_DxF)
     rank = c.lora.width(self.component) if self.looped and c.lora else 0
     if not rank:
       return y_BxLxF

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
+from rrt.models import matmul
 from rrt.models.attention import Attention, Context
 from rrt.models.layers import Mlp, Norm
 from rrt.sharding import constrain
@@ -18,7 +19,7 @@ from rrt.sharding import constrain
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(matmul.NAME),
 }
 
 

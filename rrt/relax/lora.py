@@ -6,6 +6,8 @@ B batch, L length, D in, F out, R loops, r rank.
 import jax
 import jax.numpy as jnp
 
+from rrt.models.matmul import matmul
+
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
   """The low-rank product of each row's own loop.
@@ -23,7 +25,7 @@ def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
   dtype = x_BxLxD.dtype
   a_RxDxr, b_RxrxF = a_RxDxr.astype(dtype), b_RxrxF.astype(dtype)
   if jnp.ndim(loop) == 0:
-    y_BxLxF = (x_BxLxD @ a_RxDxr[loop]) @ b_RxrxF[loop]
+    y_BxLxF = matmul(matmul(x_BxLxD, a_RxDxr[loop]), b_RxrxF[loop])
   else:
     # All loops' products side by side, the other loops' masked out: two dense
     # matmuls and no gather of A and B by row.
