@@ -130,12 +130,11 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
 
 def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
   """The rows with their next token drawn; rows that are done stay."""
-  logits_BxV = transformer.logits(
-    static.config, params, hidden_BxD, static.dtype
-  )
+  head = static.config, params, hidden_BxD, static.dtype
   if sampling is None:
-    token_B = rules.greedy(logits_BxV)
+    token_B = transformer.greedy_token(*head)
   else:
+    logits_BxV = transformer.logits(*head)
     token_B = rules.sample(logits_BxV, sampling, rows.count_B)
   token_B = jnp.where(rows.done_B, rows.token_B, token_B)
   count_B = rows.count_B + jnp.where(rows.done_B, 0, 1)
