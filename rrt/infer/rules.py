@@ -36,6 +36,11 @@ class Sampling(NamedTuple):
   seed_B: Array
 
 
+def greedy(logits_BxV):
+  """The most likely token of each row, int [B]."""
+  return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
+
+
 def sample(logits_BxV, sampling: Sampling, step_B):
   """Draws one token a row, int [B].
 
