@@ -273,7 +273,12 @@ if __name__ == '__main__':
       raise
     # Files and fields of --config, for which absl has no sentence.
     told = ' '.join(str(error).split())
-    if not isinstance(error, (InputError, ConfigFileError)):
+    unknown = error.args[0] if isinstance(error, AttributeError) else None
+    if isinstance(unknown, KeyError):
+      told = '--config: there is no field ' + '; '.join(
+        str(unknown.args[0]).splitlines()
+      )
+    elif not isinstance(error, (InputError, ConfigFileError)):
       told = f'--config: {told or type(error).__name__}'
     print(f'error: {told}', file=sys.stderr)
     sys.exit(2)
