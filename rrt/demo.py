@@ -43,9 +43,9 @@ _CODA = flags.DEFINE_integer('coda', 8, 'Layers after the block.')
 _LOOPS = flags.DEFINE_integer('loops', 2, 'Times the block runs.')
 _RANK = flags.DEFINE_integer('rank', 64, 'Rank of the per-loop LoRA.')
 _CALIBRATION_TOKENS = flags.DEFINE_integer(
-  'calibration_tokens', 6144, 'Tokens that the calibrated child is fitted on.'
+  'calibration_tokens', 8192, 'Tokens that the calibrated child is fitted on.'
 )
-_STEPS = flags.DEFINE_integer('steps', 12, 'Steps of uptraining.')
+_STEPS = flags.DEFINE_integer('steps', 20, 'Steps of uptraining.')
 _BATCH = flags.DEFINE_integer('batch', 2, 'Rows of a step.')
 _LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a row.')
 _CONTEXT = flags.DEFINE_integer('context', 512, 'Tokens of a measured row.')
@@ -84,8 +84,9 @@ def recipe(train: Path, heldout: Path) -> dict:
   return {
       'steps': _STEPS.value, 'batch': _BATCH.value, 'length': _LENGTH.value,
       'seed': _SEED.value,
-      'optimizer': {'learning_rate': 3e-4, 'warmup_steps': min(2, _STEPS.value),
-                    'schedule': 'cosine', 'final_rate': 0.1},
+      'optimizer': {'learning_rate': 2e-4, 'warmup_steps': min(2, _STEPS.value),
+                    'schedule': 'cosine', 'final_rate': 0.0, 'beta2': 0.98,
+                    'rules': (('lora_[ab]$', {'multiplier': 0.5}),)},
       'data': {'path': str(train)},
       'heldout': {'path': str(heldout), 'max_tokens': _HELDOUT.value,
                   'context': _CONTEXT.value, 'batch': 2,
