@@ -155,13 +155,7 @@ def main(argv):
 
   say(5, f'uptraining it: {_STEPS.value} steps of distillation')
   start = time.monotonic()
-  with cli.Progress(_STEPS.value, 'uptrain', 'steps') as progress:
-
-    def on_row(row):
-      if 'loss' in row:
-        progress.to(row['step'], note=f'loss {row["loss"]:.2f}')
-
-    run = uptrain(parent, child, recipe(train, heldout), on_row=on_row)
+  run = uptrain(parent, child, recipe(train, heldout))
   rows['uptrained'] = measure(
     run.model, heldout_text, report.seconds + time.monotonic() - start
   )
