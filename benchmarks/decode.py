@@ -13,7 +13,7 @@ rounding decides.
 from absl import flags
 import numpy as np
 
-from benchmarks import generation
+from benchmarks import common
 from rrt import cli
 
 FLAGS = flags.FLAGS
@@ -69,12 +69,12 @@ def theirs(loaded, cache, ids):
 
 
 def main(_):
-  generation.use_huge_pages()
-  model, peer = generation.load(FLAGS.model, FLAGS.threads)
-  ids = generation.prompts(
+  common.use_huge_pages()
+  model, peer = common.load(FLAGS.model, FLAGS.threads)
+  ids = common.prompts(
     model.config.vocab_size, FLAGS.batch, FLAGS.prompt_tokens
   )
-  figures = {'machine': generation.machine(FLAGS.threads)}
+  figures = {'machine': common.machine(FLAGS.threads)}
   figures |= {
     name: getattr(FLAGS, name)
     for name in ('model', 'batch', 'prompt_tokens', 'new_tokens', 'repeats')
@@ -85,9 +85,9 @@ def main(_):
     contenders = {'rrt': ours(model, dtype, ids)}
     for cache in FLAGS.caches:
       contenders[f'transformers, {cache} cache'] = theirs(loaded, cache, ids)
-    seconds = generation.take_turns(contenders, FLAGS.repeats)
+    seconds = common.take_turns(contenders, FLAGS.repeats)
     tokens = FLAGS.batch * FLAGS.new_tokens
-    found = {k: generation.summary(v, tokens) for k, v in seconds.items()}
+    found = {k: common.summary(v, tokens) for k, v in seconds.items()}
     best = min(
       (k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds']
     )
@@ -105,7 +105,7 @@ def main(_):
           found[name]['seconds'] / found['rrt']['seconds'],
       ))  # fmt: skip
   cli.table(rows, ('dtype', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'))
-  generation.save(FLAGS.out, figures)
+  common.save(FLAGS.out, figures)
   cli.finish(figures)
 
 

@@ -9,7 +9,7 @@ apart.
 
 from absl import flags
 
-from benchmarks import generation
+from benchmarks import common
 from rrt import cli
 
 FLAGS = flags.FLAGS
@@ -43,11 +43,11 @@ def theirs(loaded, ids):
 
 
 def main(_):
-  generation.use_huge_pages()
+  common.use_huge_pages()
   from rrt.infer.decode import Decoder
 
-  model, peer = generation.load(FLAGS.model, FLAGS.threads)
-  figures = {'machine': generation.machine(FLAGS.threads)}
+  model, peer = common.load(FLAGS.model, FLAGS.threads)
+  figures = {'machine': common.machine(FLAGS.threads)}
   figures |= {'model': FLAGS.model, 'repeats': FLAGS.repeats}
   rows = []
   for dtype in FLAGS.dtypes:
@@ -55,15 +55,13 @@ def main(_):
     loaded = {a: peer(dtype, a) for a in FLAGS.attentions}
     for shape in FLAGS.shapes:
       batch, length = map(int, shape.split('x'))
-      ids = generation.prompts(model.config.vocab_size, batch, length)
+      ids = common.prompts(model.config.vocab_size, batch, length)
       before = decoder.clock.compile_seconds
       contenders = {'rrt': ours(decoder, ids)}
       for name, one in loaded.items():
         contenders[f'transformers, {name}'] = theirs(one, ids)
-      seconds = generation.take_turns(contenders, FLAGS.repeats)
-      found = {
-        k: generation.summary(v, batch * length) for k, v in seconds.items()
-      }
+      seconds = common.take_turns(contenders, FLAGS.repeats)
+      found = {k: common.summary(v, batch * length) for k, v in seconds.items()}
       best = min(
         (k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds']
       )
@@ -81,7 +79,7 @@ def main(_):
     rows,
     ('dtype', 'shape', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'),
   )
-  generation.save(FLAGS.out, figures)
+  common.save(FLAGS.out, figures)
   cli.finish(figures)
 
 

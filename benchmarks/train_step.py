@@ -23,7 +23,7 @@ import time
 from absl import flags
 import numpy as np
 
-from benchmarks import generation
+from benchmarks import common
 from rrt import cli
 from rrt.models.init import init_params
 
@@ -147,7 +147,7 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def main(_):
-  generation.use_huge_pages()
+  common.use_huge_pages()
   import dataclasses
 
   import rrt
@@ -209,9 +209,9 @@ def main(_):
     'first_loss': first,
     'compile_seconds': seconds,
     'compile_seconds_by_layers': compile_seconds,
-    'machine': generation.machine(FLAGS.threads),
+    'machine': common.machine(FLAGS.threads),
   }
-  generation.save(FLAGS.out, figures)
+  common.save(FLAGS.out, figures)
   cli.finish(figures)
 
 

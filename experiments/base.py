@@ -8,8 +8,11 @@ field means is said in `rrt/recipe.py`.
 from rrt import recipe
 
 
-def get_config():
-  """The recipe for a laptop: 2 x 512 tokens a step, on two CPU cores."""
+def get_config(arg: str = ''):
+  """The recipe for a laptop: 2 x 512 tokens a step, on two CPU cores.
+
+  With arg `accelerator` it is the one for a GPU or TPU chip.
+  """
   c = recipe.config()
   c.data.path = 'builtin:train'
   c.heldout.path = 'builtin:heldout'
@@ -28,7 +31,7 @@ def get_config():
   c.convert.init = 'calibrated'
   c.convert.calibration = 'builtin:train'
   c.checkpoint_every = 20
-  return c
+  return accelerator(c) if arg == 'accelerator' else c
 
 
 def accelerator(c):

@@ -25,9 +25,7 @@ from experiments import base
 
 def get_config(arg: str = ''):
   """The recipe; arg may be `accelerator`."""
-  c = base.get_config()
-  if arg == 'accelerator':
-    c = base.accelerator(c)
+  c = base.get_config(arg)
   c.parent = 'smollm2-135m'
   c.child = 'runs/baseline_reduced_start'
   return c

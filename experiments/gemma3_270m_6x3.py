@@ -20,9 +20,7 @@ from experiments import base
 
 def get_config(arg: str = ''):
   """The recipe; arg may be `accelerator`."""
-  c = base.get_config()
-  if arg == 'accelerator':
-    c = base.accelerator(c)
+  c = base.get_config(arg)
   c.parent = 'gemma3-270m'
   c.convert.block, c.convert.loops = 6, 3
   c.convert.rank = 128

@@ -283,6 +283,19 @@ def _read_config(parse, path: str):
   raise ConfigFileError(f'--config={file}: {why}')
 
 
+def config_error(error: Exception) -> str:
+  """One line for what parsing --config and --config.FIELD raised."""
+  told = ' '.join(str(error).split())
+  if isinstance(error, (InputError, ConfigFileError)):
+    return told
+  # ml_collections wraps the KeyError of an unknown field in an AttributeError.
+  unknown = error.args[0] if isinstance(error, AttributeError) else None
+  if isinstance(unknown, KeyError):
+    lines = '; '.join(str(unknown.args[0]).splitlines())
+    return f'--config: there is no field {lines}'
+  return f'--config: {told or type(error).__name__}'
+
+
 def _ml_collections():
   try:
     from ml_collections import config_dict, config_flags

@@ -37,7 +37,7 @@ from rrt.heldout import open_heldout
 from rrt.models.count import count_params
 from rrt.prepare import check, open_data, prepare
 from rrt.pretrained import LanguageModel
-from rrt.recipe import ConfigFileError, Recipe, define_config_flag
+from rrt.recipe import Recipe, config_error, define_config_flag
 from rrt.teacher import with_teacher
 
 
@@ -271,14 +271,5 @@ if __name__ == '__main__':
   except Exception as error:
     if FLAGS.is_parsed():
       raise
-    # Files and fields of --config, for which absl has no sentence.
-    told = ' '.join(str(error).split())
-    unknown = error.args[0] if isinstance(error, AttributeError) else None
-    if isinstance(unknown, KeyError):
-      told = '--config: there is no field ' + '; '.join(
-        str(unknown.args[0]).splitlines()
-      )
-    elif not isinstance(error, (InputError, ConfigFileError)):
-      told = f'--config: {told or type(error).__name__}'
-    print(f'error: {told}', file=sys.stderr)
+    print(f'error: {config_error(error)}', file=sys.stderr)
     sys.exit(2)

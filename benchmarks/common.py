@@ -1,4 +1,4 @@
-"""What the decode and prefill benchmarks share: both models, clocks, results.
+"""What the benchmarks share: both models, clocks, huge pages, results.
 
 Ours and Hugging Face's run the same weights in one process, taking turns, so
 that both see the same machine; each repeat times every contender once.
