@@ -20,18 +20,30 @@ def get_config(arg: str = ''):
 
   c.steps = 40
   c.batch, c.length = 2, 512
-  c.loss.cross_entropy = 1.0
-  c.loss.distillation = 1.0  # Forward KL from the parent, temperature 1.
+  # Forward KL from the parent, temperature 1. So short a run learns more from
+  # all of the parent's probabilities than from the one token of the text.
+  c.loss.cross_entropy, c.loss.distillation = 0.0, 1.0
 
   c.optimizer.learning_rate = 3e-4
   c.optimizer.warmup_steps = 4
-  c.optimizer.schedule = 'cosine'
-  c.optimizer.final_rate = 0.1
+  c.optimizer.schedule, c.optimizer.final_rate = 'cosine', 0.0
+  c.optimizer.beta2 = 0.98
 
   c.convert.init = 'calibrated'
   c.convert.calibration = 'builtin:train'
+  c.convert.calibration_tokens = 16_384
   c.checkpoint_every = 20
   return accelerator(c) if arg == 'accelerator' else c
+
+
+def gentle_lora(c):
+  """Half the learning rate for LoRA.
+
+  The entries of a calibrated LoRA are larger than a kernel's, and so is what
+  a step of one size does to the product.
+  """
+  c.optimizer.rules = ((r'lora_[ab]$', {'multiplier': 0.5}),)
+  return c
 
 
 def accelerator(c):
@@ -39,6 +51,7 @@ def accelerator(c):
   c.dtype = 'bfloat16'
   c.batch, c.length = 32, 1024
   c.steps = 2000
+  c.loss.cross_entropy = 1.0
   c.optimizer.warmup_steps = 100
   c.loss.chunk_tokens = 8192
   c.log_every = 10
@@ -58,6 +71,7 @@ def paper(c):
   distillation: here they are this package's defaults.
   """
   c.data.path = 'hf://DKYoon/SlimPajama-6B:train'
+  c.loss.cross_entropy = 1.0
   c.heldout.path = ''
   c.length = 2048
   c.batch = 1024  # 2,097,152 tokens.
@@ -68,6 +82,7 @@ def paper(c):
   c.optimizer.learning_rate = 2e-4
   c.optimizer.warmup_steps = 800
   c.optimizer.schedule, c.optimizer.final_rate = 'cosine', 0.0
+  c.optimizer.beta2 = 0.95
   c.mesh.data, c.mesh.fsdp = 1, -1
   # As the paper: plain means and plain SVD, norms shared by all loops.
   c.convert.init, c.convert.lora_init = 'average', 'svd'

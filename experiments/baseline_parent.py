@@ -24,5 +24,5 @@ def get_config(arg: str = ''):
   c.parent = 'smollm2-135m'
   c.convert.block, c.convert.loops = 30, 1
   c.convert.loop_norms = False
-  c.loss.distillation = 0.0
+  c.loss.cross_entropy, c.loss.distillation = 1.0, 0.0
   return c

@@ -26,4 +26,4 @@ def get_config(arg: str = ''):
   c.convert.rank = 128
   # A vocabulary of 262,144: half as many tokens of logits at a time.
   c.loss.chunk_tokens //= 2
-  return c
+  return base.gentle_lora(c)

@@ -21,4 +21,4 @@ def get_config(arg: str = ''):
   c.parent = 'smollm2-135m'
   c.convert.block, c.convert.loops = 10, 3
   c.convert.rank = 128
-  return c
+  return base.gentle_lora(c)

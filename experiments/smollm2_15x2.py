@@ -22,4 +22,4 @@ def get_config(arg: str = ''):
   c.parent = 'smollm2-135m'
   c.convert.block, c.convert.loops = 15, 2
   c.convert.rank = 128
-  return c
+  return base.gentle_lora(c)

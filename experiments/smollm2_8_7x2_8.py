@@ -35,9 +35,5 @@ def get_config(arg: str = ''):
   c.convert.prelude, c.convert.block, c.convert.coda = 8, 7, 8
   c.convert.loops = 2
   c.convert.rank = 64
-  c.optimizer.learning_rate, c.optimizer.final_rate = 2e-4, 0.0
-  c.optimizer.beta2 = 0.98
-  # The entries of a calibrated LoRA are larger than a kernel's, and so is what
-  # a step of one size does to the product.
-  c.optimizer.rules = ((r'lora_[ab]$', {'multiplier': 0.5}),)
-  return c
+  c.optimizer.learning_rate = 2e-4
+  return base.gentle_lora(c)
