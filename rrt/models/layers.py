@@ -13,6 +13,7 @@ import math
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rrt.config import ModelConfig, Rope
 from rrt.models.matmul import matmul
@@ -47,27 +48,34 @@ def rms_norm(x, gain, eps: float, unit_offset: bool):
 
 
 def rope_frequencies(rope: Rope, head_dim: int):
-  """Angular frequencies of one rotary table, float32 [Dh / 2]."""
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  freq = 1.0 / (rope.base**exponent)
+  """Angular frequencies of one rotary table, a numpy float32 [Dh / 2].
+
+  Each step is rounded to float32, as transformers and torch do it. The last
+  bit counts: an angle is a frequency times a position.
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  power = (float(rope.base) ** exponent.astype(np.float64)).astype(np.float32)
+  freq = np.float32(1.0) / power
   if rope.scaling == 'linear':
-    return freq / rope.factor
+    return freq / np.float32(rope.factor)
   if rope.scaling == 'llama3':
-    wavelength = 2 * math.pi / freq
-    low = rope.original_context / rope.low_freq_factor
-    high = rope.original_context / rope.high_freq_factor
-    ramp = (rope.original_context / wavelength - rope.low_freq_factor) / (
-      rope.high_freq_factor - rope.low_freq_factor
-    )
-    smooth = (1 - ramp) * freq / rope.factor + ramp * freq
-    smooth = jnp.where(wavelength > low, freq / rope.factor, smooth)
-    return jnp.where(wavelength < high, freq, smooth)
+    wavelength = np.float32(2 * math.pi) / freq
+    low = np.float32(rope.original_context / rope.low_freq_factor)
+    high = np.float32(rope.original_context / rope.high_freq_factor)
+    slowed = freq / np.float32(rope.factor)
+    ramp = (
+      np.float32(rope.original_context) / wavelength
+      - np.float32(rope.low_freq_factor)
+    ) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (1 - ramp) * freq / np.float32(rope.factor) + ramp * freq
+    smooth = np.where(wavelength > low, slowed, smooth)
+    return np.where(wavelength < high, freq, smooth)
   return freq
 
 
 def rope_tables(config: ModelConfig, positions_BxL):
   """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
-  freq_TxK = jnp.stack(
+  freq_TxK = np.stack(
     [rope_frequencies(r, config.head_dim) for r in config.ropes]
   )
   angle = (
