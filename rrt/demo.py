@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 import time
+from typing import Any
 
 # See rrt/convert/__main__.py: before anything loads LAPACK.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
@@ -132,7 +133,7 @@ def main(argv):
   parent = load(_MODEL.value)
   heldout_text = '\n\n'.join(sources.stream(heldout))
   calibration = '\n\n'.join(sources.stream(train))
-  shape = dict(
+  shape: dict[str, Any] = dict(
       prelude=_PRELUDE.value, loops=_LOOPS.value, coda=_CODA.value,
       rank=_RANK.value, calibration=calibration, seed=_SEED.value,
       calibration_tokens=_CALIBRATION_TOKENS.value,

@@ -158,7 +158,8 @@ def main(argv) -> None:
 
   # The deepest measurement is the model's own; the others stand beside it.
   own = [figures for name, figures in measured if name != 'parent']
-  final = {'model': _MODEL.value, 'context': context} | own[-1]
+  deepest = max(own, key=lambda figures: figures['loops'])
+  final = {'model': _MODEL.value, 'context': context} | deepest
   if len(own) > 1:
     final['by_loops'] = own
   if _PARENT.value:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rrt.config import ModelConfig
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.losses import Objective
@@ -21,41 +22,15 @@ def open_heldout(
 ) -> Callable[[Any], float] | None:
   """Reads the text and returns a function of the parameters.
 
-  The text is cut into rows of `context` tokens; the first token of a row is
-  read but not predicted, and what is left after the last full row is dropped.
-
   Returns:
     params -> nats a token; None where the recipe names no text.
 
   Raises:
-    InputError: the text is unreadable or too short, or its rows do not fit
-      the model or the mesh.
+    InputError: see `read_heldout`.
   """
-  h = recipe.heldout
-  if not h.path:
+  if not recipe.heldout.path:
     return None
-  longest = spec.config.max_context
-  context = h.context
-  if context == Heldout.context:
-    # The default is as much of it as the model can take.
-    context = min(context, longest)
-  if not 1 < context <= longest:
-    raise InputError(
-      f'heldout.context={context}: must lie in 2 to {longest}, the longest '
-      'that the model was made for.'
-    )
-  tokens = pipeline.read_tokens(h.path, tokenizer, h.max_tokens)
-  L = min(context, len(tokens))
-  if L < 2:
-    raise InputError(f'heldout.path={h.path!r}: holds less than two tokens.')
-  B = h.batch or recipe.batch
-  split = mesh.shape['data'] * mesh.shape['fsdp']
-  if B % split:
-    raise InputError(
-      f'heldout.batch={B}: must be a multiple of {split}, the devices on '
-      'the axes data and fsdp.'
-    )
-  tokens_NxL = np.asarray(tokens[: len(tokens) // L * L]).reshape(-1, L)
+  tokens_NxL, B = read_heldout(recipe, spec.config, tokenizer, mesh)
   batches = [
     _batch(tokens_NxL[i : i + B], B) for i in range(0, len(tokens_NxL), B)
   ]
@@ -72,6 +47,44 @@ def open_heldout(
     return total / tokens_NxL[:, 1:].size
 
   return mean
+
+
+def read_heldout(
+  recipe: Recipe, config: ModelConfig, tokenizer, mesh
+) -> tuple[np.ndarray, int]:
+  """The held-out text, int [N, L], and how many rows are read at a time.
+
+  The text is cut into rows of `context` tokens; the first token of a row (its
+  begin token, where the model has one) is read but not predicted, and what is
+  left after the last full row is dropped.
+
+  Raises:
+    InputError: the text is unreadable or too short, or its rows do not fit
+      the model or the mesh.
+  """
+  h = recipe.heldout
+  longest = config.max_context
+  context = h.context
+  if context == Heldout.context:
+    # The default is as much of it as the model can take.
+    context = min(context, longest)
+  if not 1 < context <= longest:
+    raise InputError(
+      f'heldout.context={context}: must lie in 2 to {longest}, the longest '
+      'that the model was made for.'
+    )
+  tokens = pipeline.read_tokens(h.path, tokenizer, h.max_tokens)
+  if len(tokens) < 2:
+    raise InputError(f'heldout.path={h.path!r}: holds less than two tokens.')
+  B = h.batch or recipe.batch
+  split = mesh.shape['data'] * mesh.shape['fsdp']
+  if B % split:
+    raise InputError(
+      f'heldout.batch={B}: must be a multiple of {split}, the devices on '
+      'the axes data and fsdp.'
+    )
+  start = getattr(tokenizer, 'start_id', None)
+  return pipeline.rows(tokens, context, start), B
 
 
 def _batch(tokens_BxL: np.ndarray, rows: int) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
+from rrt.models.matmul import float32_is_float32
 from rrt.sharding import constrain
 
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
@@ -213,15 +214,16 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
     return (sums, d_head_SxDxV), d_hidden_BxCxD
 
   zero = jnp.zeros((), jnp.float32)
-  start = None
+  start: Any = None
   if want_head:
     # A sum for each share of the rows: added up once, behind the loop.
     start = constrain(
       jnp.zeros((S, *head_DxV.shape), jnp.float32), ('batch', None, 'vocab')
     )
-  (sums, d_head_SxDxV), d_hidden = jax.lax.scan(
-    one, (Losses(zero, zero, zero, zero), start), xs
-  )
+  with float32_is_float32(hidden_BxLxD.dtype):
+    (sums, d_head_SxDxV), d_hidden = jax.lax.scan(
+      one, (Losses(zero, zero, zero, zero), start), xs
+    )
   if wanted is None:
     return sums, None
   d_head_DxV = jnp.sum(d_head_SxDxV, axis=0) if want_head else None

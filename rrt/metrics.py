@@ -11,6 +11,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,21 @@ PEAK_FLOPS = {
   'TPU v5': 459e12,
   'TPU v6 lite': 918e12,
   'TPU v6e': 918e12,
+  'TPU7x': 2307e12,
   'NVIDIA V100': 125e12,
   'NVIDIA L4': 121e12,
+  'NVIDIA L40': 181e12,
+  'NVIDIA L40S': 362e12,
+  'NVIDIA A10': 125e12,
+  'NVIDIA A10G': 70e12,
   'NVIDIA A100': 312e12,
   'NVIDIA H100': 989e12,
+  'NVIDIA H100 PCIe': 756e12,
+  'NVIDIA H100 NVL': 835e12,
   'NVIDIA H200': 989e12,
+  'NVIDIA GH200': 989e12,
   'NVIDIA B200': 2250e12,
+  'NVIDIA GB200': 2500e12,
 }
 
 
@@ -77,11 +87,14 @@ def step_flops(
 
 def peak_flops() -> float | None:
   """Of all devices together; None for a kind that the table lacks (CPUs)."""
-  kind = jax.devices()[0].device_kind
-  names = [n for n in PEAK_FLOPS if n.lower() in kind.lower()]
-  if not names:
-    return None
-  return PEAK_FLOPS[max(names, key=len)] * jax.device_count()
+  one = peak_of(jax.devices()[0].device_kind)
+  return None if one is None else one * jax.device_count()
+
+
+def peak_of(kind: str) -> float | None:
+  """Of one device, by whole words of its name: an L40S is no L4."""
+  names = [n for n in PEAK_FLOPS if re.search(rf'\b{n}\b', kind, re.I)]
+  return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def memory_bytes() -> int:
@@ -147,7 +160,9 @@ class Writer:
     os.replace(rest, self.path)
     self._file = self.path.open('a')
     if tensorboard:
-      self._board = _summary_writer(Path(directory) / 'tensorboard', step)
+      self._board = require_tensorboard()(
+        str(Path(directory) / 'tensorboard'), purge_step=step + 1
+      )
 
   def write(self, row: dict[str, Any]) -> None:
     """Adds a row; 'step' is one of its keys, values that are None go."""
@@ -200,7 +215,12 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _summary_writer(directory: Path, step: int):
+def require_tensorboard():
+  """tensorboardX's SummaryWriter.
+
+  Raises:
+    InputError: it is not installed.
+  """
   try:
     from tensorboardX import SummaryWriter
   except ImportError as e:
@@ -209,7 +229,7 @@ def _summary_writer(directory: Path, step: int):
       '"relaxed-recursive-transformers[train]", or set '
       'config.tensorboard=False.'
     ) from e
-  return SummaryWriter(str(directory), purge_step=step + 1)
+  return SummaryWriter
 
 
 class Log:

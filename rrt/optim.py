@@ -7,6 +7,7 @@ in it: 'lora' is every adapter, '^block/.*kernel$' the shared matrices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
@@ -75,6 +76,17 @@ class Optimizer:
     need(positive(self.eps), 'eps', 'must be above 0')
     need(self.weight_decay >= 0, 'weight_decay', 'must be 0 or more')
     need(self.clip >= 0, 'clip', 'must be 0 or more; 0 does not clip')
+    for rule in self.rules:
+      if not (
+        isinstance(rule, tuple)
+        and len(rule) == 2
+        and isinstance(rule[0], str)
+        and isinstance(rule[1], Mapping)
+      ):
+        raise InputError(
+          f'optimizer.rules: {rule!r} is not a pair of a pattern and a dict; '
+          "write them as (('lora', {'multiplier': 0.5}),)."
+        )
     for pattern in (self.train, *(p for p, _ in self.rules)):
       try:
         re.compile(TRAIN.get(pattern, pattern))
@@ -89,6 +101,11 @@ class Optimizer:
     """These settings with a rule's fields in their place."""
     fields = dict(fields)
     multiplier = fields.pop('multiplier', 1.0)
+    for name, value in (('multiplier', multiplier), *fields.items()):
+      if name != 'schedule' and not isinstance(value, (int, float)):
+        raise InputError(
+          f'optimizer.rules: {name}={value!r}: must be a number.'
+        )
     known = {f.name for f in dataclasses.fields(self)}
     for name in fields:
       if name not in known - {'train', 'clip', 'rules'}:

@@ -15,13 +15,15 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 from rrt import checkpoint as checkpoint_lib
-from rrt import cli, optim, pretrained, sharding
+from rrt import cli, optim, pretrained, sharding, state
 from rrt import metrics as metrics_lib
 from rrt.config import ModelConfig
 from rrt.data import pipeline, sources
 from rrt.errors import InputError
+from rrt.heldout import read_heldout
 from rrt.models.init import init_params
 from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe
@@ -72,6 +74,34 @@ def open_data(recipe: Recipe, tokenizer) -> pipeline.Batches:
   )  # fmt: skip
 
 
+def next_batch(data: pipeline.Batches, recipe: Recipe) -> pipeline.Batch | None:
+  """The next batch; None when the text is used up for all processes.
+
+  A process whose rows end before the others' goes on with empty ones.
+  """
+  batch = next(data, None)
+  if recipe.data.epochs and jax.process_count() > 1:
+    ended = multihost_utils.process_allgather(np.array(batch is None))
+    if batch is None and not ended.all():
+      return data.empty()
+  return batch
+
+
+def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
+  """Raises InputError for what would fail after a conversion of the parent."""
+  shape = planned(recipe, parent.config)
+  check(recipe, parent.config, shape, mesh)
+  params = jax.eval_shape(lambda: init_params(shape, jax.random.key(0)))
+  trained = state.trained_paths(optim.trainable(recipe.optimizer, params))
+  weights, _ = state.split(params, trained)
+  optim.make_optimizer(recipe.optimizer, weights, recipe.steps)
+  open_data(recipe, parent.tokenizer).close()
+  if recipe.heldout.path:
+    read_heldout(recipe, shape, parent.tokenizer, mesh)
+  if recipe.tensorboard:
+    metrics_lib.require_tensorboard()
+
+
 def prepare(
   recipe: Recipe, workdir: Path
 ) -> tuple[LanguageModel, LanguageModel]:
@@ -98,21 +128,17 @@ def prepare(
 
   parent = pretrained.load(recipe.parent)
   kept = workdir / 'child'
-  if jax.process_index() == 0 and not (same and kept.is_dir()):
-    if recipe.child:
-      child = pretrained.load(recipe.child)
-    else:
-      shape = planned(recipe, parent.config)
-      check(recipe, parent.config, shape, mesh)
-      optim.trainable(
-        recipe.optimizer,
-        jax.eval_shape(lambda: init_params(shape, jax.random.key(0))),
-      )
-      open_data(recipe, parent.tokenizer).close()
-      child = convert(recipe, parent)
-    check(recipe, parent.config, child.config, mesh)
-    shutil.rmtree(kept, ignore_errors=True)
-    pretrained.save(child, kept)
+  if jax.process_index() == 0:
+    if not (same and kept.is_dir()):
+      if recipe.child:
+        child = pretrained.load(recipe.child)
+      else:
+        check_all(recipe, parent, mesh)
+        child = convert(recipe, parent)
+      check(recipe, parent.config, child.config, mesh)
+      shutil.rmtree(kept, ignore_errors=True)
+      pretrained.save(child, kept)
+    # Also where the child is there: until a checkpoint is, the rest may change.
     _write_json(
       settings,
       {

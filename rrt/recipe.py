@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import json
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -84,6 +85,11 @@ class Data:
 
   def spec(self) -> DataSpec:
     """The same for `rrt.data.pipeline`."""
+    for weight in self.weights:
+      if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        raise InputError(
+          f'data.weights={self.weights!r}: must be numbers, one a path.'
+        )
     paths = [p.strip() for p in self.path.split(',') if p.strip()]
     weights = self.weights or (None,) * len(paths)
     if len(weights) != len(paths):
@@ -117,6 +123,15 @@ class Heldout:
   max_tokens: int = 8192
   context: int = 1024
   batch: int = 0
+
+  def __post_init__(self):
+    for field, least in (
+        ('every', 0), ('max_tokens', 2), ('context', 2), ('batch', 0),
+    ):  # fmt: skip
+      if getattr(self, field) < least:
+        raise InputError(
+          f'heldout.{field}={getattr(self, field)}: must be {least} or more.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +209,11 @@ class Recipe:
         self.batch % self.accumulate == 0, 'accumulate',
         f'must divide batch={self.batch}',
     )  # fmt: skip
+    sizes = list(self.mesh.values())
+    if not all(isinstance(n, int) for n in sizes):
+      raise InputError(
+        f'mesh={dict(self.mesh)!r}: must be numbers of devices by axis.'
+      )
     if self.optimizer.warmup_steps > self.steps:
       raise InputError(
         f'optimizer.warmup_steps={self.optimizer.warmup_steps}: is longer '
@@ -235,7 +255,7 @@ def config():
       elif field.default is None:
         base = next(t for t in get_args(kind) if t is not type(None))
         fields[field.name] = config_dict.placeholder(base)
-      elif field.default is dataclasses.MISSING:
+      elif callable(field.default_factory):
         fields[field.name] = config_dict.create(**field.default_factory())
       else:
         fields[field.name] = field.default
@@ -331,8 +351,8 @@ def _cast(kind, value, name: str):
   """The value as its field's type; whole floats pass for ints."""
   text = str(kind).replace('typing.', '')
   fits = {
-    int: lambda v: isinstance(v, int) and not isinstance(v, bool),
-    float: lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    int: lambda v: isinstance(v, Integral) and not isinstance(v, bool),
+    float: lambda v: isinstance(v, Real) and not isinstance(v, bool),
     str: lambda v: isinstance(v, str),
     bool: lambda v: isinstance(v, bool),
   }
@@ -351,4 +371,6 @@ def _cast(kind, value, name: str):
     if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
       raise InputError(f'config.{name}={value!r}: must be a tuple.')
     return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+  if not isinstance(value, Mapping):
+    raise InputError(f'config.{name}={value!r}: must be a dict.')
   return dict(value)

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from absl import flags
 import jax
@@ -35,7 +35,7 @@ from rrt.errors import InputError
 from rrt.files import check_writable
 from rrt.heldout import open_heldout
 from rrt.models.count import count_params
-from rrt.prepare import check, open_data, prepare
+from rrt.prepare import check, next_batch, open_data, prepare
 from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe, config_error, define_config_flag
 from rrt.teacher import with_teacher
@@ -121,7 +121,7 @@ def uptrain(
     if heldout and step == 0:
       log.heldout(0, heldout(state.params))
     while step < recipe.steps and not stop.requested(step):
-      batch = next(data, None)
+      batch = next_batch(data, recipe)
       if batch is None:
         log.say(f'the text is used up after {step} steps')
         break
@@ -151,7 +151,7 @@ class Stop:
 
   def __init__(self, every: int):
     """`every`: steps between agreements, where there are many processes."""
-    self.asked, self._every, self._old = False, every, None
+    self.asked, self._every, self._old = False, every, cast(Any, None)
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
@@ -179,18 +179,19 @@ def main(argv):
   """Runs a recipe from the command line."""
   del argv
   begin = time.monotonic()
-  if FLAGS.distributed:
-    jax.distributed.initialize()
-  elif FLAGS.coordinator:
-    jax.distributed.initialize(
-      FLAGS.coordinator, FLAGS.processes, FLAGS.process
-    )
   for flag in ('config', 'workdir'):
     if not getattr(FLAGS, flag):
       raise InputError(f'--{flag} is not given; see --help.')
+  if '://' in FLAGS.workdir:
+    raise InputError(
+      f'--workdir={FLAGS.workdir}: must be a directory of a file system that '
+      'all processes see; mount the bucket first.'
+    )
+  initialize_distributed()
   recipe = Recipe.from_dict(FLAGS.config.to_dict())
   workdir = Path(FLAGS.workdir).expanduser().absolute()
   check_writable(workdir)
+  signal.signal(signal.SIGTERM, leave)
   parent, child = prepare(recipe, workdir)
   run = uptrain(parent, child, recipe, workdir)
   if run.stopped and run.step < recipe.steps:
@@ -203,6 +204,38 @@ def main(argv):
     pretrained.save(run.model, workdir / 'model')
     summarize(recipe, run, workdir, time.monotonic() - begin)
   return 0
+
+
+def initialize_distributed() -> None:
+  """Joins the processes that the flags speak of.
+
+  Raises:
+    InputError: there are none to be found, or a flag is missing.
+  """
+  by_hand = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+  if FLAGS.distributed:
+    try:
+      jax.distributed.initialize()
+    except (ValueError, RuntimeError) as e:
+      raise InputError(
+        f'--distributed: the environment does not tell the processes ({e}); '
+        'name them with --coordinator, --processes and --process.'
+      ) from e
+  elif any(value is not None for value in by_hand):
+    if None in by_hand:
+      raise InputError(
+        '--coordinator, --processes and --process must be given together.'
+      )
+    jax.distributed.initialize(*by_hand)
+
+
+def leave(*_):
+  """Answers SIGTERM while no training step runs."""
+  print(
+    'stopped by SIGTERM; the same command goes on from what is saved',
+    flush=True,
+  )
+  sys.exit(143)
 
 
 def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:

@@ -272,7 +272,8 @@ class Walk:
       return
 
     def look(depth):
-      layer, c_IxI, power_F, tokens = self.layer(depth), 0.0, 0.0, 0
+      layer, tokens = self.layer(depth), 0
+      c_IxI = power_F = jnp.zeros(())
       for rows in self.chunks[:ALIGN_CHUNKS]:
         x_BxLxI = self.inputs('mlp_in', layer, depth, rows, streams[depth])
         hidden_BxLxF = _hidden(self.config, layer['mlp'], x_BxLxI)

@@ -106,6 +106,11 @@ class Batches(Iterator[Batch]):
     batch, self._places = made
     return batch
 
+  def empty(self) -> Batch:
+    """A batch of padding."""
+    rows = [_empty_row(self._length) for _ in self._lane_ids]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
   def get_state(self) -> dict[str, Any]:
     """Where the batches handed out so far end: strings, ints and lists.
 
@@ -193,6 +198,13 @@ class Batches(Iterator[Batch]):
     return batch, dict(zip(self._lane_ids, places, strict=True))
 
 
+def _empty_row(length: int) -> dict[str, np.ndarray]:
+  ints = ('tokens', 'targets', 'segment_ids', 'positions')
+  row: dict[str, np.ndarray] = {n: np.zeros(length, np.int32) for n in ints}
+  row['weights'] = np.zeros(length, np.float32)
+  return row
+
+
 class _Lane:
   """One row of the global batch through time."""
 
@@ -203,11 +215,13 @@ class _Lane:
 
   def row(self, length: int) -> dict[str, np.ndarray]:
     """The next row; padding from where the elements end."""
-    ints = ('tokens', 'targets', 'segment_ids', 'positions')
-    row: dict[str, np.ndarray] = {n: np.zeros(length, np.int32) for n in ints}
-    row['weights'] = np.zeros(length, np.float32)
+    row = _empty_row(length)
     element, token = self.place
     filled = segment = barren = 0
+    if token and length > 1 and self._stream.start_id is not None:
+      # An element goes on, and begins with this token as the others do. What
+      # follows it was the last target of the row before.
+      row['tokens'][0], filled = self._stream.start_id, 1
     while filled < length and element < len(self._stream):
       if self._tokens is None:
         self._tokens = self._stream[element]
@@ -215,14 +229,14 @@ class _Lane:
       size = min(len(tokens) - token, length - filled)
       if size > 0:
         segment, barren = segment + 1, 0
-        here = slice(filled, filled + size)
+        begin = 0 if segment == 1 else filled
         targets = tokens[token + 1 : token + size + 1]
-        row['tokens'][here] = tokens[token : token + size]
+        row['tokens'][filled : filled + size] = tokens[token : token + size]
         row['targets'][filled : filled + len(targets)] = targets
         row['weights'][filled : filled + len(targets)] = 1
-        row['segment_ids'][here] = segment
-        row['positions'][here] = np.arange(size)
         filled, token = filled + size, token + size
+        row['segment_ids'][begin:filled] = segment
+        row['positions'][begin:filled] = np.arange(filled - begin)
       else:
         barren += 1
         if barren > self._stream.patience:

@@ -69,6 +69,7 @@ class Stream:
     grain = compressed.require('grain', 'training data', 'train')
     self.lanes = lanes
     self._tokenizer = tokenizer
+    self.start_id = getattr(tokenizer, 'start_id', None)
     self._separator = _separator(spec, tokenizer)
     opened = [sources.open_documents(s) for s in spec.sources]
     size = max(16 * length, sources.CUT)

@@ -27,6 +27,10 @@ _ENDS = (
     '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>',
 )  # fmt: skip
 
+# Tokens of a prompt that settle how its continuation is written: whole
+# characters, and what a decoder does at the beginning of a text.
+_CONTEXT = 8
+
 
 class Tokenizer:
   """Encodes text, decodes ids, renders chats.
@@ -190,6 +194,15 @@ class Tokenizer:
       [int(i) for i in ids], skip_special_tokens=skip_special
     )
 
+  @property
+  def start_id(self) -> int | None:
+    """The token that each row of text begins with, or None.
+
+    Models that were trained with a begin token attend to it at every step,
+    and predict badly without it wherever a text is cut into rows.
+    """
+    return self.bos_id if self.add_bos else None
+
   def token(self, token_id: int) -> str | None:
     """A token as the vocabulary writes it."""
     return self._core.id_to_token(int(token_id))
@@ -315,12 +328,18 @@ class StreamDecoder:
   space, so the tail since the last complete text is decoded together.
   """
 
-  def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    skip_special: bool = True,
+    before: Sequence[int] = (),
+  ):
+    """`before`: the tokens that the text goes on from, not handed out."""
     self._tokenizer = tokenizer
     self._skip = skip_special
-    self._ids: list[int] = []
+    self._ids: list[int] = [int(i) for i in before[-_CONTEXT:]]
     self._begin = 0  # First id of the context that is decoded again.
-    self._shown = 0  # Ids whose text was handed out.
+    self._shown = len(self._ids)  # Ids whose text was handed out.
 
   def push(self, token_id: int) -> str:
     """The text that becomes complete with this token, often ''."""

@@ -160,7 +160,7 @@ class RrtLM(TemplateLM):
   def _score(self, pairs, label, show=True):
     if not pairs:
       return []
-    arguments = {
+    arguments: dict[str, Any] = {
         'loops': self.loops, 'dtype': self.dtype,
         'batch_tokens': self.batch_tokens,
     }  # fmt: skip

@@ -3,7 +3,8 @@
 The text becomes one line of tokens, cut into rows of `context`. Each row is
 read alone: its first token is given, the others are predicted from those
 before them in the row. So a row of 1,024 scores 1,023 tokens, and a figure
-depends on `context`: longer rows know more.
+depends on `context`: longer rows know more. Where a model was trained with a
+begin token, that is the token which is given to each row of a text.
 
 B batch, L length, D model, V vocabulary, N tokens, C tokens of a chunk.
 """
@@ -70,7 +71,8 @@ def score(
 
   Args:
     model: what `rrt.load` gives.
-    text: at least two tokens of it.
+    text: at least two tokens of it. Tokens are cut into rows as they are,
+      without begin tokens.
     context: length of a row in tokens, the last one may be shorter.
     loops: how many loops of the block to run; None for all.
     batch: rows in one pass.
@@ -135,6 +137,9 @@ def make_rows(
   if max_tokens is not None and max_tokens < 2:
     raise InputError(f'max_tokens={max_tokens}: must be 2 or more.')
   tokens = encode(model.tokenizer, text, max_tokens)
+  start = []
+  if isinstance(text, str) and model.tokenizer is not None:
+    start = [i for i in (model.tokenizer.start_id,) if i is not None]
   if len(tokens) < 2:
     raise InputError(
       f'The text has {len(tokens)} tokens; at least 2 are needed.'
@@ -144,7 +149,8 @@ def make_rows(
       f'The text has token ids outside 0..{config.vocab_size - 1}; is this '
       'the tokenizer of the model?'
     )
-  rows = [tokens[i : i + context] for i in range(0, len(tokens), context)]
+  step = context - len(start)
+  rows = [start + tokens[i : i + step] for i in range(0, len(tokens), step)]
   return rows if len(rows[-1]) > 1 else rows[:-1]
 
 
@@ -244,9 +250,13 @@ def token_losses(
 
 def byte_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
   """How many bytes of text each token stands for, int [N]."""
-  # Byte-level vocabularies write each byte as one character, SentencePiece
-  # ones a space as U+2581 and a lone byte as <0x0A>.
-  byte_level = tokenizer.token_id('\u0120') is not None
+  # Byte-level vocabularies write each byte as one character, a space as
+  # U+0120; SentencePiece ones, which may have that letter too, write a space as
+  # U+2581 and a lone byte as <0x0A>.
+  byte_level = (
+    tokenizer.token_id('\u0120') is not None
+    and tokenizer.token_id('\u2581') is None
+  )
 
   def length(token_id) -> int:
     token = tokenizer.token(token_id) or ''

@@ -49,9 +49,13 @@ def sample(logits_BxV, sampling: Sampling, step_B):
     sampling: the rows' settings.
     step_B: int; how many tokens each row has so far.
   """
-  hot_B = sampling.temperature_B > 0
+  # What XLA flushes to 0 is 0.
+  hot_B = sampling.temperature_B >= jnp.finfo(jnp.float32).tiny
   heat_B = jnp.where(hot_B, sampling.temperature_B, 1.0)
-  scaled_BxV = logits_BxV.astype(jnp.float32) / heat_B[:, None]
+  # From the largest down, so that no small temperature overflows.
+  logits_BxV = logits_BxV.astype(jnp.float32)
+  top_Bx1 = jnp.max(logits_BxV, -1, keepdims=True)
+  scaled_BxV = (logits_BxV - top_Bx1) / heat_B[:, None]
   kept_BxV = keep_top_k(scaled_BxV, sampling.top_k_B)
   kept_BxV = keep_top_p(kept_BxV, sampling.top_p_B)
   kept_BxV = keep_min_p(kept_BxV, sampling.min_p_B)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +71,7 @@ def complete(
   Raises:
     InputError: a setting or prompt that cannot work; nothing was run.
   """
+  seed = int(seed) if isinstance(seed, Integral) else seed
   settings = Settings(
       max_new_tokens, temperature, top_k, top_p, min_p, seed,
       (stop,) if isinstance(stop, str) else tuple(stop), chat, ignore_end,
@@ -103,14 +105,18 @@ class Settings:
 
     def number(field, low, high) -> bool:
       value = getattr(self, field)
-      return math.isfinite(value) and low <= value <= high
+      return isinstance(value, Real) and low <= value <= high < math.inf
 
-    need(self.max_new_tokens > 0, 'max_new_tokens', '1 or more')
+    def whole(field, low) -> bool:
+      value = getattr(self, field)
+      return isinstance(value, Integral) and value >= low
+
+    need(whole('max_new_tokens', 1), 'max_new_tokens', '1 or more')
     need(
-        number('temperature', 0, math.inf), 'temperature',
+        number('temperature', 0, 1e30), 'temperature',
         'a finite number, 0 (greedy) or above',
     )  # fmt: skip
-    need(self.top_k >= 0, 'top_k', '0 (all tokens) or more')
+    need(whole('top_k', 0), 'top_k', '0 (all tokens) or more')
     need(
         number('top_p', 0, 1) and self.top_p > 0, 'top_p',
         'above 0 and at most 1 (all tokens)',
@@ -166,9 +172,10 @@ class Writer:
     """As the function `complete`, which checks the settings first."""
     ids = encode_prompts(self._tokenizer, prompts, settings.chat)
     check_prompts(self._config, ids)
-    if not isinstance(settings.seed, int) and len(settings.seed) != len(ids):
+    seed = settings.seed
+    if not isinstance(seed, int) and len(seed) != len(ids):
       raise InputError(
-        f'seed has {len(settings.seed)} values for {len(ids)} prompts; '
+        f'seed has {len(seed)} values for {len(ids)} prompts; '
         'give one for each, or one in all.'
       )
     if settings.stop and self._tokenizer is None:
@@ -187,7 +194,10 @@ class Writer:
     context = self._config.max_context
     room = [min(settings.max_new_tokens, context - len(p)) for p in ids]
     show = stream or (lambda i, text: None)
-    texts = [Text(self._tokenizer, end, settings.stop, i, show) for i in rows]
+    texts = [
+      Text(self._tokenizer, p, end, settings.stop, i, show)
+      for i, p in zip(rows, ids, strict=True)
+    ]
     watched = stream is not None or bool(settings.stop)
     run = self._decoder.run(
         ids, room, sampling=settings.sampling(rows), eos=end,

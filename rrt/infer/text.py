@@ -32,12 +32,13 @@ class Text:
   """One row's text as it grows; finds stop strings, hands out what is sure."""
 
   def __init__(
-      self, tokenizer: Tokenizer | None, end: Sequence[int],
-      stops: Sequence[str], index: int, show: Callable[[int, str], Any],
+      self, tokenizer: Tokenizer | None, prompt: Sequence[int],
+      end: Sequence[int], stops: Sequence[str], index: int,
+      show: Callable[[int, str], Any],
   ):  # fmt: skip
     self._end, self._stops = frozenset(end), stops
     self._index, self._show = index, show
-    self._stream = _decoder(tokenizer)
+    self._stream = _decoder(tokenizer, prompt)
     self._tokens: list[int] = []
     self._text = ''
     self._shown = 0
@@ -105,9 +106,9 @@ class _Mute:
     return ''
 
 
-def _decoder(tokenizer: Tokenizer | None):
+def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]):
   if tokenizer is None:
     return _Mute()
   from rrt.data.tokenizer import StreamDecoder
 
-  return StreamDecoder(tokenizer)
+  return StreamDecoder(tokenizer, before=prompt)

@@ -9,6 +9,7 @@ same code.
 """
 
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -104,12 +105,12 @@ class Norm(nn.Module):
   def __call__(self, x, loop=0):
     c = self.config
     zeros_or_ones = nn.initializers.constant(0.0 if c.unit_offset_norm else 1.0)
+    shape: tuple[int, ...] = (self.size,)
+    axes: tuple[str, ...] = ('norm',)
     if self.looped and c.loop_norms:
-      shape, axes = (c.loops, self.size), ('loops', 'norm')
-    else:
-      shape, axes = (self.size,), ('norm',)
+      shape, axes = (c.loops, *shape), ('loops', *axes)
     init = nn.with_logical_partitioning(zeros_or_ones, axes)
-    gain = self.param('scale', init, shape, jnp.float32)
+    gain: Any = self.param('scale', init, shape, jnp.float32)
     if len(shape) == 2:
       gain = at_loop(gain, loop, x.ndim)
     else:
@@ -136,7 +137,7 @@ class Linear(nn.Module):
     )  # fmt: skip
     y_BxLxF = matmul(x_BxLxD, kernel_DxF)
     rank = c.lora.width(self.component) if self.looped and c.lora else 0
-    if not rank:
+    if not c.lora or not rank:
       return y_BxLxF
     a_RxDxr = self.param(
         'lora_a',

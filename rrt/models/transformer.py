@@ -24,6 +24,7 @@ from rrt.errors import InputError
 from rrt.models.attention import Context, Place
 from rrt.models.cache import Cache
 from rrt.models.layers import Norm, rope_tables
+from rrt.models.matmul import float32_is_float32
 from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
 from rrt.sharding import constrain
 
@@ -252,10 +253,11 @@ def forward(
   if not scan:
     params = unstack(params)
   model: Any = Transformer(config, dtype, remat, scan)
-  return model.apply(
-      {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
-      cache, loops, return_loops,
-  )  # fmt: skip
+  with float32_is_float32(dtype):
+    return model.apply(
+        {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
+        cache, loops, return_loops,
+    )  # fmt: skip
 
 
 def block_pass(
@@ -291,9 +293,10 @@ def block_pass(
     config, config.block_layers, looped=True, remat=remat, scan=scan
   )
   xs = (kvs, Place(of_loop(window), of_loop(rope)), loop)
-  x_BxLxD, (kvs, _) = stack.apply(
-    {'params': params['block']}, x_BxLxD, xs, context
-  )
+  with float32_is_float32(x_BxLxD.dtype):
+    x_BxLxD, (kvs, _) = stack.apply(
+      {'params': params['block']}, x_BxLxD, xs, context
+    )
   return x_BxLxD, kvs
 
 
@@ -303,10 +306,11 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
   if not config.tie_embeddings:
     table, axis = params['head']['kernel'], 0
   contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
-  return jax.lax.dot_general(
-      hidden.astype(dtype), jnp.asarray(table).astype(dtype), contract,
-      preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  with float32_is_float32(dtype):
+    return jax.lax.dot_general(
+        hidden.astype(dtype), jnp.asarray(table).astype(dtype), contract,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):
@@ -319,10 +323,11 @@ def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):
     logits_BxV = logits(config, params, hidden_BxD, dtype)
     return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
   table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
-  logits_VxB = jax.lax.dot_general(
-      table_VxD, hidden_BxD.astype(dtype), (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  with float32_is_float32(dtype):
+    logits_VxB = jax.lax.dot_general(
+        table_VxD, hidden_BxD.astype(dtype), (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
   return jnp.argmax(logits_VxB, 0).astype(jnp.int32)
 
 

@@ -93,7 +93,7 @@ def test_streams_add_up_to_the_text(stop):
 def test_multi_byte_characters_arrive_whole():
   tokenizer = runs.tokenizer()
   seen = []
-  text = Text(tokenizer, (), (), 0, lambda i, t: seen.append(t))
+  text = Text(tokenizer, (), (), (), 0, lambda i, t: seen.append(t))
   wanted = 'naïve 日本 😀!'
   for token in tokenizer.encode(wanted):
     text.extend([token])
