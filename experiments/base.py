@@ -6,6 +6,7 @@ field means is said in `rrt/recipe.py`.
 """
 
 from rrt import recipe
+from rrt.errors import InputError
 
 
 def get_config(arg: str = ''):
@@ -13,6 +14,8 @@ def get_config(arg: str = ''):
 
   With arg `accelerator` it is the one for a GPU or TPU chip.
   """
+  if arg not in ('', 'accelerator'):
+    raise InputError(f'{arg!r} is no variant; the only one is accelerator.')
   c = recipe.config()
   c.data.path = 'builtin:train'
   c.heldout.path = 'builtin:heldout'

@@ -111,13 +111,15 @@ class Progress:
   def __init__(self, total: int, label: str, unit: str = 'steps'):
     self.total, self.label, self.unit = total, label, unit
     self.done, self.start, self.shown = 0, time.monotonic(), 0.0
+    self.told = -1
     self.bar = sys.stderr.isatty()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._show(last=True)
+    if self.bar or self.told != self.done:
+      self._show(last=True)
 
   def update(self, n: int = 1, note: str = '') -> None:
     """Counts n more units as done."""
@@ -133,6 +135,7 @@ class Progress:
     self.update(done - self.done, note)
 
   def _show(self, note: str = '', last: bool = False) -> None:
+    self.told = self.done
     seconds = time.monotonic() - self.start
     rate = self.done / max(seconds, 1e-9)
     left = max(self.total - self.done, 0) / max(rate, 1e-9)

@@ -283,6 +283,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """The command line's; importing `uptrain` defines none."""
   define_config_flag()
+  flags.declare_key_flag('config')
   flags.DEFINE_string(
     'workdir', None, 'Directory of the run; it goes on where it was.'
   )

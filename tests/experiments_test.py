@@ -12,6 +12,7 @@ from rrt import optim, prepare
 from rrt import recipe as recipe_lib
 from rrt import state as state_lib
 from rrt.config import ModelConfig, Rope
+from rrt.errors import InputError
 from rrt.models.init import init_params
 from rrt.recipe import Recipe
 from tests import runs
@@ -115,6 +116,11 @@ def test_docstrings_tell_command_hardware_and_result(name):
 @pytest.mark.parametrize('name', [n for n in NAMES if 'smol' in n])
 def test_accelerator_variant(name):
   assert load(name, 'accelerator').dtype == 'bfloat16'
+
+
+def test_an_unknown_variant_is_refused():
+  with pytest.raises(InputError, match='accelerater'):
+    load('smollm2_15x2', 'accelerater')
 
 
 def test_a_reduced_model_is_layers_of_the_parent():

@@ -115,3 +115,15 @@ def test_tensorboard(tmp_path):
 
 def test_revision(tmp_path):
   assert metrics.revision(tmp_path) == ''
+
+
+@pytest.mark.parametrize(
+    'kind,flops', [
+        ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA L40S', 362e12),
+        ('NVIDIA L4', 121e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12),
+        ('cpu', None),
+    ],
+)  # fmt: skip
+def test_peak_flops_by_name(kind, flops):
+  assert metrics.peak_of(kind) == flops

@@ -46,3 +46,15 @@ def test_two_processes_equal_one(tmp_path):
   a, b = (pretrained.load(tmp_path / x) for x in ('two', 'one'))
   table = lambda m: m.params['embed']['table']
   np.testing.assert_allclose(table(a), table(b), atol=1e-4)
+
+
+def test_the_text_may_end_at_different_steps(tmp_path):
+  file = runs.write_experiment(tmp_path)
+  flags = (
+    '--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=5000',
+    '--config.data.epochs=1', '--config.length=32', '--config.log_every=1',
+  )  # fmt: skip
+  outs = [runs.finish(p) for p in start_two(file, tmp_path / 'run', *flags)]
+  steps = len(runs.losses(tmp_path / 'run'))
+  assert steps > 1
+  assert f'the text is used up after {steps} steps' in ''.join(outs[0])

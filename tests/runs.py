@@ -43,8 +43,8 @@ CHILD = PARENT.with_recursion(
 
 
 @functools.cache
-def tokenizer() -> Tokenizer:
-  """One token a byte, and an end of text."""
+def tokenizer(add_bos: bool = False) -> Tokenizer:
+  """One token a byte, and an end of text, which may begin texts as well."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {'<|endoftext|>': 0}
   vocab |= {letter: i + 1 for i, letter in enumerate(alphabet)}
@@ -52,7 +52,7 @@ def tokenizer() -> Tokenizer:
   core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   core.decoder = decoders.ByteLevel()
   core.add_special_tokens(['<|endoftext|>'])
-  return Tokenizer(core, eos_ids=[0])
+  return Tokenizer(core, eos_ids=[0], bos_id=0, add_bos=add_bos)
 
 
 def model(config: ModelConfig, seed: int) -> LanguageModel:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import prepare, pretrained, recipe
+from rrt import prepare, pretrained, recipe, sharding
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.train import uptrain
@@ -106,6 +106,14 @@ def test_a_run_that_diverges_stops_with_the_reason(text, tmp_path):
     ({'mesh': {'expert': 8}}, 'mesh.expert'),
     ({'optimizer': {'train': 'router'}}, 'router'),
     ({'optimizer': {'warmup_steps': 7}}, 'warmup_steps=7'),
+    ({'optimizer': {'rules': ('lora', {'multiplier': 2})}}, 'not a pair'),
+    ({'optimizer': {'rules': (('lora', {'eps': 'x'}),)}}, "eps='x'"),
+    ({'data': {'weights': ('a',)}}, r"data.weights=\('a',\)"),
+    ({'mesh': 'data'}, "mesh='data'"),
+    ({'mesh': {'data': 'x'}}, 'mesh='),
+    ({'heldout': {'batch': -2}}, 'heldout.batch=-2'),
+    ({'heldout': {'every': -1}}, 'heldout.every=-1'),
+    ({'heldout': {'max_tokens': 0}}, 'heldout.max_tokens=0'),
     ({'dtype': 'float16'}, 'dtype'),
     ({'remat': 'some'}, 'remat'),
     ({'data': {'path': '/nowhere/x.txt'}}, '/nowhere/x.txt'),
@@ -221,6 +229,48 @@ def test_command_tells_in_one_line(experiment, tmp_path, flags, message):
 def test_wrong_conversions_are_told(fields, message):
   with pytest.raises(InputError, match=message):
     prepare.planned(recipe.Recipe.from_dict({'convert': fields}), runs.PARENT)
+
+
+@pytest.mark.parametrize(
+  'fields,message',
+  [
+    ({'heldout': {'path': '/nowhere/x.txt'}}, '/nowhere/x.txt'),
+    ({'optimizer': {'rules': (('router', {}),)}}, "'router'"),
+    ({'data': {'path': '/nowhere/y.txt'}}, '/nowhere/y.txt'),
+  ],
+  ids=str,
+)
+def test_what_would_fail_later_is_told_before_the_conversion(
+  text, fields, message
+):
+  shape = {'prelude': 1, 'block': 2, 'loops': 2, 'coda': 1, 'rank': 2}
+  settings = runs.recipe(text) | {'convert': shape, **fields}
+  mesh = sharding.make_mesh({'data': -1})
+  with pytest.raises(InputError, match=message):
+    prepare.check_all(recipe.Recipe.from_dict(settings), runs.parent(), mesh)
+
+
+def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
+  for name in ('parent', 'child'):
+    pretrained.save(getattr(runs, name)(), tmp_path / name)
+  models = {n: str(tmp_path / n) for n in ('parent', 'child')}
+
+  def settings(rate):
+    optimizer = {'learning_rate': rate, 'warmup_steps': 2}
+    fields = runs.recipe(text) | models | {'optimizer': optimizer}
+    return recipe.Recipe.from_dict(fields)
+
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  for rate in (1e-3, 3e-3):
+    parent, child = prepare.prepare(settings(rate), workdir)
+  saved = json.loads((workdir / 'config.json').read_text())
+  assert saved['config']['optimizer']['learning_rate'] == 3e-3
+  assert saved['versions'] and saved['devices']
+  uptrain(parent, child, settings(3e-3), workdir)
+  prepare.prepare(settings(3e-3), workdir)
+  with pytest.raises(InputError, match=r'learning_rate=0\.001'):
+    prepare.prepare(settings(1e-3), workdir)
 
 
 @pytest.mark.parametrize(

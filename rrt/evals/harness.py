@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import logging
+import sys
 from typing import Any
 
 from rrt.errors import InputError
@@ -375,7 +376,10 @@ def main() -> None:
   """lm-eval's command line, where `--model rrt` is known."""
   from lm_eval.__main__ import cli_evaluate
 
-  cli_evaluate()
+  try:
+    cli_evaluate()
+  except InputError as e:
+    sys.exit(f'error: {e}')
 
 
 if __name__ == '__main__':

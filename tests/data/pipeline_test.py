@@ -480,3 +480,38 @@ def test_rows():
     rows(tokens, 1)
   with pytest.raises(InputError, match='no token'):
     rows(np.zeros(0), 4)
+
+
+class BeginTokenizer(WordTokenizer):
+  """The same with a begin token."""
+
+  bos_id = start_id = 1
+
+  def encode(self, text, bos=None):
+    return [1, *super().encode(text)]
+
+
+def test_a_document_that_goes_on_begins_with_the_begin_token(tmp_path):
+  path = write(tmp_path / 'a.jsonl', [' '.join(f'w{i}' for i in range(20))])
+  tokenizer = BeginTokenizer()
+  rows_of = take(
+    batches(epoch(path), tokenizer, batch=1, length=8, prefetch=0), 3
+  )
+  words = [2 + i for i in range(20)]
+  assert rows_of[0]['tokens'][0].tolist() == [1, *words[:7]]
+  assert rows_of[1]['tokens'][0].tolist() == [1, *words[7:14]]
+  assert rows_of[2]['tokens'][0].tolist() == [1, *words[14:], 0]
+  # Every token is a target once: of the begin token only where text begins.
+  targets = [
+    t for row in rows_of for t in row['targets'][row['weights'] > 0].tolist()
+  ]
+  assert targets == [*words, 0]
+  for row in rows_of:
+    assert row['segment_ids'][0].tolist() == [1] * 8
+    assert row['positions'][0].tolist() == list(range(8))
+
+
+def test_an_empty_batch_has_no_weight(path):
+  batch = batches(path, WordTokenizer(), batch=3, length=16).empty()
+  assert batch['tokens'].shape == (3, 16)
+  assert not any(array.any() for array in batch.values())

@@ -293,3 +293,12 @@ def test_tokenizers_of_installed_models(name):
   metadata, _ = gguf.open_gguf(pretrained.packaged_files(name))
   ours = Tokenizer.from_gguf(metadata)
   assert [ours.encode(text) for text in TEXTS[:3]] == wanted
+
+
+def test_a_stream_goes_on_from_a_prompt():
+  ours = Tokenizer.from_gguf(sentencepiece_metadata())
+  ids = ours.encode('the inn the', bos=False)
+  cut = len(ours.encode('the inn', bos=False))
+  stream = StreamDecoder(ours, before=ids[:cut])
+  parts = ''.join(stream.push(i) for i in ids[cut:]) + stream.flush()
+  assert parts == ' the'

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
 from rrt.evals import perplexity
 from rrt.models import transformer
@@ -130,3 +132,22 @@ def test_texts_of_a_file_are_joined_by_blank_lines(tmp_path):
 def test_bad_input_is_refused(text, settings, word):
   with pytest.raises(InputError, match=word):
     perplexity.score(model(), text, **({'context': 32} | settings))
+
+
+def test_each_row_of_a_text_begins_with_the_begin_token():
+  begins = dataclasses.replace(model(), tokenizer=runs.tokenizer(add_bos=True))
+  rows = perplexity.make_rows(begins, 'a' * 20, 8, None)
+  a = begins.tokenizer.token_id('a')
+  assert rows == [[0, *[a] * 7], [0, *[a] * 7], [0, *[a] * 6]]
+  # Every token of the text is scored, and what is given as ids is left alone.
+  assert perplexity.score(begins, 'a' * 20, context=8).tokens == 20
+  assert perplexity.make_rows(begins, [a] * 12, 8, None) == [[a] * 8, [a] * 4]
+
+
+def test_bytes_of_a_sentencepiece_vocabulary_that_has_the_byte_letters():
+  pieces = ['\u0120', '\u2581', '\u2581caf', '\u00e9', '<0x0A>']
+  core = tokenizers.Tokenizer(
+    tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [])
+  )
+  lengths = perplexity.byte_lengths(Tokenizer(core), range(5))
+  assert lengths.tolist() == [2, 1, 4, 2, 1]

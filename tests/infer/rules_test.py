@@ -108,3 +108,17 @@ def test_rules_compile_without_a_sort(logits_BxV):
     .as_text()
   )
   assert 'sort' not in text
+
+
+def test_tiny_temperatures_take_the_most_likely_token():
+  logits_BxV = jnp.array([[10.0, 30.0, 20.0, 5.0]] * 4)
+  for p in (1.0, 0.9):
+    sampling = rules.Sampling(
+      np.array([1e-30, 1e-38, 1.2e-38, 1e-44], np.float32),
+      np.zeros(4, np.int32),
+      np.full(4, p, np.float32),
+      np.zeros(4, np.float32),
+      np.arange(4, dtype=np.uint32),
+    )
+    drawn = rules.sample(logits_BxV, sampling, jnp.zeros(4, jnp.int32))
+    assert drawn.tolist() == [1] * 4

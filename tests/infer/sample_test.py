@@ -104,7 +104,7 @@ def test_multi_byte_characters_arrive_whole():
 def test_what_may_begin_a_stop_string_is_held_back():
   tokenizer = runs.tokenizer()
   seen = []
-  text = Text(tokenizer, (), ('END',), 0, lambda i, t: seen.append(t))
+  text = Text(tokenizer, (), (), ('END',), 0, lambda i, t: seen.append(t))
   for token in tokenizer.encode('an E, an EN, the END of it'):
     text.extend([token])
     assert not ''.join(seen).endswith('E')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.models.matmul import matmul
+from rrt.models import matmul
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -15,7 +15,7 @@ def test_gradients_are_the_automatic_ones(dtype):
   kernel = jax.random.normal(keys[1], (7, 3))
   dy = jax.random.normal(keys[2], (2, 5, 3)).astype(dtype)
   plain = lambda x, kernel: x @ kernel.astype(x.dtype)
-  y, vjp = jax.vjp(matmul, x, kernel)
+  y, vjp = jax.vjp(matmul.matmul, x, kernel)
   wanted, wanted_vjp = jax.vjp(plain, x, kernel)
   np.testing.assert_array_equal(y, wanted)
   tolerance = 1e-5 if dtype == 'float32' else 0.1
@@ -24,3 +24,34 @@ def test_gradients_are_the_automatic_ones(dtype):
     np.testing.assert_allclose(
       a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance
     )
+
+
+def test_sums_are_cut_and_exact_ones_more_often():
+  rng = np.random.default_rng(1)
+  x32 = jnp.asarray(rng.standard_normal((1, 64, 1536)), jnp.float32)
+  kernel32 = jnp.asarray(rng.standard_normal((1536, 8)), jnp.float32)
+  exact = np.asarray(x32, np.float64) @ np.asarray(kernel32, np.float64)
+
+  def error(precision):
+    with jax.default_matmul_precision(precision):
+      found = jax.jit(lambda x, k: matmul.matmul(x, k))(x32, kernel32)
+    return np.sqrt(np.mean((np.asarray(found, np.float64) - exact) ** 2))
+
+  assert error('highest') < error(None)
+  with jax.default_matmul_precision('highest'):
+    pieces = str(jax.make_jaxpr(matmul.matmul)(x32, kernel32))
+  assert pieces.count('dot_general') == 8
+
+
+def test_float32_asks_for_float32_unless_told_otherwise():
+  x, kernel = jnp.ones((1, 2, 4)), jnp.ones((4, 3))
+
+  def asked():
+    with matmul.float32_is_float32(jnp.float32):
+      return str(jax.make_jaxpr(matmul.matmul)(x, kernel))
+
+  assert 'HIGHEST' in asked()
+  with jax.default_matmul_precision('tensorfloat32'):
+    assert 'HIGHEST' not in asked()
+  with matmul.float32_is_float32(jnp.bfloat16):
+    assert matmul.precision() is None
