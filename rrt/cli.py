@@ -4,18 +4,42 @@ from collections.abc import Callable, Sequence
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
 from typing import Any
 
-from absl import app
+from absl import app, flags
 
 from rrt.errors import InputError
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
-  """Runs an absl program; bad input ends it with one line and status 2."""
+def run(
+  main: Callable[[Sequence[str]], Any],
+  explain: Callable[[Exception], str] | None = None,
+) -> None:
+  """Runs an absl program; bad input ends it with one line and status 2.
+
+  Args:
+    main: the program, given what is left of the command line.
+    explain: tells in one line what an error in the flags is that is none of
+      absl's own.
+  """
+
+  def parse(argv):
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as e:
+      told = ' '.join(str(e).split())
+    except SystemExit as e:  # --help has been printed.
+      raise SystemExit(0) from e
+    except Exception as e:
+      if explain is None:
+        raise
+      told = explain(e)
+    print(f'error: {told}', file=sys.stderr)
+    raise SystemExit(2)
 
   def guarded(argv):
     if len(argv) > 1:
@@ -30,9 +54,14 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     except InputError as e:
       print(f'error: {e}', file=sys.stderr)
       return 2
+    except BrokenPipeError:
+      # Whoever read the output has seen enough; nor does exit write the rest.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 1
     except OSError as e:
       # A full disk or a directory without permission, told in one sentence.
-      print(f'error: {e.strerror or e}: {e.filename or ""}', file=sys.stderr)
+      where = e.filename or 'standard output or a file'
+      print(f'error: {e.strerror or e}: {where}', file=sys.stderr)
       return 2
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
@@ -40,7 +69,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 
   # Which backends a machine lacks is no news to its user.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
-  app.run(outer)
+  app.run(outer, flags_parser=parse)
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from rrt.evals.perplexity import score
 from rrt.files import check_writable
 from rrt.infer.sample import complete
 from rrt.models.count import count_params
-from rrt.pretrained import LanguageModel, load, save
+from rrt.pretrained import LanguageModel, check_save, load, save
 
 _MODEL = flags.DEFINE_string(
   'model', 'smollm2-135m', 'The parent: whatever rrt.load takes.'
@@ -74,6 +74,12 @@ def prepare_text(data: str, out: Path) -> tuple[Path, Path]:
       'several documents of 50,000 characters or more together.'
     )
   paths = out / 'train.jsonl', out / 'heldout.jsonl'
+  read = Path(data).expanduser().resolve()
+  if any(p.resolve() == read or read in p.resolve().parents for p in paths):
+    raise InputError(
+      f'--out={out}: the demo would write into the text of --data={data}; '
+      'choose another directory.'
+    )
   for path, documents in zip(paths, (train, heldout), strict=True):
     lines = [json.dumps({'text': d}) + '\n' for d in documents]
     path.write_text(''.join(lines), 'utf-8')
@@ -118,8 +124,15 @@ def main(argv):
   from rrt.train import uptrain  # needs the train extra
 
   begin = time.monotonic()
+  for flag, least in (
+      (_STEPS, 1), (_BATCH, 1), (_LENGTH, 2), (_CONTEXT, 2), (_HELDOUT, 2),
+      (_NEW, 1),
+  ):  # fmt: skip
+    if flag.value < least:
+      raise InputError(f'--{flag.name}={flag.value}: must be {least} or more.')
   out = Path(_OUT.value)
   check_writable(out)
+  check_save(out / 'model')
   plots.open_pyplot()  # Missing, it ends the demo here and not at its end.
   steps = 6
 

@@ -27,8 +27,9 @@ _PARENT = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string(
     'text', None,
-    'Text to score: a file or directory of text or JSON lines (also .gz, '
-    '.xz, .zst), its documents joined by blank lines.',
+    'Text to score: a file, directory or glob of text, parquet or JSON lines '
+    'with a field "text" (also .gz, .xz, .zst), its documents joined by blank '
+    'lines; builtin:heldout is text found in the installation.',
 )  # fmt: skip
 _MAX_TOKENS = flags.DEFINE_integer(
   'max_tokens', None, 'Score the first so many tokens; all by default.'
@@ -52,8 +53,11 @@ _TASKS = flags.DEFINE_string(
     'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
 )  # fmt: skip
 _DATA = flags.DEFINE_string(
-  'data', None, 'Directory of JSON lines for --tasks; the hub by default.'
-)
+    'data', None,
+    'Directory for --tasks with a file TASK*.jsonl (also .gz, .xz) for each: '
+    'lines with query, choices and label (WinoGrande: context_options, '
+    'continuation and label; LAMBADA: text). The hub by default.',
+)  # fmt: skip
 _LIMIT = flags.DEFINE_integer(
   'limit', None, 'Ask only the first so many questions of each task.'
 )
@@ -192,6 +196,11 @@ def _context(model, parent: int | None = None) -> int:
 def _check_out(path: pathlib.Path) -> None:
   """Raises InputError unless the file can be written; leaves it as it is."""
   new = not path.exists()
+  if path.is_file() and not _is_result(path):
+    raise InputError(
+      f'out={_OUT.value!r}: exists and is not a result of this command, so it '
+      'is left alone; choose another file.'
+    )
   try:
     with open(path, 'ab'):
       pass
@@ -199,6 +208,18 @@ def _check_out(path: pathlib.Path) -> None:
       path.unlink()
   except OSError as e:
     raise InputError(_unwritable(e)) from e
+
+
+def _is_result(path: pathlib.Path) -> bool:
+  """Whether a file is empty or holds what this command wrote."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      begin = file.read(16)
+      return not begin or {'model', 'peak_memory_bytes'} <= set(
+        json.loads(begin + file.read())
+      )
+  except (OSError, ValueError, TypeError):
+    return False
 
 
 def _unwritable(error: OSError) -> str:

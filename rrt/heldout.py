@@ -74,6 +74,11 @@ def read_heldout(
       'that the model was made for.'
     )
   tokens = pipeline.read_tokens(h.path, tokenizer, h.max_tokens)
+  if len(tokens) and max(tokens) >= config.vocab_size:
+    raise InputError(
+      f'heldout.path={h.path!r}: has the token {max(tokens)}, outside the '
+      f'vocabulary of {config.vocab_size}; take special tokens out of it.'
+    )
   if len(tokens) < 2:
     raise InputError(f'heldout.path={h.path!r}: holds less than two tokens.')
   B = h.batch or recipe.batch

@@ -297,8 +297,9 @@ class Log:
       first = step - values['skipped_in_a_row'] + 1
       raise InputError(
         f'The loss or its gradient was not finite in steps {first} to '
-        f'{step}; they changed nothing and the run stops here. Lower '
-        'optimizer.learning_rate, or look for broken text in data.path.'
+        f'{step}; they changed nothing and the run stops here. Start anew in '
+        'another work directory with a lower optimizer.learning_rate, or look '
+        'for broken text in data.path.'
       )
     if step % self._recipe.log_every:
       return

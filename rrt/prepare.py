@@ -58,7 +58,7 @@ def check(
     )
 
 
-def open_data(recipe: Recipe, tokenizer) -> pipeline.Batches:
+def open_data(recipe: Recipe, tokenizer, vocab_size: int) -> pipeline.Batches:
   """The training batches: of each, the rows of this process.
 
   Raises:
@@ -70,7 +70,7 @@ def open_data(recipe: Recipe, tokenizer) -> pipeline.Batches:
       recipe.data.spec(), tokenizer,
       batch=recipe.batch // jax.process_count(), length=recipe.length,
       seed=recipe.seed, process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_count=jax.process_count(), vocab_size=vocab_size,
   )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
   trained = state.trained_paths(optim.trainable(recipe.optimizer, params))
   weights, _ = state.split(params, trained)
   optim.make_optimizer(recipe.optimizer, weights, recipe.steps)
-  open_data(recipe, parent.tokenizer).close()
+  open_data(recipe, parent.tokenizer, shape.vocab_size).close()
   if recipe.heldout.path:
     read_heldout(recipe, shape, parent.tokenizer, mesh)
   if recipe.tensorboard:

@@ -217,7 +217,7 @@ class Recipe:
     if self.optimizer.warmup_steps > self.steps:
       raise InputError(
         f'optimizer.warmup_steps={self.optimizer.warmup_steps}: is longer '
-        f'than the run, steps={self.steps}.'
+        f'than the run, steps={self.steps}; give a smaller one too.'
       )
 
   def is_due(self, step: int, every: int) -> bool:
@@ -294,6 +294,8 @@ def _read_config(parse, path: str):
     if hasattr(found, 'to_dict'):
       return found
     why = f'get_config() returns {type(found).__name__}, not a ConfigDict'
+  except SystemExit:
+    why = 'it ends the program'
   except Exception as e:
     # ml_collections puts a traceback into the message of these two, and holds
     # back an OSError until the config is used.
@@ -303,6 +305,8 @@ def _read_config(parse, path: str):
     elif isinstance(e, OSError) and e.__cause__:
       cause = e.__cause__
     why = f'{type(cause).__name__}: {" ".join(str(cause).split())}'
+    why = why.split(' Did you mean', 1)[0] if len(why) > 300 else why
+    why = why if len(why) <= 300 else f'{why[:300]} ...'
   raise ConfigFileError(f'--config={file}: {why}')
 
 

@@ -83,7 +83,9 @@ def uptrain(
     parent = None
   mesh = sharding.make_mesh(recipe.mesh)
   check(recipe, parent.config if parent else None, child.config, mesh)
-  data = open_data(recipe, child.tokenizer)
+  if parent and parent.tokenizer and child.tokenizer:
+    parent.tokenizer.check_same_ids(child.tokenizer)
+  data = open_data(recipe, child.tokenizer, child.config.vocab_size)
 
   # What is trained, by which optimizer; what the parent shares with it.
   o = recipe.optimizer
@@ -301,9 +303,6 @@ def define_flags() -> None:
 if __name__ == '__main__':
   try:
     define_flags()
-    cli.run(main)
-  except Exception as error:
-    if FLAGS.is_parsed():
-      raise
-    print(f'error: {config_error(error)}', file=sys.stderr)
-    sys.exit(2)
+  except InputError as error:
+    sys.exit(f'error: {error}')
+  cli.run(main, config_error)

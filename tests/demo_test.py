@@ -41,3 +41,13 @@ def test_too_little_text_is_refused(tmp_path):
   assert done.returncode == 2
   assert 'error: ' in done.stderr
   assert 'too little text' in done.stderr
+
+
+def test_the_text_given_is_not_written_over(tmp_path):
+  (tmp_path / 'out').mkdir()
+  text = runs.write_text(tmp_path / 'out' / 'train.jsonl', documents=2000)
+  before = open(text, 'rb').read()
+  done = run(tmp_path, f'--data={text}')
+  assert done.returncode == 2
+  assert 'would write into the text' in done.stderr
+  assert open(text, 'rb').read() == before

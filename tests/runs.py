@@ -55,6 +55,14 @@ def tokenizer(add_bos: bool = False) -> Tokenizer:
   return Tokenizer(core, eos_ids=[0], bos_id=0, add_bos=add_bos)
 
 
+def other_tokenizer() -> Tokenizer:
+  """One with as many tokens, which have other ids."""
+  core = json.loads(tokenizer()._core.to_str())
+  vocab = core['model']['vocab']
+  vocab['a'], vocab['b'] = vocab['b'], vocab['a']
+  return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(core)), eos_ids=[0])
+
+
 def model(config: ModelConfig, seed: int) -> LanguageModel:
   """Random weights, the norms and LoRA too."""
   params = init_params(config, jax.random.key(seed))

@@ -293,3 +293,29 @@ def test_recipes_survive_json():
     {'optimizer': {'rules': (('lora', {'multiplier': 2.0}),)}, 'steps': 5.0}
   )
   assert recipe.Recipe.from_dict(r.to_dict()).to_dict() == r.to_dict()
+
+
+def test_special_tokens_beyond_the_vocabulary_are_told(tmp_path):
+  child = runs.child()
+  small = dataclasses.replace(child.config, vocab_size=230)
+  table = {'table': child.params['embed']['table'][:230]}
+  child = dataclasses.replace(
+    child, config=small, params=child.params | {'embed': table}
+  )
+  (tmp_path / 'a.txt').write_text('à' * 2000)
+  fields = runs.recipe(str(tmp_path / 'a.txt')) | {
+    'loss': {'distillation': 0.0}
+  }
+  with pytest.raises(InputError, match='outside the vocabulary of 230'):
+    uptrain(None, child, fields)
+  text = runs.write_text(tmp_path / 'b.jsonl')
+  heldout = {'heldout': {'path': str(tmp_path / 'a.txt'), 'context': 16}}
+  with pytest.raises(InputError, match=r'heldout\.path=.*vocabulary of 230'):
+    uptrain(None, child, fields | {'data': {'path': text}} | heldout)
+
+
+def test_a_parent_that_reads_otherwise_is_told(text):
+  swapped = runs.other_tokenizer()
+  parent = dataclasses.replace(runs.parent(), tokenizer=swapped)
+  with pytest.raises(InputError, match='has the id'):
+    uptrain(parent, runs.child(), runs.recipe(text))

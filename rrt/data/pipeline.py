@@ -43,6 +43,7 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   prefetch: int = 2,
+  vocab_size: int | None = None,
 ) -> Batches:
   """Batches of packed documents.
 
@@ -55,6 +56,7 @@ def batches(
     seed: decides the order of documents.
     process_index, process_count: which rows of the global batch are ours.
     prefetch: batches made ahead by a thread; 0 makes them when asked for.
+    vocab_size: of the model; text with tokens beyond it is an error.
 
   Returns:
     An iterator of dicts of arrays [batch, L]:
@@ -80,7 +82,8 @@ def batches(
     raise InputError(
       f'data: process_index is {process_index} of {process_count}'
     )
-  stream = Stream(spec, tokenizer, seed, batch * process_count, length)
+  lanes = batch * process_count
+  stream = Stream(spec, tokenizer, seed, lanes, length, vocab_size)
   first = batch * process_index
   return Batches(stream, range(first, first + batch), length, prefetch)
 

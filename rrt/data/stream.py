@@ -64,11 +64,13 @@ class Stream:
   """The stream of tokenized elements, by index."""
 
   def __init__(
-    self, spec: DataSpec, tokenizer: Any, seed: int, lanes: int, length: int
-  ):
+      self, spec: DataSpec, tokenizer: Any, seed: int, lanes: int, length: int,
+      vocab_size: int | None = None,
+  ):  # fmt: skip
     grain = compressed.require('grain', 'training data', 'train')
     self.lanes = lanes
     self._tokenizer = tokenizer
+    self._vocab_size = vocab_size or float('inf')
     self.start_id = getattr(tokenizer, 'start_id', None)
     self._separator = _separator(spec, tokenizer)
     opened = [sources.open_documents(s) for s in spec.sources]
@@ -111,6 +113,11 @@ class Stream:
   def __getitem__(self, index: int) -> np.ndarray:
     text, ends_document = self._elements[index]
     tokens = list(self._tokenizer.encode(text)) if text else []
+    if tokens and max(tokens) >= self._vocab_size:
+      raise InputError(
+        f'data: a text has the token {max(tokens)}, outside the vocabulary of '
+        f'{self._vocab_size}; take the special tokens out of it.'
+      )
     if tokens and ends_document and self._separator >= 0:
       tokens.append(self._separator)
     return np.asarray(tokens, np.int32)

@@ -227,6 +227,17 @@ class Tokenizer:
     ids = self._core.get_vocab(with_added_tokens=True).values()
     return max((i for i in ids if i not in special), default=-1) + 1
 
+  def check_same_ids(self, other: Tokenizer) -> None:
+    """Raises InputError unless both have the same token at each id."""
+    ours, theirs = self._core.get_vocab(), other._core.get_vocab()
+    for token, i in ours.items():
+      if theirs.get(token, i) != i:
+        raise InputError(
+          f'The token {token!r} has the id {i} in one tokenizer and '
+          f'{theirs[token]} in the other: a child learns from a parent that '
+          'reads text as it does.'
+        )
+
   @functools.cached_property
   def sha256(self) -> str:
     """A digest of everything that `encode` depends on."""

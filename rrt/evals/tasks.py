@@ -167,6 +167,13 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
   try:
     if 'choices' in record or 'context_options' in record:
       gold = int(record['label'] if 'label' in record else record['gold'])
+      options = record.get('choices', record.get('context_options'))
+      if (
+        not isinstance(options, list)
+        or not options
+        or not all(isinstance(o, str) and o for o in options)
+      ):
+        raise InputError(f'{where}: its choices must be a list of texts.')
       if 'choices' in record:
         text = _PROMPTS.get(name, '{}').format(record['query'])
         doc = {'text': text, 'choices': list(record['choices'])}
@@ -184,6 +191,8 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
     if 'target' in record:
       return {'text': record['context'], 'target': record['target']}
     text, space, word = record['text'].rpartition(' ')
+    if not text or not word:
+      raise InputError(f'{where}: its text must have two words or more.')
     return {'text': text, 'target': space + word}
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     if isinstance(e, InputError):
@@ -209,6 +218,11 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
     shots: solved questions before each one.
   """
   splits = {'test': task.docs}
+  if shots > len(task.pool or task.docs[1:]):
+    raise InputError(
+      f'shots={shots}: {task.name} has only '
+      f'{len(task.pool or task.docs[1:])} other questions to show.'
+    )
   if task.pool:
     splits['train'] = task.pool
   config: dict[str, Any] = {

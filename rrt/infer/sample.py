@@ -109,7 +109,7 @@ class Settings:
 
     def whole(field, low) -> bool:
       value = getattr(self, field)
-      return isinstance(value, Integral) and value >= low
+      return isinstance(value, Integral) and low <= int(value) < 2**31
 
     need(whole('max_new_tokens', 1), 'max_new_tokens', '1 or more')
     need(

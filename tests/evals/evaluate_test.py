@@ -61,9 +61,26 @@ def test_figures_are_printed_even_if_the_disk_is_full(place):
     (['--model=child', '--text=text.jsonl', '--loops=3'], 'from 1 to 2'),
     (['--model=child', '--text=text.jsonl', '--context=33'], 'context=33'),
     (['--model=none', '--text=text.jsonl', '--out=no/a.json'], "out='no/a"),
+    (['--model=child', '--text=text.jsonl', '--out=text.jsonl'], 'left alone'),
+    (['--modell=child'], 'modell'),
+    (['--max_tokens=many'], 'max_tokens'),
   ],
 )
 def test_bad_flags_end_with_one_sentence(place, flags, word):
   status, _, error = command.run('rrt.evaluate', *flags, cwd=place)
   assert status == 2
   assert error.startswith('error: ') and word in error
+
+
+def test_help_is_no_failure(place):
+  status, printed, _ = command.run('rrt.evaluate', '--help', cwd=place)
+  assert status == 0 and '--max_tokens' in printed
+
+
+def test_the_deepest_loop_count_is_the_models_own(place):
+  status, printed, error = command.run(
+      'rrt.evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
+      '--loops=2,1', cwd=place,
+  )  # fmt: skip
+  assert status == 0, error
+  assert command.final(printed)['loops'] == 2

@@ -96,6 +96,10 @@ def test_names():
     ('{"query": ', 'not a JSON'),
     ('[1]', 'not a JSON'),
     ('', 'no question'),
+    ('{"query": "a", "choices": "bc", "label": 1}', 'list of texts'),
+    ('{"query": "a", "choices": ["b", 3], "label": 1}', 'list of texts'),
+    ('{"query": "", "choices": [], "label": 0}', 'list of texts'),
+    ('{"text": "oneword"}', 'two words'),
   ],
 )
 def test_bad_lines_are_refused(tmp_path, line, word):
