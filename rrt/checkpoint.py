@@ -109,8 +109,9 @@ class Checkpoints:
       InputError: the directory cannot be written to.
     """
     self.directory = Path(directory).absolute()
-    # Orbax tells every save and restore at level INFO, and warns of defaults.
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    # Orbax tells every save and restore at level INFO, warns of defaults, and
+    # prints a traceback of each thread that failed: one sentence is ours.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
     check_writable(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
