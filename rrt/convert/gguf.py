@@ -128,7 +128,12 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     )
   if arch == 'gemma3':
     fields |= _gemma3_fields(metadata, fields)
-  return hf.config_from_hf(fields)
+  try:
+    return hf.config_from_hf(fields)
+  except InputError as e:
+    raise InputError(
+      f'The GGUF fields do not make a model (named as in config.json): {e}'
+    ) from e
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:
@@ -144,9 +149,9 @@ def _gemma3_fields(metadata, fields) -> dict[str, Any]:
     out['sliding_window_pattern'] = pattern
   out['query_pre_attn_scalar'] = fields.get('head_dim', 256)
   if layers == 62:  # The 27B model alone scales by the width of a head slice.
-    out['query_pre_attn_scalar'] = (
-      fields['hidden_size'] // fields['num_attention_heads']
-    )
+    width = hf.whole(fields, 'hidden_size')
+    heads = hf.whole(fields, 'num_attention_heads')
+    out['query_pre_attn_scalar'] = width // heads
   return out
 
 

@@ -288,6 +288,21 @@ def test_what_is_not_supported(tmp_path):
     return weight * np.float32(np.nan) if name == 'output.weight' else weight
 
   fails('NaN or Inf', edit=spoil)
+  info = {'token_embd.weight': tensorfile.TensorInfo((61, 24), 'F32')}
+  tensors = tensorfile.ShardedTensors([])
+  tensors.infos = info
+  shape = {
+      'general.architecture': 'llama', 'llama.block_count': 2,
+      'llama.embedding_length': 24, 'llama.feed_forward_length': 38,
+      'llama.attention.head_count': 4,
+  }  # fmt: skip
+  for key, value, says in (
+    ('attention.layer_norm_rms_epsilon', float('nan'), 'rms_norm_eps=nan'),
+    ('rope.freq_base', -1.0, 'rope_theta=-1.0'),
+    ('attention.sliding_window', -1, 'sliding_window=-1'),
+  ):
+    with pytest.raises(InputError, match=f'^The GGUF fields .*{says}'):
+      rrt_gguf.config_from_gguf(shape | {f'llama.{key}': value}, tensors)
   with pytest.raises(InputError, match="architecture='mamba'"):
     rrt_gguf.config_from_gguf({'general.architecture': 'mamba'}, None)
   with pytest.raises(InputError, match="model='bert'"):
