@@ -106,6 +106,7 @@ def main(_) -> None:
     raise InputError('--source and --out are both needed; see --help.')
   rank = parse_rank(_RANK.value)
   pretrained.check_save(_OUT.value)
+  pretrained.check_apart(_SOURCE.value, _OUT.value)
   text = None
   if _CALIBRATION.value is not None:
     text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)

@@ -235,9 +235,11 @@ def open_directory(directory: Path) -> Tensors:
   """The safetensors of a Hugging Face directory, one file or sharded.
 
   Raises:
-    InputError: there are none, a shard is missing, or a file is broken.
+    InputError: there are none, shards are missing, or files are broken; all
+      of these in one.
   """
   index = directory / 'model.safetensors.index.json'
+  faults = []
   if index.exists():
     weight_map = read_json(index).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:
@@ -251,16 +253,17 @@ def open_directory(directory: Path) -> Tensors:
     names = sorted(set(weight_map.values()))
     absent = [n for n in names if not (directory / n).is_file()]
     if absent:
-      raise InputError(
+      faults.append(
         f'{directory} lacks {len(absent)} of the {len(names)} files that '
         f'its index names ({", ".join(absent[: family.MAX_LISTED])}); copy '
         'them too.'
       )
+    names = [n for n in names if n not in absent]
   else:
     names = sorted(p.name for p in directory.glob('*.safetensors'))
     if 'model.safetensors' in names:
       names = ['model.safetensors']
-  if not names:
+  if not names and not faults:
     other = [p.name for p in directory.glob('*.bin')]
     other += [p.name for p in directory.glob('*.pth')]
     pickled = f' ({other[0]} is a pickle, which is never read)' if other else ''
@@ -268,7 +271,9 @@ def open_directory(directory: Path) -> Tensors:
       f'{directory} has a config.json but no *.safetensors{pickled}; '
       'save the model as safetensors.'
     )
-  shards = (tensorfile.SafetensorsFile(directory / n) for n in names)
+  shards = tensorfile.open_all(
+    [directory / n for n in names], tensorfile.SafetensorsFile, faults
+  )
   return _Renamed(tensorfile.ShardedTensors(shards))
 
 

@@ -294,7 +294,17 @@ def test_missing_shard_and_pickles(tmp_path):
     path.write_text(json.dumps({'weight_map': {'b': 'model-1', 'a': value}}))
     with pytest.raises(InputError, match=f"weight_map has {value} for 'a'"):
       pretrained.load(directory)
+  weight_map = {name: f'model-{name}.safetensors' for name in 'abc'}
+  path.write_text(json.dumps({'weight_map': weight_map}))
+  for name in 'ab':
+    (directory / f'model-{name}.safetensors').write_bytes(b'x')
+  with pytest.raises(
+    InputError, match=r'lacks 1 of the 3 .*-a.* not.*-b.* not'
+  ):
+    pretrained.load(directory)
   path.unlink()
+  for name in 'ab':
+    (directory / f'model-{name}.safetensors').unlink()
   shutil.move(directory / 'model.safetensors', directory / 'model.bin')
   with pytest.raises(InputError, match=r'model.bin is a pickle'):
     pretrained.load(directory)
