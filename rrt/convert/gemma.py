@@ -172,17 +172,23 @@ def gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Gemma 3 text model, for 4.x and 5.x."""
-  far, near = config.ropes
+  """config.json of an untied Gemma 3 text model, for 4.x and 5.x.
+
+  Raises:
+    InputError: its layers differ by more than Gemma 3's two kinds do.
+  """
   windows = config.windows or (0,) * config.depth
+  far, near, window = _kinds_of_layers(config, windows)
   fields = gemma_to_hf(config)
   del fields['hidden_act']
   return fields | {
     'architectures': ['Gemma3ForCausalLM'],
     'model_type': 'gemma3_text',
     'query_pre_attn_scalar': _whole(config.scale_q**-2),
-    'sliding_window': max(windows) or GEMMA3_DEFAULTS['sliding_window'],
+    'sliding_window': window or GEMMA3_DEFAULTS['sliding_window'],
     'layer_types': [LOCAL if w else GLOBAL for w in windows],
+    'rope_theta': far.base,
+    'rope_scaling': hf.rope_to_hf(far),
     'rope_local_base_freq': near.base,
     'rope_parameters': {
       GLOBAL: _rope_parameters(far),
@@ -191,6 +197,34 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     'attn_logit_softcapping': None,
     'final_logit_softcapping': None,
   }
+
+
+def _kinds_of_layers(
+  config: ModelConfig, windows: tuple[int, ...]
+) -> tuple[Rope, Rope, int]:
+  """(global rotary table, local one, local window) of an untied model.
+
+  A config.json has one of each; where there are no layers of a kind, the
+  first table is the global and the last the local one.
+  """
+  index = config.rope_index or (0,) * config.depth
+  used: dict[bool, set[Rope]] = {False: set(), True: set()}
+  for i, window in zip(index, windows, strict=True):
+    used[window > 0].add(config.ropes[i])
+  sizes = {window for window in windows if window}
+  for name, found in (
+    ('rope_index: layers without a window', used[False]),
+    ('rope_index: layers with a window', used[True]),
+    ('windows: layers', sizes),
+  ):
+    if len(found) > 1:
+      raise InputError(
+        f'{name} have {len(found)} different values, of which a Gemma 3 '
+        'config.json holds one; give them the same to export the model.'
+      )
+  far = used[False] or {config.ropes[0]}
+  near = used[True] or {config.ropes[-1]}
+  return far.pop(), near.pop(), max(sizes, default=0)
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:

@@ -68,7 +68,10 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Llama or Mistral, for 4.x and 5.x."""
+  """config.json of an untied Llama or Mistral, for 4.x and 5.x.
+
+  Its layers are all alike; families in which they differ replace the fields.
+  """
   rope = config.ropes[0]
   scaling = hf.rope_to_hf(rope)
   fields = {

@@ -1,5 +1,6 @@
 """Families: config.json of both generations, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
@@ -187,6 +188,23 @@ def test_config_twin_round_trips():
     assert hf.config_from_hf(fields) == config
     del fields['rope_parameters']  # What transformers 4 reads.
     assert hf.config_from_hf(fields) == config
+
+
+def test_gemma3_exports_what_its_layers_have():
+  config = hf.config_from_hf(GEMMA3)
+  to_hf = family.family_of(config).to_hf
+  swapped = dataclasses.replace(
+    config, ropes=config.ropes[::-1],
+    rope_index=tuple(1 - i for i in config.rope_index),
+  )  # fmt: skip
+  assert to_hf(swapped) == to_hf(config)
+  for changes, says in (
+    (dict(rope_index=(1, 0) * 3 + (1,)), 'with a window have 2'),
+    (dict(rope_index=(1,) * 3 + (0,) * 4), 'with a window have 2'),
+    (dict(windows=(3, 5, 3, 5, 3, 0, 5)), 'windows: layers have 2'),
+  ):
+    with pytest.raises(InputError, match=says):
+      to_hf(dataclasses.replace(config, **changes))
 
 
 # ---- tensors ---------------------------------------------------------------
