@@ -10,7 +10,6 @@ which they run, from 0 to L - 1.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -268,7 +267,8 @@ def is_number(value: Any, least: float | None = None) -> bool:
   """Whether a value is finite and above 0, or at least `least` if given."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return False
-  if not math.isfinite(value):
+  # A bound, as an integer of JSON may be too large for a float.
+  if not abs(value) < 1e300:
     return False
   return value > 0 if least is None else value >= least
 
@@ -279,11 +279,11 @@ def _check_rope(rope: Rope, where: str) -> None:
     raise InputError(
       f'{where}.scaling={rope.scaling!r}: must be one of {SCALINGS}.'
     )
-  for field in ('base', 'factor', 'low_freq_factor', 'high_freq_factor'):
-    value = getattr(rope, field)
-    if not is_number(value):
+  for f in dataclasses.fields(rope):
+    value = getattr(rope, f.name)
+    if f.type == 'float' and not is_number(value):
       raise InputError(
-        f'{where}.{field}={value!r}: must be a finite number above 0.'
+        f'{where}.{f.name}={value!r}: must be a finite number above 0.'
       )
   if rope.scaling == 'llama3' and rope.high_freq_factor <= rope.low_freq_factor:
     raise InputError(
@@ -304,24 +304,14 @@ def _check(c: ModelConfig) -> None:
     if not ok:
       raise InputError(f'{field}={getattr(c, field)!r}: {why}.')
 
-  for field in (
-      'vocab_size', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads',
-      'head_dim', 'block_layers', 'loops', 'max_context',
-  ):  # fmt: skip
-    need(
-        is_whole(getattr(c, field), 1), field, 'must be a whole number above 0'
-    )  # fmt: skip
-  for field in ('prelude_layers', 'coda_layers'):
-    need(
-        is_whole(getattr(c, field)), field, 'must be a whole number, 0 or more'
-    )  # fmt: skip
-  for field in (
-      'unit_offset_norm', 'post_norms', 'qk_norm', 'scale_embeddings',
-      'tie_embeddings', 'loop_norms',
-  ):  # fmt: skip
-    need(
-        isinstance(getattr(c, field), bool), field, 'must be true or false'
-    )  # fmt: skip
+  for f in dataclasses.fields(c):  # Types are the words of the annotations.
+    value = getattr(c, f.name)
+    if f.type == 'int':
+      least = int(f.name not in ('prelude_layers', 'coda_layers'))
+      size = 'above 0' if least else 'of 0 or more'
+      need(is_whole(value, least), f.name, f'must be a whole number {size}')
+    elif f.type == 'bool':
+      need(isinstance(value, bool), f.name, 'must be true or false')
   need(
       is_number(c.norm_eps, 0), 'norm_eps', 'must be a finite number, 0 or more'
   )  # fmt: skip

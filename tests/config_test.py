@@ -66,6 +66,8 @@ def test_published_parameter_counts(name):
     (dict(rope_index=(1,) * 8), r'rope_index=.*1 tables'),
     (dict(vocab_size=True), r'vocab_size=True: must be a whole'),
     (dict(norm_eps=-1.0), r'norm_eps=-1.0: must be'),
+    (dict(norm_eps=10**400), r'norm_eps=1000.*: must be'),
+    (dict(coda_layers=-1), r'coda_layers=-1: must be a whole number of 0'),
     (dict(norm_eps=NAN), r'norm_eps=nan: must be'),
     (dict(query_scale=0.0), r'query_scale=0.0: must be'),
     (dict(query_scale=NAN), r'query_scale=nan: must be'),
