@@ -75,10 +75,8 @@ def plan(
       order=order, loop_norms=loop_norms,
   )  # fmt: skip
   budgets.check(budget, rank)
-  config = with_ranks(config, rank, alpha)
-  if init == 'calibrated' and not is_exact(config, init, lora_init):
-    sample.check_tokens(calibration_tokens)
-  return config
+  sample.check_tokens(calibration_tokens)
+  return with_ranks(config, rank, alpha)
 
 
 def to_recursive(
