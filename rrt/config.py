@@ -19,6 +19,7 @@ from rrt.errors import InputError
 ORDERS = ('cycle', 'sequence')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 FAMILIES = ('llama', 'gemma', 'gemma3')
+SCALINGS = ('', 'linear', 'llama3')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 # One rank for all positions, or a table [R][N] of ranks.
@@ -256,6 +257,46 @@ def _as_tuple(value):
   return value
 
 
+def is_whole(value: Any, least: int = 0) -> bool:
+  """Whether a value is an integer of some size; a bool is none."""
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  return is_int and value >= least
+
+
+def is_number(value: Any, least: float | None = None) -> bool:
+  """Whether a value is finite and above 0, or at least `least` if given."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return False
+  # A bound, as an integer of JSON may be too large for a float.
+  if not abs(value) < 1e300:
+    return False
+  return value > 0 if least is None else value >= least
+
+
+def _check_rope(rope: Rope, where: str) -> None:
+  """Raises InputError for the first value of a table that cannot work."""
+  if rope.scaling not in SCALINGS:
+    raise InputError(
+      f'{where}.scaling={rope.scaling!r}: must be one of {SCALINGS}.'
+    )
+  for f in dataclasses.fields(rope):
+    value = getattr(rope, f.name)
+    if f.type == 'float' and not is_number(value):
+      raise InputError(
+        f'{where}.{f.name}={value!r}: must be a finite number above 0.'
+      )
+  if rope.scaling == 'llama3' and rope.high_freq_factor <= rope.low_freq_factor:
+    raise InputError(
+      f'{where}.high_freq_factor={rope.high_freq_factor!r}: must be above '
+      f'low_freq_factor={rope.low_freq_factor!r}.'
+    )
+  if not is_whole(rope.original_context, 1):
+    raise InputError(
+      f'{where}.original_context={rope.original_context!r}: must be a whole '
+      'number above 0.'
+    )
+
+
 def _check(c: ModelConfig) -> None:
   """Raises InputError for the first field whose value cannot work."""
 
@@ -263,21 +304,21 @@ def _check(c: ModelConfig) -> None:
     if not ok:
       raise InputError(f'{field}={getattr(c, field)!r}: {why}.')
 
-  for field in (
-      'vocab_size', 'd_model', 'd_ff', 'num_heads', 'num_kv_heads',
-      'head_dim', 'block_layers', 'loops', 'max_context',
-  ):  # fmt: skip
-    value = getattr(c, field)
-    need(
-        isinstance(value, int) and value > 0, field,
-        'must be a whole number above 0',
-    )  # fmt: skip
-  for field in ('prelude_layers', 'coda_layers'):
-    value = getattr(c, field)
-    need(
-        isinstance(value, int) and value >= 0, field,
-        'must be a whole number, 0 or more',
-    )  # fmt: skip
+  for f in dataclasses.fields(c):  # Types are the words of the annotations.
+    value = getattr(c, f.name)
+    if f.type == 'int':
+      least = int(f.name not in ('prelude_layers', 'coda_layers'))
+      size = 'above 0' if least else 'of 0 or more'
+      need(is_whole(value, least), f.name, f'must be a whole number {size}')
+    elif f.type == 'bool':
+      need(isinstance(value, bool), f.name, 'must be true or false')
+  need(
+      is_number(c.norm_eps, 0), 'norm_eps', 'must be a finite number, 0 or more'
+  )  # fmt: skip
+  need(
+      c.query_scale is None or is_number(c.query_scale), 'query_scale',
+      'must be a finite number above 0, or none',
+  )  # fmt: skip
   need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
   need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
   need(
@@ -295,12 +336,23 @@ def _check(c: ModelConfig) -> None:
         len(value) in (0, c.depth), field,
         f'needs one entry for each of the {c.depth} layers, or none',
     )  # fmt: skip
+    need(
+        all(is_whole(v) for v in value), field,
+        'must hold whole numbers, 0 or more',
+    )  # fmt: skip
+  need(bool(c.ropes), 'ropes', 'needs one rotary table at least')
+  for i, rope in enumerate(c.ropes):
+    _check_rope(rope, f'ropes[{i}]')
   need(
-      all(0 <= i < len(c.ropes) for i in c.rope_index), 'rope_index',
+      all(i < len(c.ropes) for i in c.rope_index), 'rope_index',
       f'must point into the {len(c.ropes)} tables of ropes',
   )  # fmt: skip
   if c.lora is None:
     return
+  if c.lora.alpha is not None and not is_number(c.lora.alpha):
+    raise InputError(
+      f'lora.alpha={c.lora.alpha!r}: must be a finite number above 0, or none.'
+    )
   for name, (d_in, d_out) in c.shapes().items():
     table = c.lora.table(name, c.loops, c.block_layers)
     if table.shape != (c.loops, c.block_layers):

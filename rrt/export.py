@@ -31,6 +31,7 @@ def main(_) -> None:
   if not _MODEL.value or not _OUT.value:
     raise InputError('--model and --out are both needed; see --help.')
   export.check_save_hf(_OUT.value)
+  pretrained.check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
   model = pretrained.load(_MODEL.value, dtype=_DTYPE.value)
   untied = export.to_untied(model)

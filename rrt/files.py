@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import os
 from pathlib import Path
+import platform
+import re
+import secrets
 import shutil
 
 from rrt.errors import InputError
@@ -18,6 +22,10 @@ def write_directory(
 ) -> Path:
   """Writes a directory under another name and renames it when complete.
 
+  A process that is killed cannot tidy up: what it left under other names is
+  removed by the next one to write the directory, which also gives an old
+  directory its name back if the kill came between the two renames.
+
   Args:
     directory: the final name.
     write: fills the folder that it is given.
@@ -27,8 +35,9 @@ def write_directory(
   Raises:
     InputError: the directory may not be replaced, or cannot be written.
   """
+  _tidy(Path(directory).expanduser().absolute())
   directory = check_replaceable(directory, is_ours, what)
-  mark = f'{directory.name}-{os.getpid()}'
+  mark = f'{directory.name}-{platform.node()}-{os.getpid()}'
   new, old = (directory.with_name(f'.{mark}.{end}') for end in ('new', 'old'))
   try:
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +62,40 @@ def write_directory(
     if directory.exists():
       shutil.rmtree(old, ignore_errors=True)
   return directory
+
+
+def _tidy(directory: Path) -> None:
+  """Clears up what writers of a directory that are no more left behind.
+
+  Writers on other hosts cannot be asked, so theirs is left alone.
+  """
+  # Earlier versions left the host out of the name.
+  host = re.escape(platform.node())
+  form = re.compile(
+    rf'\.{re.escape(directory.name)}-(?:{host}-)?(\d+)\.(new|old)'
+  )
+  with contextlib.suppress(OSError):  # Writing will tell what is wrong.
+    for path in sorted(directory.parent.iterdir()):
+      found = form.fullmatch(path.name)
+      if not found or _is_alive(int(found[1])):
+        continue
+      if found[2] == 'old' and not directory.exists():
+        path.rename(directory)
+      else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+  """Whether another process of this host has the id."""
+  if pid == os.getpid():
+    return False  # A container's ids begin anew: the name is a dead one's.
+  try:
+    os.kill(pid, 0)
+  except PermissionError:
+    return True
+  except (OSError, OverflowError):
+    return False
+  return True
 
 
 def check_replaceable(
@@ -100,7 +143,8 @@ def check_writable(directory: str | Path) -> None:
   directory = Path(directory)
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f'.writable-{os.getpid()}'
+    # Hosts and containers that share a disk may share process ids.
+    probe = directory / f'.writable-{os.getpid()}-{secrets.token_hex(4)}'
     probe.write_text('')
     probe.unlink()
   except OSError as e:

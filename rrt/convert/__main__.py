@@ -9,6 +9,7 @@ be any; the others are the paper's.
 """
 
 import os
+from typing import Any
 
 # LAPACK's own threads only get in the way of XLA's: measured on two shared
 # cores, an eigendecomposition takes 20 times as long with them. Set before
@@ -93,19 +94,31 @@ def parse_rank(text: str) -> int | dict[str, int]:
     if ':' not in text:
       return int(text)
     pairs = [pair.split(':') for pair in text.split(',')]
-    return {name.strip(): int(value) for name, value in pairs}
+    ranks = {name.strip(): int(value) for name, value in pairs}
   except ValueError as e:
     raise InputError(
       f'rank={text!r}: give a whole number, or q:32,v:32,... by linear.'
     ) from e
+  if len(ranks) < len(pairs):
+    raise InputError(f'rank={text!r}: give each linear once.')
+  return ranks
 
 
 def main(_) -> None:
   """Loads, converts, reports, saves."""
   if not _SOURCE.value or not _OUT.value:
     raise InputError('--source and --out are both needed; see --help.')
-  rank = parse_rank(_RANK.value)
+  arguments: dict[str, Any] = dict(
+      prelude=_PRELUDE.value, block=_BLOCK.value, loops=_LOOPS.value,
+      coda=_CODA.value, order=_ORDER.value, init=_INIT.value,
+      rank=parse_rank(_RANK.value), budget=_BUDGET.value, alpha=_ALPHA.value,
+      lora_init=_LORA_INIT.value, loop_norms=_LOOP_NORMS.value,
+      calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
+  )  # fmt: skip
   pretrained.check_save(_OUT.value)
+  pretrained.check_apart(_SOURCE.value, _OUT.value)
+  # Reading the weights takes long: what cannot work is told before.
+  recursive.plan(pretrained.load_config(_SOURCE.value), **arguments)
   text = None
   if _CALIBRATION.value is not None:
     text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)
@@ -114,13 +127,8 @@ def main(_) -> None:
     text = calibration_text(None, _CALIBRATION_TOKENS.value)
   bar = cli.Progress(0, 'convert', 'layers')
   child, report = recursive.to_recursive(
-      parent, prelude=_PRELUDE.value, block=_BLOCK.value, loops=_LOOPS.value,
-      coda=_CODA.value, order=_ORDER.value, init=_INIT.value, rank=rank,
-      budget=_BUDGET.value, alpha=_ALPHA.value, lora_init=_LORA_INIT.value,
-      loop_norms=_LOOP_NORMS.value, calibration=text,
-      calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
-      progress=bar.to,
-  )  # fmt: skip
+    parent, calibration=text, progress=bar.to, **arguments
+  )
   if bar.done:
     bar.__exit__()
   out = pretrained.save(child, _OUT.value)

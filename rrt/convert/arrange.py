@@ -1,11 +1,10 @@
 """The shape of a child: how its depth is arranged, and its LoRA ranks."""
 
 import dataclasses
-import math
 
 import numpy as np
 
-from rrt.config import COMPONENTS, ORDERS, LoraConfig, ModelConfig
+from rrt.config import COMPONENTS, ORDERS, LoraConfig, ModelConfig, is_number
 from rrt.errors import InputError
 
 
@@ -35,9 +34,12 @@ def arrange(
       is not its depth; then with the nearest choices that are.
   """
   if parent.loops != 1 or parent.lora is not None:
+    state = f'is already recursive (loops={parent.loops})'
+    if parent.loops == 1:
+      state = 'has LoRA, although it is not recursive (loops=1)'
     raise InputError(
-      f'The parent is already recursive (loops={parent.loops}); convert a '
-      'vanilla model, or export this one to an untied model first.'
+      f'The parent {state}; convert a vanilla model, or export this one to an '
+      'untied model first.'
     )
   if order not in ORDERS:
     raise InputError(f'order={order!r}: must be one of {", ".join(ORDERS)}.')
@@ -75,7 +77,7 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
     for c in range(depth - p):
       rest = depth - p - c
       for r in range(1, rest + 1):
-        if rest % r or (r == 1 and loops != 1):
+        if rest % r or (r == 1 and loops != 1 and depth > 1):
           continue
         n = rest // r
         away = abs(p - prelude) + abs(c - coda) + 2 * abs(r - loops)
@@ -103,8 +105,8 @@ def with_ranks(
   Raises:
     InputError: a negative rank, an unknown component, an alpha of 0.
   """
-  if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
-    raise InputError(f'alpha={alpha!r}: must be above 0.')
+  if alpha is not None and not is_number(alpha):
+    raise InputError(f'alpha={alpha!r}: must be a finite number above 0.')
   ranks = rank if isinstance(rank, dict) else dict.fromkeys(COMPONENTS, rank)
   capped = {}
   for name, value in ranks.items():

@@ -42,7 +42,7 @@ def spend(
     spectra: component -> singular values of what the shared weight lacks at
       each position, relative to the norm of the position's own weight,
       [R, N, K], falling.
-    budget: how many LoRA parameters to spend.
+    budget: how many LoRA parameters to spend, at most.
     alpha: as in `LoraConfig`.
 
   Returns:
@@ -58,7 +58,8 @@ def spend(
       for low, high in itertools.pairwise(edges):
         cost = (high - low) * (d_in + d_out)
         worth = float(energy[low:high].sum()) / cost
-        steps.append((-worth, low, cost, name, r, n, high))
+        if worth > 0:  # What regains nothing is not bought.
+          steps.append((-worth, low, cost, name, r, n, high))
   ranks = {name: np.zeros((R, N), int) for name in spectra}
   left = budget
   for _, low, cost, name, r, n, high in sorted(steps):

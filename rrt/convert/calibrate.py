@@ -15,7 +15,10 @@ few thousand tokens, and each linear of the child is fitted by least squares:
 4. The coda's layers are nobody's shared weights: they are refitted whole.
 
 Nothing is trained by gradients. One layer's covariances are in memory at a
-time, besides the parent's residual stream for the calibration tokens.
+time, besides the parent's residual stream for the calibration tokens: after
+attention and after the MLP, at every depth from the prelude on. That is
+2 (L - P) x tokens x D float32 in the host's memory, freed depth by depth as
+the child is fitted; of the child's own stream, one depth is there at a time.
 
 B rows, L length, D model, I inputs of a linear, O outputs, R loops, N layers.
 """
@@ -41,6 +44,8 @@ from rrt.convert.walk import (
   set_kernel,
   with_norms,
 )
+
+TINY = 1e-30  # What sizes that may be zero are divided by at least.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,7 @@ def calibrate(
       fitted.coda.append(jax.tree.map(np.asarray, layer))
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
     size = np.sum(streams[depth].end ** 2, dtype=np.float64)
-    fitted.drift.append(float(gap / size))
+    fitted.drift.append(float(gap / max(size, TINY)))
     del streams[depth]  # A layer looks ahead to later loops, never back.
     h_BxLxD = end_BxLxD
     progress(1)
@@ -167,7 +172,8 @@ def spectra(
         for r in range(R):
           sigma_K = fit.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[0]
           power = jnp.sum((cs_RxIxI[r] @ ws_RxIxO[r]) * ws_RxIxO[r])
-          found[name][r, n] = np.asarray(sigma_K / jnp.sqrt(power))
+          size = jnp.sqrt(jnp.maximum(power, TINY))
+          found[name][r, n] = np.asarray(sigma_K / size)
   return found
 
 

@@ -163,10 +163,11 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
     The directory.
 
   Raises:
-    InputError: the directory holds something else, or cannot be written.
+    InputError: the directory holds something else, or cannot be written; or
+      no config.json can describe the model.
   """
   model = to_untied(model)
-  tensors = hf_tensors(model)
+  tensors, fields = hf_tensors(model), hf_config(model)
 
   def write(folder: Path) -> None:
     shards = _shards(tensors)
@@ -187,7 +188,7 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
     if model.tokenizer is not None:
       model.tokenizer.save(folder)
     _write_json(folder / 'generation_config.json', ids)
-    _write_json(folder / 'config.json', hf_config(model))
+    _write_json(folder / 'config.json', fields)
 
   return write_directory(directory, write, _is_export, 'an rrt export')
 

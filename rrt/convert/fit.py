@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 RIDGES = (0.1, 1.0, 10.0)  # What `refit` chooses from.
+# Least variance of an input, for inputs that are all zero: far below that of
+# any real one, and its inverse, too, is an ordinary float32.
+FLOOR = 1e-20
 
 
 def damp(c_IxI, ridge: float):
@@ -24,7 +27,7 @@ def damp(c_IxI, ridge: float):
   text never moved.
   """
   diagonal_I = jnp.diag(c_IxI)
-  floor = 1e-5 * jnp.mean(diagonal_I) + 1e-30
+  floor = 1e-5 * jnp.mean(diagonal_I) + FLOOR
   return c_IxI + jnp.diag(ridge * diagonal_I + floor)
 
 

@@ -66,9 +66,9 @@ def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
     **_common(c, 'gemma'),
     ropes=(
       hf.rope_from_hf(
-        c.get('rope_scaling') or c.get('rope_parameters'),
-        c.get('rope_theta') or 10_000.0,
-        c['max_position_embeddings'],
+        hf.table(c, 'rope_scaling') or hf.table(c, 'rope_parameters'),
+        hf.number(c, 'rope_theta', 10_000.0),
+        hf.whole(c, 'max_position_embeddings'),
       ),
     ),
   )
@@ -82,7 +82,7 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
   hf.refuse(c, 'attn_logit_softcapping')
   hf.refuse(c, 'final_logit_softcapping')
   kinds = _layer_kinds(c)
-  window = c['sliding_window'] or 0
+  window = hf.whole(c, 'sliding_window', 0, least=0)
   if LOCAL in kinds and not window:
     raise InputError(
       f'config.json: sliding_window={window!r} with layers of type '
@@ -93,7 +93,7 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
     **_common(c, 'gemma3'),
     post_norms=True,
     qk_norm=True,
-    query_scale=float(c['query_pre_attn_scalar']) ** -0.5,
+    query_scale=hf.number(c, 'query_pre_attn_scalar') ** -0.5,
     windows=tuple(window * local for local in is_local),
     ropes=_ropes_from_hf(c),
     rope_index=is_local,
@@ -102,33 +102,35 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
 
 def _common(c: dict[str, Any], family: str) -> dict[str, Any]:
   hf.refuse(c, 'use_bidirectional_attention', False)
-  heads = hf.require(c, 'num_attention_heads')
+  heads = hf.whole(c, 'num_attention_heads')
   return {
     'family': family,
-    'vocab_size': hf.require(c, 'vocab_size'),
-    'd_model': hf.require(c, 'hidden_size'),
-    'd_ff': hf.require(c, 'intermediate_size'),
+    'vocab_size': hf.whole(c, 'vocab_size'),
+    'd_model': hf.whole(c, 'hidden_size'),
+    'd_ff': hf.whole(c, 'intermediate_size'),
     'num_heads': heads,
-    'num_kv_heads': c.get('num_key_value_heads') or heads,
-    'head_dim': hf.require(c, 'head_dim'),
-    'block_layers': hf.require(c, 'num_hidden_layers'),
-    'max_context': hf.require(c, 'max_position_embeddings'),
-    'norm_eps': float(c.get('rms_norm_eps', 1e-6)),
+    'num_kv_heads': hf.whole(c, 'num_key_value_heads', heads),
+    'head_dim': hf.whole(c, 'head_dim'),
+    'block_layers': hf.whole(c, 'num_hidden_layers'),
+    'max_context': hf.whole(c, 'max_position_embeddings'),
+    'norm_eps': hf.number(c, 'rms_norm_eps', 1e-6, least=0),
     'unit_offset_norm': True,
     'activation': 'gelu_tanh',
     'scale_embeddings': True,
-    'tie_embeddings': bool(c.get('tie_word_embeddings', True)),
+    'tie_embeddings': hf.flag(c, 'tie_word_embeddings', True),
   }
 
 
 def _layer_kinds(c: dict[str, Any]) -> list[str]:
   """LOCAL or GLOBAL for every layer."""
-  layers = c['num_hidden_layers']
+  layers = hf.whole(c, 'num_hidden_layers')
   kinds = c.get('layer_types')
   if kinds is None:
-    every = c.get('sliding_window_pattern') or c.get('_sliding_window_pattern')
-    every = int(every or 6)
+    every = hf.whole(c, '_sliding_window_pattern', 6)
+    every = hf.whole(c, 'sliding_window_pattern', every)
     kinds = [LOCAL if (i + 1) % every else GLOBAL for i in range(layers)]
+  if not isinstance(kinds, list):
+    raise InputError(f'config.json: layer_types={kinds!r} must be a list.')
   if len(kinds) != layers:
     raise InputError(
       f'config.json: layer_types has {len(kinds)} entries for '
@@ -145,15 +147,15 @@ def _layer_kinds(c: dict[str, Any]) -> list[str]:
 
 def _ropes_from_hf(c: dict[str, Any]) -> tuple[Rope, Rope]:
   """(global, local) rotary tables; a scaling outside is the global one's."""
-  nested = c.get('rope_parameters') or {}
+  nested = hf.table(c, 'rope_parameters')
   if nested and not (GLOBAL in nested or LOCAL in nested):
     nested = {GLOBAL: nested}
-  far = dict(nested.get(GLOBAL) or {}) | (c.get('rope_scaling') or {})
-  near = nested.get(LOCAL)
-  context = c['max_position_embeddings']
+  far = hf.table(nested, GLOBAL) | hf.table(c, 'rope_scaling')
+  near = hf.table(nested, LOCAL)
+  context = hf.whole(c, 'max_position_embeddings')
   return (
-    hf.rope_from_hf(far, c.get('rope_theta') or 1e6, context),
-    hf.rope_from_hf(near, c.get('rope_local_base_freq') or 1e4, context),
+    hf.rope_from_hf(far, hf.number(c, 'rope_theta', 1e6), context),
+    hf.rope_from_hf(near, hf.number(c, 'rope_local_base_freq', 1e4), context),
   )
 
 
@@ -170,17 +172,23 @@ def gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Gemma 3 text model, for 4.x and 5.x."""
-  far, near = config.ropes
+  """config.json of an untied Gemma 3 text model, for 4.x and 5.x.
+
+  Raises:
+    InputError: its layers differ by more than Gemma 3's two kinds do.
+  """
   windows = config.windows or (0,) * config.depth
+  far, near, window = _kinds_of_layers(config, windows)
   fields = gemma_to_hf(config)
   del fields['hidden_act']
   return fields | {
     'architectures': ['Gemma3ForCausalLM'],
     'model_type': 'gemma3_text',
     'query_pre_attn_scalar': _whole(config.scale_q**-2),
-    'sliding_window': max(windows) or GEMMA3_DEFAULTS['sliding_window'],
+    'sliding_window': window or GEMMA3_DEFAULTS['sliding_window'],
     'layer_types': [LOCAL if w else GLOBAL for w in windows],
+    'rope_theta': far.base,
+    'rope_scaling': hf.rope_to_hf(far),
     'rope_local_base_freq': near.base,
     'rope_parameters': {
       GLOBAL: _rope_parameters(far),
@@ -189,6 +197,34 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     'attn_logit_softcapping': None,
     'final_logit_softcapping': None,
   }
+
+
+def _kinds_of_layers(
+  config: ModelConfig, windows: tuple[int, ...]
+) -> tuple[Rope, Rope, int]:
+  """(global rotary table, local one, local window) of an untied model.
+
+  A config.json has one of each; where there are no layers of a kind, the
+  first table is the global and the last the local one.
+  """
+  index = config.rope_index or (0,) * config.depth
+  used: dict[bool, set[Rope]] = {False: set(), True: set()}
+  for i, window in zip(index, windows, strict=True):
+    used[window > 0].add(config.ropes[i])
+  sizes = {window for window in windows if window}
+  for name, found in (
+    ('rope_index: layers without a window', used[False]),
+    ('rope_index: layers with a window', used[True]),
+    ('windows: layers', sizes),
+  ):
+    if len(found) > 1:
+      raise InputError(
+        f'{name} have {len(found)} different values, of which a Gemma 3 '
+        'config.json holds one; give them the same to export the model.'
+      )
+  far = used[False] or {config.ropes[0]}
+  near = used[True] or {config.ropes[-1]}
+  return far.pop(), near.pop(), max(sizes, default=0)
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 import math
 from pathlib import Path
-import re
 from typing import Any
 
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert import family, hf, tensorfile
+from rrt.convert import family, gguf_parts, hf, tensorfile
 from rrt.convert.gguf_file import GgufFile
 from rrt.errors import InputError
-
-_SPLIT_NAME = re.compile(r'-(\d{5})-of-(\d{5})\.gguf$')
 
 # Fields of config.json by llama.cpp's keys (after the architecture's name).
 _FIELDS = {
@@ -40,31 +37,17 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
   """(metadata, tensors) of a GGUF file given by all its paths.
 
   Args:
-    paths: one file; the raw pieces of one file in order; or the files of a
-      split (`name-00001-of-00003.gguf`), each a GGUF file of its own.
+    paths: one file, or all parts of a model; see `gguf_parts`.
 
   Raises:
     InputError: the file is damaged or a part of it is missing.
   """
-  split = [_SPLIT_NAME.search(path.name) for path in paths]
-  if not split[0]:
+  paths = gguf_parts.in_order(paths)
+  first = gguf_parts.part_of(paths[0].name)
+  if first is None or not first.is_split:
     file = GgufFile(paths)
     return file.metadata, file
-  total = int(split[0].group(2))
-  if len(paths) == 1:
-    stem = paths[0].name[: split[0].start()]
-    paths = [
-      paths[0].with_name(f'{stem}-{i:05}-of-{total:05}.gguf')
-      for i in range(1, total + 1)
-    ]
-  absent = [path.name for path in paths if not path.is_file()]
-  if absent or len(paths) != total:
-    raise InputError(
-      f'{paths[0].parent} has {len(paths) - len(absent)} of the {total} '
-      f'files of this split GGUF model; {", ".join(absent) or "some"} '
-      'are missing.'
-    )
-  files = [GgufFile([path]) for path in sorted(paths)]
+  files = tensorfile.open_all(paths, lambda path: GgufFile([path]), [])
   dtypes = set().union(*(file.dtypes for file in files))
   return files[0].metadata, tensorfile.ShardedTensors(files, dtypes)
 
@@ -128,7 +111,12 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     )
   if arch == 'gemma3':
     fields |= _gemma3_fields(metadata, fields)
-  return hf.config_from_hf(fields)
+  try:
+    return hf.config_from_hf(fields)
+  except InputError as e:
+    raise InputError(
+      f'The GGUF fields do not make a model (named as in config.json): {e}'
+    ) from e
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:
@@ -144,9 +132,9 @@ def _gemma3_fields(metadata, fields) -> dict[str, Any]:
     out['sliding_window_pattern'] = pattern
   out['query_pre_attn_scalar'] = fields.get('head_dim', 256)
   if layers == 62:  # The 27B model alone scales by the width of a head slice.
-    out['query_pre_attn_scalar'] = (
-      fields['hidden_size'] // fields['num_attention_heads']
-    )
+    width = hf.whole(fields, 'hidden_size')
+    heads = hf.whole(fields, 'num_attention_heads')
+    out['query_pre_attn_scalar'] = width // heads
   return out
 
 

@@ -31,14 +31,15 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Pieces:
-  """Files read as if they were one."""
+  """Files read as if they were one; none is open between two reads."""
 
   def __init__(self, paths: Sequence[Path]):
     self.name = str(paths[0])
-    self._files = [open(path, 'rb') for path in paths]
-    sizes = [os.fstat(f.fileno()).st_size for f in self._files]
+    self._paths = list(paths)
     self._starts = [0]
-    for size in sizes:
+    for path in paths:
+      with open(path, 'rb') as f:
+        size = os.fstat(f.fileno()).st_size
       self._starts.append(self._starts[-1] + size)
     self.size = self._starts[-1]
 
@@ -56,8 +57,14 @@ class _Pieces:
     while count:
       i = bisect.bisect_right(self._starts, offset) - 1
       take = min(count, self._starts[i + 1] - offset)
-      self._files[i].seek(offset - self._starts[i])
-      data = self._files[i].read(take)
+      try:
+        with open(self._paths[i], 'rb') as f:
+          f.seek(offset - self._starts[i])
+          data = f.read(take)
+      except OSError as e:
+        raise self.broken(
+          f'{self._paths[i].name} cannot be read ({e.strerror or e})'
+        ) from e
       if len(data) != take:
         raise self.broken(f'it cannot be read at byte {offset:,}')
       parts.append(data)
@@ -65,7 +72,7 @@ class _Pieces:
     return parts[0] if len(parts) == 1 else b''.join(parts)
 
   def broken(self, why: str) -> InputError:
-    n = len(self._files)
+    n = len(self._paths)
     pieces = f' and its {n - 1} other pieces' if n > 1 else ''
     verb = 'are' if n > 1 else 'is'
     return InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rrt.config import ModelConfig, Rope
+from rrt.config import ModelConfig, Rope, is_number, is_whole
 from rrt.convert import family, tensorfile
 from rrt.convert.tensorfile import Tensors
 from rrt.errors import InputError
@@ -42,22 +42,23 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
   Raises:
     InputError: names the field that is missing or not supported.
   """
-  if fields.get('text_config'):  # A multimodal model: its text half.
-    outer, fields = fields, dict(fields['text_config'])
+  text = table(fields, 'text_config')
+  if text:  # A multimodal model: its text half.
+    outer, fields = fields, dict(text)
     fields.setdefault('model_type', outer.get('model_type'))
     for key in ('quantization_config', 'tie_word_embeddings'):
       if outer.get(key) is not None:
         fields.setdefault(key, outer[key])
   kind = family.family_for(fields.get('model_type'))
-  layers = fields.get('num_hidden_layers')
-  if isinstance(layers, int) and layers > MAX_LAYERS:
+  layers = whole(fields, 'num_hidden_layers', 1)  # Families know the default.
+  if layers > MAX_LAYERS:
     raise InputError(
       f'config.json: num_hidden_layers={layers} cannot be right.'
     )
   refuse(fields, 'quantization_config', None, mend='dequantize it first')
   try:
     return kind.from_hf(fields)
-  except (TypeError, ValueError, AttributeError) as e:
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
     if isinstance(e, InputError):
       raise
     raise InputError(f'config.json has a value of a wrong type: {e}.') from e
@@ -84,6 +85,71 @@ def require(fields: dict[str, Any], name: str) -> Any:
   return fields[name]
 
 
+def whole(
+  fields: dict[str, Any],
+  name: str,
+  default: int | None = None,
+  *,
+  least: int = 1,
+) -> int:
+  """A field that counts something.
+
+  Args:
+    fields: of config.json.
+    name: of the field.
+    default: where it is absent or null; None if it may not be.
+    least: the smallest value that can work.
+
+  Raises:
+    InputError: names the field and its value.
+  """
+  if fields.get(name) is None and default is not None:
+    return default
+  value = require(fields, name)
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if not is_whole(value, least):
+    raise InputError(
+      f'config.json: {name}={value!r} must be a whole number, {least} or more.'
+    )
+  return value
+
+
+def number(
+  fields: dict[str, Any],
+  name: str,
+  default: float | None = None,
+  *,
+  least: float | None = None,
+) -> float:
+  """A finite number, above 0 or at least `least`; otherwise as `whole`."""
+  if fields.get(name) is None and default is not None:
+    return default
+  value = require(fields, name)
+  if not is_number(value, least):
+    need = 'above 0' if least is None else f'{least:g} or more'
+    raise InputError(
+      f'config.json: {name}={value!r} must be a finite number, {need}.'
+    )
+  return float(value)
+
+
+def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
+  """A field that is true or false; null is false."""
+  value = fields.get(name, default)
+  if not isinstance(value, bool | None):
+    raise InputError(f'config.json: {name}={value!r} must be true or false.')
+  return bool(value)
+
+
+def table(fields: dict[str, Any], name: str) -> dict[str, Any]:
+  """A field that is an object; {} where it is absent or null."""
+  value = fields.get(name)
+  if not isinstance(value, dict | None):
+    raise InputError(f'config.json: {name}={value!r} must be an object.')
+  return value or {}
+
+
 def rope_from_hf(
   parameters: dict[str, Any] | None, base: float, max_context: int
 ) -> Rope:
@@ -95,25 +161,25 @@ def rope_from_hf(
     max_context: llama3's original context where the dict has none.
 
   Raises:
-    InputError: the kind of scaling is not supported.
+    InputError: the kind of scaling is not supported, or a value cannot work.
   """
   p = parameters or {}
-  base = float(p.get('rope_theta') or base)
+  base = number(p, 'rope_theta', base)
   refuse(p, 'partial_rotary_factor', 1, 1.0)
   kind = p.get('rope_type', p.get('type', 'default')) or 'default'
   if kind == 'default':
     return Rope(base=base)
   if kind == 'linear':
-    return Rope(base=base, scaling='linear', factor=float(require(p, 'factor')))
+    return Rope(base=base, scaling='linear', factor=number(p, 'factor'))
   if kind == 'llama3':
     return Rope(
       base=base,
       scaling='llama3',
-      factor=float(require(p, 'factor')),
-      low_freq_factor=float(require(p, 'low_freq_factor')),
-      high_freq_factor=float(require(p, 'high_freq_factor')),
-      original_context=int(
-        p.get('original_max_position_embeddings') or max_context
+      factor=number(p, 'factor'),
+      low_freq_factor=number(p, 'low_freq_factor'),
+      high_freq_factor=number(p, 'high_freq_factor'),
+      original_context=whole(
+        p, 'original_max_position_embeddings', max_context
       ),
     )
   raise InputError(
@@ -169,26 +235,35 @@ def open_directory(directory: Path) -> Tensors:
   """The safetensors of a Hugging Face directory, one file or sharded.
 
   Raises:
-    InputError: there are none, a shard is missing, or a file is broken.
+    InputError: there are none, shards are missing, or files are broken; all
+      of these in one.
   """
   index = directory / 'model.safetensors.index.json'
+  faults = []
   if index.exists():
     weight_map = read_json(index).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:
       raise InputError(f'{index} has no weight_map; copy it again.')
+    for tensor, name in weight_map.items():
+      if not isinstance(name, str):
+        raise InputError(
+          f'{index}: weight_map has {name!r} for {tensor!r} instead of a '
+          "file's name; copy it again."
+        )
     names = sorted(set(weight_map.values()))
     absent = [n for n in names if not (directory / n).is_file()]
     if absent:
-      raise InputError(
+      faults.append(
         f'{directory} lacks {len(absent)} of the {len(names)} files that '
         f'its index names ({", ".join(absent[: family.MAX_LISTED])}); copy '
         'them too.'
       )
+    names = [n for n in names if n not in absent]
   else:
     names = sorted(p.name for p in directory.glob('*.safetensors'))
     if 'model.safetensors' in names:
       names = ['model.safetensors']
-  if not names:
+  if not names and not faults:
     other = [p.name for p in directory.glob('*.bin')]
     other += [p.name for p in directory.glob('*.pth')]
     pickled = f' ({other[0]} is a pickle, which is never read)' if other else ''
@@ -196,7 +271,9 @@ def open_directory(directory: Path) -> Tensors:
       f'{directory} has a config.json but no *.safetensors{pickled}; '
       'save the model as safetensors.'
     )
-  shards = (tensorfile.SafetensorsFile(directory / n) for n in names)
+  shards = tensorfile.open_all(
+    [directory / n for n in names], tensorfile.SafetensorsFile, faults
+  )
   return _Renamed(tensorfile.ShardedTensors(shards))
 
 

@@ -35,32 +35,32 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
   hf.refuse(c, 'mlp_bias', False)
   hf.refuse(c, 'hidden_act', 'silu', 'swish')
   hf.refuse(c, 'num_local_experts', 0, 1)
-  layers = hf.require(c, 'num_hidden_layers')
-  max_context = c.get('max_position_embeddings') or 2048
+  layers = hf.whole(c, 'num_hidden_layers')
+  max_context = hf.whole(c, 'max_position_embeddings', 2048)
   window = 0
   if mistral and 'sliding_window' not in c:
     window = 4096  # The default of the original.
   elif mistral:
-    window = c['sliding_window'] or 0
-  heads = hf.require(c, 'num_attention_heads')
-  d_model = hf.require(c, 'hidden_size')
+    window = hf.whole(c, 'sliding_window', 0, least=0)
+  heads = hf.whole(c, 'num_attention_heads')
+  d_model = hf.whole(c, 'hidden_size')
   return ModelConfig(
     family='llama',
-    vocab_size=hf.require(c, 'vocab_size'),
+    vocab_size=hf.whole(c, 'vocab_size'),
     d_model=d_model,
-    d_ff=hf.require(c, 'intermediate_size'),
+    d_ff=hf.whole(c, 'intermediate_size'),
     num_heads=heads,
-    num_kv_heads=c.get('num_key_value_heads') or (8 if mistral else heads),
-    head_dim=c.get('head_dim') or d_model // heads,
+    num_kv_heads=hf.whole(c, 'num_key_value_heads', 8 if mistral else heads),
+    head_dim=hf.whole(c, 'head_dim', d_model // heads),
     block_layers=layers,
     max_context=max_context,
-    norm_eps=float(c.get('rms_norm_eps', 1e-6)),
-    tie_embeddings=bool(c.get('tie_word_embeddings', False)),
+    norm_eps=hf.number(c, 'rms_norm_eps', 1e-6, least=0),
+    tie_embeddings=hf.flag(c, 'tie_word_embeddings', False),
     windows=(window,) * layers if window else (),
     ropes=(
       hf.rope_from_hf(
-        c.get('rope_scaling') or c.get('rope_parameters'),
-        c.get('rope_theta') or 10_000.0,
+        hf.table(c, 'rope_scaling') or hf.table(c, 'rope_parameters'),
+        hf.number(c, 'rope_theta', 10_000.0),
         max_context,
       ),
     ),
@@ -68,7 +68,10 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Llama or Mistral, for 4.x and 5.x."""
+  """config.json of an untied Llama or Mistral, for 4.x and 5.x.
+
+  Its layers are all alike; families in which they differ replace the fields.
+  """
   rope = config.ropes[0]
   scaling = hf.rope_to_hf(rope)
   fields = {

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from rrt.config import is_whole
 from rrt.errors import InputError
 
 LEAST = 128  # Tokens that calibration needs at the very least.
@@ -12,12 +13,29 @@ HELD_OUT = 8  # One row in so many is kept for measuring, ...
 HELD_OUT_TOKENS = 4096  # ... up to so many tokens.
 
 
+class TooLittleText(InputError):
+  """A text with too few tokens to fit anything to."""
+
+
+def check_tokens(tokens: int) -> None:
+  """Raises InputError unless so many tokens are enough to fit on."""
+  if not is_whole(tokens, LEAST):
+    raise InputError(
+      f'calibration_tokens={tokens!r}: must be {LEAST} or more; a few '
+      'thousand serve well.'
+    )
+
+
 def calibration_text(path: str | None, tokens: int) -> str:
   """Enough text for so many tokens, from a path or the installation.
 
   Raises:
-    InputError: the path cannot be read.
+    InputError: the path is empty or cannot be read.
   """
+  if path is not None and not path.strip():
+    raise InputError(
+      f'calibration={path!r}: give the path of a text, or leave it out.'
+    )
   if path is None:
     from rrt.data import corpus  # Only here is text needed.
 
@@ -58,13 +76,10 @@ def split_rows(
     (fit_BxL, held_out_BxL), int32, both with one row at least.
 
   Raises:
-    InputError: too little text, unknown ids, or no tokenizer for a text.
+    TooLittleText: it has fewer than `LEAST` tokens.
+    InputError: unknown ids, or no tokenizer for a text.
   """
-  if tokens < LEAST:
-    raise InputError(
-      f'calibration_tokens={tokens}: must be {LEAST} or more; a few '
-      'thousand serve well.'
-    )
+  check_tokens(tokens)
   goal = tokens + max(tokens // (HELD_OUT - 1), 1)
   if isinstance(calibration, str):
     rows_BxL = _rows_of_text(calibration, tokenizer, goal, length)
@@ -87,7 +102,7 @@ def _cut(ids: np.ndarray, goal: int, length: int) -> np.ndarray:
   """Consecutive rows of the first `goal` ids."""
   ids = ids[:goal]
   if ids.size < LEAST:
-    raise InputError(
+    raise TooLittleText(
       f'The calibration text has {ids.size} tokens; give {LEAST} or more, a '
       'few thousand serve well.'
     )

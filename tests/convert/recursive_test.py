@@ -11,7 +11,7 @@ from rrt.config import LoraConfig
 from rrt.convert import arrange, fit, sample
 from rrt.convert.__main__ import parse_rank
 from rrt.convert.export import to_untied
-from rrt.convert.recursive import INITS, to_recursive
+from rrt.convert.recursive import INITS, plan, to_recursive
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.init import init_params
@@ -210,10 +210,54 @@ def test_a_budget_is_spent_where_it_regains_most(init):
   assert report.params_counted == count_params(child.config).unique
 
 
-def test_a_budget_for_everything_is_the_parent():
+@pytest.mark.parametrize('init', ['average', 'calibrated'])
+def test_a_budget_for_everything_is_the_parent(init):
   parent = tiny.parent(layers=4)
-  child, _ = to_recursive(parent, loops=2, init='average', budget=10**6)
+  child, report = to_recursive(
+    parent, loops=2, init=init, budget=10**6, calibration=tiny.tokens(),
+    calibration_tokens=256,
+  )  # fmt: skip
   assert difference(parent, child) < 1e-4
+  assert report.identity_error < 1e-4 and report.calibration_tokens == 0
+
+
+def test_a_budget_buys_nothing_where_nothing_is_lacking():
+  parent = tiny.parent(layers=2)
+  child, report = to_recursive(parent, loops=1, init='average', budget=3000)
+  assert child.config.lora is None and report.params == report.parent_params
+
+
+@pytest.mark.parametrize('more', [dict(rank=0), dict(rank=2), dict(budget=900)])
+def test_weights_taken_from_the_parent_show_progress(more):
+  told = []
+  to_recursive(
+    tiny.parent(layers=4), loops=2, init='average', **more,
+    progress=lambda *counts: told.append(counts),
+  )  # fmt: skip
+  assert told == sorted(told) and len(told) > 14
+  assert told[-1][0] == told[-1][1] > 0
+
+
+@pytest.mark.parametrize('norm', ['attn_norm', 'mlp_norm', 'attn_post_norm'])
+def test_layers_whose_gains_are_zero(norm):
+  """Their linears read nothing but zeros, so that no text says what to fit."""
+  parent = tiny.parent('gemma3' if 'post' in norm else 'llama', layers=4)
+  zero = -1.0 if parent.config.unit_offset_norm else 0.0
+  parent.params['block']['layers'][norm]['scale'][[1, 3]] = zero
+  child, report = to_recursive(
+    parent, loops=2, rank=1, calibration=tiny.tokens(), calibration_tokens=256
+  )
+  assert np.isfinite(tiny.logits(child, TOKENS)).all()
+  assert np.isfinite([*report.drift, report.nll_child_nats]).all()
+
+
+def test_a_child_that_is_not_finite_is_refused():
+  parent = tiny.parent(layers=4)
+  half = jax.tree.map(lambda w: w.astype(np.float16), parent.params)
+  parent = dataclasses.replace(parent, params=half)
+  with np.errstate(over='ignore'):
+    with pytest.raises(InputError, match=r'The child has NaN .*lora_.*dtype='):
+      to_recursive(parent, loops=2, init='average', rank=1, alpha=1e-12)
 
 
 def test_svd_factors_are_balanced():
@@ -244,6 +288,7 @@ def test_svd_factors_are_balanced():
     (dict(rank=-1), 'rank=-1'),
     (dict(rank={'x': 1}), "rank names 'x'"),
     (dict(rank=2, alpha=0.0), 'alpha=0.0'),
+    (dict(rank=2, alpha='8'), "alpha='8': must be"),
     (dict(rank=2, budget=100), 'choose one'),
     (dict(budget=-5), 'budget=-5'),
     (dict(calibration=[1, 2, 3]), 'has 3 tokens'),
@@ -265,6 +310,9 @@ def test_parents_that_cannot_be_converted():
   parent = tiny.parent(layers=4)
   child, _ = to_recursive(parent, loops=2, init='average')
   with pytest.raises(InputError, match='already recursive'):
+    to_recursive(child, loops=2, init='average')
+  child, _ = to_recursive(parent, loops=1, init='average', rank=1)
+  with pytest.raises(InputError, match='has LoRA, although'):
     to_recursive(child, loops=2, init='average')
   parent.params['block']['layers']['mlp']['up']['kernel'][1, 2, 3] = np.nan
   with pytest.raises(InputError, match=r'NaN or infinity in .*mlp/up'):
@@ -288,10 +336,42 @@ def test_choices_add_up():
     assert p + n * r + c == 30 and r == 2
 
 
+def test_a_single_layer_has_one_choice():
+  with pytest.raises(InputError, match='Choose prelude=0 block=1 loops=1'):
+    to_recursive(tiny.parent(layers=1), loops=2)
+
+
+def test_what_needs_no_weights_is_checked_without_them():
+  config = tiny.parent(layers=6).config
+  child = plan(config, prelude=1, loops=2, coda=1, rank=3)
+  assert (child.block_layers, child.lora.q) == (2, 3)
+  assert plan(config, loops=2, budget=100).lora is None
+  for arguments, sentence in (
+    (dict(prelude=3, loops=4), 'The parent has 6 layers'),
+    (dict(rank=2, budget=100), 'choose one'),
+    (dict(seed=-1), 'seed=-1'),
+    (dict(calibration_tokens=3), 'calibration_tokens=3'),
+  ):
+    with pytest.raises(InputError, match=sentence):
+      plan(config, **arguments)
+
+
+def test_no_text_is_asked_for_where_nothing_is_fitted():
+  _, report = to_recursive(
+    tiny.parent(layers=4), loops=1, calibration=[1, 2, 3]
+  )
+  assert report.identity_error < 1e-4 and report.nll_child_nats is None
+
+
+def test_an_empty_path_is_no_text():
+  with pytest.raises(InputError, match="calibration='': give"):
+    sample.calibration_text('', 500)
+
+
 def test_rank_flag():
   assert parse_rank('64') == 64
   assert parse_rank('q:8, down:16') == {'q': 8, 'down': 16}
-  for text in ('q', 'q:x', '', '1.5'):
+  for text in ('q', 'q:x', '', '1.5', 'q:4,q:8'):
     with pytest.raises(InputError, match='rank='):
       parse_rank(text)
 

@@ -1,0 +1,190 @@
+"""Our own directories: a manifest, the weights, the tokenizer.
+
+`rrt.json`, the manifest, has the configuration, where the model came from,
+and a checksum of everything: of itself, of every tensor, and of every other
+file. Directories of earlier versions lack some of these checksums.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+import zlib
+
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.convert import family, hf, tensorfile
+from rrt.data.tokenizer import Tokenizer
+from rrt.errors import InputError
+from rrt.models.init import init_params
+
+FORMAT = 1
+MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
+TOKENIZER = 'tokenizer.json'
+
+
+def is_own(directory: Path) -> bool:
+  """Whether `write` made a directory."""
+  return (directory / MANIFEST).is_file()
+
+
+def write(
+  folder: Path,
+  config: ModelConfig,
+  params: dict[str, Any],
+  tokenizer: Tokenizer | None,
+  meta: dict[str, Any],
+) -> None:
+  """Fills an empty folder."""
+  if tokenizer is not None:
+    tokenizer.save(folder)
+  others = {p.name: zlib.crc32(p.read_bytes()) for p in folder.iterdir()}
+  leaves = family.flatten(params)
+  manifest = {
+    'format': FORMAT,
+    'config': config.to_json(),
+    'meta': meta,
+    'files_crc32': others,
+    'tensors': tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'}),
+  }
+  manifest = json.loads(json.dumps(manifest))  # As it will be read.
+  manifest['manifest_crc32'] = _crc(manifest)
+  text = json.dumps(manifest, indent=1)
+  (folder / MANIFEST).write_text(text, encoding='utf-8')
+
+
+def read_manifest(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+  """(configuration, manifest) of a directory; verifies the manifest.
+
+  Raises:
+    InputError: it is damaged, or of another version.
+  """
+  path = directory / MANIFEST
+  manifest = hf.read_json(path)
+  if manifest.get('format') != FORMAT:
+    raise InputError(
+      f'{path} has format={manifest.get("format")!r}; this version reads '
+      f'{FORMAT}.'
+    )
+  rest = {k: v for k, v in manifest.items() if k != 'manifest_crc32'}
+  for name, part, what in (
+    ('manifest_crc32', rest, 'its checksum'),
+    ('config_crc32', manifest.get('config'), 'that of its configuration'),
+  ):
+    if name in manifest and manifest[name] != _crc(part):
+      raise InputError(f'{path} is damaged: {what} is wrong; copy it again.')
+  try:
+    for field in ('meta', 'tensors'):
+      dict(manifest[field])
+    return ModelConfig.from_json(manifest['config']), manifest
+  except (KeyError, TypeError, ValueError) as e:
+    if isinstance(e, InputError):
+      raise
+    raise InputError(f'{path} is damaged: {e}.') from e
+
+
+def read(
+  directory: Path, dtype: str
+) -> tuple[ModelConfig, dict[str, Any], Tokenizer | None, dict[str, Any]]:
+  """(config, params, tokenizer, meta); verifies all checksums.
+
+  Raises:
+    InputError: anything in the directory is damaged or missing.
+  """
+  config, manifest = read_manifest(directory)
+  others = manifest.get('files_crc32', {})
+  if 'tokenizer_crc32' in manifest:
+    others = {TOKENIZER: manifest['tokenizer_crc32']}
+  for name, crc in others.items():
+    _check_file(directory / name, crc)
+  tokenizer = tokenizer_in(directory)
+  params = _read_params(directory, manifest['tensors'], dtype)
+  _check_shapes(config, params, str(directory))
+  return config, params, tokenizer, dict(manifest['meta'])
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+  """A directory's tokenizer, to be read before the weights.
+
+  Reading a large vocabulary takes some hundred megabytes for a moment, which
+  must not come on top of the weights.
+  """
+  if not (directory / TOKENIZER).is_file():
+    return None
+  tokenizer = Tokenizer.from_directory(directory)
+  tokenizer.text_vocab_size  # noqa: B018  (cached: it takes memory too)
+  return tokenizer
+
+
+def _read_params(
+  directory: Path, listed: dict[str, int], dtype: str
+) -> dict[str, Any]:
+  """The parameter tree, cast, if its checksums are as listed."""
+  file = tensorfile.SafetensorsFile(directory / WEIGHTS)
+  if set(file.infos) != set(listed):
+    odd = sorted(set(file.infos) ^ set(listed))
+    raise InputError(
+      f'{directory}: {WEIGHTS} and {MANIFEST} do not belong together; they '
+      f'differ in {len(odd)} tensors, such as {odd[0]}.'
+    )
+  params: dict[str, Any] = {}
+  damaged = []
+  for name, info in file.infos.items():
+    array = np.empty(info.shape, family.DTYPES[dtype])
+    crc = 0
+    for start, rows in file.chunks(name):
+      crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
+      if rows.ndim:
+        array[start : start + len(rows)] = rows
+      else:
+        array[...] = rows
+    if crc != listed[name]:
+      damaged.append(name)
+    family.set_path(params, name, array)
+  if damaged:
+    raise InputError(
+      f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
+      f'tensors are wrong ({", ".join(damaged[: family.MAX_LISTED])}); copy it '
+      'again.'
+    )
+  return params
+
+
+def _crc(value: Any) -> int:
+  """Checksum of a JSON value, however it is laid out."""
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _check_file(path: Path, crc: int) -> None:
+  """Raises InputError unless a file is the one that was saved."""
+  try:
+    found = zlib.crc32(path.read_bytes())
+  except OSError as e:
+    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
+  if found != crc:
+    raise InputError(
+      f'{path} is damaged: its checksum is wrong; copy it again.'
+    )
+
+
+def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
+  """Raises InputError unless a tree is what its config describes."""
+  import jax  # Kept out of the import: reading a config needs no jax.
+
+  shapes = jax.eval_shape(
+    lambda key: init_params(config, key), jax.random.key(0)
+  )
+  wanted = {k: tuple(v.shape) for k, v in family.flatten(shapes).items()}
+  found = {k: tuple(v.shape) for k, v in family.flatten(params).items()}
+  faults = [
+    f'{name} {found.get(name, "missing")} instead of {wanted.get(name, "none")}'
+    for name in sorted(wanted | found)
+    if wanted.get(name) != found.get(name)
+  ]
+  if faults:
+    raise InputError(
+      f'{where}: {len(faults)} tensors do not fit the configuration '
+      f'({"; ".join(faults[: family.MAX_LISTED])}).'
+    )
