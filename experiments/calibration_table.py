@@ -53,12 +53,8 @@ RESULT
 
 import dataclasses
 import json
-import os
 import re
 import time
-
-# See rrt/convert/__main__.py: before anything loads LAPACK.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 from absl import flags
 

@@ -11,13 +11,9 @@ figures go to the terminal and, with the curves, to report.html.
 """
 
 import json
-import os
 from pathlib import Path
 import time
 from typing import Any
-
-# See rrt/convert/__main__.py: before anything loads LAPACK.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 from absl import flags
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 import platform
@@ -35,7 +36,7 @@ def write_directory(
   Raises:
     InputError: the directory may not be replaced, or cannot be written.
   """
-  _tidy(Path(directory).expanduser().absolute())
+  _tidy(_target(directory))
   directory = check_replaceable(directory, is_ours, what)
   mark = f'{directory.name}-{platform.node()}-{os.getpid()}'
   new, old = (directory.with_name(f'.{mark}.{end}') for end in ('new', 'old'))
@@ -61,6 +62,22 @@ def write_directory(
     shutil.rmtree(new, ignore_errors=True)
     if directory.exists():
       shutil.rmtree(old, ignore_errors=True)
+  return directory
+
+
+def _target(directory: str | Path) -> Path:
+  """The absolute path that a name means; a link means what it leads to.
+
+  Raises:
+    InputError: no directory can have that name.
+  """
+  directory = Path(directory).expanduser().absolute()
+  if len(os.fsencode(directory.name)) > 150:  # More is added to it meanwhile.
+    raise InputError(f'{directory.name[:40]}...: is too long a name.')
+  if directory.is_symlink():
+    if not directory.is_dir():
+      raise InputError(f'{directory} is a link to what is no directory.')
+    directory = directory.resolve()
   return directory
 
 
@@ -114,16 +131,40 @@ def check_replaceable(
   Raises:
     InputError: the directory may not be replaced, or cannot be written.
   """
-  directory = Path(directory).expanduser().absolute()
+  directory = _target(directory)
   if directory.exists() and not (
     directory.is_dir() and (not any(directory.iterdir()) or is_ours(directory))
   ):
     raise InputError(
-      f'{directory} exists and is not {what}, so it is left alone; choose '
+      f'{directory} exists and is not just {what}, so it is left alone; choose '
       'a new directory.'
     )
   check_writable(next(p for p in directory.parents if p.exists()))
   return directory
+
+
+@contextlib.contextmanager
+def lock(directory: Path, what: str):
+  """Keeps other processes out of a directory; ends with the process at last.
+
+  Args:
+    directory: exists and can be written to.
+    what: such a directory in words, for the error.
+
+  Raises:
+    InputError: another process has it.
+  """
+  with open(directory / '.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise InputError(
+        f'{directory}: another process is writing to this {what}; wait for '
+        'its end, or choose another directory.'
+      ) from e
+    except OSError:
+      pass  # File systems without locks: as good as none.
+    yield
 
 
 def _sync(path: Path) -> None:

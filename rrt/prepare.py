@@ -21,6 +21,7 @@ from rrt import checkpoint as checkpoint_lib
 from rrt import cli, optim, pretrained, sharding, state
 from rrt import metrics as metrics_lib
 from rrt.config import ModelConfig
+from rrt.convert import own
 from rrt.data import pipeline, sources
 from rrt.errors import InputError
 from rrt.heldout import read_heldout
@@ -192,16 +193,29 @@ def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
     InputError: no such child can be made of the parent.
   """
   # Here, so that training a converted child needs no converter.
-  from rrt.convert import budgets
-  from rrt.convert.arrange import arrange, with_ranks
+  from rrt.convert.arrange import with_ranks
+  from rrt.convert.recursive import plan
 
-  c = recipe.convert
-  config = arrange(
-      parent, prelude=c.prelude, block=c.block, loops=c.loops, coda=c.coda,
-      order=c.order, loop_norms=c.loop_norms,
-  )  # fmt: skip
-  budgets.check(c.budget, c.rank)
-  return with_ranks(config, 1 if c.budget else c.rank, c.alpha)
+  fields = dataclasses.asdict(recipe.convert)
+  del fields['calibration']
+  config = plan(parent, seed=recipe.seed, **fields)
+  if recipe.convert.budget:
+    config = with_ranks(config, 1, recipe.convert.alpha)
+  return config
+
+
+def check_workdir(workdir: Path) -> None:
+  """Raises InputError for a directory that holds something else than a run."""
+  try:
+    foreign = 'model_type' in json.loads((workdir / 'config.json').read_text())
+  except (OSError, ValueError, TypeError):
+    foreign = False
+  if foreign or own.is_own(workdir):
+    raise InputError(
+      f'--workdir={workdir}: holds a model; choose a new directory, and name '
+      'the model in config.child or config.parent.'
+    )
+  pretrained.check_save(workdir / 'model')
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
     m = model
     own.write(folder, m.config, m.params, m.tokenizer, m.meta)
 
-  return files.write_directory(directory, write, own.is_own, 'an rrt model')
+  return files.write_directory(directory, write, own.is_all_own, 'an rrt model')
 
 
 def check_apart(source: Source, directory: str | Path) -> None:
@@ -310,4 +310,4 @@ def check_save(directory: str | Path) -> None:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  files.check_replaceable(directory, own.is_own, 'an rrt model')
+  files.check_replaceable(directory, own.is_all_own, 'an rrt model')

@@ -13,6 +13,7 @@ status 143.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 import dataclasses
 from pathlib import Path
 import signal
@@ -32,10 +33,10 @@ from rrt import cli, optim, pretrained, sharding
 from rrt import metrics as metrics_lib
 from rrt import state as state_lib
 from rrt.errors import InputError
-from rrt.files import check_writable
+from rrt.files import check_writable, lock
 from rrt.heldout import open_heldout
 from rrt.models.count import count_params
-from rrt.prepare import check, next_batch, open_data, prepare
+from rrt.prepare import check, check_workdir, next_batch, open_data, prepare
 from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe, config_error, define_config_flag
 from rrt.teacher import with_teacher
@@ -193,7 +194,16 @@ def main(argv):
   recipe = Recipe.from_dict(FLAGS.config.to_dict())
   workdir = Path(FLAGS.workdir).expanduser().absolute()
   check_writable(workdir)
+  check_workdir(workdir)
   signal.signal(signal.SIGTERM, leave)
+  # Process 0 stands for all processes of a run.
+  own = lock(workdir, 'run') if jax.process_index() == 0 else nullcontext()
+  with own:
+    return convert_and_uptrain(recipe, workdir, begin)
+
+
+def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
+  """Converts, uptrains, saves and prints; returns the exit status."""
   parent, child = prepare(recipe, workdir)
   run = uptrain(parent, child, recipe, workdir)
   if run.stopped and run.step < recipe.steps:

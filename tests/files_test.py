@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rrt import files
+from rrt.errors import InputError
 
 
 def write(directory, text):
@@ -67,3 +68,32 @@ def test_probes_of_equal_process_ids_do_not_meet(tmp_path, monkeypatch):
   for _ in range(2):
     files.check_writable(tmp_path)
   assert len(set(made)) == 2 and names(tmp_path) == []
+
+
+def test_a_lock_keeps_other_processes_out(tmp_path):
+  code = (
+    'import sys\n'
+    'from rrt import files\n'
+    'with files.lock(files.Path(sys.argv[1]), "run"): print("in")\n'
+  )
+  other = [sys.executable, '-c', code, str(tmp_path)]
+  with files.lock(tmp_path, 'run'):
+    done = subprocess.run(other, capture_output=True, text=True, check=False)
+  assert done.returncode and 'another process is writing' in done.stderr
+  done = subprocess.run(other, capture_output=True, text=True, check=True)
+  assert done.stdout == 'in\n'
+
+
+def test_a_link_means_what_it_leads_to(tmp_path):
+  (tmp_path / 'big_disk').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'big_disk')
+  (tmp_path / 'dangling').symlink_to(tmp_path / 'nowhere')
+  write = lambda folder: (folder / 'a').write_text('a')
+  yes = lambda folder: True
+  files.write_directory(tmp_path / 'link', write, yes, 'ours')
+  assert (tmp_path / 'link').is_symlink()
+  assert (tmp_path / 'big_disk' / 'a').read_text() == 'a'
+  with pytest.raises(InputError, match='is a link to'):
+    files.write_directory(tmp_path / 'dangling', write, yes, 'ours')
+  with pytest.raises(InputError, match='too long a name'):
+    files.write_directory(tmp_path / ('x' * 250), write, yes, 'ours')

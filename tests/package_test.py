@@ -6,7 +6,7 @@ import sys
 OPTIONAL = (
     'grain', 'array_record', 'ml_collections', 'tensorboardX', 'pyarrow',
     'zstandard', 'gguf', 'huggingface_hub', 'jinja2', 'lm_eval', 'datasets',
-    'matplotlib', 'gensim', 'torch', 'transformers',
+    'matplotlib', 'gensim', 'torch', 'transformers', 'threadpoolctl',
 )  # fmt: skip
 CORE = (
     'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.losses',

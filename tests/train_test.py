@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rrt import prepare, pretrained, recipe, sharding
+from rrt.convert.export import save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.train import uptrain
@@ -319,3 +320,12 @@ def test_a_parent_that_reads_otherwise_is_told(text):
   parent = dataclasses.replace(runs.parent(), tokenizer=swapped)
   with pytest.raises(InputError, match='has the id'):
     uptrain(parent, runs.child(), runs.recipe(text))
+
+
+def test_a_model_is_no_work_directory(tmp_path):
+  pretrained.save(runs.child(), tmp_path / 'own')
+  save_hf(runs.parent(), tmp_path / 'hf')
+  for name in ('own', 'hf'):
+    with pytest.raises(InputError, match='holds a model'):
+      prepare.check_workdir(tmp_path / name)
+  prepare.check_workdir(tmp_path / 'new')

@@ -8,13 +8,7 @@ run twice. --init=calibrated (the default) fits the weights to text, which may
 be any; the others are the paper's.
 """
 
-import os
 from typing import Any
-
-# LAPACK's own threads only get in the way of XLA's: measured on two shared
-# cores, an eigendecomposition takes 20 times as long with them. Set before
-# anything loads it.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 from absl import flags
 

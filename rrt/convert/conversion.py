@@ -4,6 +4,7 @@ P prelude, N block, C coda layers, R loops, I inputs, O outputs, r rank.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -17,6 +18,7 @@ from rrt.convert import calibrate as calibrate_lib
 from rrt.convert.arrange import is_full_rank, source_layers
 from rrt.convert.family import flatten, set_path
 from rrt.convert.walk import Walk, part_of
+from rrt.models.matmul import float32_is_float32
 from rrt.pretrained import LanguageModel
 
 
@@ -40,6 +42,25 @@ def _counter(
       progress(done // parts, total)
 
   return count
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+  """LAPACK on one thread, and products of float32 numbers in float32.
+
+  OpenBLAS and XLA have threads of their own that get in each other's way:
+  an eigendecomposition then takes 6 to 20 times as long.
+  """
+  limit: Any = contextlib.nullcontext()
+  try:
+    import scipy.linalg  # noqa: F401  (jax's LAPACK, which must be loaded)
+    import threadpoolctl
+  except ImportError:
+    pass  # Without the extra `convert` it is only slower.
+  else:
+    limit = threadpoolctl.threadpool_limits(1, 'blas')
+  with limit, float32_is_float32('float32'):
+    yield
 
 
 class Conversion:

@@ -18,6 +18,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert import family, hf, tensorfile
+from rrt.data.tokenizer import TOKENIZER_FILES
 from rrt.files import check_replaceable, write_directory
 from rrt.pretrained import LanguageModel
 
@@ -204,7 +205,13 @@ def check_save_hf(directory: str | Path) -> None:
 
 def _is_export(directory: Path) -> bool:
   path = directory / 'config.json'
-  return path.is_file() and MARK in hf.read_json(path)
+  if not path.is_file() or MARK not in hf.read_json(path):
+    return False
+  names = {*TOKENIZER_FILES, 'config.json', 'model.safetensors.index.json'}
+  return all(
+    p.is_file() and (p.name in names or p.suffix == '.safetensors')
+    for p in directory.iterdir()
+  )
 
 
 def _shards(tensors: dict[str, np.ndarray]) -> dict[str, dict]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert import family, hf, tensorfile
-from rrt.data.tokenizer import Tokenizer
+from rrt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from rrt.errors import InputError
 from rrt.models.init import init_params
 
@@ -28,6 +28,14 @@ TOKENIZER = 'tokenizer.json'
 def is_own(directory: Path) -> bool:
   """Whether `write` made a directory."""
   return (directory / MANIFEST).is_file()
+
+
+def is_all_own(directory: Path) -> bool:
+  """Whether, besides, there is nothing else in it that could be lost."""
+  names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES}
+  return is_own(directory) and all(
+    p.name in names and p.is_file() for p in directory.iterdir()
+  )
 
 
 def write(

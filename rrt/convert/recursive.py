@@ -18,7 +18,7 @@ from rrt.config import ModelConfig
 from rrt.convert import budgets, sample
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert.arrange import arrange, with_ranks
-from rrt.convert.conversion import Conversion, is_exact
+from rrt.convert.conversion import Conversion, is_exact, one_blas_thread
 from rrt.convert.export import to_untied
 from rrt.convert.family import flatten
 from rrt.convert.report import (
@@ -79,6 +79,7 @@ def plan(
   return with_ranks(config, rank, alpha)
 
 
+@one_blas_thread()
 def to_recursive(
   parent: LanguageModel,
   *,

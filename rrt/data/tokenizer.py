@@ -27,6 +27,11 @@ _ENDS = (
     '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>',
 )  # fmt: skip
 
+# What `Tokenizer.save` writes.
+TOKENIZER_FILES = (
+  'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
+)  # fmt: skip
+
 # Tokens of a prompt that settle how its continuation is written: whole
 # characters, and what a decoder does at the beginning of a text.
 _CONTEXT = 8

@@ -54,7 +54,7 @@ def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
   """A taken directory before anything is loaded; text without a tokenizer."""
   (tmp_path / 'work.txt').write_text('mine')
   for source, out, sentence in (
-    ('nowhere', tmp_path, 'is not an rrt model'),
+    ('nowhere', tmp_path, 'is not just an rrt model'),
     (GOLDEN / 'llama3', tmp_path / 'new', 'no tokenizer .*--init=average'),
   ):
     status, _, error = command.run(

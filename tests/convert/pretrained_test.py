@@ -15,7 +15,7 @@ import pytest
 
 from rrt import pretrained
 from rrt.config import ModelConfig
-from rrt.convert import tensorfile
+from rrt.convert import export, tensorfile
 from rrt.errors import InputError
 from rrt.models.init import init_params
 from tests import runs
@@ -60,11 +60,11 @@ def test_jax_arrays_and_bfloat16(model, tmp_path):
 
 def test_other_directories_are_left_alone(model, tmp_path):
   (tmp_path / 'work.txt').write_text('mine')
-  with pytest.raises(InputError, match='is not an rrt model'):
+  with pytest.raises(InputError, match='is not just an rrt model'):
     pretrained.save(model, tmp_path)
-  with pytest.raises(InputError, match='is not an rrt model'):
+  with pytest.raises(InputError, match='is not just an rrt model'):
     pretrained.save(model, tmp_path / 'work.txt')
-  with pytest.raises(InputError, match='is not an rrt model'):
+  with pytest.raises(InputError, match='is not just an rrt model'):
     pretrained.check_save(tmp_path)
   pretrained.check_save(tmp_path / 'new' / 'm')
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
@@ -398,3 +398,14 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
 def family_of(config):
   family = pretrained.family
   return list(family.wanted_rows(config, family.family_of(config)))
+
+
+def test_a_directory_with_more_in_it_is_not_replaced(tmp_path):
+  model = runs.parent()
+  for name, save in (('own', pretrained.save), ('hf', export.save_hf)):
+    save(model, tmp_path / name)
+    save(model, tmp_path / name)  # Nothing but the model: replaced.
+    (tmp_path / name / 'notes.md').write_text('mine')
+    with pytest.raises(InputError, match='left alone'):
+      save(model, tmp_path / name)
+    assert (tmp_path / name / 'notes.md').read_text() == 'mine'
