@@ -32,13 +32,14 @@ from rrt import checkpoint as checkpoint_lib
 from rrt import cli, optim, pretrained, sharding
 from rrt import metrics as metrics_lib
 from rrt import state as state_lib
+from rrt.config_file import config_error, define_config_flag
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
 from rrt.heldout import open_heldout
 from rrt.models.count import count_params
 from rrt.prepare import check, check_workdir, next_batch, open_data, prepare
 from rrt.pretrained import LanguageModel
-from rrt.recipe import Recipe, config_error, define_config_flag
+from rrt.recipe import Recipe
 from rrt.teacher import with_teacher
 
 

@@ -23,22 +23,18 @@ Documents without any visible character are left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-import contextlib
 import dataclasses
 import glob
-import io
 import itertools
-import json
 import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
-from rrt.data import compressed, store
+from rrt.data import compressed, formats, store
 from rrt.errors import InputError
 
-CUT = 8192
 BUILTIN = ('builtin', 'builtin:train', 'builtin:heldout')
 TEXT = ('.txt', '.text', '.md', '.rst')
 JSON = ('.jsonl', '.ndjson', '.json')
@@ -151,132 +147,22 @@ def _stream_file(file: str, field: str, whole_files: bool) -> Iterator[str]:
     yield from corpus.documents(file)
     return
   if file.startswith('hf://'):
-    dataset = _open_hub(file, field)
+    dataset = formats.open_hub(file, field)
     yield from filter(str.strip, (dataset[i] for i in range(len(dataset))))
     return
   texts: Iterator[str]
   match kind(file):
     case 'json':
-      texts = (text for _, text in _json_lines(file, field))
+      texts = (text for _, text in formats.json_lines(file, field))
     case 'parquet':
-      texts = _parquet(file, field)
+      texts = formats.parquet_rows(file, field)
     case 'records':
-      records = _open_records(file, field)
+      records = formats.open_records(file, field)
       texts = (records[i] for i in range(len(records)))
     case _:
-      texts = _text(file, whole_files)
+      texts = formats.text_pieces(file, whole_files)
   with compressed.reading(file):
     yield from filter(str.strip, texts)
-
-
-def _text(file: str, whole: bool) -> Iterator[str]:
-  """Pieces of a text file; joined they are the file, its line ends unified."""
-  line = 1
-  with compressed.open_binary(file) as raw:
-    reader = io.TextIOWrapper(raw, encoding='utf-8-sig')
-    rest = ''
-    while True:
-      try:
-        block = reader.read(1 << 20)
-      except UnicodeDecodeError as e:
-        raise InputError(
-          f'{file}: not UTF-8 text (byte 0x{e.object[e.start]:02x}, after '
-          f'line {line}); convert it first, for example with iconv'
-        ) from e
-      if '\0' in block:
-        raise InputError(f'{file}: holds zero bytes: it is binary, not text')
-      line += block.count('\n')
-      rest += block
-      if not block:
-        break
-      if not whole:
-        *pieces, rest = cut(rest)
-        yield from pieces
-    yield rest
-
-
-def cut(text: str, size: int = CUT) -> list[str]:
-  """Cuts a text into pieces of `size` to `2 * size` characters.
-
-  A piece ends after the first blank line behind `size` characters, else after
-  a line end, else after a space. The last piece may be shorter; the pieces
-  joined are the text.
-  """
-  pieces, start = [], 0
-  while len(text) - start > 2 * size:
-    low, high = start + size, start + 2 * size
-    for mark in ('\n\n', '\n', ' '):
-      found = text.find(mark, low, high)
-      if found >= 0:
-        end = found + len(mark)
-        break
-    else:
-      end = high
-    pieces.append(text[start:end])
-    start = end
-  return [*pieces, text[start:]]
-
-
-def _json_lines(file: str, field: str) -> Iterator[tuple[int, str]]:
-  """Yields (offset of the line in the decompressed bytes, its text)."""
-  offset = 0
-  with compressed.open_binary(file) as raw:
-    for number, line in enumerate(raw, 1):
-      if line.strip():
-        yield offset, _json_text(line, field, f'{file}, line {number}')
-      offset += len(line)
-
-
-def _json_text(line: bytes, field: str, where: str) -> str:
-  """The text of one JSON object."""
-  try:
-    item = json.loads(line.decode('utf-8-sig'))
-  except UnicodeDecodeError as e:
-    raise InputError(f'{where}: not UTF-8') from e
-  except (ValueError, RecursionError) as e:
-    raise InputError(f'{where}: not a JSON object ({e})') from e
-  return _field(item, field, where)
-
-
-def _field(item: Any, field: str, where: str) -> str:
-  if not isinstance(item, dict):
-    raise InputError(
-      f'{where}: a JSON {type(item).__name__}; each line must be one object'
-      f' like {{"{field}": "..."}}'
-    )
-  if field not in item:
-    names = ', '.join(map(str, list(item)[:8])) or 'none'
-    raise InputError(
-      f'{where}: has no field {field!r} (its fields: {names}); name the one'
-      ' that holds the text'
-    )
-  return _string(item[field], field, where)
-
-
-def _string(value: Any, field: str, where: str) -> str:
-  if not isinstance(value, str):
-    raise InputError(
-      f'{where}: the field {field!r} is {type(value).__name__}, not text'
-    )
-  # JSON can carry halves of surrogate pairs, which no tokenizer takes.
-  return value.encode('utf-8', 'replace').decode('utf-8')
-
-
-def _parquet(file: str, field: str) -> Iterator[str]:
-  parquet = compressed.require('pyarrow.parquet', 'parquet files', 'train')
-  with parquet.ParquetFile(file) as table:
-    names = table.schema_arrow.names
-    if field not in names:
-      raise InputError(
-        f'{file}: has no column {field!r} (its columns: '
-        f'{", ".join(names[:8])}); name the one that holds the text'
-      )
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[field]):
-      for value in batch.column(0).to_pylist():
-        row += 1
-        if value is not None:
-          yield _string(value, field, f'{file}, row {row}')
 
 
 # --------------------------------------------------------------- random access
@@ -301,7 +187,7 @@ def open_documents(source: Source) -> Sequence[str]:
       texts = itertools.chain.from_iterable(
         _stream_file(f, source.field, source.whole_files) for f in names
       )
-      options = f'{source.field} {source.whole_files} {CUT}'
+      options = f'{source.field} {source.whole_files} {formats.CUT}'
       parts.append(store.unpack(texts, names, options))
     else:
       parts.extend(in_place(f, source.field) for f in group)
@@ -316,11 +202,11 @@ def _in_place(file: str) -> Callable[[str, str], Sequence[str]] | None:
   if file in BUILTIN:
     return None
   if file.startswith('hf://'):
-    return _open_hub
+    return formats.open_hub
   if kind(file) == 'records':
-    return _open_records
+    return formats.open_records
   if kind(file) == 'json' and not compressed.compression(file):
-    return _open_json_lines
+    return formats.open_json_lines
   return None
 
 
@@ -341,79 +227,3 @@ class _Joined(Sequence[str]):
       if index < end:
         return part[index - end + len(part)]
     raise IndexError(index)
-
-
-def _open_json_lines(file: str, field: str) -> Sequence[str]:
-  """Maps the file; reads all of it once to check and to index its lines."""
-  with compressed.reading(file):
-    offsets, sizes = [], []
-    for offset, text in _json_lines(file, field):
-      if text.strip():
-        offsets.append(offset)
-        sizes.append(len(text))
-    return store.Lines(
-      file, offsets, sizes, lambda line: _json_text(line, field, file)
-    )
-
-
-class _Rows(Sequence[str]):
-  """Rows of something with random access, made into texts when asked for."""
-
-  def __init__(self, rows: Any, text: Callable[[Any, int], str]):
-    self._rows, self._text = rows, text
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index):
-    return self._text(self._rows[index], index)
-
-
-def _open_records(file: str, field: str) -> Sequence[str]:
-  with compressed.reading(file):
-    grain = compressed.require('grain', 'ArrayRecord files', 'train')
-    compressed.require('array_record.python', 'ArrayRecord files', 'train')
-    try:
-      source = grain.sources.ArrayRecordDataSource([file])
-      count = len(source)
-    except Exception as e:  # array_record raises many types
-      raise InputError(f'{file}: not a readable ArrayRecord file') from e
-  if not count:
-    raise InputError(f'{file}: holds no text')
-
-  def text(record: bytes, index: int) -> str:
-    where = f'{file}, record {index}'
-    if record[:1] == b'{':
-      with contextlib.suppress(ValueError):
-        return _field(json.loads(record), field, where)
-    try:
-      return record.decode('utf-8')
-    except UnicodeDecodeError as e:
-      raise InputError(f'{where}: not UTF-8 text nor a JSON object') from e
-
-  rows = _Rows(source, text)
-  _ = rows[0]
-  return rows
-
-
-def _open_hub(name: str, field: str) -> Sequence[str]:
-  """Opens `hf://owner/name[/config]:split`, or `hf://name:split`."""
-  place, colon, split = name.removeprefix('hf://').partition(':')
-  parts = place.split('/')
-  if not colon or not split or not all(parts) or len(parts) > 3:
-    raise InputError(
-      f'{name}: write it as hf://owner/name[/config]:split, for example'
-      ' hf://roneneldan/TinyStories:train'
-    )
-  datasets = compressed.require('datasets', 'hf:// sources', 'eval')
-  try:
-    rows = datasets.load_dataset('/'.join(parts[:2]), *parts[2:], split=split)
-  except Exception as e:  # the hub raises many types
-    reason = str(e).strip().split('\n')[0]
-    raise InputError(f'{name}: the hub did not give it ({reason})') from e
-  if field not in rows.column_names:
-    raise InputError(
-      f'{name}: has no column {field!r} (its columns: '
-      f'{", ".join(rows.column_names[:8])}); name the one with the text'
-    )
-  return _Rows(rows, lambda r, i: _string(r[field], field, f'{name}, row {i}'))

@@ -16,7 +16,7 @@ import zlib
 
 import numpy as np
 
-from rrt.data import compressed, sources
+from rrt.data import compressed, formats, sources
 from rrt.data.sources import Source
 from rrt.errors import InputError
 
@@ -74,7 +74,7 @@ class Stream:
     self.start_id = getattr(tokenizer, 'start_id', None)
     self._separator = _separator(spec, tokenizer)
     opened = [sources.open_documents(s) for s in spec.sources]
-    size = max(16 * length, sources.CUT)
+    size = max(16 * length, formats.CUT)
     pieces = [_Pieces(documents, size) for documents in opened]
     # Fewer elements than lanes would put the same text in several lanes.
     times = -(-lanes // sum(map(len, pieces)))

@@ -32,10 +32,6 @@ TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
 )  # fmt: skip
 
-# Tokens of a prompt that settle how its continuation is written: whole
-# characters, and what a decoder does at the beginning of a text.
-_CONTEXT = 8
-
 
 class Tokenizer:
   """Encodes text, decodes ids, renders chats.
@@ -335,45 +331,6 @@ class Tokenizer:
       if bos is not None and self.bos_id is not None:
         core['post_processor'] = _bos_template(bos, self.bos_id)
     return json.dumps(core, ensure_ascii=False)
-
-
-class StreamDecoder:
-  """Text as it comes, one token at a time.
-
-  A character may be spread over tokens and a decoder may strip a leading
-  space, so the tail since the last complete text is decoded together.
-  """
-
-  def __init__(
-    self,
-    tokenizer: Tokenizer,
-    skip_special: bool = True,
-    before: Sequence[int] = (),
-  ):
-    """`before`: the tokens that the text goes on from, not handed out."""
-    self._tokenizer = tokenizer
-    self._skip = skip_special
-    self._ids: list[int] = [int(i) for i in before[-_CONTEXT:]]
-    self._begin = 0  # First id of the context that is decoded again.
-    self._shown = len(self._ids)  # Ids whose text was handed out.
-
-  def push(self, token_id: int) -> str:
-    """The text that becomes complete with this token, often ''."""
-    self._ids.append(int(token_id))
-    return self._take(final=False)
-
-  def flush(self) -> str:
-    """What is left, an unfinished character as U+FFFD."""
-    return self._take(final=True)
-
-  def _take(self, final: bool) -> str:
-    decode = functools.partial(self._tokenizer.decode, skip_special=self._skip)
-    before = decode(self._ids[self._begin : self._shown])
-    after = decode(self._ids[self._begin :])
-    if len(after) <= len(before) or (after.endswith('\ufffd') and not final):
-      return ''
-    self._begin, self._shown = self._shown, len(self._ids)
-    return after[len(before) :]
 
 
 def _known_ends(core, *given: int | None) -> list[int]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
+
+# Tokens of a prompt that settle how its continuation is written: whole
+# characters, and what a decoder does at the beginning of a text.
+_CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,45 @@ class Text:
       self._shown = end
 
 
+class StreamDecoder:
+  """Text as it comes, one token at a time.
+
+  A character may be spread over tokens and a decoder may strip a leading
+  space, so the tail since the last complete text is decoded together.
+  """
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    skip_special: bool = True,
+    before: Sequence[int] = (),
+  ):
+    """`before`: the tokens that the text goes on from, not handed out."""
+    self._tokenizer = tokenizer
+    self._skip = skip_special
+    self._ids: list[int] = [int(i) for i in before[-_CONTEXT:]]
+    self._begin = 0  # First id of the context that is decoded again.
+    self._shown = len(self._ids)  # Ids whose text was handed out.
+
+  def push(self, token_id: int) -> str:
+    """The text that becomes complete with this token, often ''."""
+    self._ids.append(int(token_id))
+    return self._take(final=False)
+
+  def flush(self) -> str:
+    """What is left, an unfinished character as U+FFFD."""
+    return self._take(final=True)
+
+  def _take(self, final: bool) -> str:
+    decode = functools.partial(self._tokenizer.decode, skip_special=self._skip)
+    before = decode(self._ids[self._begin : self._shown])
+    after = decode(self._ids[self._begin :])
+    if len(after) <= len(before) or (after.endswith('\ufffd') and not final):
+      return ''
+    self._begin, self._shown = self._shown, len(self._ids)
+    return after[len(before) :]
+
+
 class _Mute:
   """Stands for a stream decoder where there is no tokenizer."""
 
@@ -107,8 +151,4 @@ class _Mute:
 
 
 def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]):
-  if tokenizer is None:
-    return _Mute()
-  from rrt.data.tokenizer import StreamDecoder
-
-  return StreamDecoder(tokenizer, before=prompt)
+  return StreamDecoder(tokenizer, before=prompt) if tokenizer else _Mute()

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from rrt.data import sources, store
+from rrt.data import formats, sources, store
 from rrt.data.sources import Source
 from rrt.errors import InputError
 
@@ -109,7 +109,7 @@ def test_long_text_is_cut_and_nothing_lost(tmp_path):
   path.write_text(text)
   pieces = both(path)
   assert ''.join(pieces) == text
-  assert all(sources.CUT <= len(p) <= 2 * sources.CUT for p in pieces[:-1])
+  assert all(formats.CUT <= len(p) <= 2 * formats.CUT for p in pieces[:-1])
   assert all(p.endswith('\n\n') for p in pieces[:-1])
   assert both(path, whole_files=True) == [text]
 
@@ -117,7 +117,7 @@ def test_long_text_is_cut_and_nothing_lost(tmp_path):
 @pytest.mark.parametrize('mark', ['', ' ', '\n'])
 def test_cut_without_paragraphs(mark):
   text = (('x' * 7) + mark) * 5000
-  pieces = sources.cut(text, 100)
+  pieces = formats.cut(text, 100)
   assert ''.join(pieces) == text
   assert all(100 <= len(p) <= 200 for p in pieces[:-1])
   assert all(p.endswith(mark) for p in pieces[:-1])

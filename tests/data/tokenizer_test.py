@@ -14,8 +14,9 @@ from tokenizers import (
   trainers,
 )
 
-from rrt.data.tokenizer import StreamDecoder, Tokenizer
+from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
+from rrt.infer.text import StreamDecoder
 
 TEXTS = (
   'It cost 1,234.50 euros.',

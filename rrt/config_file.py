@@ -1,0 +1,72 @@
+"""--config: a file with get_config(), its fields set from the command line.
+
+ml_collections does the work; what it raises is told in one line here.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from rrt.errors import InputError
+from rrt.recipe import require_ml_collections
+
+
+def define_config_flag() -> None:
+  """Adds --config, a file with get_config(), and --config.FIELD to absl.
+
+  What is wrong with a file is raised as ConfigFileError when flags are parsed.
+  """
+  _, config_flags = require_ml_collections()
+  holder = config_flags.DEFINE_config_file(
+    'config', None,
+    'The recipe: a file of experiments/, or your own. --config.FIELD=VALUE '
+    'changes a field, such as --config.steps=200 or '
+    '--config.optimizer.learning_rate=1e-3; rrt/recipe.py explains them all.',
+  )  # fmt: skip
+  parser: Any = flags.FLAGS[holder.name].parser
+  parser.parse = functools.partial(_read_config, parser.parse)
+
+
+class ConfigFileError(Exception):
+  """A config file that cannot be used; no ValueError, which absl rewords."""
+
+
+def _read_config(parse, path: str):
+  """What get_config() returns, or one line with the file and its error."""
+  file = path.split(':', 1)[0]
+  if not Path(file).is_file():
+    raise ConfigFileError(f'--config={file}: there is no such file.')
+  try:
+    found = parse(path)
+    if hasattr(found, 'to_dict'):
+      return found
+    why = f'get_config() returns {type(found).__name__}, not a ConfigDict'
+  except SystemExit:
+    why = 'it ends the program'
+  except Exception as e:
+    # ml_collections puts a traceback into the message of these two, and holds
+    # back an OSError until the config is used.
+    cause: BaseException = e
+    if isinstance(e, (TypeError, ValueError)) and e.__context__:
+      cause = e.__context__
+    elif isinstance(e, OSError) and e.__cause__:
+      cause = e.__cause__
+    why = f'{type(cause).__name__}: {" ".join(str(cause).split())}'
+    why = why.split(' Did you mean', 1)[0] if len(why) > 300 else why
+    why = why if len(why) <= 300 else f'{why[:300]} ...'
+  raise ConfigFileError(f'--config={file}: {why}')
+
+
+def config_error(error: Exception) -> str:
+  """One line for what parsing --config and --config.FIELD raised."""
+  told = ' '.join(str(error).split())
+  if isinstance(error, (InputError, ConfigFileError)):
+    return told
+  # ml_collections wraps the KeyError of an unknown field in an AttributeError.
+  unknown = error.args[0] if isinstance(error, AttributeError) else None
+  if isinstance(unknown, KeyError):
+    lines = '; '.join(str(unknown.args[0]).splitlines())
+    return f'--config: there is no field {lines}'
+  return f'--config: {told or type(error).__name__}'
