@@ -96,6 +96,10 @@ METHODS = {
 }
 LAYERS = {
   '8+7x2+8': dict(prelude=8, loops=2, coda=8),
+  '4+7x2+12': dict(prelude=4, loops=2, coda=12),
+  '6+7x2+10': dict(prelude=6, loops=2, coda=10),
+  '10+7x2+6': dict(prelude=10, loops=2, coda=6),
+  '12+7x2+4': dict(prelude=12, loops=2, coda=4),
   '4+11x2+4': dict(prelude=4, loops=2, coda=4),
   '15x2': dict(loops=2),
   '15x2 sequence': dict(loops=2, order='sequence'),
@@ -117,6 +121,9 @@ def cells() -> dict[str, dict]:
   for rank in (16, 128, 256):
     for method in ends:
       add('8+7x2+8', rank, method)
+  for layers in ('4+7x2+12', '6+7x2+10', '10+7x2+6', '12+7x2+4'):
+    for method in ends:
+      add(layers, 64, method)
   for layers in ('4+11x2+4', '15x2', '15x2 sequence', '10x3'):
     for method in ends:
       add(layers, 128, method)
