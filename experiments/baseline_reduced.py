@@ -14,7 +14,17 @@ HARDWARE
   Two CPU cores, 8 GiB (remat "dots"); or one GPU or TPU chip.
 
 RESULT
-  Not run.
+  Two cores of an AMD EPYC, shared with other work, 1,024 tokens a step, with
+  --config.data.path and .heldout.path naming news and other news,
+  --config.convert.calibration Wikipedia, and --config.remat=none. Nats on
+  8,192 tokens of Wikinews in rows of 1,024 (the parent has 3.396):
+
+    15 of the 30 layers          13.838
+    after 20 steps                6.308
+    after 40 steps                5.940   10 minutes in all, 7.0 GiB
+
+  81.4 M parameters. The same 15 layers looped twice, with LoRA of rank 128
+  (120.5 M), are at 3.954 after as many steps.
 """
 
 import dataclasses
