@@ -315,5 +315,6 @@ if __name__ == '__main__':
   try:
     define_flags()
   except InputError as error:
-    sys.exit(f'error: {error}')
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
   cli.run(main, config_error)

@@ -379,7 +379,8 @@ def main() -> None:
   try:
     cli_evaluate()
   except InputError as e:
-    sys.exit(f'error: {e}')
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == '__main__':
