@@ -62,13 +62,21 @@ def prompts(vocab: int, batch: int, length: int) -> np.ndarray:
   return ids.astype(np.int32)
 
 
-def take_turns(contenders: dict, repeats: int) -> dict[str, list[float]]:
-  """Seconds of each contender in each repeat, after one untimed round."""
+def take_turns(
+  contenders: dict, repeats: int, settle: bool = False
+) -> dict[str, list[float]]:
+  """Seconds of each contender in each repeat, after one untimed round.
+
+  With `settle` each turn begins with a run that is not timed: it finds the
+  memory again that the one before gave back to the system.
+  """
   for run in contenders.values():
     run()
   seconds: dict[str, list[float]] = {name: [] for name in contenders}
   for _ in range(repeats):
     for name, run in contenders.items():
+      if settle:
+        run()
       began = time.perf_counter()
       run()
       seconds[name].append(time.perf_counter() - began)

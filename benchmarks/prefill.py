@@ -3,8 +3,8 @@
     python -m benchmarks.prefill --shapes=1x1024,8x256,32x64
 
 Same weights, tokens and precision, all cores; both fill a key-value cache and
-compute the logits of each row's last token only. Compilation is reported
-apart.
+compute the logits of each row's last token only. They take turns of two runs,
+the second of which is timed; compilation is reported apart.
 """
 
 from absl import flags
@@ -60,7 +60,7 @@ def main(_):
       contenders = {'rrt': ours(decoder, ids)}
       for name, one in loaded.items():
         contenders[f'transformers, {name}'] = theirs(one, ids)
-      seconds = common.take_turns(contenders, FLAGS.repeats)
+      seconds = common.take_turns(contenders, FLAGS.repeats, settle=True)
       found = {k: common.summary(v, batch * length) for k, v in seconds.items()}
       best = min(
         (k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds']

@@ -7,9 +7,8 @@ times as long.
 
 The same backend adds up a product's terms one after the other, where other
 libraries add up a few sums side by side, and rounding errors grow with the
-length of a sum. So float32 sums on a CPU are cut: those of the down
-projection in two or three, and all of them in short pieces under
-`jax.default_matmul_precision('highest')`, at a price of 15 % in time.
+length of a sum. So under `jax.default_matmul_precision('highest')` float32 sums
+on a CPU are cut into short pieces, at a price of 15 % in time.
 """
 
 import contextlib
@@ -20,8 +19,8 @@ import jax.numpy as jnp
 
 # What the remat policy 'dots' saves.
 NAME = 'matmul'
-# Terms of one float32 sum on a CPU: by default, and with precision 'highest'.
-LONGEST, LONGEST_EXACT = 1024, 192
+# Terms of one float32 sum on a CPU with precision 'highest'.
+LONGEST = 192
 
 
 def float32_is_float32(dtype) -> contextlib.AbstractContextManager:
@@ -63,10 +62,10 @@ def _matmul(x_BxLxD, kernel_DxF):
 
 def _pieces(terms: int, dtype) -> int:
   """How many sums a product's terms are shared out to."""
-  if dtype != jnp.float32 or jax.default_backend() != 'cpu':
+  exact = dtype == jnp.float32 and precision() == 'highest'
+  if not exact or jax.default_backend() != 'cpu':
     return 1
-  longest = LONGEST_EXACT if precision() == 'highest' else LONGEST
-  return -(-terms // longest)
+  return -(-terms // LONGEST)
 
 
 def _forward(x_BxLxD, kernel_DxF):
