@@ -12,7 +12,8 @@ HARDWARE
   Two CPU cores, 16 GiB; or one GPU or TPU chip.
 
 RESULT
-  Not run.
+  Converted on 8,192 tokens of Wikipedia: 5.280 nats on 8,192 tokens of Wikinews
+  in rows of 1,024 (the parent has 3.177).
 """
 
 from experiments import base

@@ -9,7 +9,16 @@ HARDWARE
   Two CPU cores, 16 GiB; or one GPU or TPU chip.
 
 RESULT
-  Not run.
+  Two cores of an AMD EPYC, shared with other work, --config.steps=10 of 1,024
+  tokens, with --config.data.path and .heldout.path naming news and other news,
+  --config.convert.calibration Wikipedia (8,192 tokens), --config.remat=none.
+  Nats on 8,192 tokens of Wikinews in rows of 1,024 (the parent has 3.177):
+
+    converted                     4.323
+    after 10 steps                4.050   16 minutes in all, 13.8 GiB
+
+  248.3 M parameters of the parent's 268.1 M, most of them the embedding's. At
+  a learning rate of 3e-4 the same steps ended at 4.478.
 """
 
 from experiments import base
