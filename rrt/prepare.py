@@ -22,7 +22,7 @@ from rrt import cli, optim, pretrained, sharding, state
 from rrt import metrics as metrics_lib
 from rrt.config import ModelConfig
 from rrt.convert import own
-from rrt.data import pipeline, sources
+from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.heldout import read_heldout
 from rrt.models.init import init_params
@@ -158,9 +158,12 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   """The parent as the recipe's recursive child, with a report on stdout."""
   # Here, so that training a converted child needs no converter.
   from rrt.convert.recursive import to_recursive
+  from rrt.convert.sample import calibration_text
 
   fields = dataclasses.asdict(recipe.convert)
-  fields['calibration'] = calibration_text(recipe)
+  fields['calibration'] = calibration_text(
+    fields['calibration'], fields['calibration_tokens'], recipe.data.field
+  )
   bar = cli.Progress(parent.config.depth, 'convert', 'layers')
   with bar:
     child, report = to_recursive(
@@ -168,20 +171,6 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
     )
   report.show()
   return child
-
-
-def calibration_text(recipe: Recipe) -> str:
-  """As much of the calibration text as its tokens can need."""
-  goal = 64 * recipe.convert.calibration_tokens
-  documents, size = [], 0
-  for document in sources.stream(
-    recipe.convert.calibration, recipe.data.field, whole_files=True
-  ):
-    documents.append(document)
-    size += len(document)
-    if size > goal:
-      break
-  return '\n\n'.join(documents)
 
 
 def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:

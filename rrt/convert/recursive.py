@@ -147,10 +147,11 @@ def to_recursive(
   fits = init == 'calibrated' and not is_exact(config, init, lora_init)
   fit_BxL = held_out_BxL = np.zeros((0, 0), np.int32)
   if fits or calibration is not None:
+    if calibration is None:
+      calibration = sample.calibration_text(None, calibration_tokens)
     try:
       fit_BxL, held_out_BxL = sample.split_rows(
-          builtin_text() if calibration is None else calibration,
-          parent.tokenizer, tokens=calibration_tokens,
+          calibration, parent.tokenizer, tokens=calibration_tokens,
           length=min(ROW, config.max_context), vocab_size=config.vocab_size,
       )  # fmt: skip
     except sample.TooLittleText:
@@ -185,13 +186,6 @@ def to_recursive(
   report.peak_memory_bytes = cli.peak_memory_bytes()
   meta['conversion'] = report.to_json()
   return child, report
-
-
-def builtin_text() -> str:
-  """English prose that the installation holds."""
-  from rrt.data import corpus  # Only here is text needed.
-
-  return corpus.builtin_text()
 
 
 def check_finite(model: LanguageModel, who: str, mend: str) -> None:

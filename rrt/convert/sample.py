@@ -26,7 +26,7 @@ def check_tokens(tokens: int) -> None:
     )
 
 
-def calibration_text(path: str | None, tokens: int) -> str:
+def calibration_text(path: str | None, tokens: int, field: str = 'text') -> str:
   """Enough text for so many tokens, from a path or the installation.
 
   Raises:
@@ -43,7 +43,7 @@ def calibration_text(path: str | None, tokens: int) -> str:
   from rrt.data import sources
 
   documents, size = [], 0
-  for document in sources.stream(path, whole_files=True):
+  for document in sources.stream(path, field, whole_files=True):
     documents.append(document)
     size += len(document)
     if size > 64 * max(tokens, 1):

@@ -137,9 +137,10 @@ def make_rows(
   if max_tokens is not None and max_tokens < 2:
     raise InputError(f'max_tokens={max_tokens}: must be 2 or more.')
   tokens = encode(model.tokenizer, text, max_tokens)
-  start = []
+  start: list[int] = []
   if isinstance(text, str) and model.tokenizer is not None:
-    start = [i for i in (model.tokenizer.start_id,) if i is not None]
+    start_id = model.tokenizer.start_id
+    start = [] if start_id is None else [start_id]
   if len(tokens) < 2:
     raise InputError(
       f'The text has {len(tokens)} tokens; at least 2 are needed.'
