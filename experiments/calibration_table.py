@@ -42,10 +42,20 @@ RESULT
   - A budget spread by regained energy loses to one rank for all (3.939,
     3.899): the energies of different matrices are not one currency.
 
-  What each step brings, 8+7x2+8 at rank 64, on every other row of the news
-  (the parent has 3.323 there; do not compare with the rows above). From a
-  prototype, covariances of the parent's inputs on 16,384 tokens alone, no
-  layer seeing another's errors:
+  What each step brings, 8+7x2+8 at rank 64:
+
+    mean + plain SVD                                    10.176
+    weighted mean + whitened SVD                         4.936
+    ... each layer on the child's own inputs             4.866
+    ... towards the parent's outputs, ridge checked      4.122
+    ... shared weights tied with the LoRA                3.947
+    ... coda refitted                                    3.942
+    ... hidden units aligned = calibrated                3.899
+
+  What was tried on the way, on every other row of the news (the parent has
+  3.323 there; do not compare with the rows above). From a prototype,
+  covariances of the parent's inputs on 16,384 tokens alone, no layer seeing
+  another's errors:
 
     weighted mean + whitened SVD                         4.986
     tied with the LoRA                                   4.431
@@ -68,7 +78,7 @@ RESULT
 
   Where it loses: with a fixed small ridge the refitted coda learns the
   calibration text by heart (3,072 tokens, ridge 0.01: 4.767 on the news).
-  Alignment gains 0.29 alone but only 0.02 beside the fit towards the
+  Alignment gains 0.29 alone but only 0.02 to 0.04 beside the fit towards the
   parent's outputs, no more than the choice of ridges moves.
 """
 
