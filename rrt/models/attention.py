@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models import cache as cache_lib
+from rrt.models import pages
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.sharding import constrain
 
@@ -140,23 +141,41 @@ class Attention(nn.Module):
     o_BxLxE, kv = self.mixed(x_BxLxD, kv, place, loop, context)
     return self.o(o_BxLxE, loop), kv
 
-  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
-    """The output projection's input [B, L, H * Dh], and the written cache."""
-    c = self.config
-    heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-    q_BxLxHxDh = heads(self.q(x_BxLxD, loop))
-    k_BxLxGxDh = heads(self.k(x_BxLxD, loop))
-    v_BxLxGxDh = heads(self.v(x_BxLxD, loop))
-    if c.qk_norm:
-      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+  def heads(self, y_BxLxE):
+    """[B, L, heads, Dh]."""
+    return y_BxLxE.reshape(*y_BxLxE.shape[:2], -1, self.config.head_dim)
+
+  def keys_values(self, x_BxLxD, place: Place, loop, context: Context):
+    """Keys after RoPE, and values, both [B, L, G, Dh]."""
+    k_BxLxGxDh = self.heads(self.k(x_BxLxD, loop))
+    if self.config.qk_norm:
       k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
     cos = pick_rope(context.cos_TxBxLxK, place.rope)
     sin = pick_rope(context.sin_TxBxLxK, place.rope)
+    return apply_rope(k_BxLxGxDh, cos, sin), self.heads(self.v(x_BxLxD, loop))
+
+  def remember(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    """Writes keys and values of x, attends to nothing; the written cache."""
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    return pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, context.positions_BxL)
+
+  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    """The output projection's input [B, L, H * Dh], and the written cache."""
+    c = self.config
+    q_BxLxHxDh = self.heads(self.q(x_BxLxD, loop))
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    if c.qk_norm:
+      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+    cos = pick_rope(context.cos_TxBxLxK, place.rope)
+    sin = pick_rope(context.sin_TxBxLxK, place.rope)
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)
-    k_BxLxGxDh = apply_rope(k_BxLxGxDh, cos, sin)
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     positions_BxL = context.positions_BxL
+    if isinstance(kv, pages.PagedKV):
+      kv = pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
+      o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, place.window)
+      return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv
     alone = kv is None or isinstance(kv, cache_lib.EmptyKV)
     if kv is not None:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)

@@ -135,9 +135,7 @@ class Transformer(nn.Module):
       nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed')
     )
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
-    x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(self.dtype)
-    if c.scale_embeddings:
-      x_BxLxD *= jnp.asarray(c.d_model**0.5, self.dtype)
+    x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
 
   def make_head(self):
@@ -260,44 +258,12 @@ def forward(
     )  # fmt: skip
 
 
-def block_pass(
-  config: ModelConfig,
-  params,
-  x_BxLxD,
-  loop,
-  context: Context,
-  kvs=None,
-  remat: str = 'none',
-  scan: bool = True,
-):
-  """One pass through a CYCLE block: the step that depth-wise batching runs.
-
-  Args:
-    config: the model's shape.
-    params: of the whole model; for `scan=False` unstacked or not.
-    x_BxLxD: the residual stream.
-    loop: int scalar, or int [B]: each row's own loop.
-    context: from `make_context`.
-    kvs: the rows' KVs of their own loops by layer, or None.
-    remat: as in `forward`.
-    scan: as in `forward`.
-
-  Returns:
-    (x_BxLxD, kvs). A row's result does not depend on the other rows.
-  """
-  window, rope = places(config)[1]
-  of_loop = lambda t_RxN: None if t_RxN is None else t_RxN[loop].T
-  if not scan:
-    params = unstack(params)
-  stack = Stack(
-    config, config.block_layers, looped=True, remat=remat, scan=scan
-  )
-  xs = (kvs, Place(of_loop(window), of_loop(rope)), loop)
-  with float32_is_float32(x_BxLxD.dtype):
-    x_BxLxD, (kvs, _) = stack.apply(
-      {'params': params['block']}, x_BxLxD, xs, context
-    )
-  return x_BxLxD, kvs
+def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
+  """Rows of the embedding table, scaled where the family does so."""
+  x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
+  if config.scale_embeddings:
+    x_BxLxD *= jnp.asarray(config.d_model**0.5, dtype)
+  return x_BxLxD
 
 
 def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):

@@ -13,7 +13,7 @@ from rrt.models.count import count_params
 from rrt.models.init import init_params
 from rrt.models.stack import unstack
 from rrt.models.transformer import (
-  block_pass,
+
   forward,
   logits,
   make_context,
