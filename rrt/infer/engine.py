@@ -13,7 +13,7 @@ on what shares the batch with it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -188,14 +188,14 @@ class Engine:
 
   def __init__(
     self, model: LanguageModel, options: Options | None = None,
-    gate: Any = None, **changes,
+    arrays: Any = None, **changes,
   ):  # fmt: skip
     """Allocates the cache.
 
     Args:
       model: what `rrt.load` gives.
       options: how to run; keyword arguments change single fields.
-      gate: arrays of the exit gate.
+      arrays: of the exit gate; see `rrt.infer.exits.score`.
 
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
@@ -207,7 +207,7 @@ class Engine:
     self._tokenizer = model.tokenizer
     check_fit(self.plan)
     self._params = decode.cast(unstack(model.params), options.dtype)
-    self._gate = jax.tree.map(jnp.asarray, gate)
+    self._gate = jax.tree.map(jnp.asarray, arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self._ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self._ends) or [-1], jnp.int32)
@@ -419,4 +419,3 @@ def free_bytes() -> int | None:
     return None
 
 
-Turns = Iterator[list[Request]]

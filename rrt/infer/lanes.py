@@ -492,7 +492,7 @@ def _commit(
   fills_S = jnp.zeros(S, bool)
   if plan.kv == 'exact_fill':
     fills_S = got_S & (f.loop_SxK[slots_S, k_S] < plan.config.loops)
-  of_base_SxK = f.position_SxK == base_S[:, None]
+  of_base_SxK = jnp.arange(K)[None, :] == k_S[:, None]
   stage_SxK = f.stage_SxK
   stage_SxK = jnp.where(
     got_S[:, None] & of_base_SxK,
