@@ -4,6 +4,8 @@ B batch, L query length, S key length, D model, H heads, G kv groups,
 M = H / G queries a group, Dh head size.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -34,6 +36,14 @@ class Context(NamedTuple):
   segments_BxL: jax.Array | None
   cos_TxBxLxK: jax.Array
   sin_TxBxLxK: jax.Array
+
+  def repeat_rows(self, times: int) -> Context:
+    """The context of a batch in which each row stands `times` in a row."""
+    row = lambda t, axis: None if t is None else jnp.repeat(t, times, axis)
+    return Context(
+      row(self.positions_BxL, 0), row(self.segments_BxL, 0),
+      row(self.cos_TxBxLxK, 1), row(self.sin_TxBxLxK, 1),
+    )  # fmt: skip
 
 
 class Place(NamedTuple):

@@ -36,11 +36,14 @@ class Output(NamedTuple):
     hidden_BxLxD: after the final norm.
     loops_RxBxLxD: the block's output after each loop, if asked for.
     cache: the written cache, if one was given.
+    exits_RxBxLxD: after coda and final norm, had all tokens left after each
+      loop, if asked for; the last is `hidden_BxLxD`.
   """
 
   hidden_BxLxD: jax.Array
   loops_RxBxLxD: jax.Array | None
   cache: Cache | None
+  exits_RxBxLxD: jax.Array | None = None
 
 
 class Transformer(nn.Module):
@@ -69,11 +72,15 @@ class Transformer(nn.Module):
     cache: Cache | None = None,
     loops: int | None = None,
     return_loops: bool = False,
+    return_exits: bool = False,
   ) -> Output:
     """Runs tokens through all layers; see `forward`."""
     c = self.config
     R = c.loops if loops is None else loops
+    return_loops |= return_exits
     check_loops(c, R, return_loops)
+    if return_exits and cache is not None:
+      raise ValueError('return_exits takes no cache.')
     if self.remat not in REMAT:
       raise InputError(f'remat={self.remat!r}: must be one of {tuple(REMAT)}.')
     context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL)
@@ -119,6 +126,9 @@ class Transformer(nn.Module):
         states.append(h_BxLxD)
       block = in_form_of(block, new)
       h_RxBxLxD = jnp.stack(states) if return_loops else None
+    if return_exits:
+      # Each loop's output takes the coda as rows of its own.
+      x_BxLxD, context = _fold(h_RxBxLxD), context.repeat_rows(R)
     if c.coda_layers:
       x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(
         x_BxLxD, (coda, deep, 0), context
@@ -126,6 +136,9 @@ class Transformer(nn.Module):
     x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
     self.make_head()
     cache = None if cache is None else Cache(prelude, block, coda)
+    if return_exits:
+      exits_RxBxLxD = _unfold(x_BxLxD, R)
+      return Output(exits_RxBxLxD[-1], h_RxBxLxD, cache, exits_RxBxLxD)
     return Output(x_BxLxD, h_RxBxLxD, cache)
 
   def embed(self, tokens_BxL):
@@ -158,6 +171,17 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self):
     return self.param(self.leaf, self.init_fn, self.shape, jnp.float32)
+
+
+def _fold(h_RxBxLxD):
+  """Loops as rows, [B * R, L, D]: a row's loops stay on its own device."""
+  R, B, L, D = h_RxBxLxD.shape
+  return h_RxBxLxD.swapaxes(0, 1).reshape(B * R, L, D)
+
+
+def _unfold(x_BRxLxD, R: int):
+  """Rows as loops again, [R, B, L, D]."""
+  return x_BRxLxD.reshape(-1, R, *x_BRxLxD.shape[1:]).swapaxes(0, 1)
 
 
 def _swap(block):
@@ -225,6 +249,7 @@ def forward(
   cache: Cache | None = None,
   loops: int | None = None,
   return_loops: bool = False,
+  return_exits: bool = False,
   dtype=jnp.float32,
   remat: str = 'none',
   scan: bool = True,
@@ -241,6 +266,8 @@ def forward(
     cache: from `init_cache`; attention then reads it instead of the batch.
     loops: how many loops to run, 1..R; None for all.
     return_loops: also return the block's output after each loop.
+    return_exits: also return what the head would read, had all tokens left
+      after each loop; takes no cache.
     dtype: of the computation.
     remat: 'none', 'full' or 'dots'.
     scan: scan over layers and loops, or unroll them.
@@ -254,7 +281,7 @@ def forward(
   with float32_is_float32(dtype):
     return model.apply(
         {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
-        cache, loops, return_loops,
+        cache, loops, return_loops, return_exits,
     )  # fmt: skip
 
 
