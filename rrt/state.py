@@ -82,7 +82,7 @@ class Step:
   accumulate: int = 1
   dtype: Any = jnp.float32
   remat: str = 'none'
-  exits: ExitObjective = ExitObjective()
+  exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
 
 
 def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
@@ -287,7 +287,7 @@ def batch_losses(spec: Step, child, parent, batch, scale):
   text = batch['targets'], weights_BxL
   sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher)
   exits_R = jnp.zeros((0,))
-  if early:
+  if out.exits_RxBxLxD is not None:
     loss, exits_R = exit_losses(
       spec.exits, spec.objective, out.exits_RxBxLxD, head, *text
     )

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, exits, lanes, rules
+from rrt.infer import decode, flights, lanes, rules
+from rrt.infer.options import Options
 from rrt.models import pages
 from rrt.models.cache import init_cache
 from rrt.models.stack import unstack
@@ -31,117 +32,7 @@ from rrt.models.stack import unstack
 if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
 
-KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 _CHUNK = 512  # Tokens of one prefill.
-_NEVER = 2.0  # A threshold that no score reaches.
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How an engine runs.
-
-  Attributes:
-    slots: sequences at once.
-    context: tokens of a sequence, prompt included; None for the model's.
-    kv: what the loops that a token skipped keep of it.
-      'own': nothing; tokens go through all loops.
-      'write_ahead': the keys and values of the loop in which it left.
-      'propagate': the projections, in each skipped loop, of the state in
-        which it left (CALM).
-      'exact_fill': the token goes on through the skipped loops beside its
-        successors, so that nothing is missing and no work is saved.
-    gate: 'none', 'learned', 'change' or 'replay'; see `rrt.infer.exits`.
-    threshold: of the gate, for requests that name none.
-    lossless: speculate on tokens after `draft_loop` loops; the text is that
-      of full depth.
-    draft_loop: loops before a guess.
-    lanes: tokens that one block step runs; None for one a slot, R in the
-      lossless mode and with 'exact_fill'. Fewer lanes than tokens: guesses
-      wait first.
-    draws: tokens that coda, head and prelude take in one step; None for all.
-    pool: draw when so many tokens are due, or all; None for all at full
-      depth, at once elsewhere.
-    steps: block steps of one call; the host looks in between.
-    page: positions of a page of the cache.
-    dtype: 'float32' or 'bfloat16'.
-  """
-
-  slots: int = 8
-  context: int | None = None
-  kv: str = 'own'
-  gate: str = 'none'
-  threshold: float = _NEVER
-  lossless: bool = False
-  draft_loop: int = 1
-  lanes: int | None = None
-  draws: int | None = None
-  pool: int | None = None
-  steps: int = 8
-  page: int = 64
-  dtype: str = 'float32'
-
-  def check(self, config) -> None:
-    """Raises InputError for the first option that cannot work."""
-
-    def need(ok: bool, field: str, why: str) -> None:
-      if not ok:
-        raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
-
-    for field in ('slots', 'steps', 'page', 'draft_loop'):
-      need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
-    for field in ('context', 'lanes', 'draws', 'pool'):
-      value = getattr(self, field)
-      need(
-        value is None or _whole(value), field, 'must be a whole number, 1 up'
-      )
-    need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
-    exits.check_kind(self.gate)
-    need(
-      self.dtype in decode.DTYPES, 'dtype', f'must be one of {decode.DTYPES}'
-    )
-    longest = config.max_context
-    need(
-      self.context is None or self.context <= longest, 'context',
-      f'the model was made for {longest} tokens',
-    )  # fmt: skip
-    if config.loops > 1 and config.order != 'cycle':
-      raise InputError(
-        f'order={config.order!r}: tokens at different loops can share a '
-        'launch in the cycle order only; convert with order=cycle, or export '
-        'the model and serve it untied.'
-      )
-    need(
-      self.gate == 'none' or self.kv != 'own', 'kv',
-      "tokens that leave early need another policy: 'write_ahead', "
-      "'propagate' or 'exact_fill'",
-    )  # fmt: skip
-    if self.lossless:
-      need(self.gate == 'none', 'gate', 'the lossless mode takes no gate')
-      need(self.kv == 'own', 'kv', "the lossless mode is 'own'")
-      need(
-        self.draft_loop < config.loops, 'draft_loop',
-        f'must be below the {config.loops} loops of the model',
-      )  # fmt: skip
-
-  def plan(self, config) -> lanes.Plan:
-    """What the device step is compiled for."""
-    self.check(config)
-    context = self.context or config.max_context
-    several = self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
-    flights = config.loops if several else 1
-    most = self.slots * flights
-    at_once = self.lossless or self.gate != 'none'
-    pool = self.pool or (1 if at_once else self.slots)
-    draws = min(self.draws or most, most)
-    return lanes.Plan(
-      config=config,
-      layout=pages.make_layout(config, self.slots, context, self.page),
-      page=self.page, slots=self.slots,
-      lanes=min(self.lanes or most, most) if several else self.slots,
-      draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
-      kv=self.kv, gate=self.gate, lossless=self.lossless,
-      draft_loop=self.draft_loop, dtype=self.dtype,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -171,10 +62,6 @@ class Request:
   tokens: list[int] = dataclasses.field(default_factory=list)
   loops: list[int] = dataclasses.field(default_factory=list)
   finish: str = ''
-
-
-def _whole(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class Engine:
@@ -284,7 +171,7 @@ class Engine:
     return done
 
   def figures(self) -> dict[str, Any]:
-    """The device's counters as numbers; see `lanes.Counters`."""
+    """The device's counters as numbers; see `flights.Counters`."""
     return {
       name: np.asarray(value).tolist()
       for name, value in self._state.counters._asdict().items()
@@ -350,49 +237,48 @@ class Engine:
     return cache
 
 
-_init = jax.jit(lanes.init_state, static_argnames=('plan',))
+_init = jax.jit(flights.init_state, static_argnames=('plan',))
 _call = jax.jit(
   lanes.call, static_argnames=('plan',), donate_argnames=('state',)
 )
 _admit = jax.jit(
-  lanes.admit, static_argnames=('plan',), donate_argnames=('state',)
+  flights.admit, static_argnames=('plan',), donate_argnames=('state',)
 )
-_drop = jax.jit(lanes.drop, donate_argnames=('state',))
+_drop = jax.jit(flights.drop, donate_argnames=('state',))
 
 
-def _empty_requests(slots: int) -> lanes.Requests:
+def _empty_requests(slots: int) -> flights.Requests:
   f = functools.partial(np.zeros, slots)
-  return lanes.Requests(
-    f(np.int32), f(bool), f(np.float32),
-    rules.Sampling(
-      f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
-    ),
-  )  # fmt: skip
+  sampling = rules.Sampling(
+    f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
+  )
+  return flights.Requests(f(np.int32), f(bool), f(np.float32), sampling)
 
 
 def _set_request(
-  table: lanes.Requests, slot: int, request: Request, threshold: float
-) -> lanes.Requests:
+  table: flights.Requests, slot: int, request: Request, threshold: float
+) -> flights.Requests:
   """A new table, as the old one may still be on its way to the device."""
   if request.threshold is not None:
     threshold = request.threshold
-  values = lanes.Requests(
-    request.room, not request.ignore_end, threshold,
-    rules.Sampling(
-      request.temperature, request.top_k, request.top_p, request.min_p,
-      request.seed,
-    ),
-  )  # fmt: skip
 
   def put(array_S, value):
-    array_S = array_S.copy()
+    array_S = np.array(array_S)
     array_S[slot] = value
     return array_S
 
-  return jax.tree.map(put, table, values)
+  r, s = request, table.sampling
+  sampling = rules.Sampling(
+    put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
+    put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
+  )  # fmt: skip
+  return flights.Requests(
+    put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
+    put(table.threshold_S, threshold), sampling,
+  )  # fmt: skip
 
 
-def check_fit(plan: lanes.Plan) -> None:
+def check_fit(plan: flights.Plan) -> None:
   """Raises InputError where the cache would not fit the device."""
   need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.dtype)
   free = free_bytes()
@@ -417,5 +303,3 @@ def free_bytes() -> int | None:
     return int(lines['MemAvailable'].split()[0]) * 1024
   except (OSError, KeyError, ValueError):
     return None
-
-

@@ -39,9 +39,11 @@ class Context(NamedTuple):
 
   def repeat_rows(self, times: int) -> Context:
     """The context of a batch in which each row stands `times` in a row."""
-    row = lambda t, axis: None if t is None else jnp.repeat(t, times, axis)
+    row = lambda t, axis: jnp.repeat(t, times, axis)
+    segments_BxL = self.segments_BxL
     return Context(
-      row(self.positions_BxL, 0), row(self.segments_BxL, 0),
+      row(self.positions_BxL, 0),
+      None if segments_BxL is None else row(segments_BxL, 0),
       row(self.cos_TxBxLxK, 1), row(self.sin_TxBxLxK, 1),
     )  # fmt: skip
 

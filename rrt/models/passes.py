@@ -9,7 +9,6 @@ B batch, L query length, D model, R loops, N block layers.
 """
 
 from flax import linen as nn
-import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context, Place
@@ -98,8 +97,6 @@ def block_pass(
       {'params': params['block']}, x_BxLxD, xs, context
     )
   return x_BxLxD, kvs
-
-
 
 
 def block_places(config: ModelConfig, loop) -> Place:

@@ -8,7 +8,8 @@ import pytest
 
 from rrt.errors import InputError
 from rrt.infer import rules
-from rrt.infer.engine import Engine, Options, Request
+from rrt.infer.engine import Engine, Request
+from rrt.infer.options import Options
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
 
@@ -105,7 +106,9 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
 def test_policies_differ_where_tokens_leave_early():
   gate = learned_gate('llama')
   found = {
-    kv: str(expected('llama', kv=kv, gate='learned', arrays=gate, threshold=0.5))
+    kv: str(
+      expected('llama', kv=kv, gate='learned', arrays=gate, threshold=0.5)
+    )
     for kv in ('write_ahead', 'propagate', 'exact_fill')
   }
   assert len(set(found.values())) == 3
@@ -114,9 +117,7 @@ def test_policies_differ_where_tokens_leave_early():
 @each_model
 def test_a_hidden_state_that_changes_little_leaves(name):
   want = expected(name, kv='write_ahead', gate='change', threshold=0.8)
-  options = Options(
-    slots=4, page=8, steps=4, gate='change', kv='write_ahead'
-  )
+  options = Options(slots=4, page=8, steps=4, gate='change', kv='write_ahead')
   engine = Engine(model(name), options)
   assert written(engine, threshold=0.8) == want
   assert written(engine) == expected(name)
@@ -160,9 +161,7 @@ def test_replayed_depths_are_kept():
   loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
   options = Options(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
   engine = Engine(model('llama'), options, arrays={'loops': loops})
-  requests = [
-    Request(p, 12, ignore_end=True) for p in (PROMPTS[1], PROMPTS[2])
-  ]
+  requests = [Request(p, 12, ignore_end=True) for p in (PROMPTS[1], PROMPTS[2])]
   engine.run(requests)
   for slot, request in enumerate(requests):
     assert request.loops == loops[slot, :12].tolist()

@@ -16,7 +16,6 @@ from rrt.models.stack import unstack
 from rrt.models.transformer import forward, greedy_token, logits, make_context
 
 
-
 def _jit(function, *static):
   return jax.jit(function, static_argnames=('config', *static))
 
@@ -48,9 +47,7 @@ def decode(
     )
     for r in range(config.loops):
       before = x
-      x, block[r] = _block(
-        config, params, x, r, context, block[r], scan=False
-      )
+      x, block[r] = _block(config, params, x, r, context, block[r], scan=False)
       one = lambda v: jnp.asarray([v])
       sure = exits.score(
         gate, arrays, before[:, 0], x[:, 0], one(r + 1), one(slot), one(count)
