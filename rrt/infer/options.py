@@ -8,10 +8,10 @@ from typing import Any
 from rrt.errors import InputError
 from rrt.infer import decode, exits
 from rrt.infer.flights import Plan
+from rrt.infer.gates import NEVER
 from rrt.models import pages
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
-_NEVER = 2.0  # A threshold that no score reaches.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Options:
   context: int | None = None
   kv: str = 'own'
   gate: str = 'none'
-  threshold: float = _NEVER
+  threshold: float = NEVER
   lossless: bool = False
   draft_loop: int = 1
   lanes: int | None = None

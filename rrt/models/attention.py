@@ -30,12 +30,15 @@ class Context(NamedTuple):
     positions_BxL: of each token in its document.
     segments_BxL: document of each token, or None for one a row.
     cos_TxBxLxK, sin_TxBxLxK: rotary tables.
+    left_BxL: bool, tokens whose residual stream no layer changes any more,
+      as they have left the block; None for none.
   """
 
   positions_BxL: jax.Array
   segments_BxL: jax.Array | None
   cos_TxBxLxK: jax.Array
   sin_TxBxLxK: jax.Array
+  left_BxL: jax.Array | None = None
 
   def repeat_rows(self, times: int) -> Context:
     """The context of a batch in which each row stands `times` in a row."""
@@ -188,8 +191,11 @@ class Attention(nn.Module):
       kv = pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
       o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, place.window)
       return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv
-    alone = kv is None or isinstance(kv, cache_lib.EmptyKV)
-    if kv is not None:
+    alone = kv is None or isinstance(kv, (cache_lib.EmptyKV, cache_lib.HeldKV))
+    if isinstance(kv, cache_lib.HeldKV):
+      kv = cache_lib.hold(kv, k_BxLxGxDh, v_BxLxGxDh)
+      k_BxLxGxDh, v_BxLxGxDh = kv.k_BxLxGxDh, kv.v_BxLxGxDh
+    elif kv is not None:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
     if alone:
       mask_BxLxL = visible(positions_BxL, positions_BxL, place.window)

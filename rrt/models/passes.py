@@ -18,16 +18,20 @@ from rrt.models.stack import Stack, unstack
 from rrt.models.transformer import embed, places
 
 
-def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype):
-  """Embedding and prelude, over unstacked parameters.
+def enter(
+  config: ModelConfig, params, tokens_BxL, context, kvs, dtype,
+  scan: bool = False,
+):  # fmt: skip
+  """Embedding and prelude.
 
   Args:
     config: the model's shape.
-    params: of the whole model, from `unstack`.
+    params: of the whole model; for `scan=False` unstacked.
     tokens_BxL: int token ids.
     context: from `make_context`.
-    kvs: the rows' KVs by prelude layer.
+    kvs: the rows' KVs by prelude layer, or None.
     dtype: of the computation.
+    scan: as in `forward`.
 
   Returns:
     (x_BxLxD, kvs): what the block's first loop takes, and the written KVs.
@@ -35,7 +39,7 @@ def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype):
   x_BxLxD = embed(config, params['embed']['table'], tokens_BxL, dtype)
   if not config.prelude_layers:
     return x_BxLxD, kvs
-  stack = Stack(config, config.prelude_layers, scan=False)
+  stack = Stack(config, config.prelude_layers, scan=scan)
   with float32_is_float32(dtype):
     x_BxLxD, (kvs, _) = stack.apply(
       {'params': params['prelude']}, x_BxLxD, (kvs, places(config)[0], 0),
@@ -44,7 +48,10 @@ def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype):
   return x_BxLxD, kvs
 
 
-def leave(config: ModelConfig, params, x_BxLxD, context: Context, kvs):
+def leave(
+  config: ModelConfig, params, x_BxLxD, context: Context, kvs,
+  scan: bool = False,
+):  # fmt: skip
   """Coda and final norm of the block's output; arguments as for `enter`.
 
   Returns:
@@ -52,7 +59,7 @@ def leave(config: ModelConfig, params, x_BxLxD, context: Context, kvs):
   """
   with float32_is_float32(x_BxLxD.dtype):
     if config.coda_layers:
-      stack = Stack(config, config.coda_layers, scan=False)
+      stack = Stack(config, config.coda_layers, scan=scan)
       x_BxLxD, (kvs, _) = stack.apply(
         {'params': params['coda']}, x_BxLxD, (kvs, places(config)[2], 0),
         context,
