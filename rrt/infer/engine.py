@@ -1,7 +1,7 @@
 """Serving many sequences at once: continuous depth-wise batching.
 
-    engine = Engine(rrt.load('runs/child'), slots=32)
-    for done in engine.generate(['The sea is', 'Once'], Sampler(max_tokens=40)):
+    engine = Engine(rrt.load('runs/child'), slots=32, context=512)
+    for done in engine.generate(['The sea is', 'Once'], max_new_tokens=40):
       print(done.text)
 
 The device decides what runs (`rrt.infer.lanes`); the host admits sequences to
@@ -13,7 +13,7 @@ on what shares the batch with it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, flights, lanes, rules
+from rrt.infer import decode, flights, gates, lanes, rules, sample
 from rrt.infer.options import Options
+from rrt.infer.sample import Settings
+from rrt.infer.text import Completion, Text
 from rrt.models import pages
 from rrt.models.cache import init_cache
 from rrt.models.stack import unstack
@@ -47,7 +49,8 @@ class Request:
     threshold: of the exit gate; None for the engine's.
     tokens: what was drawn.
     loops: after how many loops each token was drawn.
-    finish: '' while it runs; 'end', 'length' or 'cancelled'.
+    text: what writes the tokens as text and finds stop strings, if anything.
+    finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
   """
 
   prompt: Sequence[int]
@@ -61,6 +64,7 @@ class Request:
   threshold: float | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   loops: list[int] = dataclasses.field(default_factory=list)
+  text: Text | None = None
   finish: str = ''
 
 
@@ -81,13 +85,16 @@ class Engine:
 
     Args:
       model: what `rrt.load` gives.
-      options: how to run; keyword arguments change single fields.
-      arrays: of the exit gate; see `rrt.infer.exits.score`.
+      options: how to run; keyword arguments change single fields. The gate
+        'stored' is the one kept with the model, with its threshold.
+      arrays: of another gate; see `rrt.infer.exits.score`.
 
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
     """
     options = dataclasses.replace(options or Options(), **changes)
+    if options.gate == 'stored':
+      options, arrays = _with_stored_gate(model, options)
     self.options = options
     self.plan = options.plan(model.config)
     self.context = options.context or model.config.max_context
@@ -99,6 +106,7 @@ class Engine:
     self._ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self._ends) or [-1], jnp.int32)
     self._state = _init(self.plan)
+    self._counters = jax.device_get(self._state.counters)
     self._pending: collections.deque = collections.deque()
     self._table = _empty_requests(options.slots)
     self._cancelled = np.zeros(options.slots, bool)
@@ -170,17 +178,62 @@ class Engine:
       self.turn()
     return done
 
+  def generate(
+    self,
+    prompts,
+    settings: Settings | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    **changes,
+  ) -> list[Completion]:
+    """Continues each prompt; as `rrt.complete`, with this engine's slots.
+
+    Args:
+      prompts: a text, texts, or lists of token ids.
+      settings: how to write; keyword arguments change single fields.
+      stream: called with (index of the prompt, new text) as text comes.
+
+    Raises:
+      InputError: a setting or prompt that cannot work; nothing was run.
+    """
+    settings = dataclasses.replace(settings or Settings(), **changes)
+    settings.check()
+    ids = sample.encode_prompts(self._tokenizer, prompts, settings.chat)
+    shape = dataclasses.replace(self.plan.config, max_context=self.context)
+    sample.check_prompts(shape, ids)
+    settings.check_for(len(ids), self._tokenizer)
+    seeds = settings.seeds(range(len(ids)))
+    show = stream or (lambda i, text: None)
+    ends = () if settings.ignore_end else tuple(self._ends)
+    requests = [
+      Request(
+        p, min(settings.max_new_tokens, self.context - len(p)),
+        settings.temperature, settings.top_k, settings.top_p, settings.min_p,
+        seed, settings.ignore_end,
+        text=Text(self._tokenizer, p, ends, settings.stop, i, show),
+      )
+      for i, (p, seed) in enumerate(zip(ids, seeds, strict=True))
+    ]  # fmt: skip
+    self.run(requests)
+    return [
+      r.text.finish(
+        len(r.prompt),
+        'length' if r.room == settings.max_new_tokens else 'context',
+      )
+      for r in requests
+      if r.text is not None
+    ]
+
   def figures(self) -> dict[str, Any]:
     """The device's counters as numbers; see `flights.Counters`."""
     return {
       name: np.asarray(value).tolist()
-      for name, value in self._state.counters._asdict().items()
+      for name, value in self._counters._asdict().items()
     }
 
   def _read(self) -> list[Request]:
     """Hands out what the oldest unread call drew."""
     running, drawn = self._pending.popleft()
-    token_IxS, loops_IxS = jax.device_get(drawn)
+    token_IxS, loops_IxS, self._counters = jax.device_get(drawn)
     changed = []
     for slot, request in enumerate(running):
       if request is None or request.finish:
@@ -193,7 +246,12 @@ class Engine:
         request.finish = 'end'
       elif len(request.tokens) >= request.room:
         request.finish = 'length'
-      if request.finish:
+      if request.text is not None:
+        request.text.extend(tokens)
+        if request.text.stopped:
+          request.finish = 'stop'
+          self._cancelled[slot] = self.running[slot] is request
+      if request.finish and self.running[slot] is request:
         self.running[slot] = None
       if tokens:
         changed.append(request)
@@ -245,6 +303,23 @@ _admit = jax.jit(
   flights.admit, static_argnames=('plan',), donate_argnames=('state',)
 )
 _drop = jax.jit(flights.drop, donate_argnames=('state',))
+
+
+def _with_stored_gate(model, options: Options) -> tuple[Options, Any]:
+  """The options with the gate that is kept with a model, and its arrays."""
+  gate = gates.stored(model)
+  if gate is None:
+    raise InputError(
+      "gate='stored': this model has no gate; python -m rrt.fit_gate fits one."
+    )
+  kv = gate.kv if options.kv == 'own' else options.kv
+  threshold = options.threshold
+  if threshold == gates.NEVER:
+    threshold = gate.threshold
+  options = dataclasses.replace(
+    options, gate=gate.kind, threshold=threshold, kv=kv
+  )
+  return options, gate.arrays
 
 
 def _empty_requests(slots: int) -> flights.Requests:

@@ -147,10 +147,11 @@ class State(NamedTuple):
 
 
 class Drawn(NamedTuple):
-  """What a call drew, by step and slot; -1 where nothing."""
+  """What a call drew, by step and slot, -1 where nothing; and the counters."""
 
   token_IxS: jax.Array
   loops_IxS: jax.Array
+  counters: Counters
 
 
 def init_state(plan: Plan) -> State:

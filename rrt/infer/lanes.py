@@ -60,22 +60,20 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
   """
 
   def body(carry):
-    i, state, drawn = carry
+    i, state, token_IxS, loops_IxS = carry
     state = _run_block(plan, params, gate, requests, state)
     state, token_S, loops_S = _draw(plan, params, requests, end_E, state)
     state = _enter(plan, params, state)
-    drawn = Drawn(
-      drawn.token_IxS.at[i].set(token_S), drawn.loops_IxS.at[i].set(loops_S)
-    )
-    return i + 1, state, drawn
+    token_IxS = token_IxS.at[i].set(token_S)
+    return i + 1, state, token_IxS, loops_IxS.at[i].set(loops_S)
 
   none = jnp.full((plan.steps, plan.slots), -1, jnp.int32)
   # A sequence that was just admitted has not been through the prelude.
-  carry = (jnp.int32(0), _enter(plan, params, state), Drawn(none, none))
-  _, state, drawn = jax.lax.while_loop(
+  carry = (jnp.int32(0), _enter(plan, params, state), none, none)
+  _, state, token_IxS, loops_IxS = jax.lax.while_loop(
     lambda c: (c[0] < plan.steps) & jnp.any(c[1].live_S), body, carry
   )
-  return state, drawn
+  return state, Drawn(token_IxS, loops_IxS, state.counters)
 
 
 def _context(plan: Plan, position_B) -> Context:

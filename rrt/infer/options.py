@@ -28,7 +28,8 @@ class Options:
         which it left (CALM).
       'exact_fill': the token goes on through the skipped loops beside its
         successors, so that nothing is missing and no work is saved.
-    gate: 'none', 'learned', 'change' or 'replay'; see `rrt.infer.exits`.
+    gate: 'none', 'learned', 'change' or 'replay' (see `rrt.infer.exits`), or
+      'stored': the one kept with the model.
     threshold: of the gate, for requests that name none.
     lossless: speculate on tokens after `draft_loop` loops; the text is that
       of full depth.

@@ -1,5 +1,6 @@
 """The engine writes what a plain decoder writes, whatever shares its batch."""
 
+import dataclasses
 import functools
 import types
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import rules
+from rrt.infer import gates, rules, sample
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
+from tests import runs
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
 
@@ -244,3 +246,60 @@ def test_requests_that_do_not_fit_are_refused(request_, message):
   engine = Engine(model('llama'), slots=1, page=8)
   with pytest.raises(InputError, match=message):
     engine.submit(request_)
+
+
+@pytest.fixture(scope='module')
+def child():
+  return runs.child()
+
+
+def _keep(parts):
+  return lambda index, text: parts.append((index, text))
+
+
+def test_texts_equal_those_of_complete(child):
+  prompts = ['The sea', 'x', 'a b c d e']
+  for settings in (
+    sample.Settings(max_new_tokens=12),
+    sample.Settings(max_new_tokens=40, ignore_end=True),
+    sample.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
+  ):
+    want = sample.Writer(child).complete(prompts, settings)
+    engine = Engine(child, slots=2, page=8, steps=3)
+    parts: list[tuple[int, str]] = []
+    got = engine.generate(prompts, settings, _keep(parts))
+    assert got == want
+    for i, completion in enumerate(got):
+      assert ''.join(t for j, t in parts if j == i) == completion.text
+
+
+def test_a_stop_string_frees_its_slot(child):
+  whole = Engine(child, slots=1, page=8, steps=2).generate(
+    'The sea', max_new_tokens=24, ignore_end=True
+  )[0]
+  stop = whole.text[3:5]
+  want = sample.complete(
+    child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True
+  )
+  engine = Engine(child, slots=1, page=8, steps=2)
+  got = engine.generate(
+    ['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_end=True
+  )
+  assert got == want and got[0].finish_reason == 'stop'
+  assert engine.figures()['depths_R'][-1] < 2 * 24
+
+
+def test_the_gate_kept_with_a_model_is_used(child):
+  config = child.config
+  arrays = {
+    'kernel': np.zeros((1, config.d_model), np.float32),
+    'bias': np.ones(1, np.float32),
+  }
+  gate = gates.Gate('learned', 0.5, arrays, 'propagate')
+  gated = dataclasses.replace(child, meta=gates.store(child.meta, gate))
+  engine = Engine(gated, slots=1, page=8, gate='stored')
+  engine.generate('The sea', max_new_tokens=6, ignore_end=True)
+  assert engine.figures()['depths_R'] == [6, 0]
+  assert engine.options.kv == 'propagate'
+  with pytest.raises(InputError, match='fit_gate'):
+    Engine(child, gate='stored')
