@@ -5,6 +5,9 @@ python -m rrt.evaluate --model=child --parent=smollm2-135m \
 
 python -m rrt.evaluate --model=child --tasks=paper --data=eval/ --limit=200
 
+python -m rrt.evaluate --model=gated --text=news.jsonl.xz --exits=all \
+    --curve=curve.svg
+
 Prints tables and, as the last line, one JSON object.
 """
 
@@ -62,6 +65,20 @@ _LIMIT = flags.DEFINE_integer(
   'limit', None, 'Ask only the first so many questions of each task.'
 )
 _SHOTS = flags.DEFINE_integer('shots', 0, 'Solved questions before each one.')
+_EXITS = flags.DEFINE_string(
+    'exits', None,
+    'With --text: what leaving early costs, gate by gate; all, or some of '
+    'learned (needs a gate from rrt.fit_gate), change, margin, entropy, '
+    'oracle.',
+)  # fmt: skip
+_KV = flags.DEFINE_list(
+    'kv', ['write_ahead'],
+    'With --exits: what the loops that a token skipped keep of it; some of '
+    'write_ahead, propagate, exact_fill.',
+)  # fmt: skip
+_CURVE = flags.DEFINE_string(
+  'curve', None, 'With --exits: draw quality against depth to this SVG file.'
+)
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
 )
@@ -132,8 +149,10 @@ def main(argv) -> None:
   if not (_TEXT.value or _TASKS.value):
     raise InputError('Nothing to measure; give --text, --tasks or both.')
   from rrt import pretrained
-  from rrt.evals import perplexity
+  from rrt.evals import exit_report, perplexity
 
+  if _EXITS.value:
+    exit_report.check(_TEXT.value, _EXITS.value, _KV.value, _CURVE.value)
   if _OUT.value:
     _check_out(pathlib.Path(_OUT.value))
   text = None
@@ -159,6 +178,13 @@ def main(argv) -> None:
     label = f'{loops} of {model.config.loops} loops'
     measured.append((label, measure(model, text, context, loops, label)))
   _print(measured)
+  points = []
+  if _EXITS.value and text is not None:
+    rows = perplexity.make_rows(model, text, context, _MAX_TOKENS.value)
+    points = exit_report.measure(
+      model, rows, _EXITS.value, _KV.value, _CURVE.value,
+      batch=_BATCH.value, dtype=_DTYPE.value,
+    )  # fmt: skip
 
   # The deepest measurement is the model's own; the others stand beside it.
   own = [figures for name, figures in measured if name != 'parent']
@@ -166,6 +192,8 @@ def main(argv) -> None:
   final = {'model': _MODEL.value, 'context': context} | deepest
   if len(own) > 1:
     final['by_loops'] = own
+  if points:
+    final['exits'] = [p.plain() for p in points]
   if _PARENT.value:
     final['parent'] = {'model': _PARENT.value} | measured[0][1]
   final['peak_memory_bytes'] = cli.peak_memory_bytes()

@@ -12,6 +12,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.data import pipeline
 from rrt.errors import InputError
+from rrt.exit_losses import ExitObjective
 from rrt.losses import Objective
 from rrt.recipe import Heldout, Recipe
 from rrt.state import Step, batch_losses, to_mesh
@@ -35,7 +36,7 @@ def open_heldout(
     _batch(tokens_NxL[i : i + B], B) for i in range(0, len(tokens_NxL), B)
   ]
   plain = dataclasses.replace(
-      spec, teacher_config=None,
+      spec, teacher_config=None, exits=ExitObjective(),
       objective=Objective(
           distillation=0.0, chunk_tokens=recipe.loss.chunk_tokens
       ),

@@ -72,10 +72,47 @@ def loss_curves(
   for axes in (left, right):
     axes.grid(alpha=0.3)
     axes.legend()
+  return _svg(figure)
+
+
+def depth_curve(points: Sequence[Any], loops: int) -> str:
+  """Quality against depth, a line for each gate and policy, as SVG.
+
+  Args:
+    points: of `rrt.evals.depth`.
+    loops: of the model at full depth.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  pyplot = open_pyplot()
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+  lines: dict[tuple[str, str], list[Any]] = {}
+  for point in points:
+    lines.setdefault((point.gate, point.kv), []).append(point)
+  for (gate, kv), of_line in lines.items():
+    of_line.sort(key=lambda p: p.mean_loops)
+    x = [p.mean_loops for p in of_line]
+    name = f'{gate}, {kv}'
+    left.plot(x, [p.lost_nats for p in of_line], 'o-', label=name)
+    right.plot(x, [100 * p.agreement for p in of_line], 'o-', label=name)
+  left.set(xlabel='loops a token', ylabel='nats lost', title='cross-entropy')
+  right.set(
+    xlabel='loops a token', ylabel='%', title='agreement with full depth'
+  )
+  for axes in (left, right):
+    axes.set_xlim(0.95, loops + 0.05)
+    axes.grid(alpha=0.3)
+  left.legend(fontsize='small')
+  return _svg(figure)
+
+
+def _svg(figure) -> str:
+  """The figure as an <svg> element; it is closed."""
   figure.tight_layout()
   buffer = io.StringIO()
   figure.savefig(buffer, format='svg')
-  pyplot.close(figure)
+  open_pyplot().close(figure)
   return buffer.getvalue()[buffer.getvalue().index('<svg') :]
 
 

@@ -39,6 +39,14 @@ def check(
       'loss.distillation is above 0, but there is no parent to learn from; '
       'give one, or set it to 0.'
     )
+  if recipe.exits.coefficients != 'none' and (
+    child.loops < 2 or child.order != 'cycle'
+  ):
+    raise InputError(
+      f'exits.coefficients={recipe.exits.coefficients!r}: the child has '
+      f'loops={child.loops} in the {child.order} order; tokens can leave a '
+      'block of two loops or more, in the cycle order.'
+    )
   for name, config in (('child', child), ('parent', parent or child)):
     if recipe.length > config.max_context:
       raise InputError(

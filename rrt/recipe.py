@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import Source
 from rrt.errors import InputError
+from rrt.exit_losses import ExitObjective
 from rrt.losses import Objective
 from rrt.optim import Optimizer
 
@@ -147,6 +148,7 @@ class Recipe:
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
       products) or 'full'.
     loss: the losses.
+    exits: losses of the loops before the last, so that tokens can leave.
     optimizer: the optimizer.
     data: training text.
     heldout: text to measure on.
@@ -169,6 +171,7 @@ class Recipe:
   dtype: str = 'float32'
   remat: str = 'dots'
   loss: Objective = dataclasses.field(default_factory=Objective)
+  exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   data: Data = dataclasses.field(default_factory=Data)
   heldout: Heldout = dataclasses.field(default_factory=Heldout)

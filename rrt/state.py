@@ -23,6 +23,7 @@ import optax
 
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
+from rrt.exit_losses import ExitObjective, exit_losses
 from rrt.losses import Objective, losses
 from rrt.models import transformer
 from rrt.models.init import boxed_params, init_params
@@ -68,6 +69,7 @@ class Step:
     accumulate: microbatches a step.
     dtype: of the computation; weights stay float32.
     remat: 'none', 'full' or 'dots'.
+    exits: what the loops before the last learn.
   """
 
   config: ModelConfig
@@ -80,6 +82,7 @@ class Step:
   accumulate: int = 1
   dtype: Any = jnp.float32
   remat: str = 'none'
+  exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
 
 
 def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
@@ -208,15 +211,15 @@ def train_step(
     parent = merge(
       teacher, {k: v for k, v in frozen.items() if k in spec.shared}
     )
-    sums, loops = batch_losses(spec, child, parent, micro, scale)
-    return sums.loss, (sums, loops)
+    aux = batch_losses(spec, child, parent, micro, scale)
+    return aux[0].loss, aux
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if spec.accumulate == 1:
     (_, aux), grads = grad_fn(trained, batch)
   else:
     aux, grads = _accumulate(grad_fn, trained, batch, spec.accumulate)
-  sums, loop_change_R = aux
+  sums, loop_change_R, exits_R = aux
 
   norm, norms = gradient_norms(grads)
   if spec.clip:
@@ -249,11 +252,18 @@ def train_step(
     metrics['z_loss'] = sums.z_loss
   for r in range(loop_change_R.shape[0]):
     metrics[f'loop_change/{r + 2}'] = loop_change_R[r]
+  for r in range(exits_R.shape[0]):
+    metrics[f'exit_cross_entropy/{r + 1}'] = exits_R[r]
   return after, metrics
 
 
 def batch_losses(spec: Step, child, parent, batch, scale):
-  """Losses of one (micro)batch; (Losses, how much loops 2..R changed x)."""
+  """Losses of one (micro)batch.
+
+  Returns:
+    The losses, how much loops 2..R changed x, and the cross-entropies after
+    loops 1..R-1, [0] unless they are trained.
+  """
   weights_BxL = batch['weights'] * scale
   where = {
     'positions_BxL': batch['positions'],
@@ -261,24 +271,30 @@ def batch_losses(spec: Step, child, parent, batch, scale):
     'dtype': spec.dtype,
   }
   many = spec.config.loops > 1 and spec.config.order == 'cycle'
+  early = spec.exits.coefficients != 'none'
   out = transformer.forward(
       spec.config, child, batch['tokens'], return_loops=many,
-      remat=spec.remat, **where,
+      return_exits=early, remat=spec.remat, **where,
   )  # fmt: skip
   teacher = None
   if spec.teacher_config is not None:
     hidden_BxLxD = transformer.forward(
       spec.teacher_config, parent, batch['tokens'], **where
     ).hidden_BxLxD
-    head = transformer.head_kernel(spec.teacher_config, parent)
-    teacher = (jax.lax.stop_gradient(hidden_BxLxD), head)
-  sums = losses(
-      spec.objective, out.hidden_BxLxD,
-      transformer.head_kernel(spec.config, child), batch['targets'],
-      weights_BxL, teacher,
-  )  # fmt: skip
+    parent_head = transformer.head_kernel(spec.teacher_config, parent)
+    teacher = (jax.lax.stop_gradient(hidden_BxLxD), parent_head)
+  head = transformer.head_kernel(spec.config, child)
+  text = batch['targets'], weights_BxL
+  sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher)
+  exits_R = jnp.zeros((0,))
+  if out.exits_RxBxLxD is not None:
+    loss, exits_R = exit_losses(
+      spec.exits, spec.objective, out.exits_RxBxLxD, head, *text
+    )
+    last = spec.exits.of_loops(spec.config.loops)[-1]
+    sums = sums._replace(loss=last * sums.loss + loss)
   share = jnp.sum(weights_BxL)
-  return sums, share * loop_changes(out.loops_RxBxLxD)
+  return sums, share * loop_changes(out.loops_RxBxLxD), exits_R
 
 
 def loop_changes(h_RxBxLxD: jax.Array | None) -> jax.Array:

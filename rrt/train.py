@@ -102,6 +102,7 @@ def uptrain(
     accumulate=recipe.accumulate,
     dtype=jnp.dtype(recipe.dtype),
     remat=recipe.remat,
+    exits=recipe.exits,
   )
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
   spec, teacher = with_teacher(spec, parent, child, mesh)

@@ -126,22 +126,35 @@ class Settings:
     seeds = [self.seed] if isinstance(self.seed, int) else self.seed
     need(all(0 <= s < 2**32 for s in seeds), 'seed', 'from 0 to 2**32 - 1')
 
+  def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
+    """Raises InputError for what these prompts or this model cannot have."""
+    if not isinstance(self.seed, int) and len(self.seed) != prompts:
+      raise InputError(
+        f'seed has {len(self.seed)} values for {prompts} prompts; '
+        'give one for each, or one in all.'
+      )
+    if self.stop and tokenizer is None:
+      raise InputError('stop needs a model with a tokenizer.')
+
   def sampling(self, rows: range) -> rules.Sampling | None:
     """The rules for some of the prompts; None is greedy."""
     if not self.temperature:
       return None
     n = len(rows)
-    seeds = [
-      (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
-      for i in rows
-    ]
     return rules.Sampling(
       np.full(n, self.temperature, np.float32),
       np.full(n, self.top_k, np.int32),
       np.full(n, self.top_p, np.float32),
       np.full(n, self.min_p, np.float32),
-      np.array(seeds, np.uint32),
+      np.array(self.seeds(rows), np.uint32),
     )
+
+  def seeds(self, rows: range) -> list[int]:
+    """The seed of some of the prompts."""
+    return [
+      (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
+      for i in rows
+    ]
 
 
 class Writer:
@@ -172,14 +185,7 @@ class Writer:
     """As the function `complete`, which checks the settings first."""
     ids = encode_prompts(self._tokenizer, prompts, settings.chat)
     check_prompts(self._config, ids)
-    seed = settings.seed
-    if not isinstance(seed, int) and len(seed) != len(ids):
-      raise InputError(
-        f'seed has {len(seed)} values for {len(ids)} prompts; '
-        'give one for each, or one in all.'
-      )
-    if settings.stop and self._tokenizer is None:
-      raise InputError('stop needs a model with a tokenizer.')
+    settings.check_for(len(ids), self._tokenizer)
     done: list[Completion] = []
     for first in range(0, len(ids), self._batch):
       rows = range(first, min(first + self._batch, len(ids)))

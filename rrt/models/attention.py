@@ -4,6 +4,8 @@ B batch, L query length, S key length, D model, H heads, G kv groups,
 M = H / G queries a group, Dh head size.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models import cache as cache_lib
+from rrt.models import pages
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.sharding import constrain
 
@@ -27,12 +30,25 @@ class Context(NamedTuple):
     positions_BxL: of each token in its document.
     segments_BxL: document of each token, or None for one a row.
     cos_TxBxLxK, sin_TxBxLxK: rotary tables.
+    left_BxL: bool, tokens whose residual stream no layer changes any more,
+      as they have left the block; None for none.
   """
 
   positions_BxL: jax.Array
   segments_BxL: jax.Array | None
   cos_TxBxLxK: jax.Array
   sin_TxBxLxK: jax.Array
+  left_BxL: jax.Array | None = None
+
+  def repeat_rows(self, times: int) -> Context:
+    """The context of a batch in which each row stands `times` in a row."""
+    row = lambda t, axis: jnp.repeat(t, times, axis)
+    segments_BxL = self.segments_BxL
+    return Context(
+      row(self.positions_BxL, 0),
+      None if segments_BxL is None else row(segments_BxL, 0),
+      row(self.cos_TxBxLxK, 1), row(self.sin_TxBxLxK, 1),
+    )  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -140,25 +156,46 @@ class Attention(nn.Module):
     o_BxLxE, kv = self.mixed(x_BxLxD, kv, place, loop, context)
     return self.o(o_BxLxE, loop), kv
 
-  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
-    """The output projection's input [B, L, H * Dh], and the written cache."""
-    c = self.config
-    heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-    q_BxLxHxDh = heads(self.q(x_BxLxD, loop))
-    k_BxLxGxDh = heads(self.k(x_BxLxD, loop))
-    v_BxLxGxDh = heads(self.v(x_BxLxD, loop))
-    if c.qk_norm:
-      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+  def heads(self, y_BxLxE):
+    """[B, L, heads, Dh]."""
+    return y_BxLxE.reshape(*y_BxLxE.shape[:2], -1, self.config.head_dim)
+
+  def keys_values(self, x_BxLxD, place: Place, loop, context: Context):
+    """Keys after RoPE, and values, both [B, L, G, Dh]."""
+    k_BxLxGxDh = self.heads(self.k(x_BxLxD, loop))
+    if self.config.qk_norm:
       k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
     cos = pick_rope(context.cos_TxBxLxK, place.rope)
     sin = pick_rope(context.sin_TxBxLxK, place.rope)
+    return apply_rope(k_BxLxGxDh, cos, sin), self.heads(self.v(x_BxLxD, loop))
+
+  def remember(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    """Writes keys and values of x, attends to nothing; the written cache."""
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    return pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, context.positions_BxL)
+
+  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
+    """The output projection's input [B, L, H * Dh], and the written cache."""
+    c = self.config
+    q_BxLxHxDh = self.heads(self.q(x_BxLxD, loop))
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    if c.qk_norm:
+      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+    cos = pick_rope(context.cos_TxBxLxK, place.rope)
+    sin = pick_rope(context.sin_TxBxLxK, place.rope)
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)
-    k_BxLxGxDh = apply_rope(k_BxLxGxDh, cos, sin)
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     positions_BxL = context.positions_BxL
-    alone = kv is None or isinstance(kv, cache_lib.EmptyKV)
-    if kv is not None:
+    if isinstance(kv, pages.PagedKV):
+      kv = pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
+      o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, place.window)
+      return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv
+    alone = kv is None or isinstance(kv, (cache_lib.EmptyKV, cache_lib.HeldKV))
+    if isinstance(kv, cache_lib.HeldKV):
+      kv = cache_lib.hold(kv, k_BxLxGxDh, v_BxLxGxDh)
+      k_BxLxGxDh, v_BxLxGxDh = kv.k_BxLxGxDh, kv.v_BxLxGxDh
+    elif kv is not None:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
     if alone:
       mask_BxLxL = visible(positions_BxL, positions_BxL, place.window)

@@ -34,6 +34,17 @@ class EmptyKV(NamedTuple):
   v_BxGxSxDh: jax.Array
 
 
+class HeldKV(NamedTuple):
+  """A batch's keys and values of one layer, from one loop to the next.
+
+  Tokens that left keep those of the loop in which they did.
+  """
+
+  k_BxLxGxDh: jax.Array
+  v_BxLxGxDh: jax.Array
+  left_BxL: jax.Array
+
+
 class Cache(NamedTuple):
   """KVs of all depths.
 
@@ -121,4 +132,13 @@ def write(kv: KV | EmptyKV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
     v.at[rows_Bx1, :, positions_BxL].set(
       v_BxLxGxDh.astype(v.dtype), mode='drop'
     ),
+  )
+
+
+def hold(kv: HeldKV, k_BxLxGxDh, v_BxLxGxDh) -> HeldKV:
+  """New keys and values for the tokens that have not left."""
+  left_BxLx1x1 = kv.left_BxL[:, :, None, None]
+  return kv._replace(
+    k_BxLxGxDh=jnp.where(left_BxLx1x1, kv.k_BxLxGxDh, k_BxLxGxDh),
+    v_BxLxGxDh=jnp.where(left_BxLx1x1, kv.v_BxLxGxDh, v_BxLxGxDh),
   )

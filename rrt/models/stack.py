@@ -41,12 +41,16 @@ class Layer(nn.Module):
   def __call__(self, x_BxLxD, xs, loop, context: Context):
     """One layer in one loop; xs is (its KV or None, its Place)."""
     kv, place = xs
+    before_BxLxD = x_BxLxD
     y_BxLxD, kv = self.attn(
       self.attn_norm(x_BxLxD, loop), kv, place, loop, context
     )
     x_BxLxD += self.attn_post(y_BxLxD, loop)
     y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
+    if context.left_BxL is not None:
+      left_BxLx1 = context.left_BxL[:, :, None]
+      x_BxLxD = jnp.where(left_BxLx1, before_BxLxD, x_BxLxD)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed')), kv
 
   def attn_post(self, y_BxLxD, loop):

@@ -36,11 +36,14 @@ class Output(NamedTuple):
     hidden_BxLxD: after the final norm.
     loops_RxBxLxD: the block's output after each loop, if asked for.
     cache: the written cache, if one was given.
+    exits_RxBxLxD: after coda and final norm, had all tokens left after each
+      loop, if asked for; the last is `hidden_BxLxD`.
   """
 
   hidden_BxLxD: jax.Array
   loops_RxBxLxD: jax.Array | None
   cache: Cache | None
+  exits_RxBxLxD: jax.Array | None = None
 
 
 class Transformer(nn.Module):
@@ -69,11 +72,15 @@ class Transformer(nn.Module):
     cache: Cache | None = None,
     loops: int | None = None,
     return_loops: bool = False,
+    return_exits: bool = False,
   ) -> Output:
     """Runs tokens through all layers; see `forward`."""
     c = self.config
     R = c.loops if loops is None else loops
+    return_loops |= return_exits
     check_loops(c, R, return_loops)
+    if return_exits and cache is not None:
+      raise ValueError('return_exits takes no cache.')
     if self.remat not in REMAT:
       raise InputError(f'remat={self.remat!r}: must be one of {tuple(REMAT)}.')
     context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL)
@@ -119,6 +126,9 @@ class Transformer(nn.Module):
         states.append(h_BxLxD)
       block = in_form_of(block, new)
       h_RxBxLxD = jnp.stack(states) if return_loops else None
+    if return_exits:
+      # Each loop's output takes the coda as rows of its own.
+      x_BxLxD, context = _fold(h_RxBxLxD), context.repeat_rows(R)
     if c.coda_layers:
       x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(
         x_BxLxD, (coda, deep, 0), context
@@ -126,6 +136,9 @@ class Transformer(nn.Module):
     x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
     self.make_head()
     cache = None if cache is None else Cache(prelude, block, coda)
+    if return_exits:
+      exits_RxBxLxD = _unfold(x_BxLxD, R)
+      return Output(exits_RxBxLxD[-1], h_RxBxLxD, cache, exits_RxBxLxD)
     return Output(x_BxLxD, h_RxBxLxD, cache)
 
   def embed(self, tokens_BxL):
@@ -135,9 +148,7 @@ class Transformer(nn.Module):
       nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed')
     )
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
-    x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(self.dtype)
-    if c.scale_embeddings:
-      x_BxLxD *= jnp.asarray(c.d_model**0.5, self.dtype)
+    x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
 
   def make_head(self):
@@ -160,6 +171,17 @@ class Table(nn.Module):
   @nn.compact
   def __call__(self):
     return self.param(self.leaf, self.init_fn, self.shape, jnp.float32)
+
+
+def _fold(h_RxBxLxD):
+  """Loops as rows, [B * R, L, D]: a row's loops stay on its own device."""
+  R, B, L, D = h_RxBxLxD.shape
+  return h_RxBxLxD.swapaxes(0, 1).reshape(B * R, L, D)
+
+
+def _unfold(x_BRxLxD, R: int):
+  """Rows as loops again, [R, B, L, D]."""
+  return x_BRxLxD.reshape(-1, R, *x_BRxLxD.shape[1:]).swapaxes(0, 1)
 
 
 def _swap(block):
@@ -227,6 +249,7 @@ def forward(
   cache: Cache | None = None,
   loops: int | None = None,
   return_loops: bool = False,
+  return_exits: bool = False,
   dtype=jnp.float32,
   remat: str = 'none',
   scan: bool = True,
@@ -243,6 +266,8 @@ def forward(
     cache: from `init_cache`; attention then reads it instead of the batch.
     loops: how many loops to run, 1..R; None for all.
     return_loops: also return the block's output after each loop.
+    return_exits: also return what the head would read, had all tokens left
+      after each loop; takes no cache.
     dtype: of the computation.
     remat: 'none', 'full' or 'dots'.
     scan: scan over layers and loops, or unroll them.
@@ -256,48 +281,16 @@ def forward(
   with float32_is_float32(dtype):
     return model.apply(
         {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
-        cache, loops, return_loops,
+        cache, loops, return_loops, return_exits,
     )  # fmt: skip
 
 
-def block_pass(
-  config: ModelConfig,
-  params,
-  x_BxLxD,
-  loop,
-  context: Context,
-  kvs=None,
-  remat: str = 'none',
-  scan: bool = True,
-):
-  """One pass through a CYCLE block: the step that depth-wise batching runs.
-
-  Args:
-    config: the model's shape.
-    params: of the whole model; for `scan=False` unstacked or not.
-    x_BxLxD: the residual stream.
-    loop: int scalar, or int [B]: each row's own loop.
-    context: from `make_context`.
-    kvs: the rows' KVs of their own loops by layer, or None.
-    remat: as in `forward`.
-    scan: as in `forward`.
-
-  Returns:
-    (x_BxLxD, kvs). A row's result does not depend on the other rows.
-  """
-  window, rope = places(config)[1]
-  of_loop = lambda t_RxN: None if t_RxN is None else t_RxN[loop].T
-  if not scan:
-    params = unstack(params)
-  stack = Stack(
-    config, config.block_layers, looped=True, remat=remat, scan=scan
-  )
-  xs = (kvs, Place(of_loop(window), of_loop(rope)), loop)
-  with float32_is_float32(x_BxLxD.dtype):
-    x_BxLxD, (kvs, _) = stack.apply(
-      {'params': params['block']}, x_BxLxD, xs, context
-    )
-  return x_BxLxD, kvs
+def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
+  """Rows of the embedding table, scaled where the family does so."""
+  x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
+  if config.scale_embeddings:
+    x_BxLxD *= jnp.asarray(config.d_model**0.5, dtype)
+  return x_BxLxD
 
 
 def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):

@@ -11,9 +11,9 @@ from rrt.errors import InputError
 from rrt.models import cache as cache_lib
 from rrt.models.count import count_params
 from rrt.models.init import init_params
+from rrt.models.passes import block_pass
 from rrt.models.stack import unstack
 from rrt.models.transformer import (
-  block_pass,
   forward,
   logits,
   make_context,

@@ -1,0 +1,90 @@
+"""What `rrt.evaluate --exits` does: a table and a picture of the curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rrt import cli, plots
+from rrt.errors import InputError
+from rrt.evals import depth
+from rrt.infer import gates
+from rrt.infer.options import KV_POLICIES
+
+
+def check(
+  text: str | None, kinds: str, kvs: Sequence[str], curve: str | None
+) -> None:
+  """Raises InputError for what cannot work, before anything runs."""
+  if not text:
+    raise InputError('--exits needs --text.')
+  depth.parse_gates(kinds)
+  for kv in kvs:
+    if kv not in KV_POLICIES[1:]:
+      raise InputError(f'kv={kv!r}: must be one of {KV_POLICIES[1:]}.')
+  if curve:
+    plots.open_pyplot()
+    _check_picture(Path(curve))
+
+
+def _check_picture(path: Path) -> None:
+  """Raises InputError unless the picture can be written."""
+  if path.is_file() and path.read_bytes()[:4] not in (b'', b'<svg'):
+    raise InputError(f'curve={path}: exists and is not a picture of ours.')
+  new = not path.exists()
+  try:
+    with open(path, 'ab'):
+      pass
+    if new:
+      path.unlink()
+  except OSError as e:
+    why = e.strerror or e
+    raise InputError(f'curve={path}: cannot be written ({why}).') from e
+
+
+def measure(
+  model, rows, kinds: str, kvs: Sequence[str], curve: str | None = None, *,
+  batch: int = 4, dtype: str = 'float32',
+) -> list[depth.Point]:  # fmt: skip
+  """Measures, prints and draws the curve.
+
+  Args:
+    model: of two loops or more.
+    rows: tokens, from `perplexity.make_rows`.
+    kinds: gates by name, separated by commas, or 'all': of the learned gate
+      only where the model has one. A gate kept with the model is also
+      measured at its own threshold.
+    kvs: what skipped loops keep of a token; each is measured.
+    curve: SVG file to draw to.
+    batch: rows in one pass.
+    dtype: of the computation.
+  """
+  names = depth.parse_gates(kinds)
+  gate = gates.stored(model)
+  arrays = gate.arrays if gate else None
+  if arrays is None and kinds == 'all':
+    names.remove('learned')
+  with cli.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
+    static = depth.read_static(
+      model, rows, arrays, batch=batch, dtype=dtype, progress=progress.update
+    )
+  scored = int(static.scored_NxL.sum())
+  points = []
+  for kv in kvs:
+    count = sum(len(depth.thresholds(static, n, depth.SHARES)) for n in names)
+    with cli.Progress((count + bool(gate)) * scored, kv, 'tokens') as progress:
+      settings: dict = {
+        'kv': kv, 'batch': batch, 'dtype': dtype, 'progress': progress.update,
+      }  # fmt: skip
+      points += depth.curve(model, static, names, arrays, **settings)
+      if gate:
+        points.append(
+          depth.measure(
+            model, static, gate.kind, gate.threshold, arrays, **settings
+          )
+        )
+  cli.table(depth.table(points), depth.HEADERS)
+  if curve:
+    Path(curve).write_text(plots.depth_curve(points, model.config.loops))
+    print(f'drawn to {curve}')
+  return points

@@ -1,0 +1,140 @@
+r"""Fits an exit gate to a model and calibrates its threshold to a promise.
+
+python -m rrt.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
+    --out=gated
+
+Half of the rows of the text fit the gate, the other half choose the lowest
+threshold that keeps the promise with the asked confidence. Gate, threshold,
+promise and bound are written with the model to --out; `rrt.evaluate --exits`
+measures them on other text.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from rrt import cli
+from rrt.errors import InputError
+
+_MODEL = flags.DEFINE_string(
+  'model', None, 'A recursive model, as `rrt.generate` takes one.'
+)
+_TEXT = flags.DEFINE_string(
+  'text', None, 'Text to fit and calibrate on, as `rrt.evaluate` takes it.'
+)
+_OUT = flags.DEFINE_string(
+  'out', None, 'Directory for the model with its gate.'
+)
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 16384, 'How much of the text.')
+_CONTEXT = flags.DEFINE_integer('context', 256, 'Tokens in a row.')
+_BATCH = flags.DEFINE_integer('batch', 4, 'Rows in a pass.')
+_GATE = flags.DEFINE_enum(
+  'gate', 'learned', ['learned', 'change'],
+  'A logistic regression a loop, or how little the loop changed the state.',
+)  # fmt: skip
+_KV = flags.DEFINE_enum(
+  'kv', 'write_ahead', ['write_ahead', 'propagate', 'exact_fill'],
+  'What the loops that a token skipped keep of it.',
+)  # fmt: skip
+_AGREEMENT = flags.DEFINE_float(
+  'agreement', None,
+  'Promise: share of tokens that are as at full depth. 0.95 by default.',
+)  # fmt: skip
+_LOSS = flags.DEFINE_float(
+  'loss', None, 'Promise instead: nats a token lost against full depth.'
+)
+_CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the promise.')
+_RIDGE = flags.DEFINE_float('ridge', 1.0, 'Penalty of the regression.')
+
+_SHARES = tuple(i / 20 for i in range(1, 20))
+
+
+def main(argv) -> None:
+  """Fits, calibrates, saves and prints."""
+  del argv
+  source, path, out = (_needed(flag) for flag in (_MODEL, _TEXT, _OUT))
+  if _AGREEMENT.value is not None and _LOSS.value is not None:
+    raise InputError('Give --agreement or --loss, not both.')
+  if not 0 < _CONFIDENCE.value < 1:
+    raise InputError(f'confidence={_CONFIDENCE.value}: must lie in 0 to 1.')
+  agreement = _AGREEMENT.value
+  if agreement is None and _LOSS.value is None:
+    agreement = 0.95
+  from rrt import pretrained
+  from rrt.evals import depth, perplexity
+  from rrt.files import check_writable
+  from rrt.infer import gates
+
+  check_writable(out)
+  model = pretrained.load(source)
+  depth.check(model.config)
+  text = perplexity.read_text(path, _MAX_TOKENS.value)
+  rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
+  fitting, judging = rows[::2], rows[1::2]
+  if len(judging) < 4:
+    raise InputError(
+      f'The text makes {len(rows)} rows of {_CONTEXT.value} tokens, of which '
+      'half judge the gate; at least 8 are needed. Give more text or a '
+      'smaller --context.'
+    )
+
+  arrays = None
+  if _GATE.value == 'learned':
+    total = sum(map(len, fitting))
+    with cli.Progress(total, 'fitting', 'tokens') as progress:
+      seen = depth.read_static(
+        model, fitting, batch=_BATCH.value, states=True,
+        progress=progress.update,
+      )  # fmt: skip
+    assert seen.states_RxNxLxD is not None
+    arrays = gates.fit(
+      seen.states_RxNxLxD[:, seen.scored_NxL],
+      seen.right_RxNxL[:, seen.scored_NxL], _RIDGE.value,
+    )  # fmt: skip
+  static = depth.read_static(model, judging, arrays, batch=_BATCH.value)
+  total = len(_SHARES) * int(static.scored_NxL.sum())
+  with cli.Progress(total, 'calibrating', 'tokens') as progress:
+    points = depth.curve(
+      model, static, [_GATE.value], arrays, kv=_KV.value, shares=_SHARES,
+      batch=_BATCH.value, progress=progress.update,
+    )  # fmt: skip
+  chosen = gates.choose(
+    points, agreement=agreement, loss=_LOSS.value,
+    confidence=_CONFIDENCE.value,
+  )  # fmt: skip
+  cli.table(depth.table(points), depth.HEADERS)
+  promise = {
+    'agreement': agreement, 'loss': _LOSS.value,
+    'confidence': _CONFIDENCE.value, 'text': path,
+    'tokens': int(static.scored_NxL.sum()),
+    'bound': chosen and chosen[1],
+    'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
+  }  # fmt: skip
+  threshold = chosen[0].threshold if chosen else gates.NEVER
+  gate = gates.Gate(_GATE.value, threshold, arrays, _KV.value, promise)
+  if not chosen:
+    print(
+      'No threshold keeps the promise on this text: all tokens will run all '
+      'loops.'
+    )
+  pretrained.save(
+    dataclasses.replace(model, meta=gates.store(model.meta, gate)), out
+  )
+  cli.finish(
+    {
+      'model': out, 'gate': _GATE.value, 'kv': _KV.value,
+      'threshold': threshold, **promise,
+      'points': [p.plain() for p in points],
+      'peak_memory_bytes': cli.peak_memory_bytes(),
+    }
+  )  # fmt: skip
+
+
+def _needed(flag) -> str:
+  if not flag.value:
+    raise InputError(f'--{flag.name} is missing; see --help.')
+  return flag.value
+
+
+if __name__ == '__main__':
+  cli.run(main)

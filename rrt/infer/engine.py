@@ -1,0 +1,380 @@
+"""Serving many sequences at once: continuous depth-wise batching.
+
+    engine = Engine(rrt.load('runs/child'), slots=32, context=512)
+    for done in engine.generate(['The sea is', 'Once'], max_new_tokens=40):
+      print(done.text)
+
+The device decides what runs (`rrt.infer.lanes`); the host admits sequences to
+free slots between two calls and reads what a call drew while the next one
+runs. The tokens of a sequence depend on its prompt and its settings alone, not
+on what shares the batch with it.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.infer import decode, flights, gates, lanes, rules, sample
+from rrt.infer.options import Options
+from rrt.infer.sample import Settings
+from rrt.infer.text import Completion, Text
+from rrt.models import pages
+from rrt.models.cache import init_cache
+from rrt.models.stack import unstack
+
+if TYPE_CHECKING:
+  from rrt.pretrained import LanguageModel
+
+_CHUNK = 512  # Tokens of one prefill.
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+  """A sequence on its way through the engine.
+
+  Attributes:
+    prompt: token ids.
+    room: tokens to draw at most.
+    temperature, top_k, top_p, min_p, seed: as for `rrt.complete`.
+    ignore_end: go on through end tokens.
+    threshold: of the exit gate; None for the engine's.
+    tokens: what was drawn.
+    loops: after how many loops each token was drawn.
+    text: what writes the tokens as text and finds stop strings, if anything.
+    finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
+  """
+
+  prompt: Sequence[int]
+  room: int
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int = 0
+  ignore_end: bool = False
+  threshold: float | None = None
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  loops: list[int] = dataclasses.field(default_factory=list)
+  text: Text | None = None
+  finish: str = ''
+
+
+class Engine:
+  """A model, its slots, and the queue in front of them.
+
+  Attributes:
+    plan: what the device step is compiled for.
+    waiting: requests without a slot, first come first.
+    running: requests by slot.
+  """
+
+  def __init__(
+    self, model: LanguageModel, options: Options | None = None,
+    arrays: Any = None, **changes,
+  ):  # fmt: skip
+    """Allocates the cache.
+
+    Args:
+      model: what `rrt.load` gives.
+      options: how to run; keyword arguments change single fields. The gate
+        'stored' is the one kept with the model, with its threshold.
+      arrays: of another gate; see `rrt.infer.exits.score`.
+
+    Raises:
+      InputError: an option that cannot work, or a cache that does not fit.
+    """
+    options = dataclasses.replace(options or Options(), **changes)
+    if options.gate == 'stored':
+      options, arrays = _with_stored_gate(model, options)
+    self.options = options
+    self.plan = options.plan(model.config)
+    self.context = options.context or model.config.max_context
+    self._tokenizer = model.tokenizer
+    check_fit(self.plan)
+    self._params = decode.cast(unstack(model.params), options.dtype)
+    self._gate = jax.tree.map(jnp.asarray, arrays)
+    eos = () if self._tokenizer is None else self._tokenizer.eos_ids
+    self._ends = frozenset(int(e) for e in eos)
+    self._end_E = jnp.asarray(sorted(self._ends) or [-1], jnp.int32)
+    self._state = _init(self.plan)
+    self._counters = jax.device_get(self._state.counters)
+    self._pending: collections.deque = collections.deque()
+    self._table = _empty_requests(options.slots)
+    self._cancelled = np.zeros(options.slots, bool)
+    self.waiting: collections.deque[Request] = collections.deque()
+    self.running: list[Request | None] = [None] * options.slots
+
+  def submit(self, request: Request) -> Request:
+    """Queues a request.
+
+    Raises:
+      InputError: it does not fit the context, or has wrong tokens.
+    """
+    config = self.plan.config
+    total = len(request.prompt) + request.room
+    if not request.prompt or request.room < 1:
+      raise InputError('A request needs a prompt and room for a token.')
+    if total > self.context:
+      raise InputError(
+        f'A prompt of {len(request.prompt)} tokens and {request.room} new '
+        f'ones exceed the context of {self.context}; shorten one of them.'
+      )
+    if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
+      raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
+    self.waiting.append(request)
+    return request
+
+  def cancel(self, request: Request) -> None:
+    """Ends a request; its slot is free at the next turn."""
+    if request.finish:
+      return
+    request.finish = 'cancelled'
+    if request in self.waiting:
+      self.waiting.remove(request)
+      return
+    for slot, running in enumerate(self.running):
+      if running is request:
+        self._cancelled[slot] = True
+        self.running[slot] = None
+
+  @property
+  def busy(self) -> bool:
+    """Whether anything waits, runs or is still to be read."""
+    return bool(self.waiting or self._pending or any(self.running))
+
+  def turn(self) -> list[Request]:
+    """Admits, launches a call, reads the call before.
+
+    Returns:
+      The requests that got tokens or ended.
+    """
+    if self._cancelled.any():
+      self._state = _drop(self._state, jnp.asarray(self._cancelled))
+      self._cancelled[:] = False
+    self._admit()
+    if any(self.running):
+      self._state, drawn = _call(
+        self.plan, self._params, self._gate, self._table, self._end_E,
+        self._state,
+      )  # fmt: skip
+      self._pending.append((list(self.running), drawn))
+    if not self._pending or (len(self._pending) == 1 and any(self.running)):
+      return []
+    return self._read()
+
+  def run(self, requests: Iterable[Request]) -> list[Request]:
+    """Runs requests to their ends."""
+    done = [self.submit(r) for r in requests]
+    while self.busy:
+      self.turn()
+    return done
+
+  def generate(
+    self,
+    prompts,
+    settings: Settings | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    **changes,
+  ) -> list[Completion]:
+    """Continues each prompt; as `rrt.complete`, with this engine's slots.
+
+    Args:
+      prompts: a text, texts, or lists of token ids.
+      settings: how to write; keyword arguments change single fields.
+      stream: called with (index of the prompt, new text) as text comes.
+
+    Raises:
+      InputError: a setting or prompt that cannot work; nothing was run.
+    """
+    settings = dataclasses.replace(settings or Settings(), **changes)
+    settings.check()
+    ids = sample.encode_prompts(self._tokenizer, prompts, settings.chat)
+    shape = dataclasses.replace(self.plan.config, max_context=self.context)
+    sample.check_prompts(shape, ids)
+    settings.check_for(len(ids), self._tokenizer)
+    seeds = settings.seeds(range(len(ids)))
+    show = stream or (lambda i, text: None)
+    ends = () if settings.ignore_end else tuple(self._ends)
+    requests = [
+      Request(
+        p, min(settings.max_new_tokens, self.context - len(p)),
+        settings.temperature, settings.top_k, settings.top_p, settings.min_p,
+        seed, settings.ignore_end,
+        text=Text(self._tokenizer, p, ends, settings.stop, i, show),
+      )
+      for i, (p, seed) in enumerate(zip(ids, seeds, strict=True))
+    ]  # fmt: skip
+    self.run(requests)
+    return [
+      r.text.finish(
+        len(r.prompt),
+        'length' if r.room == settings.max_new_tokens else 'context',
+      )
+      for r in requests
+      if r.text is not None
+    ]
+
+  def figures(self) -> dict[str, Any]:
+    """The device's counters as numbers; see `flights.Counters`."""
+    return {
+      name: np.asarray(value).tolist()
+      for name, value in self._counters._asdict().items()
+    }
+
+  def _read(self) -> list[Request]:
+    """Hands out what the oldest unread call drew."""
+    running, drawn = self._pending.popleft()
+    token_IxS, loops_IxS, self._counters = jax.device_get(drawn)
+    changed = []
+    for slot, request in enumerate(running):
+      if request is None or request.finish:
+        continue
+      new = token_IxS[:, slot] >= 0
+      tokens = [int(t) for t in token_IxS[new, slot]]
+      request.tokens += tokens
+      request.loops += [int(n) for n in loops_IxS[new, slot]]
+      if tokens and not request.ignore_end and tokens[-1] in self._ends:
+        request.finish = 'end'
+      elif len(request.tokens) >= request.room:
+        request.finish = 'length'
+      if request.text is not None:
+        request.text.extend(tokens)
+        if request.text.stopped:
+          request.finish = 'stop'
+          self._cancelled[slot] = self.running[slot] is request
+      if request.finish and self.running[slot] is request:
+        self.running[slot] = None
+      if tokens:
+        changed.append(request)
+    return changed
+
+  def _admit(self) -> None:
+    """Prefills waiting requests into free slots."""
+    for slot, running in enumerate(self.running):
+      if running is None and self.waiting:
+        request = self.waiting.popleft()
+        self.running[slot] = request
+        self._table = _set_request(
+          self._table, slot, request, self.options.threshold
+        )
+        cache = self._prefill(request.prompt[:-1])
+        self._state = _admit(
+          self.plan, self._state, jnp.int32(slot),
+          jnp.int32(request.prompt[-1]), jnp.int32(len(request.prompt) - 1),
+          cache,
+        )  # fmt: skip
+
+  def _prefill(self, tokens: Sequence[int]):
+    """The cache of one row after its prompt; None for none."""
+    if not len(tokens):
+      return None
+    plan = self.plan
+    static = decode.Static(plan.config, plan.config.loops, plan.dtype)
+    size = decode.bucket(len(tokens), self.context)
+    cache = init_cache(plan.config, 1, size, plan.dtype)
+    last_1xD = jnp.zeros((1, plan.config.d_model), plan.dtype)
+    length_1 = jnp.asarray([len(tokens)], jnp.int32)
+    for start in range(0, len(tokens), _CHUNK):
+      part = tokens[start : start + _CHUNK]
+      width = decode.bucket(len(part), size - start)
+      tokens_1xL = np.zeros((1, width), np.int32)
+      tokens_1xL[0, : len(part)] = part
+      last_1xD, cache = decode.extend(
+        self._params, cache, last_1xD, jnp.asarray(tokens_1xL),
+        jnp.int32(start) if start else None, length_1, static=static,
+      )  # fmt: skip
+    return cache
+
+
+_init = jax.jit(flights.init_state, static_argnames=('plan',))
+_call = jax.jit(
+  lanes.call, static_argnames=('plan',), donate_argnames=('state',)
+)
+_admit = jax.jit(
+  flights.admit, static_argnames=('plan',), donate_argnames=('state',)
+)
+_drop = jax.jit(flights.drop, donate_argnames=('state',))
+
+
+def _with_stored_gate(model, options: Options) -> tuple[Options, Any]:
+  """The options with the gate that is kept with a model, and its arrays."""
+  gate = gates.stored(model)
+  if gate is None:
+    raise InputError(
+      "gate='stored': this model has no gate; python -m rrt.fit_gate fits one."
+    )
+  kv = gate.kv if options.kv == 'own' else options.kv
+  threshold = options.threshold
+  if threshold == gates.NEVER:
+    threshold = gate.threshold
+  options = dataclasses.replace(
+    options, gate=gate.kind, threshold=threshold, kv=kv
+  )
+  return options, gate.arrays
+
+
+def _empty_requests(slots: int) -> flights.Requests:
+  f = functools.partial(np.zeros, slots)
+  sampling = rules.Sampling(
+    f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
+  )
+  return flights.Requests(f(np.int32), f(bool), f(np.float32), sampling)
+
+
+def _set_request(
+  table: flights.Requests, slot: int, request: Request, threshold: float
+) -> flights.Requests:
+  """A new table, as the old one may still be on its way to the device."""
+  if request.threshold is not None:
+    threshold = request.threshold
+
+  def put(array_S, value):
+    array_S = np.array(array_S)
+    array_S[slot] = value
+    return array_S
+
+  r, s = request, table.sampling
+  sampling = rules.Sampling(
+    put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
+    put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
+  )  # fmt: skip
+  return flights.Requests(
+    put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
+    put(table.threshold_S, threshold), sampling,
+  )  # fmt: skip
+
+
+def check_fit(plan: flights.Plan) -> None:
+  """Raises InputError where the cache would not fit the device."""
+  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.dtype)
+  free = free_bytes()
+  if free is not None and need > free:
+    gib = 2**30
+    raise InputError(
+      f'A cache for {plan.slots} slots takes {need / gib:.2f} GiB and '
+      f'{free / gib:.2f} GiB are free; ask for fewer slots or a shorter '
+      'context.'
+    )
+
+
+def free_bytes() -> int | None:
+  """Memory that the device has left; None where it does not tell."""
+  device = jax.devices()[0]
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  try:
+    with open('/proc/meminfo') as f:
+      lines = dict(line.split(':', 1) for line in f)
+    return int(lines['MemAvailable'].split()[0]) * 1024
+  except (OSError, KeyError, ValueError):
+    return None

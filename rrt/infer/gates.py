@@ -1,0 +1,194 @@
+"""Learned exit gates: fitted to agree with full depth, kept with the model.
+
+A gate is one logistic regression a loop on the normalised residual stream: it
+estimates how likely the most likely token after this loop is that of full
+depth. Its threshold is calibrated on text that the fit has not seen.
+
+N tokens, D model, R loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.infer import exits
+
+if TYPE_CHECKING:
+  from rrt.evals.depth import Point
+
+_KEY = 'exits'  # of a model's meta
+NEVER = 2.0  # A threshold that no score reaches.
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """When tokens leave.
+
+  Attributes:
+    kind: 'learned' or 'change'; see `exits.score`.
+    threshold: the score at which they do.
+    arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1].
+    kv: what skipped loops keep of a token, as calibrated.
+    promise: what the threshold was calibrated to, and on what.
+  """
+
+  kind: str
+  threshold: float
+  arrays: dict[str, np.ndarray] | None = None
+  kv: str = 'write_ahead'
+  promise: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain values for a model's meta."""
+    arrays = self.arrays and {k: v.tolist() for k, v in self.arrays.items()}
+    return dataclasses.asdict(self) | {'arrays': arrays}
+
+
+def store(meta: dict[str, Any], gate: Gate) -> dict[str, Any]:
+  """A model's meta with a gate in it."""
+  return meta | {_KEY: gate.to_json()}
+
+
+def stored(model) -> Gate | None:
+  """The gate that was kept with a model.
+
+  Raises:
+    InputError: it does not fit the model.
+  """
+  fields = model.meta.get(_KEY)
+  if fields is None:
+    return None
+  try:
+    arrays = fields['arrays']
+    if arrays is not None:
+      arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
+      shape = (model.config.loops - 1, model.config.d_model)
+      if arrays['kernel'].shape != shape or arrays['bias'].shape != shape[:1]:
+        raise ValueError(f'its arrays are not of shape {shape}')
+    gate = Gate(**fields | {'arrays': arrays})
+    exits.check_kind(gate.kind)
+    return gate
+  except (KeyError, TypeError, ValueError) as e:
+    raise InputError(f"The model's exit gate cannot be used: {e}.") from e
+
+
+def fit(
+  states_RxNxD: np.ndarray, right_RxN: np.ndarray, ridge: float = 1.0
+) -> dict[str, np.ndarray]:
+  """Logistic regressions of agreement on states, one a loop.
+
+  Args:
+    states_RxNxD: the block's outputs after each loop but the last.
+    right_RxN: bool, whether the most likely token is that of full depth.
+    ridge: weight of the squared kernel against the sum of losses.
+
+  Returns:
+    `kernel` [R - 1, D] and `bias` [R - 1].
+  """
+  kernels, biases = [], []
+  for states_NxD, right_N in zip(states_RxNxD, right_RxN, strict=True):
+    unit = states_NxD / np.maximum(
+      np.linalg.norm(states_NxD, axis=1, keepdims=True), 1e-6
+    )
+    D = unit.shape[1]
+    weights = _logistic(unit * D**0.5, right_N.astype(np.float64), ridge)
+    kernels.append(weights[:-1])
+    biases.append(weights[-1])
+  return {
+    'kernel': np.array(kernels, np.float32),
+    'bias': np.array(biases, np.float32),
+  }
+
+
+def _logistic(x_NxD: np.ndarray, y_N: np.ndarray, ridge: float) -> np.ndarray:
+  """Kernel and, at the end, bias of a ridge logistic regression (Newton)."""
+  x = np.concatenate([x_NxD, np.ones((len(x_NxD), 1), x_NxD.dtype)], 1)
+  x = x.astype(np.float64)
+  penalty = np.full(x.shape[1], ridge)
+  penalty[-1] = 1e-6
+  share = min(max(y_N.mean(), 1e-4), 1 - 1e-4)
+  w = np.zeros(x.shape[1])
+  w[-1] = math.log(share / (1 - share))
+
+  def loss(w):
+    z = x @ w
+    return np.sum(np.logaddexp(0, z) - y_N * z) + 0.5 * np.sum(penalty * w**2)
+
+  now = loss(w)
+  for _ in range(50):
+    p = 1 / (1 + np.exp(-np.clip(x @ w, -500, 500)))
+    slope = x.T @ (p - y_N) + penalty * w
+    curvature = (x * (p * (1 - p))[:, None]).T @ x + np.diag(penalty)
+    step = np.linalg.solve(curvature, slope)
+    size = 1.0
+    while loss(w - size * step) > now and size > 1e-6:
+      size /= 2
+    w -= size * step
+    before, now = now, loss(w)
+    if before - now < 1e-6 * len(y_N):
+      break
+  return w
+
+
+def choose(
+  points: Sequence[Point],
+  *,
+  agreement: float | None = None,
+  loss: float | None = None,
+  confidence: float = 0.95,
+) -> tuple[Point, float] | None:
+  """The deepest saving that keeps a promise, by fixed-sequence testing.
+
+  Points are tried from the most careful on, and the first that cannot be
+  shown to keep the promise ends the search; so the confidence holds for the
+  chosen one although many were tried (Learn-then-Test, arXiv 2110.01052).
+  Tokens of a row are not independent, so the bound is a one-sided t interval
+  over rows.
+
+  Args:
+    points: of one gate.
+    agreement: promised share of tokens that equal full depth's.
+    loss: or promised nats a token above full depth.
+    confidence: of the bound.
+
+  Returns:
+    The point and its bound (a lower one of the agreement, an upper one of
+    the loss); None where not even the most careful keeps the promise.
+  """
+  if (agreement is None) == (loss is None):
+    raise InputError('Give either an agreement or a loss to promise.')
+  best = None
+  for point in sorted(points, key=lambda p: -p.threshold):
+    if agreement is not None:
+      bound = lower_bound(point.row_agreement, confidence)
+      kept = bound >= agreement
+    else:
+      bound = -lower_bound([-v for v in point.row_lost], confidence)
+      kept = bound <= (loss or 0.0)
+    if not kept:
+      break
+    best = (point, bound)
+  return best
+
+
+def lower_bound(values: Sequence[float], confidence: float) -> float:
+  """One-sided lower bound of the mean of independent values.
+
+  Student's t through its normal approximation (Abramowitz and Stegun
+  26.7.5).
+  """
+  n = len(values)
+  if n < 2:
+    return -math.inf
+  mean = float(np.mean(values))
+  error = float(np.std(values, ddof=1)) / math.sqrt(n)
+  z, v = statistics.NormalDist().inv_cdf(confidence), n - 1
+  t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+  return mean - t * error

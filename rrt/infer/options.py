@@ -1,0 +1,127 @@
+"""How an engine runs, checked before it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rrt.errors import InputError
+from rrt.infer import decode, exits
+from rrt.infer.flights import Plan
+from rrt.infer.gates import NEVER
+from rrt.models import pages
+
+KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How an engine runs.
+
+  Attributes:
+    slots: sequences at once.
+    context: tokens of a sequence, prompt included; None for the model's.
+    kv: what the loops that a token skipped keep of it.
+      'own': nothing; tokens go through all loops.
+      'write_ahead': the keys and values of the loop in which it left.
+      'propagate': the projections, in each skipped loop, of the state in
+        which it left (CALM).
+      'exact_fill': the token goes on through the skipped loops beside its
+        successors, so that nothing is missing and no work is saved.
+    gate: 'none', 'learned', 'change' or 'replay' (see `rrt.infer.exits`), or
+      'stored': the one kept with the model.
+    threshold: of the gate, for requests that name none.
+    lossless: speculate on tokens after `draft_loop` loops; the text is that
+      of full depth.
+    draft_loop: loops before a guess.
+    lanes: tokens that one block step runs; None for one a slot, R in the
+      lossless mode and with 'exact_fill'. Fewer lanes than tokens: guesses
+      wait first.
+    draws: tokens that coda, head and prelude take in one step; None for all.
+    pool: draw when so many tokens are due, or all; None for all at full
+      depth, at once elsewhere.
+    steps: block steps of one call; the host looks in between.
+    page: positions of a page of the cache.
+    dtype: 'float32' or 'bfloat16'.
+  """
+
+  slots: int = 8
+  context: int | None = None
+  kv: str = 'own'
+  gate: str = 'none'
+  threshold: float = NEVER
+  lossless: bool = False
+  draft_loop: int = 1
+  lanes: int | None = None
+  draws: int | None = None
+  pool: int | None = None
+  steps: int = 8
+  page: int = 64
+  dtype: str = 'float32'
+
+  def check(self, config) -> None:
+    """Raises InputError for the first option that cannot work."""
+
+    def need(ok: bool, field: str, why: str) -> None:
+      if not ok:
+        raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
+
+    for field in ('slots', 'steps', 'page', 'draft_loop'):
+      need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
+    for field in ('context', 'lanes', 'draws', 'pool'):
+      value = getattr(self, field)
+      need(
+        value is None or _whole(value), field, 'must be a whole number, 1 up'
+      )
+    need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
+    exits.check_kind(self.gate)
+    need(
+      self.dtype in decode.DTYPES, 'dtype', f'must be one of {decode.DTYPES}'
+    )
+    longest = config.max_context
+    need(
+      self.context is None or self.context <= longest, 'context',
+      f'the model was made for {longest} tokens',
+    )  # fmt: skip
+    if config.loops > 1 and config.order != 'cycle':
+      raise InputError(
+        f'order={config.order!r}: tokens at different loops can share a '
+        'launch in the cycle order only; convert with order=cycle, or export '
+        'the model and serve it untied.'
+      )
+    need(
+      self.gate == 'none' or self.kv != 'own', 'kv',
+      "tokens that leave early need another policy: 'write_ahead', "
+      "'propagate' or 'exact_fill'",
+    )  # fmt: skip
+    if self.lossless:
+      need(self.gate == 'none', 'gate', 'the lossless mode takes no gate')
+      need(self.kv == 'own', 'kv', "the lossless mode is 'own'")
+      need(
+        self.draft_loop < config.loops, 'draft_loop',
+        f'must be below the {config.loops} loops of the model',
+      )  # fmt: skip
+
+  def plan(self, config) -> Plan:
+    """What the device step is compiled for."""
+    self.check(config)
+    context = self.context or config.max_context
+    several = self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
+    flights = config.loops if several else 1
+    most = self.slots * flights
+    at_once = self.lossless or self.gate != 'none'
+    pool = self.pool or (1 if at_once else self.slots)
+    draws = min(self.draws or most, most)
+    return Plan(
+      config=config,
+      layout=pages.make_layout(config, self.slots, context, self.page),
+      page=self.page, slots=self.slots,
+      lanes=min(self.lanes or most, most) if several else self.slots,
+      draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
+      kv=self.kv, gate=self.gate, lossless=self.lossless,
+      draft_loop=self.draft_loop, dtype=self.dtype,
+    )  # fmt: skip
+
+
+def _whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 1

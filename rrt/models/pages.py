@@ -1,0 +1,251 @@
+"""The paged cache of depth-wise batching: one store a layer, all loops in it.
+
+A store's pages hold `C` positions each. A slot has pages of its own in every
+loop, since every loop's relaxation makes its own keys and values; logical page
+c of its sequence lies at `base + c % count`. Where a depth has a sliding
+window, `count` covers the window alone and the pages are used in turns.
+
+A row of a step reads the pages of its own (slot, loop), wherever the other
+rows are. Attention walks over pages until the longest row has seen its last:
+a page that a row has not reached adds exactly nothing to it.
+
+B rows, G kv groups, M queries a group, Dh head size, P pages, C positions of
+a page, W loops that a row writes, R loops, S positions of a prefilled cache.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.models.cache import KV
+
+_HIDDEN = -1e30
+
+
+class Store(NamedTuple):
+  """Keys (after RoPE) and values of one layer, in all loops and slots."""
+
+  k_PxGxDhxC: jax.Array
+  v_PxGxCxDh: jax.Array
+
+
+class PagedKV(NamedTuple):
+  """A store and the pages of this step's rows.
+
+  Attributes:
+    store: of the layer.
+    base_BxW: first pages of the row in the loops it writes; it reads the
+      first. A base past the last page writes nothing.
+    count_BxW: how many pages it has there.
+  """
+
+  store: Store
+  base_BxW: jax.Array
+  count_BxW: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """Where one layer keeps its loops: of slot s, at base + s * count.
+
+  Attributes:
+    base: first page by loop.
+    count: pages of a slot by loop.
+    pages: of all loops and slots.
+  """
+
+  base: tuple[int, ...]
+  count: tuple[int, ...]
+  pages: int
+
+  def rows(self, slot_B, loop_BxW, live_B):
+    """`base_BxW` and `count_BxW` of rows; dead rows lie past the end."""
+    base_R, count_R = np.array(self.base), np.array(self.count)
+    count_BxW = jnp.asarray(count_R)[loop_BxW]
+    base_BxW = jnp.asarray(base_R)[loop_BxW] + slot_B[:, None] * count_BxW
+    return jnp.where(live_B[:, None], base_BxW, self.pages), count_BxW
+
+
+class Layout(NamedTuple):
+  """Regions of prelude, block and coda, by layer."""
+
+  prelude: tuple[Region, ...]
+  block: tuple[Region, ...]
+  coda: tuple[Region, ...]
+
+
+class Stores(NamedTuple):
+  """Stores of prelude, block and coda, by layer."""
+
+  prelude: tuple[Store, ...]
+  block: tuple[Store, ...]
+  coda: tuple[Store, ...]
+
+
+def make_layout(
+  config: ModelConfig, slots: int, context: int, page: int
+) -> Layout:
+  """Lays out `slots` sequences of up to `context` tokens each."""
+  windows = config.windows or (0,) * config.depth
+
+  def region(depths: Sequence[int]) -> Region:
+    base, count, end = [], [], 0
+    for depth in depths:
+      pages = math.ceil(context / page)
+      if windows[depth]:
+        pages = min(pages, math.ceil(windows[depth] / page) + 1)
+      base.append(end)
+      count.append(pages)
+      end += slots * pages
+    return Region(tuple(base), tuple(count), end)
+
+  P, L = config.prelude_layers, config.depth
+  return Layout(
+    tuple(region([d]) for d in range(P)),
+    tuple(region(list(d_R)) for d_R in config.block_depths().T),
+    tuple(region([d]) for d in range(L - config.coda_layers, L)),
+  )
+
+
+def layout_bytes(config: ModelConfig, layout: Layout, page: int, dtype) -> int:
+  """Bytes of all stores of a layout."""
+  pages = sum(r.pages for part in layout for r in part)
+  position = 2 * config.num_kv_heads * config.head_dim
+  return pages * page * position * jnp.dtype(dtype).itemsize
+
+
+def init_stores(
+  config: ModelConfig, layout: Layout, page: int, dtype
+) -> Stores:
+  """Empty stores."""
+  G, Dh = config.num_kv_heads, config.head_dim
+
+  def store(region: Region) -> Store:
+    return Store(
+      jnp.zeros((region.pages, G, Dh, page), dtype),
+      jnp.zeros((region.pages, G, page, Dh), dtype),
+    )
+
+  return Stores(*(tuple(map(store, part)) for part in layout))
+
+
+def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
+  """Puts one token a row at its position, in all loops that it writes."""
+  k_PxGxDhxC, v_PxGxCxDh = kv.store
+  P, C = v_PxGxCxDh.shape[0], v_PxGxCxDh.shape[2]
+  page_BxW = kv.base_BxW + (position_Bx1 // C) % kv.count_BxW
+  page_BxW = jnp.where(kv.base_BxW < P, page_BxW, P)
+  at_BxW = jnp.broadcast_to(position_Bx1 % C, page_BxW.shape)
+  wide = lambda t, like: jnp.broadcast_to(
+    t.astype(like.dtype), (*page_BxW.shape, *t.shape[2:])
+  )
+  return kv._replace(store=Store(
+    k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(
+      wide(k_Bx1xGxDh, k_PxGxDhxC), mode='drop'
+    ),
+    v_PxGxCxDh.at[page_BxW, :, at_BxW].set(
+      wide(v_Bx1xGxDh, v_PxGxCxDh), mode='drop'
+    ),
+  ))  # fmt: skip
+
+
+def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
+  """Softmax attention of one token a row over its pages, [B, 1, H, Dh].
+
+  Args:
+    q_Bx1xHxDh: scaled queries.
+    kv: with this step's tokens written.
+    position_Bx1: of each row's token.
+    window: as in `Place`: None, a scalar, or one a row; 0 is global.
+  """
+  B, _, H, Dh = q_Bx1xHxDh.shape
+  k_PxGxDhxC, v_PxGxCxDh = kv.store
+  P, G, C, _ = v_PxGxCxDh.shape
+  q_BxGxMxDh = q_Bx1xHxDh.reshape(B, G, H // G, Dh)
+  dtype = q_Bx1xHxDh.dtype
+  position_B = position_Bx1[:, 0]
+  base_B, count_B = kv.base_BxW[:, 0], kv.count_BxW[:, 0]
+  live_B = base_B < P
+  first_B = jnp.zeros_like(position_B)
+  if window is not None:
+    window = jnp.broadcast_to(window, (B,))
+    oldest_B = jnp.maximum(position_B - window + 1, 0)
+    first_B = jnp.where(window > 0, oldest_B, 0)
+  end = jnp.max(jnp.where(live_B, position_B // C, -1)) + 1
+  begin = jnp.min(jnp.where(live_B, first_B // C, end))
+
+  def body(c, carry):
+    top_BxGxMx1, sum_BxGxMx1, out_BxGxMxDh = carry
+    page_B = jnp.where(live_B, base_B + c % count_B, 0)
+    at_BxC = jnp.broadcast_to(c * C + jnp.arange(C)[None, :], (B, C))
+    seen_BxC = (at_BxC <= position_B[:, None]) & (at_BxC >= first_B[:, None])
+    att_BxGxMxC = jnp.einsum(
+      'bgmd,bgdc->bgmc', q_BxGxMxDh, k_PxGxDhxC[page_B].astype(dtype),
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
+    new_BxGxMx1 = jnp.maximum(
+      top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True)
+    )
+    att_BxGxMxC = jnp.exp(att_BxGxMxC - new_BxGxMx1)
+    shrink_BxGxMx1 = jnp.exp(top_BxGxMx1 - new_BxGxMx1)
+    add_BxGxMxDh = jnp.einsum(
+      'bgmc,bgcd->bgmd', att_BxGxMxC.astype(dtype),
+      v_PxGxCxDh[page_B].astype(dtype), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return (
+      new_BxGxMx1,
+      sum_BxGxMx1 * shrink_BxGxMx1 + jnp.sum(att_BxGxMxC, -1, keepdims=True),
+      out_BxGxMxDh * shrink_BxGxMx1 + add_BxGxMxDh,
+    )
+
+  shape = (B, G, H // G)
+  start = (
+    jnp.full((*shape, 1), _HIDDEN, jnp.float32),
+    jnp.zeros((*shape, 1), jnp.float32),
+    jnp.zeros((*shape, Dh), jnp.float32),
+  )
+  _, sum_BxGxMx1, out_BxGxMxDh = jax.lax.fori_loop(begin, end, body, start)
+  out_BxGxMxDh = out_BxGxMxDh / jnp.maximum(sum_BxGxMx1, 1e-30)
+  return out_BxGxMxDh.reshape(B, 1, H, Dh).astype(dtype)
+
+
+def insert(store: Store, region: Region, loop: int, slot, kv: KV, length):
+  """Moves one prefilled row into a slot's pages of one loop.
+
+  Args:
+    store: of the layer.
+    region: of the layer.
+    loop: which loop `kv` belongs to.
+    slot: int scalar.
+    kv: of one row: keys [1, G, Dh, S], values [1, G, S, Dh].
+    length: int scalar; how many of its tokens count.
+  """
+  G, S, Dh = kv.v_BxGxSxDh.shape[1:]
+  P, C = store.v_PxGxCxDh.shape[0], store.v_PxGxCxDh.shape[2]
+  pad = -S % C
+  pages = (S + pad) // C
+  k_GxDhxS = jnp.pad(kv.k_BxGxDhxS[0], ((0, 0), (0, 0), (0, pad)))
+  v_GxSxDh = jnp.pad(kv.v_BxGxSxDh[0], ((0, 0), (0, pad), (0, 0)))
+  k_cxGxDhxC = k_GxDhxS.reshape(G, Dh, pages, C).transpose(2, 0, 1, 3)
+  v_cxGxCxDh = v_GxSxDh.reshape(G, pages, C, Dh).swapaxes(0, 1)
+  count = region.count[loop]
+  kept = min(count, pages)
+  from_c = (length - 1) // C - kept + 1 + jnp.arange(kept)
+  base = region.base[loop] + slot * count
+  to_c = jnp.where((from_c >= 0) & (length > 0), base + from_c % count, P)
+  from_c = jnp.clip(from_c, 0, pages - 1)
+  return Store(
+    store.k_PxGxDhxC.at[to_c].set(
+      k_cxGxDhxC[from_c].astype(store.k_PxGxDhxC.dtype), mode='drop'
+    ),
+    store.v_PxGxCxDh.at[to_c].set(
+      v_cxGxCxDh[from_c].astype(store.v_PxGxCxDh.dtype), mode='drop'
+    ),
+  )

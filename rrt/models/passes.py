@@ -1,0 +1,149 @@
+"""One part of the model at a time: what depth-wise batching launches.
+
+A token goes through `enter` (embedding and prelude), `block_pass` as often as
+it needs, and `leave` (coda and final norm). Each row of a pass is a token of
+its own sequence at its own position and, in the block, in its own loop; its
+result does not depend on the other rows.
+
+B batch, L query length, D model, R loops, N block layers.
+"""
+
+from flax import linen as nn
+
+from rrt.config import ModelConfig
+from rrt.models.attention import Attention, Context, Place
+from rrt.models.layers import Norm
+from rrt.models.matmul import float32_is_float32
+from rrt.models.stack import Stack, unstack
+from rrt.models.transformer import embed, places
+
+
+def enter(
+  config: ModelConfig, params, tokens_BxL, context, kvs, dtype,
+  scan: bool = False,
+):  # fmt: skip
+  """Embedding and prelude.
+
+  Args:
+    config: the model's shape.
+    params: of the whole model; for `scan=False` unstacked.
+    tokens_BxL: int token ids.
+    context: from `make_context`.
+    kvs: the rows' KVs by prelude layer, or None.
+    dtype: of the computation.
+    scan: as in `forward`.
+
+  Returns:
+    (x_BxLxD, kvs): what the block's first loop takes, and the written KVs.
+  """
+  x_BxLxD = embed(config, params['embed']['table'], tokens_BxL, dtype)
+  if not config.prelude_layers:
+    return x_BxLxD, kvs
+  stack = Stack(config, config.prelude_layers, scan=scan)
+  with float32_is_float32(dtype):
+    x_BxLxD, (kvs, _) = stack.apply(
+      {'params': params['prelude']}, x_BxLxD, (kvs, places(config)[0], 0),
+      context,
+    )  # fmt: skip
+  return x_BxLxD, kvs
+
+
+def leave(
+  config: ModelConfig, params, x_BxLxD, context: Context, kvs,
+  scan: bool = False,
+):  # fmt: skip
+  """Coda and final norm of the block's output; arguments as for `enter`.
+
+  Returns:
+    (hidden_BxLxD, kvs): what the head takes, and the written KVs.
+  """
+  with float32_is_float32(x_BxLxD.dtype):
+    if config.coda_layers:
+      stack = Stack(config, config.coda_layers, scan=scan)
+      x_BxLxD, (kvs, _) = stack.apply(
+        {'params': params['coda']}, x_BxLxD, (kvs, places(config)[2], 0),
+        context,
+      )  # fmt: skip
+    norm: nn.Module = Norm(config, config.d_model)
+    return norm.apply({'params': params['final_norm']}, x_BxLxD), kvs
+
+
+def block_pass(
+  config: ModelConfig,
+  params,
+  x_BxLxD,
+  loop,
+  context: Context,
+  kvs=None,
+  remat: str = 'none',
+  scan: bool = True,
+):
+  """One pass through a CYCLE block: the step that depth-wise batching runs.
+
+  Args:
+    config: the model's shape.
+    params: of the whole model; for `scan=False` unstacked or not.
+    x_BxLxD: the residual stream.
+    loop: int scalar, or int [B]: each row's own loop.
+    context: from `make_context`.
+    kvs: the rows' KVs of their own loops by layer, or None.
+    remat: as in `forward`.
+    scan: as in `forward`.
+
+  Returns:
+    (x_BxLxD, kvs). A row's result does not depend on the other rows.
+  """
+  if not scan:
+    params = unstack(params)
+  stack = Stack(
+    config, config.block_layers, looped=True, remat=remat, scan=scan
+  )
+  xs = (kvs, block_places(config, loop), loop)
+  with float32_is_float32(x_BxLxD.dtype):
+    x_BxLxD, (kvs, _) = stack.apply(
+      {'params': params['block']}, x_BxLxD, xs, context
+    )
+  return x_BxLxD, kvs
+
+
+def block_places(config: ModelConfig, loop) -> Place:
+  """Windows and rotary tables of the block's layers, [N] or [N, B].
+
+  `loop` is an int scalar, or int [B].
+  """
+  window, rope = places(config)[1]
+  of_loop = lambda t_RxN: None if t_RxN is None else t_RxN[loop].T
+  return Place(of_loop(window), of_loop(rope))
+
+
+def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
+  """Writes a loop's keys and values of x and computes nothing else of it.
+
+  What CALM calls state propagation: a token that left early gives the loops
+  that it skipped the projections of the state in which it left.
+
+  Args:
+    config: the model's shape.
+    params: of the whole model, from `unstack`.
+    x_BxLxD: the block's output at the exit.
+    loop: int scalar: the loop to write.
+    context: from `make_context`.
+    kvs: the rows' KVs of that loop by layer.
+
+  Returns:
+    The written KVs.
+  """
+  all_places = block_places(config, loop)
+  new = []
+  with float32_is_float32(x_BxLxD.dtype):
+    for n in range(config.block_layers):
+      of_layer = params['block'][f'layers_{n}']
+      norm: nn.Module = Norm(config, config.d_model, looped=True)
+      y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
+      place = Place(*(None if t is None else t[n] for t in all_places))
+      attention: nn.Module = Attention(config, looped=True)
+      new.append(attention.apply(
+        {'params': of_layer['attn']}, y_BxLxD, kvs[n], place, loop, context,
+        method='remember',
+      ))  # fmt: skip
+  return tuple(new)

@@ -1,0 +1,127 @@
+"""The quality-depth curve on a tiny model, and its two command lines."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.errors import InputError
+from rrt.evals import depth, perplexity
+from rrt.infer import gates
+from rrt.pretrained import LanguageModel
+from tests import command, runs
+from tests.models.configs import llama, perturbed
+
+
+@pytest.fixture(scope='module')
+def model():
+  return runs.child()
+
+
+@pytest.fixture(scope='module')
+def rows(model):
+  tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 120)
+  return perplexity.make_rows(model, tokens.tolist(), 16, None)
+
+
+def test_full_depth_is_the_models_score(model, rows):
+  static = depth.read_static(model, rows, batch=3)
+  flat = [t for row in rows for t in row]
+  want = perplexity.score(model, flat, context=16).nll_nats
+  got = static.nll_NxL[static.scored_NxL].mean()
+  assert got == pytest.approx(want, abs=1e-5)
+  point = depth.measure(model, static, 'change', gates.NEVER, batch=3)
+  assert point.agreement == 1 and abs(point.lost_nats) < 1e-5
+  assert point.mean_loops == model.config.loops
+
+
+def test_all_tokens_leaving_is_a_model_of_one_loop(model, rows):
+  static = depth.read_static(model, rows, batch=3)
+  flat = [t for row in rows for t in row]
+  want = perplexity.score(model, flat, context=16, loops=1).nll_nats
+  for kv in ('write_ahead', 'propagate', 'exact_fill'):
+    point = depth.measure(model, static, 'change', -2.0, kv=kv, batch=3)
+    assert point.nll_nats == pytest.approx(want, abs=1e-5)
+    assert point.mean_loops == 1
+    lost = point.nll_nats - static.nll_NxL[static.scored_NxL].mean()
+    assert point.lost_nats == pytest.approx(lost, abs=1e-5)
+
+
+def test_the_oracle_changes_no_token_where_nothing_is_missing():
+  # Without a coda, whose keys and values come from where tokens left.
+  config = llama(prelude_layers=2, coda_layers=0)
+  model = LanguageModel(config, perturbed(config), None, {})
+  rows = np.random.default_rng(0).integers(0, 53, (6, 30)).tolist()
+  static = depth.read_static(model, rows, batch=3)
+  point = depth.measure(model, static, 'oracle', 1.0, kv='exact_fill', batch=3)
+  right_RxN = static.right_RxNxL[:, static.scored_NxL]
+  first = np.where(right_RxN[0], 1, np.where(right_RxN[1], 2, 3))
+  assert point.mean_loops == pytest.approx(first.mean())
+  assert 1 < point.mean_loops < 3 and point.agreement == 1
+  copied = depth.measure(model, static, 'oracle', 1.0, batch=3)
+  assert copied.mean_loops == point.mean_loops and copied.agreement < 1
+
+
+def test_thresholds_send_the_asked_share_away(model, rows):
+  static = depth.read_static(model, rows, batch=3)
+  for gate in ('change', 'margin', 'entropy'):
+    points = depth.curve(model, static, [gate], shares=(0.25, 0.75), batch=3)
+    shares = [2 - p.mean_loops for p in points]
+    assert shares == pytest.approx([0.25, 0.75], abs=0.02)
+
+
+def test_a_gate_that_is_not_there_is_asked_for(model, rows):
+  static = depth.read_static(model, rows, batch=3)
+  with pytest.raises(InputError, match='fit_gate'):
+    depth.curve(model, static, ['learned'])
+
+
+def test_a_model_without_loops_is_refused(rows):
+  with pytest.raises(InputError, match='two loops'):
+    depth.read_static(runs.parent(), rows)
+
+
+def test_fit_gate_then_evaluate(tmp_path):
+  pytest.importorskip('matplotlib')
+  pretrained.save(runs.child(), tmp_path / 'child')
+  runs.write_text(tmp_path / 'text.jsonl')
+  status, printed, error = command.run(
+    'rrt.fit_gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
+    '--context=16', '--agreement=0.2', '--out=gated', cwd=tmp_path,
+  )  # fmt: skip
+  assert status == 0, error
+  fitted = command.final(printed)
+  assert fitted['bound'] is None or fitted['bound'] >= 0.2
+  gate = gates.stored(pretrained.load(tmp_path / 'gated'))
+  assert gate.threshold == fitted['threshold']
+  assert gate.promise['confidence'] == 0.95
+  status, printed, error = command.run(
+    'rrt.evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
+    '--context=16', '--exits=all', '--kv=write_ahead,propagate',
+    '--curve=curve.svg', cwd=tmp_path,
+  )  # fmt: skip
+  assert status == 0, error
+  points = command.final(printed)['exits']
+  assert {p['gate'] for p in points} == {*depth.LIVE, *depth.WITH_HEAD}
+  assert {p['kv'] for p in points} == {'write_ahead', 'propagate'}
+  own = [p for p in points if p['threshold'] == gate.threshold]
+  assert len(own) >= 2
+  assert (tmp_path / 'curve.svg').read_text().startswith('<svg')
+  json.dumps(points)
+
+
+@pytest.mark.parametrize(
+  'flags, word',
+  [
+    (['--exits=all'], 'needs --text'),
+    (['--exits=luck', '--text=text.jsonl'], "exits='luck'"),
+    (['--exits=all', '--text=text.jsonl', '--kv=own'], "kv='own'"),
+  ],
+)
+def test_exits_that_cannot_work_are_refused(flags, word, tmp_path):
+  runs.write_text(tmp_path / 'text.jsonl')
+  status, _, error = command.run(
+    'rrt.evaluate', '--model=child', '--tasks=piqa', *flags, cwd=tmp_path
+  )
+  assert status == 2 and word in error

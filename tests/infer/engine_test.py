@@ -1,0 +1,305 @@
+"""The engine writes what a plain decoder writes, whatever shares its batch."""
+
+import dataclasses
+import functools
+import types
+
+import numpy as np
+import pytest
+
+from rrt.errors import InputError
+from rrt.infer import gates, rules, sample
+from rrt.infer.engine import Engine, Request
+from rrt.infer.options import Options
+from tests import runs
+from tests.infer import oracle
+from tests.models.configs import CONFIGS, gemma3, llama, perturbed
+
+RNG = np.random.default_rng(0)
+# Lengths around the pages of 8 tokens and the windows of 2 and 3.
+PROMPTS = [
+  [int(t) for t in RNG.integers(0, 53, n)] for n in (1, 8, 5, 17, 9, 2, 30)
+]
+ROOMS = [7, 12, 9, 3, 1, 16, 8]
+MODELS = {'llama': llama(), 'gemma3': gemma3()}
+each_model = pytest.mark.parametrize('name', MODELS)
+
+
+@functools.cache
+def model(name):
+  config = MODELS[name] if name in MODELS else CONFIGS[name]
+  return types.SimpleNamespace(
+    config=config, params=perturbed(config), tokenizer=None
+  )
+
+
+@functools.cache
+def learned_gate(name):
+  """A gate whose rows leave after one, two and three loops."""
+  config = model(name).config
+  rng = np.random.default_rng(1)
+  shape = (config.loops - 1, config.d_model)
+  return {
+    'kernel': rng.normal(0, 0.5, shape).astype(np.float32),
+    'bias': np.zeros(config.loops - 1, np.float32),
+  }
+
+
+def expected(name, **rest):
+  m = model(name)
+  return [
+    oracle.decode(m.config, m.params, p, n, **rest)
+    for p, n in zip(PROMPTS, ROOMS, strict=True)
+  ]
+
+
+def written(engine, order=None, **settings):
+  """What the engine makes of all prompts, submitted in some order."""
+  order = range(len(PROMPTS)) if order is None else order
+  requests = {
+    i: Request(PROMPTS[i], ROOMS[i], ignore_end=True, **settings) for i in order
+  }
+  engine.run(requests.values())
+  assert all(r.finish == 'length' for r in requests.values())
+  return [(requests[i].tokens, requests[i].loops) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize('name', [*MODELS, 'llama-vanilla'])
+def test_full_depth_equals_the_plain_decoder(name):
+  want = expected(name)
+  engine = Engine(model(name), slots=3, page=8, steps=4)
+  for seed in range(3):
+    order = np.random.default_rng(seed).permutation(len(PROMPTS))
+    assert written(engine, order) == want
+
+
+@each_model
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(slots=1, steps=1),
+    dict(slots=4, steps=5, draws=2, pool=1),
+    dict(slots=9, steps=3, draws=5),
+  ],
+)
+def test_no_shape_of_the_engine_changes_a_token(name, options):
+  engine = Engine(model(name), page=8, **options)
+  assert written(engine) == expected(name)
+
+
+@each_model
+@pytest.mark.parametrize('kv', ['write_ahead', 'propagate', 'exact_fill'])
+def test_tokens_that_leave_early_follow_the_policy(name, kv):
+  gate = learned_gate(name)
+  want = expected(name, kv=kv, gate='learned', arrays=gate, threshold=0.5)
+  depths = {n for _, loops in want for n in loops}
+  assert depths == {1, 2, 3}
+  options = Options(
+    slots=3, page=8, steps=4, gate='learned', threshold=0.5, kv=kv, draws=2
+  )
+  engine = Engine(model(name), options, arrays=gate)
+  assert written(engine) == want
+  counted = engine.figures()['depths_R']
+  assert counted == [
+    sum(loops.count(n) for _, loops in want) for n in (1, 2, 3)
+  ]
+
+
+def test_policies_differ_where_tokens_leave_early():
+  gate = learned_gate('llama')
+  found = {
+    kv: str(
+      expected('llama', kv=kv, gate='learned', arrays=gate, threshold=0.5)
+    )
+    for kv in ('write_ahead', 'propagate', 'exact_fill')
+  }
+  assert len(set(found.values())) == 3
+
+
+@each_model
+def test_a_hidden_state_that_changes_little_leaves(name):
+  want = expected(name, kv='write_ahead', gate='change', threshold=0.8)
+  options = Options(slots=4, page=8, steps=4, gate='change', kv='write_ahead')
+  engine = Engine(model(name), options)
+  assert written(engine, threshold=0.8) == want
+  assert written(engine) == expected(name)
+
+
+@each_model
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(slots=3),
+    dict(slots=4, lanes=5, draws=3),
+    dict(slots=2, steps=1, draft_loop=2),
+  ],
+)
+def test_lossless_equals_full_depth(name, options):
+  options = {'steps': 4, 'page': 8} | options
+  engine = Engine(model(name), lossless=True, **options)
+  assert written(engine) == expected(name)
+  figures = engine.figures()
+  assert 0 < figures['right'] < figures['guesses']
+  # Right guesses save steps; even wrong ones cost none.
+  alone = Engine(model(name), slots=options['slots'], page=8, steps=4)
+  written(alone)
+  assert figures['steps'] < alone.figures()['steps']
+
+
+def test_lossless_sampling_equals_full_depth_sampling():
+  one = lambda v, kind: np.array([v], kind)
+  sampling = rules.Sampling(
+    one(0.7, np.float32), one(9, np.int32), one(0.95, np.float32),
+    one(0.01, np.float32), one(11, np.uint32),
+  )  # fmt: skip
+  want = expected('llama', sampling=sampling)
+  assert want != expected('llama')
+  settings = dict(temperature=0.7, top_k=9, top_p=0.95, min_p=0.01, seed=11)
+  engine = Engine(model('llama'), lossless=True, slots=3, page=8, steps=4)
+  assert written(engine, **settings) == want
+
+
+def test_replayed_depths_are_kept():
+  loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
+  options = Options(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
+  engine = Engine(model('llama'), options, arrays={'loops': loops})
+  requests = [Request(p, 12, ignore_end=True) for p in (PROMPTS[1], PROMPTS[2])]
+  engine.run(requests)
+  for slot, request in enumerate(requests):
+    assert request.loops == loops[slot, :12].tolist()
+    m = model('llama')
+    want = oracle.decode(
+      m.config, m.params, request.prompt, 12, kv='propagate', gate='replay',
+      arrays={'loops': loops}, threshold=1, slot=slot,
+    )  # fmt: skip
+    assert (request.tokens, request.loops) == want
+
+
+def test_an_end_token_ends_a_sequence():
+  tokens, _ = expected('llama')[1]
+  end = tokens[4]
+  m = model('llama')
+  ending = types.SimpleNamespace(
+    config=m.config, params=m.params,
+    tokenizer=types.SimpleNamespace(eos_ids=[end]),
+  )  # fmt: skip
+  engine = Engine(ending, slots=2, page=8, steps=4)
+  ended, beyond = engine.run(
+    [Request(PROMPTS[1], 12), Request(PROMPTS[1], 12, ignore_end=True)]
+  )
+  first = tokens.index(end)
+  assert (ended.tokens, ended.finish) == (tokens[: first + 1], 'end')
+  assert (beyond.tokens, beyond.finish) == (tokens, 'length')
+
+
+def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
+  engine = Engine(model('llama'), slots=2, page=8, steps=2)
+  want = expected('llama')
+  long = engine.submit(Request(PROMPTS[0], 40, ignore_end=True))
+  waits = engine.submit(Request(PROMPTS[1], ROOMS[1], ignore_end=True))
+  third = engine.submit(Request(PROMPTS[2], ROOMS[2], ignore_end=True))
+  never = engine.submit(Request(PROMPTS[3], ROOMS[3], ignore_end=True))
+  for _ in range(3):
+    engine.turn()
+  engine.cancel(long)
+  engine.cancel(never)
+  while engine.busy:
+    engine.turn()
+  assert (long.finish, never.finish) == ('cancelled', 'cancelled')
+  assert 0 < len(long.tokens) < 40 and not never.tokens
+  assert (waits.tokens, third.tokens) == (want[1][0], want[2][0])
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    (dict(slots=0), 'slots=0'),
+    (dict(kv='mine'), "kv='mine'"),
+    (dict(gate='change'), "kv='own': tokens that leave early"),
+    (dict(gate='oracle', kv='propagate'), "gate='oracle'"),
+    (dict(context=65), 'context=65: the model was made for 64'),
+    (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
+    (dict(lossless=True, gate='change', kv='propagate'), "gate='change'"),
+    (dict(slots=10**9), 'GiB are free'),
+  ],
+)
+def test_what_cannot_work_is_refused(options, message):
+  with pytest.raises(InputError, match=message):
+    Engine(model('llama'), **options)
+
+
+def test_sequence_order_is_refused():
+  with pytest.raises(InputError, match='order=cycle'):
+    Engine(model('llama-sequence'))
+
+
+@pytest.mark.parametrize(
+  'request_, message',
+  [
+    (Request([], 3), 'a prompt'),
+    (Request([1], 0), 'room'),
+    (Request([1] * 60, 5), 'context of 64'),
+    (Request([53], 5), '0..52'),
+  ],
+)
+def test_requests_that_do_not_fit_are_refused(request_, message):
+  engine = Engine(model('llama'), slots=1, page=8)
+  with pytest.raises(InputError, match=message):
+    engine.submit(request_)
+
+
+@pytest.fixture(scope='module')
+def child():
+  return runs.child()
+
+
+def _keep(parts):
+  return lambda index, text: parts.append((index, text))
+
+
+def test_texts_equal_those_of_complete(child):
+  prompts = ['The sea', 'x', 'a b c d e']
+  for settings in (
+    sample.Settings(max_new_tokens=12),
+    sample.Settings(max_new_tokens=40, ignore_end=True),
+    sample.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
+  ):
+    want = sample.Writer(child).complete(prompts, settings)
+    engine = Engine(child, slots=2, page=8, steps=3)
+    parts: list[tuple[int, str]] = []
+    got = engine.generate(prompts, settings, _keep(parts))
+    assert got == want
+    for i, completion in enumerate(got):
+      assert ''.join(t for j, t in parts if j == i) == completion.text
+
+
+def test_a_stop_string_frees_its_slot(child):
+  whole = Engine(child, slots=1, page=8, steps=2).generate(
+    'The sea', max_new_tokens=24, ignore_end=True
+  )[0]
+  stop = whole.text[3:5]
+  want = sample.complete(
+    child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True
+  )
+  engine = Engine(child, slots=1, page=8, steps=2)
+  got = engine.generate(
+    ['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_end=True
+  )
+  assert got == want and got[0].finish_reason == 'stop'
+  assert engine.figures()['depths_R'][-1] < 2 * 24
+
+
+def test_the_gate_kept_with_a_model_is_used(child):
+  config = child.config
+  arrays = {
+    'kernel': np.zeros((1, config.d_model), np.float32),
+    'bias': np.ones(1, np.float32),
+  }
+  gate = gates.Gate('learned', 0.5, arrays, 'propagate')
+  gated = dataclasses.replace(child, meta=gates.store(child.meta, gate))
+  engine = Engine(gated, slots=1, page=8, gate='stored')
+  engine.generate('The sea', max_new_tokens=6, ignore_end=True)
+  assert engine.figures()['depths_R'] == [6, 0]
+  assert engine.options.kv == 'propagate'
+  with pytest.raises(InputError, match='fit_gate'):
+    Engine(child, gate='stored')
