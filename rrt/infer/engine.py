@@ -30,6 +30,7 @@ from rrt.infer.text import Completion, Text
 from rrt.models import pages
 from rrt.models.cache import init_cache
 from rrt.models.stack import unstack
+from rrt.relax import lora
 
 if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
@@ -100,7 +101,8 @@ class Engine:
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
     check_fit(self.plan)
-    self._params = decode.cast(unstack(model.params), options.dtype)
+    params = decode.cast(unstack(model.params), options.dtype)
+    self._params = lora.widen_all(params)
     self._gate = jax.tree.map(jnp.asarray, arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self._ends = frozenset(int(e) for e in eos)
@@ -355,7 +357,7 @@ def _set_request(
 
 def check_fit(plan: flights.Plan) -> None:
   """Raises InputError where the cache would not fit the device."""
-  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.dtype)
+  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.kv_dtype)
   free = free_bytes()
   if free is not None and need > free:
     gib = 2**30

@@ -43,6 +43,7 @@ class Plan:
     lossless: draft after `draft_loop` loops, verify after all.
     draft_loop: loops before a guess.
     dtype: of the computation.
+    kv_dtype: of the cache.
   """
 
   config: ModelConfig
@@ -59,6 +60,7 @@ class Plan:
   lossless: bool = False
   draft_loop: int = 1
   dtype: str = 'float32'
+  kv_dtype: str = 'float32'
 
 
 class Requests(NamedTuple):
@@ -164,7 +166,7 @@ def init_state(plan: Plan) -> State:
   return State(
     jnp.zeros(S, bool), jnp.zeros(S, jnp.int32), jnp.zeros(S, jnp.int32),
     Flights(table, table, table, table, table, off, off, x),
-    pages.init_stores(plan.config, plan.layout, plan.page, plan.dtype),
+    pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
     Counters(
       zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)
     ),

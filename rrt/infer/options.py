@@ -42,7 +42,8 @@ class Options:
       depth, at once elsewhere.
     steps: block steps of one call; the host looks in between.
     page: positions of a page of the cache.
-    dtype: 'float32' or 'bfloat16'.
+    dtype: 'float32' or 'bfloat16', of weights and computation.
+    kv_dtype: of the cache; None for the same.
   """
 
   slots: int = 8
@@ -56,8 +57,9 @@ class Options:
   draws: int | None = None
   pool: int | None = None
   steps: int = 8
-  page: int = 64
+  page: int = 128
   dtype: str = 'float32'
+  kv_dtype: str | None = None
 
   def check(self, config) -> None:
     """Raises InputError for the first option that cannot work."""
@@ -75,9 +77,9 @@ class Options:
       )
     need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
     exits.check_kind(self.gate)
-    need(
-      self.dtype in decode.DTYPES, 'dtype', f'must be one of {decode.DTYPES}'
-    )
+    for field in ('dtype', 'kv_dtype'):
+      value = getattr(self, field) or self.dtype
+      need(value in decode.DTYPES, field, f'must be one of {decode.DTYPES}')
     longest = config.max_context
     need(
       self.context is None or self.context <= longest, 'context',
@@ -120,6 +122,7 @@ class Options:
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop, dtype=self.dtype,
+      kv_dtype=self.kv_dtype or self.dtype,
     )  # fmt: skip
 
 

@@ -139,6 +139,12 @@ class Linear(nn.Module):
     rank = c.lora.width(self.component) if self.looped and c.lora else 0
     if not c.lora or not rank:
       return y_BxLxF
+    scale = c.lora.scale(self.component)
+    if self.has_variable('params', 'lora_a_wide'):  # From `lora.widen_all`.
+      return y_BxLxF + lora.low_rank_wide(
+        x_BxLxD, self.get_variable('params', 'lora_a_wide'),
+        self.get_variable('params', 'lora_b_wide'), loop, c.loops, scale,
+      )  # fmt: skip
     a_RxDxr = self.param(
         'lora_a',
         nn.with_logical_partitioning(
@@ -153,7 +159,6 @@ class Linear(nn.Module):
         ),
         (c.loops, rank, d_out), jnp.float32,
     )  # fmt: skip
-    scale = c.lora.scale(self.component)
     return y_BxLxF + lora.low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale)
 
 

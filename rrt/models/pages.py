@@ -29,7 +29,11 @@ _HIDDEN = -1e30
 
 
 class Store(NamedTuple):
-  """Keys (after RoPE) and values of one layer, in all loops and slots."""
+  """Keys (after RoPE) and values of one layer, in all loops and slots.
+
+  bfloat16 lies here as the uint16 of its bits: XLA's CPU backend would copy
+  the whole of a bfloat16 array for every scatter into it.
+  """
 
   k_PxGxDhxC: jax.Array
   v_PxGxCxDh: jax.Array
@@ -125,14 +129,29 @@ def init_stores(
 ) -> Stores:
   """Empty stores."""
   G, Dh = config.num_kv_heads, config.head_dim
+  kept = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
   def store(region: Region) -> Store:
     return Store(
-      jnp.zeros((region.pages, G, Dh, page), dtype),
-      jnp.zeros((region.pages, G, page, Dh), dtype),
+      jnp.zeros((region.pages, G, Dh, page), kept),
+      jnp.zeros((region.pages, G, page, Dh), kept),
     )
 
   return Stores(*(tuple(map(store, part)) for part in layout))
+
+
+def pack(x, dtype):
+  """Keys or values as a store of this dtype holds them."""
+  if dtype == jnp.uint16:
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+  return x.astype(dtype)
+
+
+def unpack(x, dtype):
+  """What a store holds, for a computation in this dtype."""
+  if x.dtype == jnp.uint16:
+    x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+  return x.astype(dtype)
 
 
 def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
@@ -143,7 +162,7 @@ def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   page_BxW = jnp.where(kv.base_BxW < P, page_BxW, P)
   at_BxW = jnp.broadcast_to(position_Bx1 % C, page_BxW.shape)
   wide = lambda t, like: jnp.broadcast_to(
-    t.astype(like.dtype), (*page_BxW.shape, *t.shape[2:])
+    pack(t, like.dtype), (*page_BxW.shape, *t.shape[2:])
   )
   return kv._replace(store=Store(
     k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(
@@ -167,8 +186,10 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
   B, _, H, Dh = q_Bx1xHxDh.shape
   k_PxGxDhxC, v_PxGxCxDh = kv.store
   P, G, C, _ = v_PxGxCxDh.shape
-  q_BxGxMxDh = q_Bx1xHxDh.reshape(B, G, H // G, Dh)
-  dtype = q_Bx1xHxDh.dtype
+  # Small products in bfloat16 are slower than in float32 on a CPU.
+  cpu = jax.default_backend() == 'cpu'
+  dtype = jnp.float32 if cpu else q_Bx1xHxDh.dtype
+  q_BxGxMxDh = q_Bx1xHxDh.reshape(B, G, H // G, Dh).astype(dtype)
   position_B = position_Bx1[:, 0]
   base_B, count_B = kv.base_BxW[:, 0], kv.count_BxW[:, 0]
   live_B = base_B < P
@@ -186,7 +207,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
     at_BxC = jnp.broadcast_to(c * C + jnp.arange(C)[None, :], (B, C))
     seen_BxC = (at_BxC <= position_B[:, None]) & (at_BxC >= first_B[:, None])
     att_BxGxMxC = jnp.einsum(
-      'bgmd,bgdc->bgmc', q_BxGxMxDh, k_PxGxDhxC[page_B].astype(dtype),
+      'bgmd,bgdc->bgmc', q_BxGxMxDh, unpack(k_PxGxDhxC[page_B], dtype),
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
@@ -197,7 +218,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
     shrink_BxGxMx1 = jnp.exp(top_BxGxMx1 - new_BxGxMx1)
     add_BxGxMxDh = jnp.einsum(
       'bgmc,bgcd->bgmd', att_BxGxMxC.astype(dtype),
-      v_PxGxCxDh[page_B].astype(dtype), preferred_element_type=jnp.float32,
+      unpack(v_PxGxCxDh[page_B], dtype), preferred_element_type=jnp.float32,
     )  # fmt: skip
     return (
       new_BxGxMx1,
@@ -213,7 +234,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
   )
   _, sum_BxGxMx1, out_BxGxMxDh = jax.lax.fori_loop(begin, end, body, start)
   out_BxGxMxDh = out_BxGxMxDh / jnp.maximum(sum_BxGxMx1, 1e-30)
-  return out_BxGxMxDh.reshape(B, 1, H, Dh).astype(dtype)
+  return out_BxGxMxDh.reshape(B, 1, H, Dh).astype(q_Bx1xHxDh.dtype)
 
 
 def insert(store: Store, region: Region, loop: int, slot, kv: KV, length):
@@ -243,9 +264,9 @@ def insert(store: Store, region: Region, loop: int, slot, kv: KV, length):
   from_c = jnp.clip(from_c, 0, pages - 1)
   return Store(
     store.k_PxGxDhxC.at[to_c].set(
-      k_cxGxDhxC[from_c].astype(store.k_PxGxDhxC.dtype), mode='drop'
+      pack(k_cxGxDhxC[from_c], store.k_PxGxDhxC.dtype), mode='drop'
     ),
     store.v_PxGxCxDh.at[to_c].set(
-      v_cxGxCxDh[from_c].astype(store.v_PxGxCxDh.dtype), mode='drop'
+      pack(v_cxGxCxDh[from_c], store.v_PxGxCxDh.dtype), mode='drop'
     ),
   )

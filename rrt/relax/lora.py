@@ -3,6 +3,8 @@
 B batch, L length, D in, F out, R loops, r rank.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,19 +24,68 @@ def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
   Returns:
     [B, L, F] in the dtype of `x`.
   """
+  if jnp.ndim(loop):
+    a_DxRr, b_RrxF = widen(a_RxDxr, b_RxrxF)
+    loops = a_RxDxr.shape[0]
+    return low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops, scale)
   dtype = x_BxLxD.dtype
   a_RxDxr, b_RxrxF = a_RxDxr.astype(dtype), b_RxrxF.astype(dtype)
+  y_BxLxF = matmul(matmul(x_BxLxD, a_RxDxr[loop]), b_RxrxF[loop])
+  return _scaled(y_BxLxF, scale)
+
+
+def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
+  """`low_rank` with the loops' factors side by side.
+
+  Rows at different loops share two dense matmuls: all loops' products are
+  computed and the other loops' masked out, with no gather of factors by row.
+
+  Args:
+    x_BxLxD: the linear's input.
+    a_DxRr: down projections; loop b has columns b * r and on.
+    b_RrxF: up projections; loop b has rows b * r and on.
+    loop: int scalar, or int [B] with one loop a row.
+    loops: R.
+    scale: alpha / r.
+  """
+  dtype = x_BxLxD.dtype
+  a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
+  rank = a_DxRr.shape[1] // loops
   if jnp.ndim(loop) == 0:
-    y_BxLxF = matmul(matmul(x_BxLxD, a_RxDxr[loop]), b_RxrxF[loop])
-  else:
-    # All loops' products side by side, the other loops' masked out: two dense
-    # matmuls and no gather of A and B by row.
-    R = a_RxDxr.shape[0]
-    own_BxR = jax.nn.one_hot(loop, R, dtype=dtype)
-    xa_BxLxRxr = jnp.einsum('bld,xdr->blxr', x_BxLxD, a_RxDxr)
-    xa_BxLxRxr = xa_BxLxRxr * own_BxR[:, None, :, None]
-    y_BxLxF = jnp.einsum('blxr,xrf->blf', xa_BxLxRxr, b_RxrxF)
-  return y_BxLxF if scale == 1.0 else y_BxLxF * jnp.asarray(scale, dtype)
+    a_Dxr = jax.lax.dynamic_slice_in_dim(a_DxRr, loop * rank, rank, 1)
+    b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
+    return _scaled(matmul(matmul(x_BxLxD, a_Dxr), b_rxF), scale)
+  of_column_Rr = jnp.arange(loops * rank) // rank
+  own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
+  xa_BxLxRr = jnp.where(own_Bx1xRr, x_BxLxD @ a_DxRr, 0)
+  return _scaled(xa_BxLxRr @ b_RrxF, scale)
+
+
+def widen(a_RxDxr, b_RxrxF):
+  """The factors of all loops side by side, [D, R r] and [R r, F]."""
+  R, D, r = a_RxDxr.shape
+  a_DxRr = jnp.swapaxes(a_RxDxr, 0, 1).reshape(D, R * r)
+  return a_DxRr, b_RxrxF.reshape(R * r, -1)
+
+
+def widen_all(params: dict[str, Any]) -> dict[str, Any]:
+  """Unstacked parameters with every LoRA side by side, laid out once.
+
+  Inside a loop the layout would be made anew at every step.
+  """
+  if 'lora_a' in params:
+    rest = {k: v for k, v in params.items() if not k.startswith('lora_')}
+    a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])
+    return rest | {'lora_a_wide': a_DxRr, 'lora_b_wide': b_RrxF}
+  return {
+    k: widen_all(v) if isinstance(v, dict) else v for k, v in params.items()
+  }
+
+
+def _scaled(y_BxLxF, scale):
+  if scale == 1.0:
+    return y_BxLxF
+  return y_BxLxF * jnp.asarray(scale, y_BxLxF.dtype)
 
 
 def merge(kernel_DxF, a_Dxr, b_rxF, scale=1.0):
