@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, flights, gates, lanes, rules, sample
+from rrt.infer import decode, flights, gates, lanes, sample
 from rrt.infer.options import Options
+from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
 from rrt.infer.text import Completion, Text
 from rrt.models import pages
@@ -36,37 +36,6 @@ if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
 
 _CHUNK = 512  # Tokens of one prefill.
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-  """A sequence on its way through the engine.
-
-  Attributes:
-    prompt: token ids.
-    room: tokens to draw at most.
-    temperature, top_k, top_p, min_p, seed: as for `rrt.complete`.
-    ignore_end: go on through end tokens.
-    threshold: of the exit gate; None for the engine's.
-    tokens: what was drawn.
-    loops: after how many loops each token was drawn.
-    text: what writes the tokens as text and finds stop strings, if anything.
-    finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
-  """
-
-  prompt: Sequence[int]
-  room: int
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  seed: int = 0
-  ignore_end: bool = False
-  threshold: float | None = None
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  loops: list[int] = dataclasses.field(default_factory=list)
-  text: Text | None = None
-  finish: str = ''
 
 
 class Engine:
@@ -110,7 +79,7 @@ class Engine:
     self._state = _init(self.plan)
     self._counters = jax.device_get(self._state.counters)
     self._pending: collections.deque = collections.deque()
-    self._table = _empty_requests(options.slots)
+    self._table = empty_table(options.slots)
     self._cancelled = np.zeros(options.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
     self.running: list[Request | None] = [None] * options.slots
@@ -130,6 +99,7 @@ class Engine:
         f'A prompt of {len(request.prompt)} tokens and {request.room} new '
         f'ones exceed the context of {self.context}; shorten one of them.'
       )
+    request.check(self.plan)
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
     self.waiting.append(request)
@@ -164,11 +134,11 @@ class Engine:
       self._cancelled[:] = False
     self._admit()
     if any(self.running):
-      self._state, drawn = _call(
+      self._state, drawn, counters = _call(
         self.plan, self._params, self._gate, self._table, self._end_E,
         self._state,
       )  # fmt: skip
-      self._pending.append((list(self.running), drawn))
+      self._pending.append((list(self.running), drawn, counters))
     if not self._pending or (len(self._pending) == 1 and any(self.running)):
       return []
     return self._read()
@@ -234,16 +204,18 @@ class Engine:
 
   def _read(self) -> list[Request]:
     """Hands out what the oldest unread call drew."""
-    running, drawn = self._pending.popleft()
-    token_IxS, loops_IxS, self._counters = jax.device_get(drawn)
+    running, *out = self._pending.popleft()
+    drawn, self._counters = jax.device_get(out)
     changed = []
     for slot, request in enumerate(running):
       if request is None or request.finish:
         continue
-      new = token_IxS[:, slot] >= 0
-      tokens = [int(t) for t in token_IxS[new, slot]]
+      new = drawn.token_S[:, slot] >= 0
+      tokens = [int(t) for t in drawn.token_S[new, slot]]
       request.tokens += tokens
-      request.loops += [int(n) for n in loops_IxS[new, slot]]
+      request.loops += [int(n) for n in drawn.loops_S[new, slot]]
+      if request.logprobs is not None:
+        request.told += told(drawn, new, slot, request.logprobs)
       if tokens and not request.ignore_end and tokens[-1] in self._ends:
         request.finish = 'end'
       elif len(request.tokens) >= request.room:
@@ -265,14 +237,20 @@ class Engine:
       if running is None and self.waiting:
         request = self.waiting.popleft()
         self.running[slot] = request
-        self._table = _set_request(
+        self._table = with_request(
           self._table, slot, request, self.options.threshold
         )
         cache = self._prefill(request.prompt[:-1])
+        prompt_L = None
+        if self.plan.penalties:
+          vocab = self.plan.config.vocab_size
+          size = decode.bucket(len(request.prompt), self.context)
+          prompt_L = np.full(size, vocab, np.int32)
+          prompt_L[: len(request.prompt)] = request.prompt
         self._state = _admit(
           self.plan, self._state, jnp.int32(slot),
           jnp.int32(request.prompt[-1]), jnp.int32(len(request.prompt) - 1),
-          cache,
+          cache, prompt_L,
         )  # fmt: skip
 
   def _prefill(self, tokens: Sequence[int]):
@@ -322,37 +300,6 @@ def _with_stored_gate(model, options: Options) -> tuple[Options, Any]:
     options, gate=gate.kind, threshold=threshold, kv=kv
   )
   return options, gate.arrays
-
-
-def _empty_requests(slots: int) -> flights.Requests:
-  f = functools.partial(np.zeros, slots)
-  sampling = rules.Sampling(
-    f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
-  )
-  return flights.Requests(f(np.int32), f(bool), f(np.float32), sampling)
-
-
-def _set_request(
-  table: flights.Requests, slot: int, request: Request, threshold: float
-) -> flights.Requests:
-  """A new table, as the old one may still be on its way to the device."""
-  if request.threshold is not None:
-    threshold = request.threshold
-
-  def put(array_S, value):
-    array_S = np.array(array_S)
-    array_S[slot] = value
-    return array_S
-
-  r, s = request, table.sampling
-  sampling = rules.Sampling(
-    put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
-    put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
-  )  # fmt: skip
-  return flights.Requests(
-    put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
-    put(table.threshold_S, threshold), sampling,
-  )  # fmt: skip
 
 
 def check_fit(plan: flights.Plan) -> None:

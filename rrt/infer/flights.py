@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.infer import rules
-from rrt.models import pages
+from rrt.models import pages, transformer
+from rrt.models.attention import Context
 
 # Stages of a flight: none, waits for the prelude, in the block, waits for the
 # draw.
@@ -44,6 +45,9 @@ class Plan:
     draft_loop: loops before a guess.
     dtype: of the computation.
     kv_dtype: of the cache.
+    penalties: whether requests may ask for penalties.
+    logprobs: how many alternatives requests may ask log-probabilities of; -1
+      for none at all.
   """
 
   config: ModelConfig
@@ -61,6 +65,8 @@ class Plan:
   draft_loop: int = 1
   dtype: str = 'float32'
   kv_dtype: str = 'float32'
+  penalties: bool = False
+  logprobs: int = -1
 
 
 class Requests(NamedTuple):
@@ -71,12 +77,28 @@ class Requests(NamedTuple):
     ends_S: whether an end token ends it.
     threshold_S: of its exits.
     sampling: its rules.
+    penalties: for repeating itself.
+    logprobs_S: whether log-probabilities are to be told.
   """
 
   room_S: rules.Array
   ends_S: rules.Array
   threshold_S: rules.Array
   sampling: rules.Sampling
+  penalties: rules.Penalties
+  logprobs_S: rules.Array
+
+
+class Seen(NamedTuple):
+  """Which tokens each sequence has.
+
+  Attributes:
+    drawn_SxV: how often each was drawn.
+    prompt_SxV: bool, whether it is in the prompt.
+  """
+
+  drawn_SxV: jax.Array
+  prompt_SxV: jax.Array
 
 
 class Flights(NamedTuple):
@@ -138,6 +160,7 @@ class State(NamedTuple):
     flights: tokens under way.
     stores: the cache.
     counters: statistics.
+    seen: tokens by slot; None without penalties.
   """
 
   live_S: jax.Array
@@ -146,14 +169,35 @@ class State(NamedTuple):
   flights: Flights
   stores: pages.Stores
   counters: Counters
+  seen: Seen | None
 
 
 class Drawn(NamedTuple):
-  """What a call drew, by step and slot, -1 where nothing; and the counters."""
+  """What a step drew, by slot; of a call with a leading axis of steps.
 
-  token_IxS: jax.Array
-  loops_IxS: jax.Array
-  counters: Counters
+  Attributes:
+    token_S: -1 where nothing was drawn.
+    loops_S: after how many loops; -1 where nothing was drawn.
+    logprob_S: log-probability of the token, before penalties and sampling;
+      None where the plan tells none, 0 where the request asked for none.
+    top_token_SxA, top_logprob_SxA: the most likely tokens, likewise.
+  """
+
+  token_S: jax.Array
+  loops_S: jax.Array
+  logprob_S: jax.Array | None
+  top_token_SxA: jax.Array | None
+  top_logprob_SxA: jax.Array | None
+
+
+def nothing_drawn(plan: Plan) -> Drawn:
+  """The draws of a step that drew nothing."""
+  none_S = jnp.full(plan.slots, -1, jnp.int32)
+  if plan.logprobs < 0:
+    return Drawn(none_S, none_S, None, None, None)
+  zero_SxA = jnp.zeros((plan.slots, plan.logprobs))
+  tokens_SxA = zero_SxA.astype(jnp.int32)
+  return Drawn(none_S, none_S, jnp.zeros(plan.slots), tokens_SxA, zero_SxA)
 
 
 def init_state(plan: Plan) -> State:
@@ -163,6 +207,10 @@ def init_state(plan: Plan) -> State:
   table = jnp.zeros((S, K), jnp.int32)
   off = jnp.zeros((S, K), bool)
   x = jnp.zeros((S, K, plan.config.d_model), plan.dtype)
+  seen = None
+  if plan.penalties:
+    none_SxV = jnp.zeros((S, plan.config.vocab_size), jnp.int32)
+    seen = Seen(none_SxV, none_SxV.astype(bool))
   return State(
     jnp.zeros(S, bool), jnp.zeros(S, jnp.int32), jnp.zeros(S, jnp.int32),
     Flights(table, table, table, table, table, off, off, x),
@@ -170,10 +218,13 @@ def init_state(plan: Plan) -> State:
     Counters(
       zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)
     ),
+    seen,
   )  # fmt: skip
 
 
-def admit(plan: Plan, state: State, slot, token, position, cache) -> State:
+def admit(
+  plan: Plan, state: State, slot, token, position, cache, prompt_L
+) -> State:
   """Puts a sequence into a slot.
 
   Args:
@@ -184,6 +235,7 @@ def admit(plan: Plan, state: State, slot, token, position, cache) -> State:
     position: its position; the cache holds the tokens before it.
     cache: of one row, from prefilling the prompt without its last token;
       None where the prompt has one token.
+    prompt_L: the prompt's tokens, padded with V; None without penalties.
   """
   f = state.flights
   k = position % plan.flights
@@ -213,11 +265,18 @@ def admit(plan: Plan, state: State, slot, token, position, cache) -> State:
       )
     ]
     stores = pages.Stores(ends[0], tuple(block), ends[1])
+  seen = state.seen
+  if seen is not None:
+    seen = Seen(
+      seen.drawn_SxV.at[slot].set(0),
+      seen.prompt_SxV.at[slot].set(False)
+      .at[slot, prompt_L].set(True, mode='drop'),
+    )  # fmt: skip
   return state._replace(
     live_S=state.live_S.at[slot].set(True),
     base_S=state.base_S.at[slot].set(position),
     count_S=state.count_S.at[slot].set(0),
-    flights=f, stores=stores,
+    flights=f, stores=stores, seen=seen,
   )  # fmt: skip
 
 
@@ -259,3 +318,28 @@ def pick(wanted_SxK, order_SxK, count: int) -> Rows:
     at_B = jnp.argsort(key, stable=True)[:count]
   slot_B, k_B = at_B // K, at_B % K
   return Rows(slot_B, k_B, wanted_SxK[slot_B, k_B])
+
+
+def context_of(plan: Plan, position_B) -> Context:
+  """The context of rows with one token each."""
+  position_Bx1 = position_B[:, None]
+  return transformer.make_context(plan.config, position_Bx1, position_Bx1)
+
+
+def paged(stores, regions, rows: Rows, loop_BxW):
+  """The stores of one part of the model with the pages of some rows."""
+  return tuple(
+    pages.PagedKV(s, *g.rows(rows.slot_B, loop_BxW, rows.live_B))
+    for s, g in zip(stores, regions, strict=True)
+  )
+
+
+def stores_of(kvs):
+  """The written stores of some layers."""
+  return tuple(kv.store for kv in kvs)
+
+
+def once(wanted, body, carry):
+  """`body(carry)` if wanted; a loop, through which buffers stay in place."""
+  times = jnp.asarray(wanted, jnp.int32)
+  return jax.lax.fori_loop(0, times, lambda _, c: body(c), carry)

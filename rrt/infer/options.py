@@ -44,6 +44,10 @@ class Options:
     page: positions of a page of the cache.
     dtype: 'float32' or 'bfloat16', of weights and computation.
     kv_dtype: of the cache; None for the same.
+    penalties: whether requests may ask for penalties, for which the tokens of
+      each slot are counted.
+    logprobs: how many alternatives requests may ask log-probabilities of; -1
+      for none at all.
   """
 
   slots: int = 8
@@ -60,6 +64,8 @@ class Options:
   page: int = 128
   dtype: str = 'float32'
   kv_dtype: str | None = None
+  penalties: bool = False
+  logprobs: int = -1
 
   def check(self, config) -> None:
     """Raises InputError for the first option that cannot work."""
@@ -75,6 +81,10 @@ class Options:
       need(
         value is None or _whole(value), field, 'must be a whole number, 1 up'
       )
+    need(
+      isinstance(self.logprobs, int) and -1 <= self.logprobs <= 100, 'logprobs',
+      'must lie in -1 (none) to 100',
+    )  # fmt: skip
     need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
     exits.check_kind(self.gate)
     for field in ('dtype', 'kv_dtype'):
@@ -122,7 +132,8 @@ class Options:
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop, dtype=self.dtype,
-      kv_dtype=self.kv_dtype or self.dtype,
+      kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
+      logprobs=self.logprobs,
     )  # fmt: skip
 
 

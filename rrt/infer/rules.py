@@ -68,6 +68,42 @@ def _draw(logits_V, seed, step):
   return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
 
+class Penalties(NamedTuple):
+  """What each row pays for tokens that it has; 0, 0 and 1 change nothing.
+
+  Attributes:
+    presence_B: subtracted from the logit of each token that was drawn.
+    frequency_B: subtracted as often as it was drawn.
+    repetition_B: logits above 0 of tokens of prompt and draws are divided by
+      it, those below multiplied (Keskar et al., arXiv 1909.05858).
+  """
+
+  presence_B: Array
+  frequency_B: Array
+  repetition_B: Array
+
+
+def penalize(logits_BxV, penalties: Penalties, drawn_BxV, prompt_BxV):
+  """Logits less what repeating costs, float32.
+
+  Args:
+    logits_BxV: float.
+    penalties: of the rows.
+    drawn_BxV: how often each token was drawn.
+    prompt_BxV: bool, whether it is in the prompt.
+  """
+  logits_BxV = logits_BxV.astype(jnp.float32)
+  again_BxV = prompt_BxV | (drawn_BxV > 0)
+  factor_Bx1 = penalties.repetition_B[:, None]
+  harder_BxV = jnp.where(
+    logits_BxV > 0, logits_BxV / factor_Bx1, logits_BxV * factor_Bx1
+  )
+  logits_BxV = jnp.where(again_BxV, harder_BxV, logits_BxV)
+  cost_BxV = penalties.frequency_B[:, None] * drawn_BxV
+  cost_BxV += penalties.presence_B[:, None] * (drawn_BxV > 0)
+  return logits_BxV - cost_BxV
+
+
 def keep_top_k(logits_BxV, k_B):
   """-inf below the k-th largest logit; ties with it stay; k = 0 keeps all."""
   order_BxV = _order(logits_BxV)

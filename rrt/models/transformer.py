@@ -306,21 +306,25 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
     )  # fmt: skip
 
 
-def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):
-  """The token with the highest logit of each row, int [B].
+def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
+  """`logits` as [V, B], the form in which a CPU draws from them quickest.
 
-  A tied table is multiplied from the left and searched down its columns: on
-  CPU that takes 0.75 of the time of `logits` and a search along its rows.
+  A tied table is multiplied from the left and searched down its columns: that
+  takes 0.75 of the time of `logits` and a search along its rows.
   """
   if not config.tie_embeddings:
-    logits_BxV = logits(config, params, hidden_BxD, dtype)
-    return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
+    return logits(config, params, hidden_BxD, dtype).T
   table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
   with float32_is_float32(dtype):
-    logits_VxB = jax.lax.dot_general(
+    return jax.lax.dot_general(
         table_VxD, hidden_BxD.astype(dtype), (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
+
+
+def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):
+  """The token with the highest logit of each row, int [B]."""
+  logits_VxB = logits_by_column(config, params, hidden_BxD, dtype)
   return jnp.argmax(logits_VxB, 0).astype(jnp.int32)
 
 

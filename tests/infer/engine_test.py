@@ -159,6 +159,48 @@ def test_lossless_sampling_equals_full_depth_sampling():
   assert written(engine, **settings) == want
 
 
+@pytest.mark.parametrize('lossless', [False, True])
+def test_requests_keep_their_own_rules_side_by_side(lossless):
+  m = model('llama')
+  one = lambda v, kind: np.array([v], kind)
+  sampling = rules.Sampling(
+    one(0.9, np.float32), one(0, np.int32), one(1, np.float32),
+    one(0, np.float32), one(5, np.uint32),
+  )  # fmt: skip
+  costs = (0.3, 0.2, 1.3)
+  plain, hot, dear, told = (
+    Request(PROMPTS[2], 14, ignore_end=True),
+    Request(PROMPTS[2], 14, 0.9, seed=5, ignore_end=True),
+    Request(
+      PROMPTS[2], 14, presence=0.3, frequency=0.2, repetition=1.3,
+      ignore_end=True,
+    ),
+    Request(PROMPTS[2], 14, logprobs=3, ignore_end=True),
+  )  # fmt: skip
+  engine = Engine(
+    m, slots=3, page=8, steps=4, penalties=True, logprobs=5, lossless=lossless
+  )
+  engine.run([plain, hot, dear, told, second := dataclasses.replace(
+    dear, tokens=[], loops=[], finish='')])  # fmt: skip
+  logprobs = []
+  decode = lambda **rest: oracle.decode(
+    m.config, m.params, PROMPTS[2], 14, **rest
+  )[0]
+  assert plain.tokens == told.tokens == decode(logprobs=logprobs)
+  assert hot.tokens == decode(sampling=sampling)
+  # A slot's counts begin anew with each sequence in it.
+  assert dear.tokens == second.tokens == decode(penalties=costs)
+  assert len({str(r.tokens) for r in (plain, hot, dear)}) == 3
+  assert not plain.told and len(told.told) == 14
+  for token, (own, top), want in zip(
+    told.tokens, told.told, logprobs, strict=True
+  ):
+    assert own == pytest.approx(want[token], abs=1e-4)
+    order = np.argsort(-want)[:3]
+    assert [t for t, _ in top] == order.tolist()
+    assert [p for _, p in top] == pytest.approx(want[order], abs=1e-4)
+
+
 def test_replayed_depths_are_kept():
   loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
   options = Options(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
@@ -221,6 +263,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
     (dict(lossless=True, gate='change', kv='propagate'), "gate='change'"),
     (dict(slots=10**9), 'GiB are free'),
+    (dict(logprobs=-2), 'logprobs=-2'),
   ],
 )
 def test_what_cannot_work_is_refused(options, message):
@@ -240,6 +283,8 @@ def test_sequence_order_is_refused():
     (Request([1], 0), 'room'),
     (Request([1] * 60, 5), 'context of 64'),
     (Request([53], 5), '0..52'),
+    (Request([1], 5, presence=0.5), 'penalties=True'),
+    (Request([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
   ],
 )
 def test_requests_that_do_not_fit_are_refused(request_, message):

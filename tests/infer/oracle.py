@@ -6,6 +6,7 @@ dense cache, each KV policy spelled out as its definition says.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rrt.infer import exits, rules
 from rrt.models import passes
@@ -27,9 +28,13 @@ _block = _jit(passes.block_pass, 'scan')
 
 def decode(
   config, params, prompt, room, *, kv='own', gate='none', arrays=None,
-  threshold=2.0, slot=0, sampling=None,
+  threshold=2.0, slot=0, sampling=None, penalties=(0.0, 0.0, 1.0),
+  logprobs=None,
 ):  # fmt: skip
-  """Tokens, and the loops after which each was drawn."""
+  """Tokens, and the loops after which each was drawn.
+
+  Log-probabilities of all tokens before penalties are appended to `logprobs`.
+  """
   params = unstack(params)
   cache = init_cache(config, 1, config.max_context)
   if len(prompt) > 1:
@@ -66,17 +71,30 @@ def decode(
           config, params, x, j, context, block[j], scan=False
         )
     hidden, coda = _leave(config, params, left, context, coda)
-    if sampling is None:
+    raw = np.asarray(logits(config, params, hidden[:, 0])[0], np.float64)
+    if logprobs is not None:
+      logprobs.append(raw - np.logaddexp.reduce(raw))
+    if penalties != (0.0, 0.0, 1.0):
+      token = int(np.argmax(_penalized(raw, prompt, tokens, *penalties)))
+    elif sampling is None:
       token = int(greedy_token(config, params, hidden[:, 0])[0])
     else:
       token = int(
-        rules.sample(
-          logits(config, params, hidden[:, 0]), sampling, jnp.asarray([count])
-        )[0]
+        rules.sample(jnp.asarray(raw)[None], sampling, jnp.asarray([count]))[0]
       )
     tokens.append(token)
     position += 1
   return tokens, depths
+
+
+def _penalized(raw, prompt, tokens, presence, frequency, repetition):
+  """Logits after penalties, one token at a time."""
+  new = raw.copy()
+  for v in range(len(raw)):
+    if v in prompt or v in tokens:
+      new[v] = raw[v] / repetition if raw[v] > 0 else raw[v] * repetition
+    new[v] -= presence * (v in tokens) + frequency * tokens.count(v)
+  return new
 
 
 def _copied(source, target, position):

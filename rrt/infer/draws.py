@@ -1,0 +1,272 @@
+"""The end of a token's way: coda, head, the next token, and who flies on.
+
+Lossless mode: a flight that has run `draft_loop` loops draws a guess, and the
+guess flies on behind it. When the oldest flight has run all loops it draws the
+token; where the guess differs, the younger flights are dropped. Draws share
+their random numbers by position, so a guess is right whenever the full depth
+would draw the same: what is written equals full depth token for token, greedy
+and sampled alike.
+
+S slots, K flights a slot, B rows of a pass, R loops, D model, V vocabulary,
+A alternatives, E end tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rrt.infer import rules
+from rrt.infer.flights import (
+  DUE,
+  EMPTY,
+  ENTER,
+  LAST,
+  RUN,
+  Drawn,
+  Flights,
+  Plan,
+  Rows,
+  State,
+  context_of,
+  nothing_drawn,
+  once,
+  paged,
+  pick,
+  stores_of,
+)  # fmt: skip
+from rrt.models import passes, transformer
+
+
+def draw(plan: Plan, params, requests, end_E, state: State):
+  """Coda, head and the next token of flights that are due; (state, Drawn)."""
+  f, K = state.flights, plan.flights
+  final_SxK = (f.stage_SxK == DUE) & (f.position_SxK == state.base_S[:, None])
+  next_SxK = jnp.roll(f.stage_SxK, -1, 1)
+  if plan.kv == 'exact_fill' and K > 1:
+    # The successor's place may still hold a token of K positions before.
+    final_SxK &= next_SxK == EMPTY
+  wanted_SxK = final_SxK
+  if plan.lossless:
+    freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
+    guess_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK & freed_SxK
+    # Behind the last token that there is room for, nothing is guessed.
+    ahead_SxK = f.position_SxK - state.base_S[:, None]
+    number_SxK = state.count_S[:, None] + ahead_SxK + 1
+    guess_SxK &= number_SxK < requests.room_S[:, None]
+    wanted_SxK |= guess_SxK
+  order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
+  finals = jnp.sum(final_SxK)
+  enough = finals >= jnp.minimum(plan.pool, jnp.sum(state.live_S))
+  go = jnp.any(wanted_SxK) & (enough if not plan.lossless else True)
+
+  def body(carry):
+    state, _ = carry
+    rows = pick(wanted_SxK, order_SxK, plan.draws)
+    final_B = rows.live_B & rows.of(final_SxK)
+    state, logits_VxB = _head(plan, params, state, rows, final_B)
+    token_B = _token(plan, requests, state, rows, logits_VxB)
+    told = _logprobs(plan, requests, rows, logits_VxB, token_B)
+    state, token_S, loops_S = _commit(
+      plan, requests, end_E, state, rows, final_B, token_B
+    )
+    by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
+      jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
+    )[:, 0]
+    return state, Drawn(token_S, loops_S, *jax.tree.map(by_slot, told))
+
+  state, drawn = once(go, body, (state, nothing_drawn(plan)))
+  f = state.flights
+  waits_SxK = (f.stage_SxK == DUE) | (f.asks_SxK & (f.stage_SxK != EMPTY))
+  due = jnp.sum(f.stage_SxK == DUE, dtype=jnp.int32)
+  counters = state.counters._replace(stalls=state.counters.stalls + due)
+  keeps_SxK = jnp.where(f.stage_SxK == ENTER, f.wait_SxK, 0)
+  f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, keeps_SxK))
+  return state._replace(flights=f, counters=counters), drawn
+
+
+def _head(plan: Plan, params, state: State, rows: Rows, final_B):
+  """Runs coda and head on rows; (state, logits_VxB)."""
+  c, f, R = plan.config, state.flights, plan.config.loops
+  position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
+  x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
+  context = context_of(plan, position_B)
+  stores = state.stores
+  if plan.kv == 'propagate':
+    loop_B = rows.of(f.loop_SxK)
+    block_kvs = stores.block
+    for r in range(1, R):
+      skipped = rows._replace(live_B=final_B & (loop_B <= r))
+      loop_Bx1 = jnp.full((plan.draws, 1), r, jnp.int32)
+      kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
+      kvs = passes.fill_pass(c, params, x_Bx1xD, r, context, kvs)
+      block_kvs = stores_of(kvs)
+    stores = stores._replace(block=block_kvs)
+  zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
+  kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
+  hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
+  stores = stores._replace(coda=stores_of(kvs))
+
+  logits_VxB = transformer.logits_by_column(
+    c, params, hidden_Bx1xD[:, 0], plan.dtype
+  )
+  return state._replace(stores=stores), logits_VxB
+
+
+def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
+  """Draws a token from each row by its own rules.
+
+  The logits are the same whether or not another row wants more than the most
+  likely token; so is, then, the token.
+  """
+  slot_B = rows.slot_B
+  of_rows = lambda tree: jax.tree.map(lambda t: jnp.asarray(t)[slot_B], tree)
+  sampling, penalties = of_rows(requests.sampling), of_rows(requests.penalties)
+  ahead_B = rows.of(state.flights.position_SxK) - state.base_S[slot_B]
+  count_B = state.count_S[slot_B] + ahead_B
+  wants_B = sampling.temperature_B > 0
+  if state.seen is not None:
+    wants_B |= (penalties.presence_B != 0) | (penalties.frequency_B != 0)
+    wants_B |= penalties.repetition_B != 1
+
+  def by_rules():
+    logits_BxV = logits_VxB.T
+    if state.seen is not None:
+      drawn_BxV = _drawn_before(state, rows)
+      prompt_BxV = state.seen.prompt_SxV[slot_B]
+      logits_BxV = rules.penalize(logits_BxV, penalties, drawn_BxV, prompt_BxV)
+    return rules.sample(logits_BxV, sampling, count_B)
+
+  return jax.lax.cond(
+    jnp.any(rows.live_B & wants_B), by_rules,
+    lambda: jnp.argmax(logits_VxB, 0).astype(jnp.int32),
+  )  # fmt: skip
+
+
+def _drawn_before(state: State, rows: Rows):
+  """How often each token was drawn up to each row's own, guesses included."""
+  f, slot_B = state.flights, rows.slot_B
+  assert state.seen is not None
+  drawn_BxV = state.seen.drawn_SxV[slot_B]
+  position_BxK = f.position_SxK[slot_B]
+  guessed_BxK = (f.stage_SxK[slot_B] != EMPTY) & (
+    position_BxK > state.base_S[slot_B][:, None]
+  )
+  guessed_BxK &= position_BxK <= rows.of(f.position_SxK)[:, None]
+  rows_Bx1 = jnp.arange(slot_B.shape[0])[:, None]
+  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(
+    guessed_BxK.astype(jnp.int32)
+  )
+
+
+def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
+  """Log-probabilities of the rows' tokens and of the likeliest ones.
+
+  Returns:
+    logprob_B, top_token_BxA, top_logprob_BxA; three Nones where the plan
+    tells none, zeros where no request asks.
+  """
+  if plan.logprobs < 0:
+    return None, None, None
+  B, A = token_B.shape[0], plan.logprobs
+
+  def told():
+    log_p_BxV = jax.nn.log_softmax(logits_VxB.T, -1)
+    top_logprob_BxA, top_BxA = jax.lax.top_k(log_p_BxV, max(A, 1))
+    logprob_B = jnp.take_along_axis(log_p_BxV, token_B[:, None], 1)[:, 0]
+    return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
+
+  def untold():
+    zero_BxA = jnp.zeros((B, A))
+    return jnp.zeros(B), zero_BxA.astype(jnp.int32), zero_BxA
+
+  asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
+  return jax.lax.cond(jnp.any(rows.live_B & asked_B), told, untold)
+
+
+def _commit(
+  plan: Plan, requests, end_E, state: State, rows: Rows, final_B, token_B
+):
+  """Takes drawn tokens over: ends, confirms, drops and starts flights."""
+  S, K = plan.slots, plan.flights
+  f, base_S = state.flights, state.base_S
+  slots_S = jnp.arange(S)
+  final_S = Rows(rows.slot_B, rows.k_B, final_B).put(
+    jnp.zeros((S, K), bool), True
+  )
+  drawn_SxK = rows.put(jnp.full((S, K), -1, jnp.int32), token_B)
+  k_S, next_S = base_S % K, (base_S + 1) % K
+  got_S = jnp.any(final_S, 1)
+  token_S = jnp.where(got_S, drawn_SxK[slots_S, k_S], -1)
+  loops_S = jnp.where(got_S, f.loop_SxK[slots_S, k_S], -1)
+  count_S = state.count_S + got_S
+  ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & requests.ends_S
+  ended_S = got_S & (ended_S | (count_S >= requests.room_S))
+
+  younger_SxK = f.position_SxK > base_S[:, None]
+  guessed_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[
+    slots_S, next_S
+  ]
+  right_S = got_S & guessed_S & (f.token_SxK[slots_S, next_S] == token_S)
+  # The flight that was drawn from ends, or goes on to fill its missing loops.
+  fills_S = jnp.zeros(S, bool)
+  if plan.kv == 'exact_fill':
+    fills_S = got_S & (f.loop_SxK[slots_S, k_S] < plan.config.loops)
+  of_base_SxK = jnp.arange(K)[None, :] == k_S[:, None]
+  stage_SxK = f.stage_SxK
+  stage_SxK = jnp.where(
+    got_S[:, None] & of_base_SxK,
+    jnp.where(fills_S[:, None], RUN, EMPTY), stage_SxK,
+  )  # fmt: skip
+  wrong_S = got_S & ~right_S
+  stage_SxK = jnp.where(wrong_S[:, None] & younger_SxK, EMPTY, stage_SxK)
+  stage_SxK = jnp.where(ended_S[:, None], EMPTY, stage_SxK)
+  f = f._replace(
+    stage_SxK=stage_SxK,
+    asks_SxK=f.asks_SxK & ~(got_S[:, None] & of_base_SxK),
+    fills_SxK=jnp.where(
+      got_S[:, None] & of_base_SxK, fills_S[:, None], f.fills_SxK
+    ),
+  )
+  new = Rows(slots_S, next_S, wrong_S & ~ended_S)
+  f = _start(f, new, token_S, base_S + 1)
+  if plan.lossless:
+    # Guesses of flights that are still there and have room behind them.
+    after_B = (rows.k_B + 1) % K
+    alive_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
+    alive_B &= f.stage_SxK[rows.slot_B, after_B] == EMPTY
+    asked = rows._replace(live_B=alive_B)
+    f = f._replace(asks_SxK=asked.put(f.asks_SxK, False))
+    behind = Rows(rows.slot_B, after_B, alive_B)
+    f = _start(f, behind, token_B, rows.of(f.position_SxK) + 1)
+  n = state.counters
+  add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
+  depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]
+  seen = state.seen
+  if seen is not None:
+    add_S = got_S.astype(jnp.int32)
+    seen = seen._replace(
+      drawn_SxV=seen.drawn_SxV.at[slots_S, token_S].add(add_S)
+    )
+  state = state._replace(
+    seen=seen,
+    live_S=state.live_S & ~ended_S, base_S=base_S + got_S, count_S=count_S,
+    flights=f,
+    counters=n._replace(
+      draws=add(n.draws, rows.live_B), draw_steps=n.draw_steps + 1,
+      guesses=add(n.guesses, got_S & guessed_S), right=add(n.right, right_S),
+      depths_R=n.depths_R + jnp.sum(depth_SxR, 0, dtype=jnp.int32),
+    ),
+  )  # fmt: skip
+  return state, token_S, loops_S
+
+
+def _start(f: Flights, rows: Rows, token_B, position_B) -> Flights:
+  """New flights, which wait for the prelude."""
+  return f._replace(
+    stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, ENTER)),
+    token_SxK=rows.put(f.token_SxK, token_B),
+    position_SxK=rows.put(f.position_SxK, position_B),
+    loop_SxK=rows.put(f.loop_SxK, jnp.zeros_like(token_B)),
+    wait_SxK=rows.put(f.wait_SxK, jnp.zeros_like(token_B)),
+    asks_SxK=rows.put(f.asks_SxK, jnp.zeros_like(rows.live_B)),
+    fills_SxK=rows.put(f.fills_SxK, jnp.zeros_like(rows.live_B)),
+  )

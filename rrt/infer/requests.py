@@ -1,0 +1,138 @@
+"""What a sequence asks for, and the table of it that the device reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.infer import flights, rules
+from rrt.infer.text import Text
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+  """A sequence on its way through the engine.
+
+  Attributes:
+    prompt: token ids.
+    room: tokens to draw at most.
+    temperature, top_k, top_p, min_p, seed: as for `rrt.complete`.
+    presence, frequency, repetition: penalties; see `rules.Penalties`.
+    logprobs: alternatives to tell log-probabilities of; None for none.
+    ignore_end: go on through end tokens.
+    threshold: of the exit gate; None for the engine's.
+    tokens: what was drawn.
+    loops: after how many loops each token was drawn.
+    told: of each token, if asked: its log-probability and the likeliest
+      tokens with theirs, before penalties and sampling.
+    text: what writes the tokens as text and finds stop strings, if anything.
+    finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
+  """
+
+  prompt: Sequence[int]
+  room: int
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int = 0
+  ignore_end: bool = False
+  threshold: float | None = None
+  presence: float = 0.0
+  frequency: float = 0.0
+  repetition: float = 1.0
+  logprobs: int | None = None
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  loops: list[int] = dataclasses.field(default_factory=list)
+  told: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(
+    default_factory=list
+  )
+  text: Text | None = None
+  finish: str = ''
+
+  def check(self, plan: flights.Plan) -> None:
+    """Raises InputError for what this engine cannot do."""
+    penal = self.presence, self.frequency, self.repetition
+    if penal != (0, 0, 1) and not plan.penalties:
+      raise InputError('Penalties need an engine with penalties=True.')
+    if self.repetition <= 0:
+      raise InputError(
+        f'repetition={self.repetition}: must be above 0; 1 is none.'
+      )
+    if self.logprobs is not None and not (0 <= self.logprobs <= plan.logprobs):
+      raise InputError(
+        f'logprobs={self.logprobs}: this engine tells up to '
+        f'{plan.logprobs} (-1: none).'
+      )
+
+
+def empty_table(slots: int) -> flights.Requests:
+  """The table of an engine without requests."""
+  f = functools.partial(np.zeros, slots)
+  sampling = rules.Sampling(
+    f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
+  )
+  penalties = rules.Penalties(
+    f(np.float32), f(np.float32), np.ones(slots, np.float32)
+  )
+  return flights.Requests(
+    f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool)
+  )
+
+
+def with_request(
+  table: flights.Requests, slot: int, request: Request, threshold: float
+) -> flights.Requests:
+  """A new table, as the old one may still be on its way to the device."""
+  if request.threshold is not None:
+    threshold = request.threshold
+
+  def put(array_S, value):
+    array_S = np.array(array_S)
+    array_S[slot] = value
+    return array_S
+
+  r, s = request, table.sampling
+  sampling = rules.Sampling(
+    put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
+    put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
+  )  # fmt: skip
+  p = table.penalties
+  penalties = rules.Penalties(
+    put(p.presence_B, r.presence), put(p.frequency_B, r.frequency),
+    put(p.repetition_B, r.repetition),
+  )  # fmt: skip
+  return flights.Requests(
+    put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
+    put(table.threshold_S, threshold), sampling, penalties,
+    put(table.logprobs_S, r.logprobs is not None),
+  )  # fmt: skip
+
+
+def told(drawn: flights.Drawn, new_I, slot: int, count: int):
+  """Log-probabilities of one slot's new tokens."""
+  own, top, top_own = (
+    drawn.logprob_S,
+    drawn.top_token_SxA,
+    drawn.top_logprob_SxA,
+  )
+  if own is None or top is None or top_own is None:
+    return []
+  return [
+    (
+      float(own[i, slot]),
+      [
+        (int(t), float(p))
+        for t, p in zip(
+          top[i, slot, :count],
+          top_own[i, slot, :count],
+          strict=True,
+        )
+      ],
+    )
+    for i in np.flatnonzero(new_I)
+  ]
