@@ -6,17 +6,22 @@ import subprocess
 import sys
 
 
+def environment() -> dict[str, str]:
+  """In which this package is found from any directory."""
+  paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
+  path = os.pathsep.join(paths)
+  return os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path}
+
+
 def run(module: str, *flags: str, cwd=None):
   """Returns (status, standard output, last line of standard error)."""
-  paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
   done = subprocess.run(
     [sys.executable, '-m', module, *flags],
     capture_output=True,
     text=True,
     check=False,
     cwd=cwd,
-    env=os.environ
-    | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths)},
+    env=environment(),
   )
   errors = done.stderr.strip().split('\n')
   return done.returncode, done.stdout, errors[-1]

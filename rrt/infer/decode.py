@@ -286,6 +286,11 @@ class Decoder:
 _COMPILED: dict[Any, Any] = {}
 
 
+def forget_programs() -> None:
+  """Frees the compiled steps of all decoders; they are compiled again."""
+  _COMPILED.clear()
+
+
 def cast(params, dtype: str):
   """Parameters on the device, matrices in `dtype`.
 

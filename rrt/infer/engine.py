@@ -43,6 +43,8 @@ class Engine:
 
   Attributes:
     plan: what the device step is compiled for.
+    context: tokens of a sequence, prompt included.
+    ends: tokens that end a sequence.
     waiting: requests without a slot, first come first.
     running: requests by slot.
   """
@@ -74,8 +76,8 @@ class Engine:
     self._params = lora.widen_all(params)
     self._gate = jax.tree.map(jnp.asarray, arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
-    self._ends = frozenset(int(e) for e in eos)
-    self._end_E = jnp.asarray(sorted(self._ends) or [-1], jnp.int32)
+    self.ends = frozenset(int(e) for e in eos)
+    self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
     self._state = _init(self.plan)
     self._counters = jax.device_get(self._state.counters)
     self._pending: collections.deque = collections.deque()
@@ -85,11 +87,13 @@ class Engine:
     self.running: list[Request | None] = [None] * options.slots
 
   def submit(self, request: Request) -> Request:
-    """Queues a request.
+    """Queues a request; raises as `check` does."""
+    self.check(request)
+    self.waiting.append(request)
+    return request
 
-    Raises:
-      InputError: it does not fit the context, or has wrong tokens.
-    """
+  def check(self, request: Request) -> None:
+    """Raises InputError for a request that this engine cannot run."""
     config = self.plan.config
     total = len(request.prompt) + request.room
     if not request.prompt or request.room < 1:
@@ -102,8 +106,6 @@ class Engine:
     request.check(self.plan)
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
-    self.waiting.append(request)
-    return request
 
   def cancel(self, request: Request) -> None:
     """Ends a request; its slot is free at the next turn."""
@@ -175,7 +177,7 @@ class Engine:
     settings.check_for(len(ids), self._tokenizer)
     seeds = settings.seeds(range(len(ids)))
     show = stream or (lambda i, text: None)
-    ends = () if settings.ignore_end else tuple(self._ends)
+    ends = () if settings.ignore_end else tuple(self.ends)
     requests = [
       Request(
         p, min(settings.max_new_tokens, self.context - len(p)),
@@ -216,12 +218,13 @@ class Engine:
       request.loops += [int(n) for n in drawn.loops_S[new, slot]]
       if request.logprobs is not None:
         request.told += told(drawn, new, slot, request.logprobs)
-      if tokens and not request.ignore_end and tokens[-1] in self._ends:
+      if tokens and not request.ignore_end and tokens[-1] in self.ends:
         request.finish = 'end'
       elif len(request.tokens) >= request.room:
         request.finish = 'length'
       if request.text is not None:
-        request.text.extend(tokens)
+        for token in tokens:
+          request.text.extend([token])
         if request.text.stopped:
           request.finish = 'stop'
           self._cancelled[slot] = self.running[slot] is request

@@ -34,7 +34,12 @@ class Completion:
 
 
 class Text:
-  """One row's text as it grows; finds stop strings, hands out what is sure."""
+  """One row's text as it grows; finds stop strings, hands out what is sure.
+
+  Attributes:
+    tokens: taken so far, none behind an end token or a stop string.
+    stopped: whether a stop string was met.
+  """
 
   def __init__(
       self, tokenizer: Tokenizer | None, prompt: Sequence[int],
@@ -44,7 +49,7 @@ class Text:
     self._end, self._stops = frozenset(end), stops
     self._index, self._show = index, show
     self._stream = _decoder(tokenizer, prompt)
-    self._tokens: list[int] = []
+    self.tokens: list[int] = []
     self._text = ''
     self._shown = 0
     self.stopped = False
@@ -55,7 +60,7 @@ class Text:
     for token in tokens:
       if self.stopped or self._ended:
         break
-      self._tokens.append(token)
+      self.tokens.append(token)
       if token in self._end:
         self._ended = True
         self._grow(self._stream.flush())
@@ -72,7 +77,7 @@ class Text:
       reason = 'stop'
     elif self._ended:
       reason = 'end'
-    return Completion(self._text, self._tokens, prompt_tokens, reason)
+    return Completion(self._text, self.tokens, prompt_tokens, reason)
 
   def _grow(self, new: str) -> None:
     if not new:

@@ -1,0 +1,150 @@
+r"""Serves a model over HTTP, as OpenAI's clients expect.
+
+python -m rrt.serve --model=gated --gate=stored --slots=16 --context=1024
+
+Endpoints: /v1/completions, /v1/chat/completions (both also as a stream),
+/v1/models, /health, /metrics, and a page to try it at /. It listens on this
+machine alone unless --host says otherwise, which needs an API key. SIGTERM
+lets the running requests end and takes no new ones.
+"""
+
+import os
+from pathlib import Path
+import signal
+
+from absl import flags
+
+from rrt import cli
+from rrt.errors import InputError
+
+_MODEL = flags.DEFINE_string('model', None, 'As `rrt.generate` takes it.')
+_NAME = flags.DEFINE_string(
+  'name', None, "The model's name for clients; the last part of --model."
+)
+_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
+_PORT = flags.DEFINE_integer('port', 8000, 'Port; 0 takes a free one.')
+_KEY_FILE = flags.DEFINE_string(
+    'api_key_file', None,
+    'File with the key that clients must give; or the environment variable '
+    'RRT_API_KEY.',
+)  # fmt: skip
+_SLOTS = flags.DEFINE_integer('slots', 8, 'Sequences at once.')
+_CONTEXT = flags.DEFINE_integer(
+  'context', None, "Tokens of a sequence; 2048, or the model's if shorter."
+)
+_STEPS = flags.DEFINE_integer(
+  'steps', 4, 'Block steps between two looks of the host.'
+)
+_GATE = flags.DEFINE_enum(
+  'gate', 'none', ['none', 'stored', 'change'],
+  "Exits: 'stored' is the gate that rrt.fit_gate kept with the model.",
+)  # fmt: skip
+_THRESHOLD = flags.DEFINE_float(
+  'threshold', None, 'Of the gate; its own by default. 2 never leaves early.'
+)
+_LOSSLESS = flags.DEFINE_bool(
+  'lossless', False, 'Speculate after the first loop; same text, sooner.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
+)
+_KV_DTYPE = flags.DEFINE_enum(
+  'kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.'
+)
+_MAX_WAITING = flags.DEFINE_integer(
+  'max_waiting', 64, 'Requests that wait for a slot; more get status 429.'
+)
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'Of one answer.')
+_MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'Bytes of a request.')
+_SECONDS = flags.DEFINE_float('seconds', 600.0, 'For one answer.')
+_LOG_REQUESTS = flags.DEFINE_bool(
+  'log_requests', False, 'Print a line (method, path, status) a request.'
+)
+
+LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+
+
+def read_key(path: str | None) -> str | None:
+  """The API key from a file or the environment; None where there is none.
+
+  Raises:
+    InputError: the file cannot be read, or the key is empty.
+  """
+  key = os.environ.get('RRT_API_KEY')
+  if path is not None:
+    try:
+      key = Path(path).read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as e:
+      raise InputError(f'api_key_file={path!r}: cannot be read ({e}).') from e
+  if key is not None and not key.strip():
+    raise InputError('The API key is empty.')
+  return key
+
+
+def main(argv) -> None:
+  """Loads, compiles, listens."""
+  del argv
+  if not _MODEL.value:
+    raise InputError('--model is missing; try --model=smollm2-135m.')
+  key = read_key(_KEY_FILE.value)
+  if _HOST.value not in LOOPBACK and key is None:
+    raise InputError(
+      f'--host={_HOST.value}: other machines may call; give them a key with '
+      '--api_key_file or RRT_API_KEY.'
+    )
+  try:
+    import uvicorn
+  except ImportError as e:
+    raise InputError(
+      'Serving needs starlette and uvicorn: pip install '
+      '"relaxed-recursive-transformers[serve]".'
+    ) from e
+  from rrt import pretrained
+  from rrt.infer.engine import Engine
+  from rrt.infer.options import Options
+  from rrt.server.app import Limits, Server
+  from rrt.server.worker import Worker
+
+  model = pretrained.load(_MODEL.value)
+  if model.tokenizer is None:
+    raise InputError('The model has no tokenizer, so it cannot be served.')
+  options = Options(
+    slots=_SLOTS.value,
+    context=_CONTEXT.value or min(2048, model.config.max_context),
+    gate=_GATE.value, lossless=_LOSSLESS.value, steps=_STEPS.value,
+    kv='write_ahead' if _GATE.value == 'change' else 'own',
+    dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value, penalties=True, logprobs=20,
+  )  # fmt: skip
+  changes = {}
+  if _THRESHOLD.value is not None:
+    changes['threshold'] = _THRESHOLD.value
+  engine = Engine(model, options, **changes)
+  print('compiling ...', flush=True)
+  engine.generate([[1, 1]], max_new_tokens=2, ignore_end=True)
+  worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)
+  limits = Limits(_MAX_BODY.value, _MAX_TOKENS.value, _SECONDS.value)
+  name = _NAME.value or Path(_MODEL.value).name
+  server = Server(worker, model.tokenizer, name, limits, key)
+  config = uvicorn.Config(
+    server.app(), _HOST.value, _PORT.value, access_log=_LOG_REQUESTS.value,
+    log_level='info' if _LOG_REQUESTS.value else 'warning',
+    timeout_graceful_shutdown=int(_SECONDS.value), h11_max_incomplete_event_size=1 << 16,
+  )  # fmt: skip
+  run(uvicorn.Server(config), name)
+
+
+def run(server, name: str) -> None:
+  """Listens until SIGTERM or SIGINT; says where."""
+  sock = server.config.bind_socket()
+  host, port = sock.getsockname()[:2]
+  print(f'{name} at http://{host}:{port}/', flush=True)
+  # uvicorn lets the running requests end, then raises the signal once more.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+  server.run(sockets=[sock])
+  if not server.started:
+    raise InputError(f'--port={port}: the server could not start.')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,270 @@
+"""The HTTP side: routes, limits, keys, streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+import contextlib
+import dataclasses
+import hmac
+import importlib.resources
+import json
+from typing import Any
+
+from rrt.errors import InputError
+from rrt.server import metrics as metrics_lib
+from rrt.server import protocol
+from rrt.server.protocol import Refused
+from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
+
+try:
+  from starlette.applications import Starlette
+  from starlette.requests import ClientDisconnect, Request
+  from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    StreamingResponse,
+  )  # fmt: skip
+  from starlette.routing import Route
+except ImportError as e:
+  raise InputError(
+    'Serving needs starlette and uvicorn: pip install '
+    '"relaxed-recursive-transformers[serve]".'
+  ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What a client may ask for.
+
+  Attributes:
+    body_bytes: of a request.
+    max_tokens: of one answer.
+    seconds: for one answer, from its arrival.
+    retry_after: seconds that a refused client is asked to wait.
+  """
+
+  body_bytes: int = 1 << 20
+  max_tokens: int = 4096
+  seconds: float = 600.0
+  retry_after: int = 1
+
+
+class Server:
+  """Handlers around a worker."""
+
+  def __init__(
+    self, worker: Worker, tokenizer, name: str, limits: Limits,
+    key: str | None = None,
+  ):  # fmt: skip
+    self.worker, self.name, self.limits = worker, name, limits
+    self._tokenizer = tokenizer
+    self._key = None if key is None else key.encode()
+
+  def app(self) -> Starlette:
+    """The ASGI application; the engine runs as long as it does."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+      del app
+      self.worker.start()
+      yield
+      self.worker.stop()
+
+    routes = [
+      Route('/', self._page),
+      Route('/health', self._health),
+      Route('/metrics', self._metrics),
+      Route('/v1/models', self._guarded(self._models)),
+      Route('/v1/models/{name:path}', self._guarded(self._models)),
+      Route(
+        '/v1/completions', self._guarded(self._complete(False)),
+        methods=['POST'],
+      ),
+      Route(
+        '/v1/chat/completions', self._guarded(self._complete(True)),
+        methods=['POST'],
+      ),
+    ]  # fmt: skip
+    return Starlette(routes=routes, lifespan=lifespan)
+
+  def _guarded(self, handler):
+    """The handler behind the key, its refusals as OpenAI writes them."""
+
+    async def guarded(request: Request):
+      try:
+        self._check_key(request)
+        return await handler(request)
+      except Refused as e:
+        return JSONResponse(e.body(), e.status)
+      except Busy:
+        wait = str(self.limits.retry_after)
+        body = Refused('All slots and places in the queue are taken.', 429)
+        return JSONResponse(body.body(), 429, {'Retry-After': wait})
+      except Failed as e:
+        body = Refused(f'The engine has stopped: {e}', 503)
+        return JSONResponse(body.body(), 503)
+      except ClientDisconnect:
+        return PlainTextResponse('', 499)
+
+    return guarded
+
+  def _check_key(self, request: Request) -> None:
+    if self._key is None:
+      return
+    given = request.headers.get('authorization', '').encode(
+      'latin-1', 'replace'
+    )
+    if not hmac.compare_digest(given, b'Bearer ' + self._key):
+      raise Refused('Give the API key as "Authorization: Bearer KEY".', 401)
+
+  async def _page(self, request: Request):
+    del request
+    page = importlib.resources.files('rrt.server').joinpath('page.html')
+    return HTMLResponse(page.read_text(encoding='utf-8'))
+
+  async def _health(self, request: Request):
+    del request
+    failed = self.worker.failed
+    if failed is not None:
+      return JSONResponse({'status': 'failed'}, 503)
+    return JSONResponse({'status': 'ok'})
+
+  async def _metrics(self, request: Request):
+    del request
+    text = self.worker.metrics.text()
+    return PlainTextResponse(text, media_type=metrics_lib.CONTENT_TYPE)
+
+  async def _models(self, request: Request):
+    plan = self.worker.engine.plan
+    model = {
+      'id': self.name, 'object': 'model', 'created': 0, 'owned_by': 'rrt',
+      'max_model_len': self.worker.engine.context, 'loops': plan.config.loops,
+      'gate': plan.gate, 'lossless': plan.lossless,
+      'threshold': self.worker.engine.options.threshold,
+    }  # fmt: skip
+    name = request.path_params.get('name')
+    if name is None:
+      return JSONResponse({'object': 'list', 'data': [model]})
+    if name != self.name:
+      raise Refused(f'This server has one model, {self.name!r}.', 404, 'model')
+    return JSONResponse(model)
+
+  def _complete(self, chat: bool):
+    async def complete(request: Request):
+      raw = await self._read(request)
+      engine = self.worker.engine
+      # Tokenizing a long prompt would hold up the other handlers.
+      job = await asyncio.to_thread(
+        protocol.parse, protocol.read_body(raw), chat, name=self.name,
+        tokenizer=self._tokenizer, context=engine.context,
+        vocab=engine.plan.config.vocab_size,
+        max_tokens=min(self.limits.max_tokens, engine.context),
+        logprobs=engine.plan.logprobs,
+      )  # fmt: skip
+      try:
+        tickets = self.worker.submit(job.requests, job.stops)
+      except InputError as e:
+        raise Refused(str(e)) from None
+      answer = protocol.Answer(job, self.name, self._tokenizer)
+      if job.stream:
+        return StreamingResponse(
+          self._stream(job, tickets, answer), media_type='text/event-stream',
+          headers={'Cache-Control': 'no-cache'},
+        )  # fmt: skip
+      return await self._wait(request, tickets, answer)
+
+    return complete
+
+  async def _read(self, request: Request) -> bytes:
+    """The body, no longer than allowed."""
+    most = self.limits.body_bytes
+    length = request.headers.get('content-length', '0')
+    parts, size = [], 0
+    if not length.isdigit() or int(length) > most:
+      raise Refused(f'The body is longer than {most} bytes.', 413)
+    async for part in request.stream():
+      size += len(part)
+      if size > most:
+        raise Refused(f'The body is longer than {most} bytes.', 413)
+      parts.append(part)
+    return b''.join(parts)
+
+  async def _wait(self, request: Request, tickets: list[Ticket], answer):
+    """The whole answer; a client that goes away ends its requests."""
+
+    async def read(ticket: Ticket) -> str:
+      pieces: list[str] = []
+      async for event in self.worker.stream(ticket):
+        pieces += (t for t, _ in event.pieces)
+      return ''.join(pieces)
+
+    readers = [asyncio.ensure_future(read(t)) for t in tickets]
+    everything = asyncio.gather(*readers)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+      either: set[asyncio.Future[Any]] = {everything, gone}
+      done, _ = await asyncio.wait(
+        either, timeout=self.limits.seconds,
+        return_when=asyncio.FIRST_COMPLETED,
+      )  # fmt: skip
+      if everything in done:
+        return JSONResponse(answer.whole(everything.result()))
+      if gone in done:
+        return PlainTextResponse('', 499)
+      raise Refused(f'No answer within {self.limits.seconds:.0f} s.', 504)
+    finally:
+      gone.cancel()
+      for reader in readers:
+        reader.cancel()
+      await asyncio.gather(*readers, gone, return_exceptions=True)
+
+  async def _stream(
+    self, job: protocol.Job, tickets: list[Ticket], answer
+  ) -> AsyncIterator[bytes]:
+    """Server-sent events of all choices as they come."""
+    merged: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+
+    async def read(index: int, ticket: Ticket) -> None:
+      try:
+        async for event in self.worker.stream(ticket):
+          await merged.put((index, event))
+      except Failed as e:
+        await merged.put((index, e))
+
+    readers = [asyncio.ensure_future(read(i, t)) for i, t in enumerate(tickets)]
+    begun, open_ = set(), len(tickets)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + self.limits.seconds
+    try:
+      while open_:
+        index, event = await asyncio.wait_for(merged.get(), end - loop.time())
+        if isinstance(event, Exception):
+          yield _sse(Refused(f'The engine has stopped: {event}', 503).body())
+          return
+        begin = index not in begun
+        begun.add(index)
+        open_ -= bool(event.finish)
+        if event.pieces or event.finish or begin:
+          yield _sse(answer.chunk(index, event, begin))
+      if job.usage:
+        yield _sse(answer.usage_chunk())
+      yield b'data: [DONE]\n\n'
+    except TimeoutError:
+      text = f'No answer within {self.limits.seconds:.0f} s.'
+      yield _sse(Refused(text, 504).body())
+    finally:
+      for reader in readers:
+        reader.cancel()
+      await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+  """Returns when the client has gone away."""
+  while (await request.receive())['type'] != 'http.disconnect':
+    pass
+
+
+def _sse(value: dict[str, Any]) -> bytes:
+  return b'data: ' + json.dumps(value).encode() + b'\n\n'

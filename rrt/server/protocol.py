@@ -1,0 +1,387 @@
+"""OpenAI's requests and answers: what is taken, what is refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import secrets
+import time
+from typing import Any
+
+from rrt.errors import InputError
+from rrt.infer.requests import Request
+
+MOST_CHOICES = 16
+MOST_STOPS = 16
+LONGEST_STOP = 256  # characters
+FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
+
+
+class Refused(Exception):
+  """A request that cannot be served: an HTTP status and a reason."""
+
+  def __init__(self, message: str, status: int = 400, param: str | None = None):
+    super().__init__(message)
+    self.status, self.param = status, param
+
+  def body(self) -> dict[str, Any]:
+    """As OpenAI's clients read it."""
+    kind = 'invalid_request_error' if self.status < 500 else 'server_error'
+    error = {
+      'message': str(self), 'type': kind, 'param': self.param,
+      'code': self.status,
+    }  # fmt: skip
+    return {'error': error}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A checked request.
+
+  Attributes:
+    requests: `n` for each prompt.
+    stops: texts that end each.
+    stream: whether the answer comes in pieces.
+    usage: whether the last piece counts the tokens.
+    chat: whether it is a chat.
+    pieces: whether each token's text comes with its loops (our page asks).
+    choices: choices a prompt.
+  """
+
+  requests: list[Request]
+  stops: tuple[str, ...]
+  stream: bool
+  usage: bool
+  chat: bool
+  pieces: bool
+  choices: int
+
+
+def read_body(raw: bytes) -> dict[str, Any]:
+  """The JSON object of a request.
+
+  Raises:
+    Refused: it is none.
+  """
+  try:
+    body = json.loads(raw.decode('utf-8'), parse_constant=_no_constant)
+  except UnicodeDecodeError:
+    raise Refused('The body is not UTF-8.') from None
+  except (ValueError, RecursionError) as e:
+    raise Refused(f'The body is not JSON: {str(e)[:100]}') from None
+  if not isinstance(body, dict):
+    raise Refused('The body must be a JSON object.')
+  return body
+
+
+def _no_constant(name: str):
+  raise ValueError(f'{name} is no JSON')
+
+
+class Fields:
+  """Typed access to a body's fields; null counts as absent."""
+
+  def __init__(self, body: dict[str, Any]):
+    self._body = body
+
+  def get(self, name: str, default: Any = None) -> Any:
+    """The field as it is."""
+    value = self._body.get(name)
+    return default if value is None else value
+
+  def number(self, name, default, low, high) -> float:
+    """A finite number in [low, high]."""
+    value = self.get(name, default)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not (low <= value <= high) or not math.isfinite(value):
+      raise Refused(
+        f'{name} must be a number from {low} to {high}.', param=name
+      )
+    return float(value)
+
+  def whole(self, name, default, low, high) -> int:
+    """An integer in [low, high]."""
+    value = self.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+      raise Refused(f'{name} must be a whole number.', param=name)
+    if not low <= value <= high:
+      raise Refused(f'{name} must lie in {low} to {high}.', param=name)
+    return value
+
+  def flag(self, name, default=False) -> bool:
+    """True or false."""
+    value = self.get(name, default)
+    if not isinstance(value, bool):
+      raise Refused(f'{name} must be true or false.', param=name)
+    return value
+
+  def refuse(self, *names: str) -> None:
+    """Refuses fields that ask for what this server does not have."""
+    for name in names:
+      if self.get(name) not in (None, False, 0, [], {}, ''):
+        raise Refused(f'{name} is not supported.', param=name)
+
+
+def parse(
+  body: dict[str, Any], chat: bool, *, name: str, tokenizer, context: int,
+  vocab: int, max_tokens: int, logprobs: int,
+) -> Job:  # fmt: skip
+  """Checks a body and makes requests of it.
+
+  Args:
+    body: from `read_body`.
+    chat: whether it came to the chat endpoint.
+    name: of the model served.
+    tokenizer: the model's.
+    context: tokens of a sequence.
+    vocab: tokens there are.
+    max_tokens: that one answer may have.
+    logprobs: alternatives that the engine tells.
+
+  Raises:
+    Refused: with the field that is wrong.
+  """
+  f = Fields(body)
+  if f.get('model', name) != name:
+    raise Refused(f'This server has one model, {name!r}.', 404, 'model')
+  f.refuse('logit_bias', 'suffix', 'echo', 'tools', 'functions')
+  if f.get('response_format', {}) not in ({}, {'type': 'text'}):
+    raise Refused('response_format must be text.', param='response_format')
+  choices = f.whole('n', 1, 1, MOST_CHOICES)
+  if f.whole('best_of', choices, 1, MOST_CHOICES) != choices:
+    raise Refused('best_of must equal n.', param='best_of')
+  stream = f.flag('stream')
+  options = f.get('stream_options', {})
+  if not isinstance(options, dict):
+    raise Refused('stream_options must be an object.', param='stream_options')
+  prompts = (
+    [_chat_prompt(f, tokenizer)] if chat else _prompts(f, tokenizer, vocab)
+  )
+  asked = f.get('max_completion_tokens') if chat else None
+  field = 'max_completion_tokens' if asked is not None else 'max_tokens'
+  # OpenAI's defaults: 16 for a completion, what there is room for in a chat.
+  room = f.whole(field, max_tokens if chat else 16, 1, max_tokens)
+  seed = f.whole('seed', secrets.randbits(32), -(2**63), 2**63) % 2**32
+  common: dict[str, Any] = dict(
+    temperature=f.number('temperature', 1.0, 0.0, 2.0),
+    top_k=max(f.whole('top_k', 0, -1, vocab), 0),
+    top_p=f.number('top_p', 1.0, 1e-6, 1.0),
+    min_p=f.number('min_p', 0.0, 0.0, 1.0),
+    presence=f.number('presence_penalty', 0.0, -2.0, 2.0),
+    frequency=f.number('frequency_penalty', 0.0, -2.0, 2.0),
+    repetition=f.number('repetition_penalty', 1.0, 0.01, 10.0),
+    ignore_end=f.flag('ignore_eos'),
+    logprobs=_logprobs(f, chat, logprobs),
+    threshold=(
+      None
+      if f.get('exit_threshold') is None
+      else f.number('exit_threshold', 1.0, -2.0, 2.0)
+    ),
+  )
+  requests: list[Request] = []
+  for prompt in prompts:
+    left = context - len(prompt)
+    if left < 1:
+      raise Refused(
+        f'The prompt has {len(prompt)} tokens and leaves no room in the '
+        f'context of {context}.', param='messages' if chat else 'prompt',
+      )  # fmt: skip
+    if asked is None and f.get('max_tokens') is None:
+      allowed = min(room, left)
+    elif room > left:
+      raise Refused(
+        f'The prompt has {len(prompt)} tokens, and {room} new ones exceed the '
+        f'context of {context}.', param=field,
+      )  # fmt: skip
+    else:
+      allowed = room
+    for _ in range(choices):
+      requests.append(
+        Request(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common)
+      )
+  if len(requests) > 8 * MOST_CHOICES:
+    raise Refused(f'More than {8 * MOST_CHOICES} choices in one request.')
+  return Job(
+    requests, _stops(f), stream, options.get('include_usage') is True, chat,
+    f.flag('return_loops'), choices,
+  )  # fmt: skip
+
+
+def _prompts(f: Fields, tokenizer, vocab: int) -> list[list[int]]:
+  prompt = f.get('prompt')
+  if isinstance(prompt, str) or _is_ids(prompt):
+    prompt = [prompt]
+  if not isinstance(prompt, list) or not prompt:
+    raise Refused(
+      'prompt must be a text, texts, or lists of token ids.', param='prompt'
+    )
+  found = []
+  for one in prompt:
+    if isinstance(one, str) and one:
+      try:
+        ids = tokenizer.encode(one)
+      except (InputError, ValueError, UnicodeError) as e:
+        raise Refused(f'prompt: {e}', param='prompt') from None
+    elif _is_ids(one):
+      ids = one
+    else:
+      raise Refused(
+        'prompt must hold texts of at least one character, or lists of at '
+        'least one token id.', param='prompt',
+      )  # fmt: skip
+    if not 0 <= min(ids) <= max(ids) < vocab:
+      raise Refused(f'Token ids must lie in 0..{vocab - 1}.', param='prompt')
+    found.append(list(ids))
+  return found
+
+
+def _is_ids(value: Any) -> bool:
+  return (
+    isinstance(value, list)
+    and bool(value)
+    and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+  )
+
+
+def _chat_prompt(f: Fields, tokenizer) -> list[int]:
+  messages = f.get('messages')
+  if not isinstance(messages, list) or not messages:
+    raise Refused('messages must be a list of messages.', param='messages')
+  plain = []
+  for message in messages:
+    role = message.get('role') if isinstance(message, dict) else None
+    content = message.get('content') if isinstance(message, dict) else None
+    if isinstance(content, list) and all(
+      isinstance(p, dict)
+      and p.get('type') == 'text'
+      and isinstance(p.get('text'), str)
+      for p in content
+    ):
+      content = ''.join(p['text'] for p in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+      raise Refused(
+        'Each message needs a role and a text as content.', param='messages'
+      )
+    plain.append({'role': role, 'content': content})
+  try:
+    ids = tokenizer.encode(tokenizer.apply_chat(plain), bos=False)
+  except (InputError, ValueError, UnicodeError) as e:
+    raise Refused(f'messages: {e}', param='messages') from None
+  if not ids:
+    raise Refused('The messages make no token.', param='messages')
+  return ids
+
+
+def _stops(f: Fields) -> tuple[str, ...]:
+  stop = f.get('stop', [])
+  stop = [stop] if isinstance(stop, str) else stop
+  if (
+    not isinstance(stop, list)
+    or len(stop) > MOST_STOPS
+    or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stop)
+  ):
+    raise Refused(
+      f'stop must be up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} '
+      'characters.', param='stop',
+    )  # fmt: skip
+  return tuple(stop)
+
+
+def _logprobs(f: Fields, chat: bool, most: int) -> int | None:
+  if not chat:
+    if f.get('logprobs') is None:
+      return None
+    return f.whole('logprobs', 0, 0, min(most, 5))
+  if not f.flag('logprobs'):
+    f.refuse('top_logprobs')
+    return None
+  return f.whole('top_logprobs', 0, 0, most)
+
+
+class Answer:
+  """Writes the objects of one answer."""
+
+  def __init__(self, job: Job, model: str, tokenizer):
+    self._job, self._model, self._tokenizer = job, model, tokenizer
+    kind = 'chatcmpl' if job.chat else 'cmpl'
+    self._id = f'{kind}-{secrets.token_hex(12)}'
+    self._created = int(time.time())
+
+  def _shell(self, choices: list, chunk: bool) -> dict[str, Any]:
+    kind = 'text_completion'
+    if self._job.chat:
+      kind = 'chat.completion.chunk' if chunk else 'chat.completion'
+    return {
+      'id': self._id, 'object': kind, 'created': self._created,
+      'model': self._model, 'choices': choices,
+    }  # fmt: skip
+
+  def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
+    """A piece of a stream."""
+    text = ''.join(t for t, _ in event.pieces)
+    choice: dict[str, Any] = {'index': index, 'logprobs': None}
+    if self._job.chat:
+      role = {'role': 'assistant'} if begin else {}
+      choice['delta'] = role | ({'content': text} if text or begin else {})
+    else:
+      choice['text'] = text
+    if self._job.pieces:
+      choice['loops'] = [list(p) for p in event.pieces]
+    choice['finish_reason'] = FINISH.get(event.finish)
+    return self._shell([choice], chunk=True)
+
+  def usage_chunk(self) -> dict[str, Any]:
+    """The last piece of a stream that asks for a count."""
+    return self._shell([], chunk=True) | {'usage': self._usage()}
+
+  def whole(self, texts: Sequence[str]) -> dict[str, Any]:
+    """The answer in one piece, of requests that have ended."""
+    choices = []
+    for i, (request, text) in enumerate(
+      zip(self._job.requests, texts, strict=True)
+    ):
+      choice: dict[str, Any] = {'index': i}
+      if self._job.chat:
+        choice['message'] = {'role': 'assistant', 'content': text}
+      else:
+        choice['text'] = text
+      choice['logprobs'] = self._told(request)
+      choice['finish_reason'] = FINISH.get(request.finish)
+      choices.append(choice)
+    return self._shell(choices, chunk=False) | {'usage': self._usage()}
+
+  def _usage(self) -> dict[str, int]:
+    requests = self._job.requests
+    # The choices of a prompt share it.
+    prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
+    drawn = sum(len(r.text.tokens) for r in requests if r.text)
+    return {
+      'prompt_tokens': prompt, 'completion_tokens': drawn,
+      'total_tokens': prompt + drawn,
+    }  # fmt: skip
+
+  def _told(self, request: Request) -> dict[str, Any] | None:
+    if request.logprobs is None or request.text is None:
+      return None
+    name = lambda t: self._tokenizer.decode([t], skip_special=False)
+    rows = list(zip(request.text.tokens, request.told, strict=False))
+    if self._job.chat:
+      one = lambda t, p: {
+        'token': name(t),
+        'logprob': p,
+        'bytes': list(name(t).encode()),
+      }
+      return {
+        'content': [
+          one(t, p) | {'top_logprobs': [one(*a) for a in top]}
+          for t, (p, top) in rows
+        ]
+      }
+    return {
+      'tokens': [name(t) for t, _ in rows],
+      'token_logprobs': [p for _, (p, _) in rows],
+      'top_logprobs': [{name(t): p for t, p in top} for _, (_, top) in rows],
+      'text_offset': [],
+    }

@@ -1,0 +1,206 @@
+"""The engine's thread, and what connects it with asynchronous handlers.
+
+One thread owns the engine. Handlers hand it tickets and read from each the
+pieces of text as they come; nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+import dataclasses
+import queue
+import threading
+import time
+from typing import Any
+
+from rrt.infer.engine import Engine
+from rrt.infer.requests import Request
+from rrt.infer.text import Text
+from rrt.server.metrics import Metrics
+
+
+class Busy(Exception):
+  """The queue is full."""
+
+
+class Failed(Exception):
+  """The engine has stopped."""
+
+
+@dataclasses.dataclass
+class Event:
+  """What is new of a request.
+
+  Attributes:
+    pieces: text by token, with the loops after which the token left; a token
+      that ends no character gives no piece yet.
+    tokens: how many tokens are new.
+    finish: why it ended; '' while it goes on.
+  """
+
+  pieces: list[tuple[str, int]]
+  tokens: int
+  finish: str = ''
+
+
+class Ticket:
+  """A request on its way, and the channel back to who asked."""
+
+  def __init__(self, request: Request, tokenizer, stops, ends):
+    self.request = request
+    self.arrived = time.monotonic()
+    self.first = 0.0
+    self.last = 0.0
+    self._pieces: list[tuple[str, int]] = []
+    self._given = 0
+    self._loop = asyncio.get_running_loop()
+    self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+    ends = () if request.ignore_end else ends
+    self.text = Text(tokenizer, request.prompt, ends, stops, 0, self._show)
+    request.text = self.text
+
+  def _show(self, index: int, text: str) -> None:
+    del index
+    loops = self.request.loops
+    at = min(len(self.text.tokens), len(loops)) - 1
+    self._pieces.append((text, loops[at] if at >= 0 else 0))
+
+  def news(self) -> Event:
+    """What came since the last call; in the engine's thread."""
+    if self.request.finish:
+      self.text.finish(len(self.request.prompt), self.request.finish)
+    tokens = len(self.text.tokens)
+    event = Event(self._pieces, tokens - self._given, self.request.finish)
+    self._pieces, self._given = [], tokens
+    return event
+
+  def put(self, event: Event | Exception) -> None:
+    """Sends to the handler, from any thread."""
+    try:
+      self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+    except RuntimeError:
+      pass  # The handlers' loop is closed: nobody reads any more.
+
+  async def get(self) -> Event:
+    """The next event; raises Failed when the engine has stopped."""
+    event = await self._events.get()
+    if isinstance(event, Exception):
+      raise event
+    return event
+
+
+class Worker:
+  """Runs an engine in a thread.
+
+  Attributes:
+    engine: used by the thread alone, but for what never changes.
+    metrics: counts and times of all requests.
+    failed: the error that ended the thread, if any.
+  """
+
+  def __init__(self, engine: Engine, tokenizer, max_waiting: int):
+    """`max_waiting`: requests without a slot, before `submit` refuses."""
+    self.engine = engine
+    self.metrics = Metrics(engine.plan)
+    self.failed: BaseException | None = None
+    self._tokenizer = tokenizer
+    self._most = engine.plan.slots + max_waiting
+    self._tickets: dict[Request, Ticket] = {}
+    self._open = 0
+    self._lock = threading.Lock()
+    self._commands: queue.Queue[tuple[str, Any]] = queue.Queue()
+    self._thread = threading.Thread(
+      target=self._run, name='engine', daemon=True
+    )
+
+  def start(self) -> None:
+    """Starts the thread."""
+    self._thread.start()
+
+  def stop(self) -> None:
+    """Ends the thread; what still runs is told that it failed."""
+    self._commands.put(('stop', None))
+    if self._thread.is_alive():
+      self._thread.join(timeout=30)
+
+  def submit(self, requests: list[Request], stops=()) -> list[Ticket]:
+    """Queues requests, all or none.
+
+    Raises:
+      Busy: there is no room for them.
+      Failed: the engine has stopped.
+      InputError: one does not fit the engine.
+    """
+    if self.failed is not None:
+      raise Failed(str(self.failed))
+    for request in requests:
+      self.engine.check(request)
+    with self._lock:
+      if self._open + len(requests) > self._most:
+        self.metrics.refused += len(requests)
+        raise Busy
+      self._open += len(requests)
+    ends = tuple(self.engine.ends)
+    tickets = [Ticket(r, self._tokenizer, stops, ends) for r in requests]
+    for ticket in tickets:
+      self._commands.put(('submit', ticket))
+    return tickets
+
+  def cancel(self, ticket: Ticket) -> None:
+    """Ends a request that nobody waits for any more."""
+    self._commands.put(('cancel', ticket))
+
+  async def stream(self, ticket: Ticket) -> AsyncIterator[Event]:
+    """Events until the request ends; leaving early cancels it."""
+    finished = False
+    try:
+      while not finished:
+        event = await ticket.get()
+        finished = bool(event.finish)
+        yield event
+    finally:
+      if not finished:
+        self.cancel(ticket)
+
+  def _run(self) -> None:
+    try:
+      while self._obey(wait=not self.engine.busy):
+        if self.engine.busy:
+          for request in self.engine.turn():
+            self._tell(request)
+          self.metrics.look(self.engine)
+      error: BaseException = RuntimeError('the server is stopping')
+    except BaseException as e:
+      self.failed = error = e
+    for ticket in list(self._tickets.values()):
+      ticket.put(Failed(str(error)))
+    self._tickets.clear()
+
+  def _obey(self, wait: bool) -> bool:
+    """Takes commands; False is the end."""
+    while True:
+      try:
+        what, ticket = self._commands.get(block=wait)
+      except queue.Empty:
+        return True
+      wait = False
+      if what == 'stop':
+        return False
+      if what == 'submit':
+        self._tickets[ticket.request] = ticket
+        self.engine.submit(ticket.request)
+      elif ticket.request in self._tickets:
+        self.engine.cancel(ticket.request)
+        self._tell(ticket.request)
+
+  def _tell(self, request: Request) -> None:
+    ticket = self._tickets[request]
+    now = time.monotonic()
+    event = ticket.news()
+    self.metrics.note(ticket, event, now)
+    if event.finish:
+      del self._tickets[request]
+      with self._lock:
+        self._open -= 1
+    ticket.put(event)

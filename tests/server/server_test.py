@@ -1,0 +1,384 @@
+"""The server: answers of the engine, refusals with a reason, nothing lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from rrt import pretrained
+from rrt.infer import sample
+from rrt.infer.engine import Engine
+from tests import command, runs
+
+pytest.importorskip('starlette')
+pytest.importorskip('httpx')
+
+from starlette.testclient import TestClient
+
+from rrt.server.app import Limits, Server
+from rrt.server.worker import Worker
+
+
+@pytest.fixture(scope='module')
+def child():
+  model = runs.child()
+  model.tokenizer.chat_template = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+  )
+  yield model
+  model.tokenizer.chat_template = None
+
+
+@pytest.fixture(scope='module')
+def client(child):
+  engine = Engine(child, slots=2, page=8, steps=2, penalties=True, logprobs=20)
+  worker = Worker(engine, child.tokenizer, max_waiting=3)
+  limits = Limits(body_bytes=4000, max_tokens=30)
+  app = Server(worker, child.tokenizer, 'tiny', limits).app()
+  with TestClient(app) as client:
+    client.worker = worker
+    yield client
+
+
+def events(reply):
+  lines = [line for line in reply.text.split('\n\n') if line]
+  assert lines[-1] == 'data: [DONE]'
+  return [json.loads(line.removeprefix('data: ')) for line in lines[:-1]]
+
+
+def ask(**fields):
+  return {'prompt': 'The sea', 'max_tokens': 12, 'temperature': 0} | fields
+
+
+def test_a_completion_is_that_of_generate(client, child):
+  want = sample.complete(child, 'The sea', max_new_tokens=12)[0]
+  reply = client.post('/v1/completions', json=ask()).json()
+  choice = reply['choices'][0]
+  assert choice['text'] == want.text
+  assert reply['model'] == 'tiny' and reply['object'] == 'text_completion'
+  assert reply['usage'] == {
+    'prompt_tokens': 7, 'completion_tokens': len(want.tokens),
+    'total_tokens': 7 + len(want.tokens),
+  }  # fmt: skip
+
+
+def test_a_stream_holds_the_same_text(client):
+  whole = client.post('/v1/completions', json=ask()).json()
+  reply = client.post(
+    '/v1/completions',
+    json=ask(
+      stream=True, stream_options={'include_usage': True}, return_loops=True
+    ),
+  )
+  assert reply.headers['content-type'].startswith('text/event-stream')
+  found = events(reply)
+  assert found[-1]['usage'] == whole['usage'] and not found[-1]['choices']
+  choices = [e['choices'][0] for e in found[:-1]]
+  assert ''.join(c['text'] for c in choices) == whole['choices'][0]['text']
+  assert choices[-1]['finish_reason'] == whole['choices'][0]['finish_reason']
+  pieces = [p for c in choices for p in c['loops']]
+  assert {depth for _, depth in pieces} == {2}
+
+
+def test_chats_stops_seeds_and_several_choices(client):
+  body = {
+    'messages': [
+      {'role': 'user', 'content': [{'type': 'text', 'text': 'The sea'}]}
+    ],
+    'max_tokens': 10, 'temperature': 1, 'seed': 3, 'n': 2, 'ignore_eos': True,
+  }  # fmt: skip
+  first = client.post('/v1/chat/completions', json=body).json()
+  again = client.post('/v1/chat/completions', json=body).json()
+  texts = [c['message']['content'] for c in first['choices']]
+  assert texts == [c['message']['content'] for c in again['choices']]
+  assert texts[0] != texts[1]
+  assert first['choices'][0]['message']['role'] == 'assistant'
+  assert first['usage']['prompt_tokens'] == len('u:The sea\n')
+  streamed = events(
+    client.post('/v1/chat/completions', json=body | {'stream': True})
+  )
+  for i in (0, 1):
+    deltas = [
+      e['choices'][0]['delta']
+      for e in streamed
+      if e['choices'][0]['index'] == i
+    ]
+    assert deltas[0]['role'] == 'assistant'
+    assert ''.join(d.get('content', '') for d in deltas) == texts[i]
+  stop = texts[0][3:5]
+  stopped = client.post(
+    '/v1/chat/completions', json=body | {'n': 1, 'stop': stop}
+  ).json()['choices'][0]
+  assert stopped['message']['content'] == texts[0][: texts[0].index(stop)]
+  assert stopped['finish_reason'] == 'stop'
+
+
+def test_log_probabilities_and_penalties(client):
+  plain = client.post(
+    '/v1/completions', json=ask(logprobs=2, ignore_eos=True)
+  ).json()['choices'][0]
+  told = plain['logprobs']
+  assert len(told['tokens']) == len(told['token_logprobs']) == 12
+  for own, top in zip(told['token_logprobs'], told['top_logprobs']):
+    assert own == pytest.approx(max(top.values())) and len(top) == 2
+  chat = client.post(
+    '/v1/chat/completions',
+    json={
+      'messages': [{'role': 'user', 'content': 'x'}], 'logprobs': True,
+      'top_logprobs': 3, 'max_tokens': 4, 'temperature': 0, 'ignore_eos': True,
+    },
+  ).json()['choices'][0]['logprobs']['content']  # fmt: skip
+  assert len(chat) == 4 and all(len(c['top_logprobs']) == 3 for c in chat)
+  other = client.post(
+    '/v1/completions', json=ask(frequency_penalty=2, ignore_eos=True)
+  ).json()['choices'][0]
+  assert len(set(other['text'])) >= len(set(plain['text']))
+
+
+@pytest.mark.parametrize(
+  'fields, word',
+  [
+    ({'prompt': None}, 'prompt'),
+    ({'prompt': ''}, 'prompt'),
+    ({'prompt': []}, 'prompt'),
+    ({'prompt': [1, 'a']}, 'prompt'),
+    ({'prompt': [[]]}, 'prompt'),
+    ({'prompt': [264]}, '0..263'),
+    ({'prompt': [-1]}, '0..263'),
+    ({'prompt': {'a': 1}}, 'prompt'),
+    ({'prompt': 'x' * 40}, 'no room'),
+    ({'max_tokens': 0}, 'max_tokens'),
+    ({'max_tokens': 1.5}, 'max_tokens'),
+    ({'max_tokens': True}, 'max_tokens'),
+    ({'max_tokens': 31}, 'max_tokens'),
+    ({'max_tokens': 30}, 'exceed the context'),
+    ({'temperature': -1}, 'temperature'),
+    ({'temperature': 'hot'}, 'temperature'),
+    ({'top_p': 0}, 'top_p'),
+    ({'n': 99}, 'n must lie'),
+    ({'best_of': 2}, 'best_of'),
+    ({'stop': ['']}, 'stop'),
+    ({'stop': 'x' * 300}, 'stop'),
+    ({'seed': 'a'}, 'seed'),
+    ({'stream': 1}, 'stream'),
+    ({'logprobs': 6}, 'logprobs'),
+    ({'logit_bias': {'1': 5}}, 'logit_bias'),
+    ({'presence_penalty': 3}, 'presence_penalty'),
+    ({'repetition_penalty': 0}, 'repetition_penalty'),
+    ({'exit_threshold': 'no'}, 'exit_threshold'),
+    ({'response_format': {'type': 'json_object'}}, 'response_format'),
+  ],
+)
+def test_wrong_fields_are_refused_with_a_reason(client, fields, word):
+  reply = client.post('/v1/completions', json=ask(**fields))
+  assert reply.status_code == 400
+  assert word in reply.json()['error']['message']
+
+
+@pytest.mark.parametrize(
+  'raw, status',
+  [
+    (b'', 400),
+    (b'{', 400),
+    (b'[]', 400),
+    (b'\xff\xfe', 400),
+    (b'{"prompt": "\xed\xa0\x80"}', 400),
+    (b'{"prompt": "\\ud800"}', 400),
+    (b'{"temperature": NaN, "prompt": "a"}', 400),
+    (b'[' * 3000, 400),
+    (b'{"prompt": ' + b'1' * 3000 + b'}', 400),
+    (b'"' + b'x' * 5000 + b'"', 413),
+  ],
+)
+def test_bodies_that_are_no_request_are_refused(client, raw, status):
+  reply = client.post('/v1/completions', content=raw)
+  assert reply.status_code == status, reply.text
+  assert reply.json()['error']['message']
+
+
+def test_other_models_chats_and_paths(client):
+  reply = client.post('/v1/completions', json=ask(model='gpt'))
+  assert reply.status_code == 404
+  assert client.get('/v1/models').json()['data'][0]['id'] == 'tiny'
+  assert client.get('/v1/models/tiny').json()['loops'] == 2
+  assert client.get('/v1/models/other').status_code == 404
+  for messages in (None, [], ['a'], [{'role': 'user'}], [{'content': 'a'}]):
+    reply = client.post('/v1/chat/completions', json={'messages': messages})
+    assert reply.status_code == 400
+  assert client.get('/v1/completions').status_code == 405
+  assert client.get('/health').json() == {'status': 'ok'}
+  assert '<textarea' in client.get('/').text
+
+
+def test_a_full_queue_asks_to_come_back(client):
+  # Two slots and three places: six long answers are one too many.
+  body = ask(n=6, max_tokens=20, ignore_eos=True)
+  reply = client.post('/v1/completions', json=body)
+  assert reply.status_code == 429 and reply.headers['retry-after'] == '1'
+  assert client.post('/v1/completions', json=body | {'n': 5}).status_code == 200
+
+
+def test_many_clients_get_what_each_gets_alone(client, child):
+  prompts = [chr(97 + i) * (1 + i) for i in range(8)]
+  want = [
+    sample.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text
+    for p in prompts
+  ]
+  got = [''] * len(prompts)
+
+  def one(i):
+    while True:
+      reply = client.post(
+        '/v1/completions',
+        json=ask(prompt=prompts[i], max_tokens=9, ignore_eos=True),
+      )
+      if reply.status_code != 429:
+        break
+      time.sleep(0.05)
+    got[i] = reply.json()['choices'][0]['text']
+
+  threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert got == want
+
+
+def test_metrics_count_what_happened(client):
+  before = client.get('/metrics').text
+  client.post('/v1/completions', json=ask(ignore_eos=True))
+  after = client.get('/metrics').text
+  value = lambda text, name: float(
+    next(x for x in text.splitlines() if x.startswith(name + ' ')).split()[1]
+  )
+  name = 'vllm:generation_tokens_total'
+  assert value(after, name) - value(before, name) == 12
+  name = 'vllm:prompt_tokens_total'
+  assert value(after, name) - value(before, name) == 7
+  assert value(after, 'rrt:mean_exit_depth') == 2
+  assert value(after, 'vllm:num_requests_running') == 0
+  assert 'vllm:time_to_first_token_seconds_bucket{le="+Inf"}' in after
+  assert 'vllm:request_success_total{finished_reason="length"}' in after
+
+
+def test_an_engine_that_stops_is_told(child):
+  engine = Engine(child, slots=1, page=8, steps=2)
+  worker = Worker(engine, child.tokenizer, max_waiting=3)
+
+  def broken():
+    raise MemoryError('out of memory')
+
+  engine.turn = broken
+  app = Server(worker, child.tokenizer, 'tiny', Limits()).app()
+  with TestClient(app) as client:
+    reply = client.post('/v1/completions', json=ask())
+    assert reply.status_code == 503 and 'out of memory' in reply.text
+    assert client.get('/health').status_code == 503
+    assert client.post('/v1/completions', json=ask()).status_code == 503
+
+
+def test_a_key_is_asked_for(child):
+  engine = Engine(child, slots=1, page=8, steps=2)
+  worker = Worker(engine, child.tokenizer, max_waiting=3)
+  app = Server(worker, child.tokenizer, 'tiny', Limits(), 'secret').app()
+  with TestClient(app) as client:
+    assert client.get('/v1/models').status_code == 401
+    for wrong in ('Bearer', 'Bearer secre', 'secret', 'Bearer \xe9'):
+      given = {'Authorization': wrong.encode('latin-1')}
+      assert client.get('/v1/models', headers=given).status_code == 401
+    given = {'Authorization': 'Bearer secret'}
+    assert client.get('/v1/models', headers=given).status_code == 200
+    assert client.get('/health').status_code == 200
+
+
+def start(place, *more, **environment):
+  """A served tiny model and its address."""
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'rrt.serve', '--model=child', '--port=0',
+     '--slots=2', *more],
+    cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=command.environment() | environment,
+  )  # fmt: skip
+  for line in process.stdout:
+    if 'http://' in line:
+      return process, line.split()[-1]
+  raise AssertionError(process.stderr.read())
+
+
+def test_openais_client_then_sigterm(tmp_path):
+  openai = pytest.importorskip('openai')
+  pytest.importorskip('uvicorn')
+  pretrained.save(runs.child(), tmp_path / 'child')
+  process, url = start(tmp_path, RRT_API_KEY='k')
+  try:
+    client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
+    want = sample.complete(runs.child(), 'The sea', max_new_tokens=12)[0].text
+    got = client.completions.create(
+      model='child', prompt='The sea', max_tokens=12, temperature=0
+    )
+    assert got.choices[0].text == want
+    pieces = client.completions.create(
+      model='child', prompt='The sea', max_tokens=12, temperature=0, stream=True
+    )
+    assert ''.join(p.choices[0].text for p in pieces) == want
+    with pytest.raises(openai.BadRequestError, match='temperature'):
+      client.completions.create(model='child', prompt='a', temperature=9)
+    with pytest.raises(openai.AuthenticationError):
+      openai.OpenAI(base_url=url + 'v1', api_key='x').models.list()
+    # A client that goes away in mid-stream frees its slot.
+    for _ in range(4):
+      stream = client.completions.create(
+        model='child', prompt='a', max_tokens=30, stream=True,
+        extra_body={'ignore_eos': True},
+      )  # fmt: skip
+      next(iter(stream))
+      stream.close()
+    assert client.completions.create(
+      model='child', prompt='b', max_tokens=3
+    ).choices
+    # What runs at SIGTERM is answered to its end.
+    last = client.completions.create(
+      model='child', prompt='a', max_tokens=30, stream=True,
+      extra_body={'ignore_eos': True},
+    )  # fmt: skip
+    pieces = iter(last)
+    next(pieces)
+    process.send_signal(signal.SIGTERM)
+    assert list(pieces)[-1].choices[0].finish_reason == 'length'
+    assert process.wait(timeout=30) == 0
+  finally:
+    process.kill()
+  printed = process.stdout.read() + process.stderr.read()
+  assert 'The sea' not in printed
+
+
+@pytest.mark.parametrize(
+  'more, word',
+  [
+    (['--host=0.0.0.0'], 'give them a key'),
+    (['--slots=0'], 'slots=0'),
+    (['--gate=stored'], 'rrt.fit_gate'),
+    (['--api_key_file=none'], 'api_key_file'),
+  ],
+)
+def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
+  pytest.importorskip('uvicorn')
+  pretrained.save(runs.child(), tmp_path / 'child')
+  done = subprocess.run(
+    [sys.executable, '-m', 'rrt.serve', '--model=child', '--port=0', *more],
+    cwd=tmp_path, capture_output=True, text=True,
+    env=command.environment(),
+  )  # fmt: skip
+  assert done.returncode == 2 and word in done.stderr, done.stderr
+
+
+def test_numbers_for_the_context_are_those_of_the_model(client, child):
+  context = client.get('/v1/models').json()['data'][0]['max_model_len']
+  assert context == child.config.max_context
+  assert np.isfinite(context)
