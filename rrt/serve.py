@@ -40,7 +40,9 @@ _GATE = flags.DEFINE_enum(
   "Exits: 'stored' is the gate that rrt.fit_gate kept with the model.",
 )  # fmt: skip
 _THRESHOLD = flags.DEFINE_float(
-  'threshold', None, 'Of the gate; its own by default. 2 never leaves early.'
+  'threshold',
+  None,
+  "Of the gate; the stored one's own by default; 2 never leaves early.",
 )
 _LOSSLESS = flags.DEFINE_bool(
   'lossless', False, 'Speculate after the first loop; same text, sooner.'
@@ -78,7 +80,7 @@ def read_key(path: str | None) -> str | None:
       raise InputError(f'api_key_file={path!r}: cannot be read ({e}).') from e
   if key is not None and not key.strip():
     raise InputError('The API key is empty.')
-  return key
+  return key.strip() if key else None
 
 
 def main(argv) -> None:
@@ -108,17 +110,17 @@ def main(argv) -> None:
   model = pretrained.load(_MODEL.value)
   if model.tokenizer is None:
     raise InputError('The model has no tokenizer, so it cannot be served.')
+  if _GATE.value == 'change' and _THRESHOLD.value is None:
+    raise InputError('--gate=change needs a --threshold.')
   options = Options(
     slots=_SLOTS.value,
     context=_CONTEXT.value or min(2048, model.config.max_context),
     gate=_GATE.value, lossless=_LOSSLESS.value, steps=_STEPS.value,
     kv='write_ahead' if _GATE.value == 'change' else 'own',
-    dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value, penalties=True, logprobs=20,
+    threshold=_THRESHOLD.value, dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value,
+    penalties=True, logprobs=20,
   )  # fmt: skip
-  changes = {}
-  if _THRESHOLD.value is not None:
-    changes['threshold'] = _THRESHOLD.value
-  engine = Engine(model, options, **changes)
+  engine = Engine(model, options)
   print('compiling ...', flush=True)
   engine.generate([[1, 1]], max_new_tokens=2, ignore_end=True)
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)

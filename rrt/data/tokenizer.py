@@ -295,7 +295,7 @@ class Tokenizer:
         bos_token='' if self.bos_id is None else self.token(self.bos_id),
         eos_token='' if end is None else self.token(end),
       )
-    except jinja2.TemplateError as e:
+    except Exception as e:  # Templates are code of the model's author.
       raise InputError(f'The chat template refuses the messages: {e}') from e
 
   def save(self, directory: str | Path) -> None:

@@ -1,7 +1,7 @@
 """The quality-depth curve: what leaving early costs, gate by gate.
 
-A text is read with exits, all tokens at once (`rrt.models.early`), exactly as
-the engine would read it token by token, and compared with the same model at
+A text is read with exits, all tokens at once (`rrt.models.early`), as the engine
+would write it token by token, and compared with the same model at
 full depth: mean loops, agreement of the most likely tokens, nats lost.
 
 Gates that cost O(D) decide from the states they meet ('learned', 'change').

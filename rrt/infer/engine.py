@@ -68,6 +68,10 @@ class Engine:
     if options.gate == 'stored':
       options, arrays = _with_stored_gate(model, options)
     self.options = options
+    if options.gate == 'learned' and arrays is None:
+      raise InputError("gate='learned': give its arrays, or use 'stored'.")
+    if options.gate == 'replay' and arrays is None:
+      raise InputError("gate='replay': give the depths as arrays.")
     self.plan = options.plan(model.config)
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
@@ -80,7 +84,11 @@ class Engine:
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
     self._state = _init(self.plan)
     self._counters = jax.device_get(self._state.counters)
+    self._totals = jax.tree.map(lambda n: n.astype(object), self._counters)
     self._pending: collections.deque = collections.deque()
+    self._threshold = (
+      gates.NEVER if options.threshold is None else options.threshold
+    )
     self._table = empty_table(options.slots)
     self._cancelled = np.zeros(options.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
@@ -133,7 +141,8 @@ class Engine:
     """
     if self._cancelled.any():
       self._state = _drop(self._state, jnp.asarray(self._cancelled))
-      self._cancelled[:] = False
+      # A new array: the device may still read the old one.
+      self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
     if any(self.running):
       self._state, drawn, counters = _call(
@@ -169,6 +178,8 @@ class Engine:
     Raises:
       InputError: a setting or prompt that cannot work; nothing was run.
     """
+    if isinstance(changes.get('stop'), str):
+      changes['stop'] = (changes['stop'],)
     settings = dataclasses.replace(settings or Settings(), **changes)
     settings.check()
     ids = sample.encode_prompts(self._tokenizer, prompts, settings.chat)
@@ -201,13 +212,19 @@ class Engine:
     """The device's counters as numbers; see `flights.Counters`."""
     return {
       name: np.asarray(value).tolist()
-      for name, value in self._counters._asdict().items()
+      for name, value in self._totals._asdict().items()
     }
 
   def _read(self) -> list[Request]:
     """Hands out what the oldest unread call drew."""
     running, *out = self._pending.popleft()
+    before = self._counters
     drawn, self._counters = jax.device_get(out)
+    # The device counts modulo 2^32.
+    self._totals = jax.tree.map(
+      lambda total, new, old: total + (new - old).astype(np.uint32),
+      self._totals, self._counters, before,
+    )  # fmt: skip
     changed = []
     for slot, request in enumerate(running):
       if request is None or request.finish:
@@ -240,9 +257,7 @@ class Engine:
       if running is None and self.waiting:
         request = self.waiting.popleft()
         self.running[slot] = request
-        self._table = with_request(
-          self._table, slot, request, self.options.threshold
-        )
+        self._table = with_request(self._table, slot, request, self._threshold)
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
         if self.plan.penalties:
@@ -297,7 +312,7 @@ def _with_stored_gate(model, options: Options) -> tuple[Options, Any]:
     )
   kv = gate.kv if options.kv == 'own' else options.kv
   threshold = options.threshold
-  if threshold == gates.NEVER:
+  if threshold is None:
     threshold = gate.threshold
   options = dataclasses.replace(
     options, gate=gate.kind, threshold=threshold, kv=kv

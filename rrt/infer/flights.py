@@ -132,7 +132,9 @@ class Counters(NamedTuple):
   Attributes:
     steps: block steps.
     lanes: lanes that ran a flight.
-    stalls: flights that waited a step because a pass was full.
+    stalls: flights that were due, or had to enter, and waited a step: for a
+      place in a pass, for the others of the pool, or, guesses, for the
+      oldest. Flights without a lane are not counted.
     draws: rows drawn from, guesses included.
     draw_steps: steps in which coda and head ran.
     guesses: guesses that were verified.

@@ -150,7 +150,9 @@ def choose(
   shown to keep the promise ends the search; so the confidence holds for the
   chosen one although many were tried (Learn-then-Test, arXiv 2110.01052).
   Tokens of a row are not independent, so the bound is a one-sided t interval
-  over rows.
+  over rows. It holds as far as rows are independent pieces of one kind of
+  text and thresholds are not chosen by them; rows that follow each other in a
+  text, and thresholds at their quantiles, are near to that and not it.
 
   Args:
     points: of one gate.

@@ -8,7 +8,6 @@ from typing import Any
 from rrt.errors import InputError
 from rrt.infer import decode, exits
 from rrt.infer.flights import Plan
-from rrt.infer.gates import NEVER
 from rrt.models import pages
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
@@ -30,18 +29,19 @@ class Options:
         successors, so that nothing is missing and no work is saved.
     gate: 'none', 'learned', 'change' or 'replay' (see `rrt.infer.exits`), or
       'stored': the one kept with the model.
-    threshold: of the gate, for requests that name none.
+    threshold: of the gate, for requests that name none; above 1 no token
+      leaves early. None is the stored gate's own, and for others needed.
     lossless: speculate on tokens after `draft_loop` loops; the text is that
       of full depth.
     draft_loop: loops before a guess.
-    lanes: tokens that one block step runs; None for one a slot, R in the
-      lossless mode and with 'exact_fill'. Fewer lanes than tokens: guesses
-      wait first.
+    lanes: tokens that one block step runs, where a slot may have several (in
+      the lossless mode and with 'exact_fill'): from one a slot to R a slot,
+      which is the default. With fewer lanes than tokens guesses wait first.
     draws: tokens that coda, head and prelude take in one step; None for all.
     pool: draw when so many tokens are due, or all; None for all at full
       depth, at once elsewhere.
     steps: block steps of one call; the host looks in between.
-    page: positions of a page of the cache.
+    page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
     kv_dtype: of the cache; None for the same.
     penalties: whether requests may ask for penalties, for which the tokens of
@@ -54,7 +54,7 @@ class Options:
   context: int | None = None
   kv: str = 'own'
   gate: str = 'none'
-  threshold: float = NEVER
+  threshold: float | None = None
   lossless: bool = False
   draft_loop: int = 1
   lanes: int | None = None
@@ -106,6 +106,20 @@ class Options:
       "tokens that leave early need another policy: 'write_ahead', "
       "'propagate' or 'exact_fill'",
     )  # fmt: skip
+    need(
+      self.gate == 'none' or self.threshold is not None, 'threshold',
+      'a gate needs one',
+    )  # fmt: skip
+    # Guesses are written ahead of what windowed pages must still hold.
+    need(
+      self.page >= config.loops, 'page',
+      f'must be at least the {config.loops} loops of the model',
+    )  # fmt: skip
+    most = self.slots * (config.loops if self.several else 1)
+    need(
+      self.lanes is None or self.slots <= self.lanes <= most, 'lanes',
+      f'must lie in {self.slots} (slots) to {most}',
+    )  # fmt: skip
     if self.lossless:
       need(self.gate == 'none', 'gate', 'the lossless mode takes no gate')
       need(self.kv == 'own', 'kv', "the lossless mode is 'own'")
@@ -114,12 +128,16 @@ class Options:
         f'must be below the {config.loops} loops of the model',
       )  # fmt: skip
 
+  @property
+  def several(self) -> bool:
+    """Whether a slot may have several tokens under way."""
+    return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
+
   def plan(self, config) -> Plan:
     """What the device step is compiled for."""
     self.check(config)
     context = self.context or config.max_context
-    several = self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
-    flights = config.loops if several else 1
+    flights = config.loops if self.several else 1
     most = self.slots * flights
     at_once = self.lossless or self.gate != 'none'
     pool = self.pool or (1 if at_once else self.slots)
@@ -128,7 +146,7 @@ class Options:
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
       page=self.page, slots=self.slots,
-      lanes=min(self.lanes or most, most) if several else self.slots,
+      lanes=self.lanes or most,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop, dtype=self.dtype,

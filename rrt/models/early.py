@@ -3,7 +3,8 @@
 A token's exit depends on its own state and on what its predecessors left
 behind in the loops that they skipped. Both are known loop by loop, so a text
 needs no decoding: in each loop all tokens run, and those that have left stand
-still. The result is what the engine computes token by token.
+still. The result is what the engine computes token by token behind a prompt of
+one token; longer prompts it reads at full depth.
 
 B batch, L length, D model, N block layers, G kv groups, Dh head size, R loops.
 """

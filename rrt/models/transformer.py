@@ -313,7 +313,9 @@ def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
   takes 0.75 of the time of `logits` and a search along its rows.
   """
   if not config.tie_embeddings:
-    return logits(config, params, hidden_BxD, dtype).T
+    logits_BxV = logits(config, params, hidden_BxD, dtype)
+    # XLA would turn the product itself, into a bfloat16 one it cannot run.
+    return jax.lax.optimization_barrier(logits_BxV).T
   table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
   with float32_is_float32(dtype):
     return jax.lax.dot_general(

@@ -153,6 +153,10 @@ class Server:
 
   def _complete(self, chat: bool):
     async def complete(request: Request):
+      # Pages of other sites cannot send this type without being asked first.
+      kind = request.headers.get('content-type', '').split(';')[0].strip()
+      if kind.lower() != 'application/json':
+        raise Refused('Send the body as application/json.', 415)
       raw = await self._read(request)
       engine = self.worker.engine
       # Tokenizing a long prompt would hold up the other handlers.
@@ -210,7 +214,8 @@ class Server:
         return_when=asyncio.FIRST_COMPLETED,
       )  # fmt: skip
       if everything in done:
-        return JSONResponse(answer.whole(everything.result()))
+        texts = everything.result()
+        return JSONResponse(await asyncio.to_thread(answer.whole, texts))
       if gone in done:
         return PlainTextResponse('', 499)
       raise Refused(f'No answer within {self.limits.seconds:.0f} s.', 504)

@@ -40,7 +40,7 @@ class Histogram:
 
 
 class Metrics:
-  """All that is counted; written by the engine's thread."""
+  """All that is counted: by the engine's thread, refusals by the handlers."""
 
   def __init__(self, plan: Plan):
     self._plan = plan

@@ -14,6 +14,7 @@ from rrt.errors import InputError
 from rrt.infer.requests import Request
 
 MOST_CHOICES = 16
+MOST_REQUESTS = 128  # of one call: prompts times choices
 MOST_STOPS = 16
 LONGEST_STOP = 256  # characters
 FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
@@ -30,8 +31,7 @@ class Refused(Exception):
     """As OpenAI's clients read it."""
     kind = 'invalid_request_error' if self.status < 500 else 'server_error'
     error = {
-      'message': str(self), 'type': kind, 'param': self.param,
-      'code': self.status,
+      'message': str(self), 'type': kind, 'param': self.param, 'code': None,
     }  # fmt: skip
     return {'error': error}
 
@@ -156,13 +156,15 @@ def parse(
   options = f.get('stream_options', {})
   if not isinstance(options, dict):
     raise Refused('stream_options must be an object.', param='stream_options')
-  prompts = (
-    [_chat_prompt(f, tokenizer)] if chat else _prompts(f, tokenizer, vocab)
-  )
+  if chat:
+    prompts = [_chat_prompt(f, tokenizer)]
+  else:
+    prompts = _prompts(f, tokenizer, vocab, MOST_REQUESTS // choices)
   asked = f.get('max_completion_tokens') if chat else None
   field = 'max_completion_tokens' if asked is not None else 'max_tokens'
   # OpenAI's defaults: 16 for a completion, what there is room for in a chat.
-  room = f.whole(field, max_tokens if chat else 16, 1, max_tokens)
+  default = max_tokens if chat else min(16, max_tokens)
+  room = f.whole(field, default, 1, max_tokens)
   seed = f.whole('seed', secrets.randbits(32), -(2**63), 2**63) % 2**32
   common: dict[str, Any] = dict(
     temperature=f.number('temperature', 1.0, 0.0, 2.0),
@@ -201,15 +203,13 @@ def parse(
       requests.append(
         Request(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common)
       )
-  if len(requests) > 8 * MOST_CHOICES:
-    raise Refused(f'More than {8 * MOST_CHOICES} choices in one request.')
   return Job(
     requests, _stops(f), stream, options.get('include_usage') is True, chat,
     f.flag('return_loops'), choices,
   )  # fmt: skip
 
 
-def _prompts(f: Fields, tokenizer, vocab: int) -> list[list[int]]:
+def _prompts(f: Fields, tokenizer, vocab: int, most: int) -> list[list[int]]:
   prompt = f.get('prompt')
   if isinstance(prompt, str) or _is_ids(prompt):
     prompt = [prompt]
@@ -217,6 +217,8 @@ def _prompts(f: Fields, tokenizer, vocab: int) -> list[list[int]]:
     raise Refused(
       'prompt must be a text, texts, or lists of token ids.', param='prompt'
     )
+  if len(prompt) > most:
+    raise Refused(f'prompt has more than {most} prompts.', param='prompt')
   found = []
   for one in prompt:
     if isinstance(one, str) and one:
@@ -231,6 +233,8 @@ def _prompts(f: Fields, tokenizer, vocab: int) -> list[list[int]]:
         'prompt must hold texts of at least one character, or lists of at '
         'least one token id.', param='prompt',
       )  # fmt: skip
+    if not ids:
+      raise Refused('prompt makes no token.', param='prompt')
     if not 0 <= min(ids) <= max(ids) < vocab:
       raise Refused(f'Token ids must lie in 0..{vocab - 1}.', param='prompt')
     found.append(list(ids))
@@ -308,6 +312,7 @@ class Answer:
     kind = 'chatcmpl' if job.chat else 'cmpl'
     self._id = f'{kind}-{secrets.token_hex(12)}'
     self._created = int(time.time())
+    self._names: dict[int, str] = {}
 
   def _shell(self, choices: list, chunk: bool) -> dict[str, Any]:
     kind = 'text_completion'
@@ -321,7 +326,8 @@ class Answer:
   def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
     """A piece of a stream."""
     text = ''.join(t for t, _ in event.pieces)
-    choice: dict[str, Any] = {'index': index, 'logprobs': None}
+    told = self._told(self._job.requests[index], event.first, event.tokens)
+    choice: dict[str, Any] = {'index': index, 'logprobs': told}
     if self._job.chat:
       role = {'role': 'assistant'} if begin else {}
       choice['delta'] = role | ({'content': text} if text or begin else {})
@@ -347,7 +353,7 @@ class Answer:
         choice['message'] = {'role': 'assistant', 'content': text}
       else:
         choice['text'] = text
-      choice['logprobs'] = self._told(request)
+      choice['logprobs'] = self._told(request, 0, len(request.tokens))
       choice['finish_reason'] = FINISH.get(request.finish)
       choices.append(choice)
     return self._shell(choices, chunk=False) | {'usage': self._usage()}
@@ -362,11 +368,21 @@ class Answer:
       'total_tokens': prompt + drawn,
     }  # fmt: skip
 
-  def _told(self, request: Request) -> dict[str, Any] | None:
+  def _name(self, token: int) -> str:
+    """A token's text."""
+    if token not in self._names:
+      self._names[token] = self._tokenizer.decode([token], skip_special=False)
+    return self._names[token]
+
+  def _told(
+    self, request: Request, first: int, count: int
+  ) -> dict[str, Any] | None:
+    """Log-probabilities of some of a request's tokens."""
     if request.logprobs is None or request.text is None:
       return None
-    name = lambda t: self._tokenizer.decode([t], skip_special=False)
-    rows = list(zip(request.text.tokens, request.told, strict=False))
+    name = self._name
+    kept = request.text.tokens[first : first + count]
+    rows = list(zip(kept, request.told[first:], strict=False))
     if self._job.chat:
       one = lambda t, p: {
         'token': name(t),
@@ -383,5 +399,11 @@ class Answer:
       'tokens': [name(t) for t, _ in rows],
       'token_logprobs': [p for _, (p, _) in rows],
       'top_logprobs': [{name(t): p for t, p in top} for _, (_, top) in rows],
-      'text_offset': [],
+      'text_offset': self._offsets(request, first, len(rows)),
     }
+
+  def _offsets(self, request: Request, first: int, count: int) -> list[int]:
+    """Where tokens begin, by the lengths of those before them."""
+    tokens = request.text.tokens if request.text else []
+    sizes = [len(self._name(t)) for t in tokens[: first + count]]
+    return [sum(sizes[:i]) for i in range(first, first + count)]

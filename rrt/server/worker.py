@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from rrt.errors import InputError
 from rrt.infer.engine import Engine
 from rrt.infer.requests import Request
 from rrt.infer.text import Text
@@ -35,11 +36,13 @@ class Event:
   Attributes:
     pieces: text by token, with the loops after which the token left; a token
       that ends no character gives no piece yet.
+    first: the number of the first new token.
     tokens: how many tokens are new.
     finish: why it ended; '' while it goes on.
   """
 
   pieces: list[tuple[str, int]]
+  first: int
   tokens: int
   finish: str = ''
 
@@ -71,7 +74,8 @@ class Ticket:
     if self.request.finish:
       self.text.finish(len(self.request.prompt), self.request.finish)
     tokens = len(self.text.tokens)
-    event = Event(self._pieces, tokens - self._given, self.request.finish)
+    given = self._given
+    event = Event(self._pieces, given, tokens - given, self.request.finish)
     self._pieces, self._given = [], tokens
     return event
 
@@ -108,6 +112,7 @@ class Worker:
     self._most = engine.plan.slots + max_waiting
     self._tickets: dict[Request, Ticket] = {}
     self._open = 0
+    self._closed = ''  # Why nothing is taken any more.
     self._lock = threading.Lock()
     self._commands: queue.Queue[tuple[str, Any]] = queue.Queue()
     self._thread = threading.Thread(
@@ -128,23 +133,29 @@ class Worker:
     """Queues requests, all or none.
 
     Raises:
-      Busy: there is no room for them.
+      Busy: there is no room for them now.
       Failed: the engine has stopped.
-      InputError: one does not fit the engine.
+      InputError: one does not fit the engine, or there are more of them than
+        it ever holds.
     """
-    if self.failed is not None:
-      raise Failed(str(self.failed))
+    if len(requests) > self._most:
+      raise InputError(
+        f'{len(requests)} choices are more than the {self._most} requests '
+        'that this server holds.'
+      )
     for request in requests:
       self.engine.check(request)
+    ends = tuple(self.engine.ends)
+    tickets = [Ticket(r, self._tokenizer, stops, ends) for r in requests]
     with self._lock:
+      if self._closed:
+        raise Failed(self._closed)
       if self._open + len(requests) > self._most:
         self.metrics.refused += len(requests)
         raise Busy
       self._open += len(requests)
-    ends = tuple(self.engine.ends)
-    tickets = [Ticket(r, self._tokenizer, stops, ends) for r in requests]
-    for ticket in tickets:
-      self._commands.put(('submit', ticket))
+      for ticket in tickets:
+        self._commands.put(('submit', ticket))
     return tickets
 
   def cancel(self, ticket: Ticket) -> None:
@@ -170,11 +181,18 @@ class Worker:
           for request in self.engine.turn():
             self._tell(request)
           self.metrics.look(self.engine)
-      error: BaseException = RuntimeError('the server is stopping')
+      closed = 'the server is stopping'
     except BaseException as e:
-      self.failed = error = e
-    for ticket in list(self._tickets.values()):
-      ticket.put(Failed(str(error)))
+      self.failed, closed = e, str(e) or type(e).__name__
+    left = list(self._tickets.values())
+    with self._lock:
+      self._closed = closed
+      while not self._commands.empty():
+        what, ticket = self._commands.get()
+        if what == 'submit':
+          left.append(ticket)
+    for ticket in left:
+      ticket.put(Failed(closed))
     self._tickets.clear()
 
   def _obey(self, wait: bool) -> bool:

@@ -79,12 +79,19 @@ def test_full_depth_equals_the_plain_decoder(name):
   [
     dict(slots=1, steps=1),
     dict(slots=4, steps=5, draws=2, pool=1),
-    dict(slots=9, steps=3, draws=5),
   ],
 )
 def test_no_shape_of_the_engine_changes_a_token(name, options):
   engine = Engine(model(name), page=8, **options)
   assert written(engine) == expected(name)
+
+
+@each_model
+def test_bfloat16_does_not_depend_on_the_batch_either(name):
+  engine = Engine(model(name), slots=3, page=8, steps=4, dtype='bfloat16')
+  want = written(engine)
+  order = np.random.default_rng(5).permutation(len(PROMPTS))
+  assert written(engine, order) == want
 
 
 @each_model
@@ -119,7 +126,9 @@ def test_policies_differ_where_tokens_leave_early():
 @each_model
 def test_a_hidden_state_that_changes_little_leaves(name):
   want = expected(name, kv='write_ahead', gate='change', threshold=0.8)
-  options = Options(slots=4, page=8, steps=4, gate='change', kv='write_ahead')
+  options = Options(
+    slots=4, page=8, steps=4, gate='change', kv='write_ahead', threshold=2
+  )
   engine = Engine(model(name), options)
   assert written(engine, threshold=0.8) == want
   assert written(engine) == expected(name)
@@ -261,9 +270,16 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(gate='oracle', kv='propagate'), "gate='oracle'"),
     (dict(context=65), 'context=65: the model was made for 64'),
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
-    (dict(lossless=True, gate='change', kv='propagate'), "gate='change'"),
+    (
+      dict(lossless=True, gate='change', kv='propagate', threshold=1),
+      "gate='change'",
+    ),
     (dict(slots=10**9), 'GiB are free'),
     (dict(logprobs=-2), 'logprobs=-2'),
+    (dict(page=2), 'page=2'),
+    (dict(lanes=3), 'lanes=3'),
+    (dict(gate='change', kv='propagate'), 'threshold=None'),
+    (dict(gate='learned', kv='propagate', threshold=1), "gate='learned'"),
   ],
 )
 def test_what_cannot_work_is_refused(options, message):

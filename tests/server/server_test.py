@@ -148,6 +148,8 @@ def test_log_probabilities_and_penalties(client):
     ({'prompt': []}, 'prompt'),
     ({'prompt': [1, 'a']}, 'prompt'),
     ({'prompt': [[]]}, 'prompt'),
+    ({'prompt': [[1]] * 9, 'n': 16}, 'more than 8 prompts'),
+    ({'prompt': ['x'] * 6}, 'choices are more than the 5'),
     ({'prompt': [264]}, '0..263'),
     ({'prompt': [-1]}, '0..263'),
     ({'prompt': {'a': 1}}, 'prompt'),
@@ -196,9 +198,33 @@ def test_wrong_fields_are_refused_with_a_reason(client, fields, word):
   ],
 )
 def test_bodies_that_are_no_request_are_refused(client, raw, status):
-  reply = client.post('/v1/completions', content=raw)
+  reply = client.post(
+    '/v1/completions', content=raw, headers={'Content-Type': 'application/json'}
+  )
   assert reply.status_code == status, reply.text
   assert reply.json()['error']['message']
+
+
+def test_a_body_of_another_type_is_refused(client):
+  body = json.dumps(ask())
+  for kind in ('text/plain', 'application/x-www-form-urlencoded'):
+    given = {'Content-Type': kind}
+    reply = client.post('/v1/completions', content=body, headers=given)
+    assert reply.status_code == 415
+
+
+def test_log_probabilities_come_with_a_stream(client):
+  body = ask(logprobs=2, ignore_eos=True)
+  whole = client.post('/v1/completions', json=body).json()['choices'][0]
+  parts = [
+    e['choices'][0]['logprobs']
+    for e in events(
+      client.post('/v1/completions', json=body | {'stream': True})
+    )
+  ]
+  for field in ('tokens', 'token_logprobs', 'top_logprobs', 'text_offset'):
+    joined = [v for part in parts for v in part[field]]
+    assert joined == whole['logprobs'][field]
 
 
 def test_other_models_chats_and_paths(client):
@@ -216,11 +242,20 @@ def test_other_models_chats_and_paths(client):
 
 
 def test_a_full_queue_asks_to_come_back(client):
-  # Two slots and three places: six long answers are one too many.
-  body = ask(n=6, max_tokens=20, ignore_eos=True)
-  reply = client.post('/v1/completions', json=body)
-  assert reply.status_code == 429 and reply.headers['retry-after'] == '1'
-  assert client.post('/v1/completions', json=body | {'n': 5}).status_code == 200
+  # Two slots and three places: a sixth request finds none.
+  body = ask(n=5, max_tokens=20, ignore_eos=True)
+  replies = []
+  post = lambda: replies.append(client.post('/v1/completions', json=body))
+  threads = [threading.Thread(target=post) for _ in range(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  found = sorted(r.status_code for r in replies)
+  assert found[0] == 200 and found[-1] == 429
+  refused = next(r for r in replies if r.status_code == 429)
+  assert refused.headers['retry-after'] == '1'
+  assert client.post('/v1/completions', json=body).status_code == 200
 
 
 def test_many_clients_get_what_each_gets_alone(client, child):
@@ -272,13 +307,21 @@ def test_an_engine_that_stops_is_told(child):
   worker = Worker(engine, child.tokenizer, max_waiting=3)
 
   def broken():
+    time.sleep(0.5)  # The others come meanwhile.
     raise MemoryError('out of memory')
 
   engine.turn = broken
   app = Server(worker, child.tokenizer, 'tiny', Limits()).app()
   with TestClient(app) as client:
-    reply = client.post('/v1/completions', json=ask())
-    assert reply.status_code == 503 and 'out of memory' in reply.text
+    replies = []
+    post = lambda: replies.append(client.post('/v1/completions', json=ask()))
+    threads = [threading.Thread(target=post) for _ in range(3)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(timeout=20)
+    assert [r.status_code for r in replies] == [503] * 3
+    assert all('out of memory' in r.text for r in replies)
     assert client.get('/health').status_code == 503
     assert client.post('/v1/completions', json=ask()).status_code == 503
 
@@ -364,6 +407,7 @@ def test_openais_client_then_sigterm(tmp_path):
     (['--host=0.0.0.0'], 'give them a key'),
     (['--slots=0'], 'slots=0'),
     (['--gate=stored'], 'rrt.fit_gate'),
+    (['--gate=change'], 'needs a --threshold'),
     (['--api_key_file=none'], 'api_key_file'),
   ],
 )

@@ -1,0 +1,217 @@
+"""The engine's ladder: the same requests, from static batches to lossless.
+
+    python -m benchmarks.serving --model=runs/smollm2_10x3 --depth=0.7
+
+An offline drain: all requests wait at the start, each ends after its own
+number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
+
+  transformers      Hugging Face's `generate` on the untied export, batches of
+                    `slots` rows, each as long as its longest answer
+  untied            our engine on the untied export: continuous batching
+  tied              the recursive model at full depth, all tokens in step
+  depth-wise        the same, a token begins as soon as one has ended
+  in step           tokens leave early and wait for the others of their step
+  depth-wise exits  tokens leave early and the next ones take their lanes
+  lossless          guesses after the first loop, at full depth
+
+Exits are replayed at random depths whose mean is `depth` of the loops, so that
+speed is measured apart from a gate; quality is what `rrt.evaluate --exits`
+tells. The bound is by parameters: what a token costs at full depth over what
+it costs at its mean depth, embedding apart and head included, without LoRA.
+Compilation is left out: each contender runs once before it is timed.
+"""
+
+from absl import flags
+import numpy as np
+
+from benchmarks import common
+from rrt import cli
+from rrt.errors import InputError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')
+flags.DEFINE_integer('slots', 32, 'Sequences at once.')
+flags.DEFINE_integer('requests', 64, 'How many.')
+flags.DEFINE_integer('prompt_tokens', 48, 'Median of the prompts.')
+flags.DEFINE_integer('new_tokens', 64, 'Median of the answers.')
+flags.DEFINE_float('sigma', 0.5, 'Of their logarithms.')
+flags.DEFINE_float('depth', 0.7, 'Mean loops over all loops, for the exits.')
+flags.DEFINE_string('dtype', 'float32', 'Precision, of ours and theirs.')
+flags.DEFINE_string('kv_dtype', None, 'Of our cache.')
+flags.DEFINE_integer('steps', 8, 'Block steps a call of ours.')
+flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
+flags.DEFINE_integer('threads', 2, 'Of torch.')
+flags.DEFINE_list('only', [], 'Rungs to run; all by default.')
+flags.DEFINE_string('out', 'benchmarks/results/serving.json', 'JSON file.')
+
+
+def workload(vocab: int) -> list[tuple[list[int], int]]:
+  """Prompts and how many tokens each is answered with."""
+  rng = np.random.default_rng(0)
+  sizes = lambda median: np.clip(
+    np.rint(median * np.exp(FLAGS.sigma * rng.normal(size=FLAGS.requests))),
+    4, 6 * median,
+  ).astype(int)  # fmt: skip
+  prompts, answers = sizes(FLAGS.prompt_tokens), sizes(FLAGS.new_tokens)
+  return [
+    (rng.integers(5, vocab, n).tolist(), int(m))
+    for n, m in zip(prompts, answers, strict=True)
+  ]
+
+
+def replay(loops: int, depth: float) -> tuple[dict, float]:
+  """Random exit depths by slot and token, and their mean."""
+  rng = np.random.default_rng(1)
+  # After each loop but the last a token leaves with one probability.
+  low, high = 0.0, 1.0
+  for _ in range(50):
+    p = (low + high) / 2
+    mean = sum((1 - p) ** r for r in range(loops))
+    low, high = (p, high) if mean > depth * loops else (low, p)
+  drawn = rng.geometric(max(p, 1e-9), (FLAGS.slots, 4096))
+  table = np.minimum(drawn, loops).astype(np.int32)
+  return {'loops': table}, float(table.mean())
+
+
+def ours(model, work, **options):
+  """A run of the engine over all requests; it remembers its figures."""
+  from rrt.infer.engine import Engine, Request
+
+  arrays = options.pop('arrays', None)
+  context = max(len(p) + n for p, n in work)
+  engine = Engine(
+    model, slots=FLAGS.slots, context=context, dtype=FLAGS.dtype,
+    kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps, arrays=arrays, **options,
+  )  # fmt: skip
+
+  def run():
+    before = engine.figures()
+    requests = engine.run(Request(p, n, ignore_end=True) for p, n in work)
+    run.tokens = [r.tokens for r in requests]
+    after = engine.figures()
+    run.figures = {k: np.subtract(after[k], before[k]).tolist() for k in after}
+
+  run.lanes = engine.plan.lanes
+  return run
+
+
+def theirs(loaded, work):
+  """A run of `generate` in static batches; it remembers its tokens."""
+  import torch
+
+  def batch(part):
+    width = max(len(p) for p, _ in part)
+    ids = torch.zeros((len(part), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, _) in enumerate(part):
+      ids[row, width - len(prompt) :] = torch.tensor(prompt)
+      mask[row, width - len(prompt) :] = 1
+    longest = max(n for _, n in part)
+    with torch.inference_mode():
+      out = loaded.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=longest,
+        min_new_tokens=longest, cache_implementation='static',
+        disable_compile=True,
+      )  # fmt: skip
+    return [
+      row[width : width + n].tolist()
+      for row, (_, n) in zip(out, part, strict=True)
+    ]
+
+  def run():
+    run.tokens = []
+    for first in range(0, len(work), FLAGS.slots):
+      run.tokens += batch(work[first : first + FLAGS.slots])
+
+  return run
+
+
+def bound(config, depth: float) -> float:
+  """What a token costs at full depth over its cost at a mean depth."""
+  layer = sum(a * b for a, b in config.shapes().values())
+  once = layer * (config.prelude_layers + config.coda_layers)
+  once += config.vocab_size * config.d_model
+  block = layer * config.block_layers
+  return (once + config.loops * block) / (once + depth * block)
+
+
+def main(_):
+  if not FLAGS.model:
+    raise InputError('--model is missing: a model of two loops or more.')
+  common.use_huge_pages()
+  from rrt import pretrained
+
+  model, peer = common.load(FLAGS.model, FLAGS.threads)
+  R = model.config.loops
+  if R < 2:
+    raise InputError(f'--model={FLAGS.model}: has no loops.')
+  work = workload(model.config.vocab_size)
+  arrays, depth = replay(R, FLAGS.depth)
+  exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
+  slots = FLAGS.slots
+  share = slots / depth
+  some = min(slots, int(np.ceil(share + 2 * (share * (1 - 1 / depth)) ** 0.5)))
+  untied = pretrained.load(f'{peer.directory.name}/hf')
+  makers = {
+    'transformers': lambda: theirs(peer(FLAGS.dtype), work),
+    'untied': lambda: ours(untied, work),
+    'tied': lambda: ours(model, work),
+    'depth-wise': lambda: ours(model, work, pool=1, draws=-(-slots // R)),
+    'in step': lambda: ours(model, work, pool=slots, **exits),
+    'depth-wise exits': lambda: ours(model, work, draws=some, **exits),
+    'lossless': lambda: ours(model, work, lossless=True, lanes=slots),
+  }
+  names = FLAGS.only or list(makers)
+  contenders = {name: makers[name]() for name in names}
+  seconds = common.take_turns(contenders, FLAGS.repeats)
+  tokens = sum(n for _, n in work)
+  figures = {'machine': common.machine(FLAGS.threads)} | {
+    name: getattr(FLAGS, name)
+    for name in (
+      'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
+      'dtype', 'kv_dtype', 'steps', 'repeats',
+    )
+  }  # fmt: skip
+  figures |= {
+    'tokens': tokens, 'mean_loops': depth, 'bound': bound(model.config, depth)
+  }  # fmt: skip
+  rows, base = [], seconds.get('tied')
+  reference = contenders.get('transformers') or contenders.get('tied')
+  for name, run in contenders.items():
+    found = common.summary(seconds[name], tokens)
+    if base:
+      found['over_tied'] = np.median(base) / found['seconds']
+    if reference:
+      found['same'] = float(
+        np.mean([a == b for a, b in zip(run.tokens, reference.tokens)])
+      )
+    device = getattr(run, 'figures', None)
+    if device:
+      ran = device['lanes'] + device['stalls']
+      found |= device | {
+        'stall_share': device['stalls'] / max(ran, 1),
+        'lane_share': device['lanes'] / (device['steps'] * run.lanes),
+      }
+    figures[name] = found
+    rows.append((
+      name, found['tokens_per_second'], found['seconds'],
+      found['seconds_iqr'], found.get('over_tied'), found.get('stall_share'),
+      found.get('lane_share'), found.get('same'),
+    ))  # fmt: skip
+  cli.table(
+    rows,
+    (
+      'rung', 'tokens/s', 'seconds', 'iqr', 'times tied', 'stalls', 'lanes',
+      'same',
+    ),
+  )  # fmt: skip
+  print(
+    f'exits at {depth:.2f} of {R} loops: no more than '
+    f'{figures["bound"]:.3f} times tied'
+  )
+  common.save(FLAGS.out, figures)
+  cli.finish(figures)
+
+
+if __name__ == '__main__':
+  cli.run(main)
