@@ -178,9 +178,11 @@ class Worker:
     try:
       while self._obey(wait=not self.engine.busy):
         if self.engine.busy:
-          for request in self.engine.turn():
-            self._tell(request)
+          changed = self.engine.turn()
+          # First, so that who has an answer finds it counted.
           self.metrics.look(self.engine)
+          for request in changed:
+            self._tell(request)
       closed = 'the server is stopping'
     except BaseException as e:
       self.failed, closed = e, str(e) or type(e).__name__
