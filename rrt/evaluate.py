@@ -19,6 +19,7 @@ from absl import flags
 
 from rrt import cli
 from rrt.errors import InputError
+from rrt.files import check_file_writable
 
 _MODEL = flags.DEFINE_string(
     'model', None,
@@ -223,17 +224,13 @@ def _context(model, parent: int | None = None) -> int:
 
 def _check_out(path: pathlib.Path) -> None:
   """Raises InputError unless the file can be written; leaves it as it is."""
-  new = not path.exists()
   if path.is_file() and not _is_result(path):
     raise InputError(
       f'out={_OUT.value!r}: exists and is not a result of this command, so it '
       'is left alone; choose another file.'
     )
   try:
-    with open(path, 'ab'):
-      pass
-    if new:
-      path.unlink()
+    check_file_writable(path)
   except OSError as e:
     raise InputError(_unwritable(e)) from e
 

@@ -11,13 +11,12 @@ B batch, L length, D model, V vocabulary, R loops.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.losses import Losses, Objective, losses
+from rrt.losses import Losses, Objective, check_weights, losses
 
 COEFFICIENTS = ('none', 'weighted', 'aggressive')
 
@@ -49,20 +48,7 @@ class ExitObjective:
         f'exits.coefficients={self.coefficients!r}: must be one of '
         f'{COEFFICIENTS}.'
       )
-    for field in ('weight', 'cross_entropy', 'distillation'):
-      if not 0 <= getattr(self, field) < math.inf:
-        raise InputError(
-          f'exits.{field}={getattr(self, field)!r}: must be 0 or more.'
-        )
-    if not self.cross_entropy + self.distillation > 0:
-      raise InputError(
-        'exits.cross_entropy and exits.distillation are both 0: nothing is '
-        'left to learn from; set one of them above 0.'
-      )
-    if not 0 < self.temperature < math.inf:
-      raise InputError(
-        f'exits.temperature={self.temperature!r}: must be above 0.'
-      )
+    check_weights(self, 'exits', ('weight', 'cross_entropy', 'distillation'))
 
   def of_loops(self, loops: int) -> tuple[float, ...]:
     """The coefficient of each loop's loss, the last loop's at the end."""

@@ -193,3 +193,12 @@ def check_writable(directory: str | Path) -> None:
       f'{directory} cannot be written to: {e.strerror}; choose another '
       'directory.'
     ) from e
+
+
+def check_file_writable(path: Path) -> None:
+  """Raises OSError unless a file can be written; leaves it as it is."""
+  new = not path.exists()
+  with open(path, 'ab'):
+    pass
+  if new:
+    path.unlink()

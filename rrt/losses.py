@@ -57,24 +57,34 @@ class Objective:
       raise InputError(
         f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.'
       )
-    for field in ('cross_entropy', 'distillation', 'z_loss'):
-      if not 0 <= getattr(self, field) < math.inf:
-        raise InputError(
-          f'loss.{field}={getattr(self, field)!r}: a weight must be 0 or more.'
-        )
-    if not self.cross_entropy + self.distillation > 0:
-      raise InputError(
-        'loss.cross_entropy and loss.distillation are both 0: nothing is '
-        'left to learn from; set one of them above 0.'
-      )
-    if not 0 < self.temperature < math.inf:
-      raise InputError(
-        f'loss.temperature={self.temperature!r}: must be above 0.'
-      )
+    check_weights(self, 'loss', ('cross_entropy', 'distillation', 'z_loss'))
     if self.chunk_tokens < 1:
       raise InputError(
         f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.'
       )
+
+
+def check_weights(objective: Any, name: str, weights: tuple[str, ...]) -> None:
+  """Raises InputError for weights or a temperature that cannot work.
+
+  Args:
+    objective: with `weights`, cross_entropy, distillation and temperature.
+    name: of its config, for the message.
+    weights: fields that must be 0 or more.
+  """
+  for field in weights:
+    value = getattr(objective, field)
+    if not 0 <= value < math.inf:
+      raise InputError(f'{name}.{field}={value!r}: a weight must be 0 or more.')
+  if not objective.cross_entropy + objective.distillation > 0:
+    raise InputError(
+      f'{name}.cross_entropy and {name}.distillation are both 0: nothing is '
+      'left to learn from; set one of them above 0.'
+    )
+  if not 0 < objective.temperature < math.inf:
+    raise InputError(
+      f'{name}.temperature={objective.temperature!r}: must be above 0.'
+    )
 
 
 class Losses(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rrt import cli, plots
 from rrt.errors import InputError
 from rrt.evals import depth
+from rrt.files import check_file_writable
 from rrt.infer import gates
 from rrt.infer.options import KV_POLICIES
 
@@ -31,12 +32,8 @@ def _check_picture(path: Path) -> None:
   """Raises InputError unless the picture can be written."""
   if path.is_file() and path.read_bytes()[:4] not in (b'', b'<svg'):
     raise InputError(f'curve={path}: exists and is not a picture of ours.')
-  new = not path.exists()
   try:
-    with open(path, 'ab'):
-      pass
-    if new:
-      path.unlink()
+    check_file_writable(path)
   except OSError as e:
     why = e.strerror or e
     raise InputError(f'curve={path}: cannot be written ({why}).') from e

@@ -68,10 +68,8 @@ class Engine:
     if options.gate == 'stored':
       options, arrays = _with_stored_gate(model, options)
     self.options = options
-    if options.gate == 'learned' and arrays is None:
-      raise InputError("gate='learned': give its arrays, or use 'stored'.")
-    if options.gate == 'replay' and arrays is None:
-      raise InputError("gate='replay': give the depths as arrays.")
+    if options.gate in ('learned', 'replay') and arrays is None:
+      raise InputError(f'gate={options.gate!r}: give its arrays.')
     self.plan = options.plan(model.config)
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer

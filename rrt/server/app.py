@@ -14,6 +14,7 @@ from typing import Any
 from rrt.errors import InputError
 from rrt.server import metrics as metrics_lib
 from rrt.server import protocol
+from rrt.server.answer import Answer
 from rrt.server.protocol import Refused
 from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
 
@@ -171,7 +172,7 @@ class Server:
         tickets = self.worker.submit(job.requests, job.stops)
       except InputError as e:
         raise Refused(str(e)) from None
-      answer = protocol.Answer(job, self.name, self._tokenizer)
+      answer = Answer(job, self.name, self._tokenizer)
       if job.stream:
         return StreamingResponse(
           self._stream(job, tickets, answer), media_type='text/event-stream',

@@ -1,13 +1,11 @@
-"""OpenAI's requests and answers: what is taken, what is refused, and why."""
+"""OpenAI's requests: what is taken, what is refused, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 import json
 import math
 import secrets
-import time
 from typing import Any
 
 from rrt.errors import InputError
@@ -17,7 +15,6 @@ MOST_CHOICES = 16
 MOST_REQUESTS = 128  # of one call: prompts times choices
 MOST_STOPS = 16
 LONGEST_STOP = 256  # characters
-FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
 class Refused(Exception):
@@ -302,108 +299,3 @@ def _logprobs(f: Fields, chat: bool, most: int) -> int | None:
     f.refuse('top_logprobs')
     return None
   return f.whole('top_logprobs', 0, 0, most)
-
-
-class Answer:
-  """Writes the objects of one answer."""
-
-  def __init__(self, job: Job, model: str, tokenizer):
-    self._job, self._model, self._tokenizer = job, model, tokenizer
-    kind = 'chatcmpl' if job.chat else 'cmpl'
-    self._id = f'{kind}-{secrets.token_hex(12)}'
-    self._created = int(time.time())
-    self._names: dict[int, str] = {}
-
-  def _shell(self, choices: list, chunk: bool) -> dict[str, Any]:
-    kind = 'text_completion'
-    if self._job.chat:
-      kind = 'chat.completion.chunk' if chunk else 'chat.completion'
-    return {
-      'id': self._id, 'object': kind, 'created': self._created,
-      'model': self._model, 'choices': choices,
-    }  # fmt: skip
-
-  def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
-    """A piece of a stream."""
-    text = ''.join(t for t, _ in event.pieces)
-    told = self._told(self._job.requests[index], event.first, event.tokens)
-    choice: dict[str, Any] = {'index': index, 'logprobs': told}
-    if self._job.chat:
-      role = {'role': 'assistant'} if begin else {}
-      choice['delta'] = role | ({'content': text} if text or begin else {})
-    else:
-      choice['text'] = text
-    if self._job.pieces:
-      choice['loops'] = [list(p) for p in event.pieces]
-    choice['finish_reason'] = FINISH.get(event.finish)
-    return self._shell([choice], chunk=True)
-
-  def usage_chunk(self) -> dict[str, Any]:
-    """The last piece of a stream that asks for a count."""
-    return self._shell([], chunk=True) | {'usage': self._usage()}
-
-  def whole(self, texts: Sequence[str]) -> dict[str, Any]:
-    """The answer in one piece, of requests that have ended."""
-    choices = []
-    for i, (request, text) in enumerate(
-      zip(self._job.requests, texts, strict=True)
-    ):
-      choice: dict[str, Any] = {'index': i}
-      if self._job.chat:
-        choice['message'] = {'role': 'assistant', 'content': text}
-      else:
-        choice['text'] = text
-      choice['logprobs'] = self._told(request, 0, len(request.tokens))
-      choice['finish_reason'] = FINISH.get(request.finish)
-      choices.append(choice)
-    return self._shell(choices, chunk=False) | {'usage': self._usage()}
-
-  def _usage(self) -> dict[str, int]:
-    requests = self._job.requests
-    # The choices of a prompt share it.
-    prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
-    drawn = sum(len(r.text.tokens) for r in requests if r.text)
-    return {
-      'prompt_tokens': prompt, 'completion_tokens': drawn,
-      'total_tokens': prompt + drawn,
-    }  # fmt: skip
-
-  def _name(self, token: int) -> str:
-    """A token's text."""
-    if token not in self._names:
-      self._names[token] = self._tokenizer.decode([token], skip_special=False)
-    return self._names[token]
-
-  def _told(
-    self, request: Request, first: int, count: int
-  ) -> dict[str, Any] | None:
-    """Log-probabilities of some of a request's tokens."""
-    if request.logprobs is None or request.text is None:
-      return None
-    name = self._name
-    kept = request.text.tokens[first : first + count]
-    rows = list(zip(kept, request.told[first:], strict=False))
-    if self._job.chat:
-      one = lambda t, p: {
-        'token': name(t),
-        'logprob': p,
-        'bytes': list(name(t).encode()),
-      }
-      return {
-        'content': [
-          one(t, p) | {'top_logprobs': [one(*a) for a in top]}
-          for t, (p, top) in rows
-        ]
-      }
-    return {
-      'tokens': [name(t) for t, _ in rows],
-      'token_logprobs': [p for _, (p, _) in rows],
-      'top_logprobs': [{name(t): p for t, p in top} for _, (_, top) in rows],
-      'text_offset': self._offsets(request, first, len(rows)),
-    }
-
-  def _offsets(self, request: Request, first: int, count: int) -> list[int]:
-    """Where tokens begin, by the lengths of those before them."""
-    tokens = request.text.tokens if request.text else []
-    sizes = [len(self._name(t)) for t in tokens[: first + count]]
-    return [sum(sizes[:i]) for i in range(first, first + count)]
