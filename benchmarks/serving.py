@@ -7,24 +7,32 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 
   transformers      Hugging Face's `generate` on the untied export, batches of
                     `slots` rows, each as long as its longest answer
+  llama.cpp         its server on the same export (needs xllamacpp)
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
   depth-wise        the same, a token begins as soon as one has ended
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
+  live gate         the same with the gate that is kept with the model
   lossless          guesses after the first loop, at full depth
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
-speed is measured apart from a gate; quality is what `rrt.evaluate --exits`
-tells. The bound is by parameters: what a token costs at full depth over what
-it costs at its mean depth, embedding apart and head included, without LoRA.
-Compilation is left out: each contender runs once before it is timed.
+speed is measured apart from a gate; the live gate leaves when it will, and
+what that costs in quality is what `rrt.evaluate --exits` tells. The bound is
+by parameters: what a token costs at full depth over what it costs at its mean
+depth, embedding apart and head included, without LoRA. Compilation is left
+out: each contender runs once before it is timed.
+
+With `--rates` the same requests also arrive one by one (`arrivals.py`), at
+these fractions of the requests a second that `tied` drained.
 """
+
+from pathlib import Path
 
 from absl import flags
 import numpy as np
 
-from benchmarks import common
+from benchmarks import arrivals, common, llama_cpp, pictures
 from rrt import cli
 from rrt.errors import InputError
 
@@ -42,6 +50,11 @@ flags.DEFINE_integer('steps', 8, 'Block steps a call of ours.')
 flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
 flags.DEFINE_integer('threads', 2, 'Of torch.')
 flags.DEFINE_list('only', [], 'Rungs to run; all by default.')
+flags.DEFINE_list(
+  'rates', [], 'Loads of the open loop, as fractions of what tied drained.'
+)
+flags.DEFINE_float('ttft', 2.0, 'Seconds: limit of goodput.')
+flags.DEFINE_float('tpot', 0.3, 'Seconds: limit of goodput.')
 flags.DEFINE_string('out', 'benchmarks/results/serving.json', 'JSON file.')
 
 
@@ -73,16 +86,22 @@ def replay(loops: int, depth: float) -> tuple[dict, float]:
   return {'loops': table}, float(table.mean())
 
 
+def new_engine(model, work, **options):
+  """An engine for these requests."""
+  from rrt.infer.engine import Engine
+
+  return Engine(
+    model, slots=FLAGS.slots, context=max(len(p) + n for p, n in work),
+    **dict(dtype=FLAGS.dtype, kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps)
+    | options,
+  )  # fmt: skip
+
+
 def ours(model, work, **options):
   """A run of the engine over all requests; it remembers its figures."""
-  from rrt.infer.engine import Engine, Request
+  from rrt.infer.engine import Request
 
-  arrays = options.pop('arrays', None)
-  context = max(len(p) + n for p, n in work)
-  engine = Engine(
-    model, slots=FLAGS.slots, context=context, dtype=FLAGS.dtype,
-    kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps, arrays=arrays, **options,
-  )  # fmt: skip
+  engine = new_engine(model, work, **options)
 
   def run():
     before = engine.figures()
@@ -91,38 +110,87 @@ def ours(model, work, **options):
     after = engine.figures()
     run.figures = {k: np.subtract(after[k], before[k]).tolist() for k in after}
 
-  run.lanes = engine.plan.lanes
+  run.engine = engine
   return run
+
+
+def policies(config, arrays, depth: float) -> dict[str, dict]:
+  """Options of our rungs on a recursive model.
+
+  Args:
+    config: of the model.
+    arrays: of the replayed gate.
+    depth: mean loops of its exits.
+  """
+  exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
+  slots = FLAGS.slots
+  share = slots / depth
+  some = min(slots, int(np.ceil(share + 2 * (share * (1 - 1 / depth)) ** 0.5)))
+  return {
+    'tied': {},
+    'depth-wise': dict(pool=1, draws=-(-slots // config.loops)),
+    'in step': dict(pool=slots, **exits),
+    'depth-wise exits': dict(draws=some, **exits),
+    'lossless': dict(lossless=True, lanes=slots),
+  }
+
+
+def generate(loaded, part, on_step=lambda: None) -> list[list[int]]:
+  """Hugging Face's greedy tokens for a static batch."""
+  import torch
+  import transformers
+
+  class Step(transformers.StoppingCriteria):
+    """Told of each token; never stops."""
+
+    def __call__(self, ids, scores, **_):
+      on_step()
+      return torch.zeros(len(ids), dtype=torch.bool)
+
+  width = max(len(p) for p, _ in part)
+  ids = torch.zeros((len(part), width), dtype=torch.long)
+  mask = torch.zeros_like(ids)
+  for row, (prompt, _) in enumerate(part):
+    ids[row, width - len(prompt) :] = torch.tensor(prompt)
+    mask[row, width - len(prompt) :] = 1
+  longest = max(n for _, n in part)
+  with torch.inference_mode():
+    out = loaded.generate(
+      ids, attention_mask=mask, do_sample=False, max_new_tokens=longest,
+      min_new_tokens=longest, cache_implementation='static',
+      disable_compile=True, stopping_criteria=[Step()],
+    )  # fmt: skip
+  return [
+    row[width : width + n].tolist()
+    for row, (_, n) in zip(out, part, strict=True)
+  ]
 
 
 def theirs(loaded, work):
   """A run of `generate` in static batches; it remembers its tokens."""
-  import torch
-
-  def batch(part):
-    width = max(len(p) for p, _ in part)
-    ids = torch.zeros((len(part), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, _) in enumerate(part):
-      ids[row, width - len(prompt) :] = torch.tensor(prompt)
-      mask[row, width - len(prompt) :] = 1
-    longest = max(n for _, n in part)
-    with torch.inference_mode():
-      out = loaded.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=longest,
-        min_new_tokens=longest, cache_implementation='static',
-        disable_compile=True,
-      )  # fmt: skip
-    return [
-      row[width : width + n].tolist()
-      for row, (_, n) in zip(out, part, strict=True)
-    ]
 
   def run():
     run.tokens = []
     for first in range(0, len(work), FLAGS.slots):
-      run.tokens += batch(work[first : first + FLAGS.slots])
+      run.tokens += generate(loaded, work[first : first + FLAGS.slots])
 
+  run.loaded = loaded
+  return run
+
+
+def llama(directory: Path, work):
+  """A run of llama.cpp's server; it remembers its tokens."""
+  path = directory / f'{FLAGS.dtype}.gguf'
+  llama_cpp.write_gguf(directory / 'hf', path, FLAGS.dtype)
+  context = max(len(p) + n for p, n in work) + 1
+  server = llama_cpp.Server(
+    path, FLAGS.slots, context, FLAGS.threads, FLAGS.dtype
+  )
+
+  def run():
+    run.tokens = server.run(work)
+
+  run.server = server
   return run
 
 
@@ -135,11 +203,36 @@ def bound(config, depth: float) -> float:
   return (once + config.loops * block) / (once + depth * block)
 
 
+def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
+  """Runs the contenders under load; a row for each and each rate."""
+  makers = {
+    'transformers': lambda run: arrivals.transformers(
+      run.loaded, FLAGS.slots, generate
+    ),
+    'llama.cpp': lambda run: arrivals.llama(run.server),
+  }
+  ours = lambda run: arrivals.engine(run.engine)
+  found = []
+  for fraction in map(float, FLAGS.rates):
+    rate = fraction * len(work) / float(np.median(tied))
+    at = arrivals.times_of(len(work), rate)
+    for name, run in contenders.items():
+      seen = makers.get(name, ours)(run)(work, at)
+      found.append(
+        {'rung': name, 'rate': rate}
+        | arrivals.summary(seen, at, FLAGS.ttft, FLAGS.tpot)
+      )
+  fields = list(found[0])
+  cli.table([tuple(row[f] for f in fields) for row in found], fields)
+  return found
+
+
 def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
   from rrt import pretrained
+  from rrt.infer import gates
 
   model, peer = common.load(FLAGS.model, FLAGS.threads)
   R = model.config.loops
@@ -147,20 +240,18 @@ def main(_):
     raise InputError(f'--model={FLAGS.model}: has no loops.')
   work = workload(model.config.vocab_size)
   arrays, depth = replay(R, FLAGS.depth)
-  exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
-  slots = FLAGS.slots
-  share = slots / depth
-  some = min(slots, int(np.ceil(share + 2 * (share * (1 - 1 / depth)) ** 0.5)))
-  untied = pretrained.load(f'{peer.directory.name}/hf')
+  directory = Path(peer.directory.name)
+  untied = pretrained.load(directory / 'hf')
   makers = {
     'transformers': lambda: theirs(peer(FLAGS.dtype), work),
+    'llama.cpp': lambda: llama(directory, work),
     'untied': lambda: ours(untied, work),
-    'tied': lambda: ours(model, work),
-    'depth-wise': lambda: ours(model, work, pool=1, draws=-(-slots // R)),
-    'in step': lambda: ours(model, work, pool=slots, **exits),
-    'depth-wise exits': lambda: ours(model, work, draws=some, **exits),
-    'lossless': lambda: ours(model, work, lossless=True, lanes=slots),
+  } | {
+    name: lambda options=options: ours(model, work, **options)
+    for name, options in policies(model.config, arrays, depth).items()
   }
+  if gates.stored(model):
+    makers['live gate'] = lambda: ours(model, work, gate='stored')
   names = FLAGS.only or list(makers)
   contenders = {name: makers[name]() for name in names}
   seconds = common.take_turns(contenders, FLAGS.repeats)
@@ -190,7 +281,8 @@ def main(_):
       ran = device['lanes'] + device['stalls']
       found |= device | {
         'stall_share': device['stalls'] / max(ran, 1),
-        'lane_share': device['lanes'] / (device['steps'] * run.lanes),
+        'lane_share': device['lanes']
+        / (device['steps'] * run.engine.plan.lanes),
       }
     figures[name] = found
     rows.append((
@@ -209,7 +301,10 @@ def main(_):
     f'exits at {depth:.2f} of {R} loops: no more than '
     f'{figures["bound"]:.3f} times tied'
   )
+  if FLAGS.rates:
+    figures['arrivals'] = open_loop(contenders, work, seconds['tied'])
   common.save(FLAGS.out, figures)
+  pictures.draw(figures, Path(FLAGS.out).with_suffix('.svg'))
   cli.finish(figures)
 
 

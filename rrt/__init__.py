@@ -18,6 +18,8 @@ if TYPE_CHECKING:
   from rrt.convert.recursive import to_recursive
   from rrt.errors import InputError
   from rrt.evals.perplexity import score
+  from rrt.infer.engine import Engine
+  from rrt.infer.requests import Request
   from rrt.infer.sample import complete
   from rrt.models.count import count_params
   from rrt.pretrained import LanguageModel, load, save
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 _HOMES = {
+  'Engine': 'rrt.infer.engine',
   'InputError': 'rrt.errors',
   'LanguageModel': 'rrt.pretrained',
   'LoraConfig': 'rrt.config',
   'ModelConfig': 'rrt.config',
+  'Request': 'rrt.infer.requests',
   'complete': 'rrt.infer.sample',
   'count_params': 'rrt.models.count',
   'load': 'rrt.pretrained',
@@ -42,10 +46,12 @@ _HOMES = {
 }
 
 __all__ = [
+  'Engine',
   'InputError',
   'LanguageModel',
   'LoraConfig',
   'ModelConfig',
+  'Request',
   'complete',
   'count_params',
   'load',

@@ -5,11 +5,16 @@ r"""A real model becomes a smaller one that still writes sentences.
 
 SmolLM2-135M is converted twice: by the paper's way (the mean of the tied
 layers, plain SVD) and calibrated. The calibrated child is then distilled from
-its parent for a few dozen steps. All four are measured on text that neither
-calibration nor training has seen, and write on after the same words. The
-figures go to the terminal and, with the curves, to report.html.
+its parent for a few dozen steps, both loops of it. All four are measured on
+text that neither calibration nor training has seen, and write on after the same
+words. Then a gate lets tokens leave after the first loop, and the engine writes
+eight texts at once: at full depth, with exits, and lossless. The figures go to
+the terminal and, with the curves, to report.html.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 from pathlib import Path
 import time
@@ -21,8 +26,10 @@ from rrt import cli, plots
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
-from rrt.evals.perplexity import score
+from rrt.evals import depth, gating, perplexity
 from rrt.files import check_writable
+from rrt.infer import gates
+from rrt.infer.engine import Engine, Request
 from rrt.infer.sample import complete
 from rrt.models.count import count_params
 from rrt.pretrained import LanguageModel, check_save, load, save
@@ -53,6 +60,12 @@ _PROMPT = flags.DEFINE_multi_string(
     ['The city was founded in', 'Scientists have found that'],
     'What the models write on from; may be repeated.',
 )  # fmt: skip
+_EXIT_WEIGHT = flags.DEFINE_float(
+  'exit_weight', 0.3, "Of the earlier loops' losses in uptraining."
+)
+_PROMISE = flags.DEFINE_float(
+  'promise', 0.1, 'Nats a token that exits may cost, calibrated for.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of everything random.')
 
 
@@ -90,6 +103,7 @@ def recipe(train: Path, heldout: Path) -> dict:
       'optimizer': {'learning_rate': 2e-4, 'warmup_steps': min(2, _STEPS.value),
                     'schedule': 'cosine', 'final_rate': 0.0, 'beta2': 0.98,
                     'rules': (('lora_[ab]$', {'multiplier': 0.5}),)},
+      'exits': {'coefficients': 'aggressive', 'weight': _EXIT_WEIGHT.value},
       'data': {'path': str(train)},
       'heldout': {'path': str(heldout), 'max_tokens': _HELDOUT.value,
                   'context': _CONTEXT.value, 'batch': 2,
@@ -99,7 +113,7 @@ def recipe(train: Path, heldout: Path) -> dict:
 
 def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
   """Size, quality and writing of one model."""
-  quality = score(
+  quality = perplexity.score(
     model, heldout, context=_CONTEXT.value, batch=2, max_tokens=_HELDOUT.value
   )
   texts = complete(
@@ -130,7 +144,7 @@ def main(argv):
   check_writable(out)
   check_save(out / 'model')
   plots.open_pyplot()  # Missing, it ends the demo here and not at its end.
-  steps = 6
+  steps = 8
 
   def say(step, text):
     gone = time.monotonic() - begin
@@ -169,20 +183,30 @@ def main(argv):
   rows['uptrained'] = measure(
     run.model, heldout_text, report.seconds + time.monotonic() - start
   )
-  save(run.model, out / 'model')
 
-  say(6, 'done')
+  say(
+    6, f'a gate that promises to lose less than {_PROMISE.value} nats a token'
+  )
+  gated, exits = leave_early(run.model, calibration, heldout_text)
+  save(gated, out / 'model')
+
+  say(7, 'the engine: eight texts at once, three ways')
+  ways = serve(gated, heldout_text)
+
+  say(8, 'done')
   show(rows)
+  show_exits(exits, ways)
   total = time.monotonic() - begin
   page = plots.demo_page(
       title=f'{_MODEL.value}: {report.shape}',
       prompts=_PROMPT.value, rows=rows, history=run.history, seconds=total,
-      tokens_a_step=_BATCH.value * _LENGTH.value,
+      tokens_a_step=_BATCH.value * _LENGTH.value, exits=exits, ways=ways,
   )  # fmt: skip
   (out / 'report.html').write_text(page, 'utf-8')
   print(
     f'The curves are in {out / "report.html"}. Go on with the model:\n'
     f'  python -m rrt.generate --model={out / "model"} --prompt="..."\n'
+    f'  python -m rrt.serve --model={out / "model"} --gate=stored --lossless\n'
   )
   cli.finish({
       'seconds': total,
@@ -192,7 +216,95 @@ def main(argv):
       **{f'{k}_{name.replace(" ", "_")}': row[k]
          for name, row in rows.items()
          for k in ('params_unique', 'nll_nats', 'bits_per_byte')},
+      'nats_first_loop': exits['first'].nll_nats,
+      'exits': exits['held'].plain(),
+      'engine': {name: {k: w[k] for k in ('tokens_per_second', 'loops', 'same')}
+                 for name, w in ways.items()},
   })  # fmt: skip
+
+
+def leave_early(model: LanguageModel, text: str, heldout: str):
+  """The model with a gate, and what leaving costs on held-out text.
+
+  Args:
+    model: whose loops were all trained.
+    text: to fit and calibrate the gate on.
+    heldout: to measure on.
+  """
+  context = max(_CONTEXT.value // 4, 8)
+  rows = perplexity.make_rows(model, text, context, 64 * context)
+  shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+  with cli.Progress(
+    gating.work(rows, 'learned', shares), 'calibrate', 'tokens'
+  ) as progress:
+    gate, _ = gating.fit_gate(
+      model, rows, loss=_PROMISE.value, shares=shares, progress=progress.update
+    )
+  rows = perplexity.make_rows(model, heldout, context, _HELDOUT.value)
+  static = depth.read_static(model, rows, gate.arrays)
+  held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)
+  first = depth.measure(model, static, 'change', -2.0)
+  gated = dataclasses.replace(model, meta=gates.store(model.meta, gate))
+  return gated, {
+    'held': held, 'first': first, 'promise': _PROMISE.value,
+    'loops': model.config.loops,
+  }  # fmt: skip
+
+
+def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
+  """Eight texts at once, by each way of the engine, compilation apart."""
+  size = max(min(_CONTEXT.value // 32, 16), 2)
+  new = min(_NEW.value, model.config.max_context - size)
+  rows = perplexity.make_rows(model, heldout, 2 * size, 16 * size)
+  prompts = [row[:size] for row in rows[:8]]
+  ways: dict[str, dict[str, Any]] = {}
+  each: dict[str, dict[str, Any]] = {
+    'full depth': {}, 'exits': {'gate': 'stored'}, 'lossless': {'lossless': True},
+  }  # fmt: skip
+  for name, options in each.items():
+    engine = Engine(model, slots=8, context=size + new, **options)
+
+    def write(engine=engine):
+      return engine.run([Request(p, new, ignore_end=True) for p in prompts])
+
+    write()
+    began = time.monotonic()
+    done = write()
+    took = time.monotonic() - began
+    tokens = [r.tokens for r in done]
+    loops = [n for r in done for n in r.loops]
+    full = ways.get('full depth', {'tokens': tokens})['tokens']
+    say = lambda ids: (
+      model.tokenizer.decode(ids) if model.tokenizer else str(ids)
+    )
+    ways[name] = {
+      'tokens': tokens, 'tokens_per_second': len(loops) / took,
+      'loops': sum(loops) / len(loops),
+      'same': sum(a == b for a, b in zip(tokens, full, strict=True)),
+      'pieces': [
+        (say([t]), n) for t, n in zip(done[0].tokens, done[0].loops, strict=True)
+      ],
+      'prompt': say(prompts[0]),
+    }  # fmt: skip
+  return ways
+
+
+def show_exits(exits: dict, ways: dict) -> None:
+  """Prints what leaving early costs and brings."""
+  held, first = exits['held'], exits['first']
+  print(
+    f'All tokens leave after loop 1: {first.lost_nats:+.3f} nats a token, '
+    f'{100 * first.agreement:.0f} % as at full depth.\n'
+    f'The gate: {held.mean_loops:.2f} loops a token, {held.lost_nats:+.3f} '
+    f'nats, {100 * held.agreement:.0f} % as at full depth.\n'
+  )
+  cli.table(
+    [
+      (name, w['tokens_per_second'], w['loops'], f'{w["same"]} of 8')
+      for name, w in ways.items()
+    ],
+    ('engine, 8 texts', 'tokens/s', 'loops a token', 'as full depth'),
+  )
 
 
 def show(rows: dict) -> None:

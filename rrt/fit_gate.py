@@ -46,8 +46,6 @@ _LOSS = flags.DEFINE_float(
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the promise.')
 _RIDGE = flags.DEFINE_float('ridge', 1.0, 'Penalty of the regression.')
 
-_SHARES = tuple(i / 20 for i in range(1, 20))
-
 
 def main(argv) -> None:
   """Fits, calibrates, saves and prints."""
@@ -61,7 +59,7 @@ def main(argv) -> None:
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
   from rrt import pretrained
-  from rrt.evals import depth, perplexity
+  from rrt.evals import depth, gating, perplexity
   from rrt.files import check_writable
   from rrt.infer import gates
 
@@ -70,49 +68,17 @@ def main(argv) -> None:
   depth.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
-  fitting, judging = rows[::2], rows[1::2]
-  if len(judging) < 4:
-    raise InputError(
-      f'The text makes {len(rows)} rows of {_CONTEXT.value} tokens, of which '
-      'half judge the gate; at least 8 are needed. Give more text or a '
-      'smaller --context.'
-    )
-
-  arrays = None
-  if _GATE.value == 'learned':
-    total = sum(map(len, fitting))
-    with cli.Progress(total, 'fitting', 'tokens') as progress:
-      seen = depth.read_static(
-        model, fitting, batch=_BATCH.value, states=True,
-        progress=progress.update,
-      )  # fmt: skip
-    assert seen.states_RxNxLxD is not None
-    arrays = gates.fit(
-      seen.states_RxNxLxD[:, seen.scored_NxL],
-      seen.right_RxNxL[:, seen.scored_NxL], _RIDGE.value,
-    )  # fmt: skip
-  static = depth.read_static(model, judging, arrays, batch=_BATCH.value)
-  total = len(_SHARES) * int(static.scored_NxL.sum())
-  with cli.Progress(total, 'calibrating', 'tokens') as progress:
-    points = depth.curve(
-      model, static, [_GATE.value], arrays, kv=_KV.value, shares=_SHARES,
+  with cli.Progress(
+    gating.work(rows, _GATE.value), 'calibrating', 'tokens'
+  ) as progress:
+    gate, points = gating.fit_gate(
+      model, rows, kind=_GATE.value, kv=_KV.value, agreement=agreement,
+      loss=_LOSS.value, confidence=_CONFIDENCE.value, ridge=_RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip
-  chosen = gates.choose(
-    points, agreement=agreement, loss=_LOSS.value,
-    confidence=_CONFIDENCE.value,
-  )  # fmt: skip
+  gate = dataclasses.replace(gate, promise=gate.promise | {'text': path})
   cli.table(depth.table(points), depth.HEADERS)
-  promise = {
-    'agreement': agreement, 'loss': _LOSS.value,
-    'confidence': _CONFIDENCE.value, 'text': path,
-    'tokens': int(static.scored_NxL.sum()),
-    'bound': chosen and chosen[1],
-    'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
-  }  # fmt: skip
-  threshold = chosen[0].threshold if chosen else gates.NEVER
-  gate = gates.Gate(_GATE.value, threshold, arrays, _KV.value, promise)
-  if not chosen:
+  if gate.threshold == gates.NEVER:
     print(
       'No threshold keeps the promise on this text: all tokens will run all '
       'loops.'
@@ -123,7 +89,7 @@ def main(argv) -> None:
   cli.finish(
     {
       'model': out, 'gate': _GATE.value, 'kv': _KV.value,
-      'threshold': threshold, **promise,
+      'threshold': gate.threshold, **gate.promise,
       'points': [p.plain() for p in points],
       'peak_memory_bytes': cli.peak_memory_bytes(),
     }

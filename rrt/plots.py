@@ -15,6 +15,9 @@ th, td { padding: .3em .9em; text-align: left; vertical-align: top;
          border-bottom: 1px solid #ddd; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; }
+.loop1 { background: #c8e6c9 } .loop2 { background: #fff3b0 }
+.loop3 { background: #ffd6a5 } .loop4 { background: #ffadad }
+.loop5 { background: #e0bbff }
 """
 
 
@@ -72,7 +75,7 @@ def loss_curves(
   for axes in (left, right):
     axes.grid(alpha=0.3)
     axes.legend()
-  return _svg(figure)
+  return svg(figure)
 
 
 def depth_curve(points: Sequence[Any], loops: int) -> str:
@@ -104,10 +107,10 @@ def depth_curve(points: Sequence[Any], loops: int) -> str:
     axes.set_xlim(0.95, loops + 0.05)
     axes.grid(alpha=0.3)
   left.legend(fontsize='small')
-  return _svg(figure)
+  return svg(figure)
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
   """The figure as an <svg> element; it is closed."""
   figure.tight_layout()
   buffer = io.StringIO()
@@ -124,6 +127,8 @@ def demo_page(
   history: Sequence[dict[str, Any]],
   seconds: float,
   tokens_a_step: int,
+  exits: dict[str, Any],
+  ways: dict[str, dict[str, Any]],
 ) -> str:
   """The demo's report as one HTML page without outside parts."""
   say = html.escape
@@ -166,5 +171,41 @@ in all.</p>
 <th class="number">seconds to make</th></tr>{numbers}</table>
 {loss_curves(history, levels)}
 <h2>What they write</h2>{texts}
+{_exits(exits, ways)}
 </body></html>
 """
+
+
+def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
+  """The part of the page about tokens that leave early."""
+  say = html.escape
+  held, first = exits['held'], exits['first']
+  numbers = ''.join(
+      f'<tr><td>{say(name)}</td>'
+      f'<td class="number">{w["tokens_per_second"]:.1f}</td>'
+      f'<td class="number">{w["loops"]:.2f}</td>'
+      f'<td class="number">{w["same"]} of {len(w["tokens"])}</td></tr>'
+      for name, w in ways.items()
+  )  # fmt: skip
+  texts = ''.join(
+    f'<p><b>{say(name)}</b><br>{say(w["prompt"])}'
+    + ''.join(
+      f'<span class="loop{min(n, 5)}">{say(piece)}</span>'
+      for piece, n in w['pieces']
+    )
+    + '</p>'
+    for name, w in ways.items()
+  )
+  legend = ' '.join(
+    f'<span class="loop{min(n, 5)}">after loop {n}</span>'
+    for n in range(1, exits['loops'] + 1)
+  )
+  return f"""<h2>Tokens that leave early</h2>
+<p>All of them after loop 1: {first.lost_nats:+.3f} nats a token,
+{100 * first.agreement:.0f} % as at full depth. The gate, calibrated to lose
+less than {exits['promise']} nats: {held.mean_loops:.2f} loops a token,
+{held.lost_nats:+.3f} nats, {100 * held.agreement:.0f} % as at full depth.</p>
+<table><tr><th>engine, {len(ways['exits']['tokens'])} texts at once</th>
+<th class="number">tokens a second</th><th class="number">loops a token</th>
+<th class="number">as full depth</th></tr>{numbers}</table>
+<p>{legend}</p>{texts}"""

@@ -45,7 +45,10 @@ _THRESHOLD = flags.DEFINE_float(
   "Of the gate; the stored one's own by default; 2 never leaves early.",
 )
 _LOSSLESS = flags.DEFINE_bool(
-  'lossless', False, 'Speculate after the first loop; same text, sooner.'
+  'lossless',
+  False,
+  'Speculate after the first loop; same text, sooner. With a gate, requests '
+  'may say "lossless": false and leave early instead.',
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'

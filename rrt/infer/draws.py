@@ -52,6 +52,10 @@ def draw(plan: Plan, params, requests, end_E, state: State):
     ahead_SxK = f.position_SxK - state.base_S[:, None]
     number_SxK = state.count_S[:, None] + ahead_SxK + 1
     guess_SxK &= number_SxK < requests.room_S[:, None]
+    # Guesses are for lanes that would be empty.
+    free = plan.lanes - jnp.sum(f.stage_SxK != EMPTY)
+    rank_SxK = jnp.cumsum(guess_SxK.reshape(-1)).reshape(guess_SxK.shape)
+    guess_SxK &= rank_SxK <= free
     wanted_SxK |= guess_SxK
   order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
   finals = jnp.sum(final_SxK)

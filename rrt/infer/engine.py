@@ -74,8 +74,13 @@ class Engine:
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
     check_fit(self.plan)
-    params = decode.cast(unstack(model.params), options.dtype)
-    self._params = lora.widen_all(params)
+    params = unstack(model.params)
+    if options.weight_dtype:
+      params = decode.cast(params, options.weight_dtype)
+    params = decode.cast(params, options.dtype)
+    if not options.groups_lora(model.config):
+      params = lora.widen_all(params)
+    self._params = params
     self._gate = jax.tree.map(jnp.asarray, arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
@@ -255,7 +260,9 @@ class Engine:
       if running is None and self.waiting:
         request = self.waiting.popleft()
         self.running[slot] = request
-        self._table = with_request(self._table, slot, request, self._threshold)
+        self._table = with_request(
+          self._table, slot, request, self._threshold, self.plan.lossless
+        )
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
         if self.plan.penalties:

@@ -41,7 +41,8 @@ class Plan:
     steps: of one call.
     kv: what the loops that a token skipped keep of it; see `Engine`.
     gate: kind of exit gate.
-    lossless: draft after `draft_loop` loops, verify after all.
+    lossless: whether requests may draft after `draft_loop` loops and verify
+      after all.
     draft_loop: loops before a guess.
     dtype: of the computation.
     kv_dtype: of the cache.
@@ -79,6 +80,7 @@ class Requests(NamedTuple):
     sampling: its rules.
     penalties: for repeating itself.
     logprobs_S: whether log-probabilities are to be told.
+    lossless_S: whether it speculates and takes no exits.
   """
 
   room_S: rules.Array
@@ -87,6 +89,7 @@ class Requests(NamedTuple):
   sampling: rules.Sampling
   penalties: rules.Penalties
   logprobs_S: rules.Array
+  lossless_S: rules.Array
 
 
 class Seen(NamedTuple):

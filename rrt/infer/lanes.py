@@ -56,9 +56,9 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
 
   def body(carry):
     i, state, all_drawn = carry
-    state = _run_block(plan, params, gate, requests, state)
+    state = run_block(plan, params, gate, requests, state)
     state, drawn = draw(plan, params, requests, end_E, state)
-    state = _enter(plan, params, state)
+    state = enter(plan, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)
 
@@ -66,14 +66,14 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
     lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), nothing_drawn(plan)
   )
   # A sequence that was just admitted has not been through the prelude.
-  carry = (jnp.int32(0), _enter(plan, params, state), none)
+  carry = (jnp.int32(0), enter(plan, params, state), none)
   _, state, drawn = jax.lax.while_loop(
     lambda c: (c[0] < plan.steps) & jnp.any(c[1].live_S), body, carry
   )
   return state, drawn, state.counters
 
 
-def _run_block(plan: Plan, params, gate, requests, state: State) -> State:
+def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   """One loop of the block for the picked flights; some then leave it."""
   c, f, R = plan.config, state.flights, plan.config.loops
   S = plan.slots
@@ -105,11 +105,13 @@ def _run_block(plan: Plan, params, gate, requests, state: State) -> State:
       state.count_S[rows.slot_B],
     )  # fmt: skip
     sure_B = sure_B >= requests.threshold_S[rows.slot_B]
-    leaves_B |= sure_B & ~fills_B
+    lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
+    leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, DUE), RUN)
   asks_SxK = f.asks_SxK
   if plan.lossless:
-    asks_B = rows.of(asks_SxK) | (loop_B == plan.draft_loop)
+    asks_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
+    asks_B = rows.of(asks_SxK) | ((loop_B == plan.draft_loop) & asks_B)
     asks_SxK = rows.put(asks_SxK, asks_B)
   f = f._replace(
     stage_SxK=rows.put(f.stage_SxK, stage_B),
@@ -128,7 +130,7 @@ def _run_block(plan: Plan, params, gate, requests, state: State) -> State:
   )
 
 
-def _enter(plan: Plan, params, state: State) -> State:
+def enter(plan: Plan, params, state: State) -> State:
   """Embedding and prelude of flights that wait for them."""
   wanted_SxK = state.flights.stage_SxK == ENTER
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from rrt.errors import InputError
 from rrt.infer import decode, exits
 from rrt.infer.flights import Plan
 from rrt.models import pages
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
+LORA = ('auto', 'wide', 'grouped')
+_LARGE = 256  # Ranks of all loops together, from which grouping pays.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +36,27 @@ class Options:
     threshold: of the gate, for requests that name none; above 1 no token
       leaves early. None is the stored gate's own, and for others needed.
     lossless: speculate on tokens after `draft_loop` loops; the text is that
-      of full depth.
+      of full depth. With a gate, each request says which of both it wants.
     draft_loop: loops before a guess.
     lanes: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot,
-      which is the default. With fewer lanes than tokens guesses wait first.
-    draws: tokens that coda, head and prelude take in one step; None for all.
+      which is the default. Guesses are made where lanes are free for them:
+      with fewer than R a slot speculation ends by itself as slots fill.
+    draws: tokens that coda, head and prelude take in one step; None for as
+      many as a block step.
     pool: draw when so many tokens are due, or all; None for all at full
       depth, at once elsewhere.
     steps: block steps of one call; the host looks in between.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
     kv_dtype: of the cache; None for the same.
+    weight_dtype: 'bfloat16' rounds the weights to it and goes on computing in
+      `dtype`, which is the fastest on a CPU; None rounds nothing.
+    lora: how tokens of several loops take their loops' LoRA. 'wide' computes
+      all loops' and masks, with two dense products; 'grouped' sorts the tokens
+      by loop (`jax.lax.ragged_dot`, which is a dense product a loop on a CPU);
+      'auto' is 'grouped' where an accelerator runs ranks that add up to 256
+      or more.
     penalties: whether requests may ask for penalties, for which the tokens of
       each slot are counted.
     logprobs: how many alternatives requests may ask log-probabilities of; -1
@@ -64,6 +77,8 @@ class Options:
   page: int = 128
   dtype: str = 'float32'
   kv_dtype: str | None = None
+  weight_dtype: str | None = None
+  lora: str = 'auto'
   penalties: bool = False
   logprobs: int = -1
 
@@ -87,9 +102,10 @@ class Options:
     )  # fmt: skip
     need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
     exits.check_kind(self.gate)
-    for field in ('dtype', 'kv_dtype'):
+    for field in ('dtype', 'kv_dtype', 'weight_dtype'):
       value = getattr(self, field) or self.dtype
       need(value in decode.DTYPES, field, f'must be one of {decode.DTYPES}')
+    need(self.lora in LORA, 'lora', f'must be one of {LORA}')
     longest = config.max_context
     need(
       self.context is None or self.context <= longest, 'context',
@@ -121,8 +137,10 @@ class Options:
       f'must lie in {self.slots} (slots) to {most}',
     )  # fmt: skip
     if self.lossless:
-      need(self.gate == 'none', 'gate', 'the lossless mode takes no gate')
-      need(self.kv == 'own', 'kv', "the lossless mode is 'own'")
+      need(
+        self.kv != 'exact_fill', 'kv',
+        'the lossless mode has its own tokens in the lanes that this needs',
+      )  # fmt: skip
       need(
         self.draft_loop < config.loops, 'draft_loop',
         f'must be below the {config.loops} loops of the model',
@@ -133,6 +151,13 @@ class Options:
     """Whether a slot may have several tokens under way."""
     return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
 
+  def groups_lora(self, config) -> bool:
+    """Whether tokens are sorted by loop for their LoRA."""
+    if self.lora != 'auto' or config.lora is None:
+      return self.lora == 'grouped'
+    widest = max(config.lora.width(c) for c in config.shapes())
+    return jax.default_backend() != 'cpu' and config.loops * widest >= _LARGE
+
   def plan(self, config) -> Plan:
     """What the device step is compiled for."""
     self.check(config)
@@ -141,12 +166,13 @@ class Options:
     most = self.slots * flights
     at_once = self.lossless or self.gate != 'none'
     pool = self.pool or (1 if at_once else self.slots)
-    draws = min(self.draws or most, most)
+    lanes = self.lanes or most
+    draws = min(self.draws or lanes, most)
     return Plan(
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
       page=self.page, slots=self.slots,
-      lanes=self.lanes or most,
+      lanes=lanes,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop, dtype=self.dtype,

@@ -25,6 +25,8 @@ class Request:
     logprobs: alternatives to tell log-probabilities of; None for none.
     ignore_end: go on through end tokens.
     threshold: of the exit gate; None for the engine's.
+    lossless: whether to speculate, at full depth, rather than to leave early;
+      None is the engine's way, and no where a threshold is given.
     tokens: what was drawn.
     loops: after how many loops each token was drawn.
     told: of each token, if asked: its log-probability and the likeliest
@@ -42,6 +44,7 @@ class Request:
   seed: int = 0
   ignore_end: bool = False
   threshold: float | None = None
+  lossless: bool | None = None
   presence: float = 0.0
   frequency: float = 0.0
   repetition: float = 1.0
@@ -63,6 +66,8 @@ class Request:
       raise InputError(
         f'repetition={self.repetition}: must be above 0; 1 is none.'
       )
+    if self.lossless and not plan.lossless:
+      raise InputError('lossless: needs an engine with lossless=True.')
     if self.logprobs is not None and not (0 <= self.logprobs <= plan.logprobs):
       raise InputError(
         f'logprobs={self.logprobs}: this engine tells up to '
@@ -80,16 +85,26 @@ def empty_table(slots: int) -> flights.Requests:
     f(np.float32), f(np.float32), np.ones(slots, np.float32)
   )
   return flights.Requests(
-    f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool)
+    f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool)
   )
 
 
 def with_request(
-  table: flights.Requests, slot: int, request: Request, threshold: float
-) -> flights.Requests:
-  """A new table, as the old one may still be on its way to the device."""
+  table: flights.Requests, slot: int, request: Request, threshold: float,
+  lossless: bool,
+) -> flights.Requests:  # fmt: skip
+  """A new table, as the old one may still be on its way to the device.
+
+  Args:
+    table: the old one.
+    slot: whose row is written.
+    request: what goes there.
+    threshold, lossless: of the engine.
+  """
   if request.threshold is not None:
-    threshold = request.threshold
+    threshold, lossless = request.threshold, False
+  if request.lossless is not None:
+    lossless = request.lossless
 
   def put(array_S, value):
     array_S = np.array(array_S)
@@ -110,6 +125,7 @@ def with_request(
     put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
     put(table.threshold_S, threshold), sampling, penalties,
     put(table.logprobs_S, r.logprobs is not None),
+    put(table.lossless_S, lossless),
   )  # fmt: skip
 
 

@@ -178,6 +178,7 @@ def parse(
       if f.get('exit_threshold') is None
       else f.number('exit_threshold', 1.0, -2.0, 2.0)
     ),
+    lossless=None if f.get('lossless') is None else f.flag('lossless'),
   )
   requests: list[Request] = []
   for prompt in prompts:

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import gates, rules, sample
+from rrt.infer import decode, gates, rules, sample
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
 from tests import runs
@@ -87,6 +88,30 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
 
 
 @each_model
+def test_tokens_sorted_by_loop_get_the_same_lora(name):
+  gate = learned_gate(name)
+  rest = dict(kv='write_ahead', gate='learned', threshold=0.5)
+  engine = Engine(
+    model(name), slots=3, page=8, steps=4, lora='grouped', arrays=gate, **rest
+  )
+  assert 'lora_a' in str(jax.tree.structure(engine._params))
+  assert written(engine) == expected(name, arrays=gate, **rest)
+
+
+def test_weights_are_rounded_and_the_arithmetic_is_not():
+  m = model('llama')
+  rounded = types.SimpleNamespace(
+    config=m.config, tokenizer=None,
+    params=jax.tree.map(
+      np.asarray, decode.cast(decode.cast(m.params, 'bfloat16'), 'float32')
+    ),
+  )  # fmt: skip
+  want = written(Engine(rounded, slots=3, page=8))
+  assert want != expected('llama')
+  assert written(Engine(m, slots=3, page=8, weight_dtype='bfloat16')) == want
+
+
+@each_model
 def test_bfloat16_does_not_depend_on_the_batch_either(name):
   engine = Engine(model(name), slots=3, page=8, steps=4, dtype='bfloat16')
   want = written(engine)
@@ -153,6 +178,38 @@ def test_lossless_equals_full_depth(name, options):
   alone = Engine(model(name), slots=options['slots'], page=8, steps=4)
   written(alone)
   assert figures['steps'] < alone.figures()['steps']
+
+
+@each_model
+@pytest.mark.parametrize('kv', ['write_ahead', 'propagate'])
+def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
+  gate = learned_gate(name)
+  early = expected(name, kv=kv, gate='learned', arrays=gate, threshold=0.5)
+  exact = expected(name)
+  engine = Engine(
+    model(name), arrays=gate, lossless=True, gate='learned', threshold=2, kv=kv,
+    slots=3, page=8, steps=4,
+  )  # fmt: skip
+  kinds = [dict(threshold=0.5), {}, dict(threshold=0.5, lossless=True)]
+  requests = [
+    Request(p, n, ignore_end=True, **kinds[i % 3])
+    for i, (p, n) in enumerate(zip(PROMPTS, ROOMS, strict=True))
+  ]
+  engine.run(requests)
+  for i, r in enumerate(requests):
+    assert (r.tokens, r.loops) == (exact[i] if i % 3 else early[i])
+  assert engine.figures()['guesses']
+
+
+def test_speculation_ends_where_no_lane_is_free():
+  engine = Engine(
+    model('llama'), lossless=True, slots=2, lanes=2, page=8, steps=4
+  )
+  request = lambda: Request(PROMPTS[1], ROOMS[1], ignore_end=True)
+  engine.run([request(), request()])
+  assert engine.figures()['guesses'] == 0
+  engine.run([request()])
+  assert engine.figures()['guesses'] > 0
 
 
 def test_lossless_sampling_equals_full_depth_sampling():
@@ -271,13 +328,15 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(context=65), 'context=65: the model was made for 64'),
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
     (
-      dict(lossless=True, gate='change', kv='propagate', threshold=1),
-      "gate='change'",
+      dict(lossless=True, gate='change', kv='exact_fill', threshold=1),
+      "kv='exact_fill'",
     ),
     (dict(slots=10**9), 'GiB are free'),
     (dict(logprobs=-2), 'logprobs=-2'),
     (dict(page=2), 'page=2'),
     (dict(lanes=3), 'lanes=3'),
+    (dict(lora='deep'), "lora='deep'"),
+    (dict(weight_dtype='int8'), "weight_dtype='int8'"),
     (dict(gate='change', kv='propagate'), 'threshold=None'),
     (dict(gate='learned', kv='propagate', threshold=1), "gate='learned'"),
   ],
@@ -297,6 +356,7 @@ def test_sequence_order_is_refused():
   [
     (Request([], 3), 'a prompt'),
     (Request([1], 0), 'room'),
+    (Request([1], 2, lossless=True), 'lossless'),
     (Request([1] * 60, 5), 'context of 64'),
     (Request([53], 5), '0..52'),
     (Request([1], 5, presence=0.5), 'penalties=True'),

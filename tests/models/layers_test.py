@@ -8,7 +8,7 @@ import pytest
 from rrt.config import Rope
 from rrt.models.attention import attend, visible
 from rrt.models.layers import apply_rope, rms_norm, rope_frequencies
-from rrt.relax.lora import low_rank, merge
+from rrt.relax.lora import low_rank, low_rank_wide, merge, widen
 
 
 def test_rope_rotates_by_position_times_frequency():
@@ -88,13 +88,17 @@ def test_grouped_attention_equals_repeated_heads():
   )
 
 
-def test_low_rank_by_row_equals_merged_weights():
+@pytest.mark.parametrize('wide', [False, True])
+def test_low_rank_by_row_equals_merged_weights(wide):
   rng = np.random.default_rng(2)
   x = rng.normal(size=(3, 4, 6)).astype(np.float32)
   a = rng.normal(size=(2, 6, 3)).astype(np.float32)
   b = rng.normal(size=(2, 3, 5)).astype(np.float32)
   loops = np.array([1, 0, 1])
-  got = low_rank(jnp.asarray(x), a, b, jnp.asarray(loops), 0.5)
+  if wide:
+    got = low_rank_wide(jnp.asarray(x), *widen(a, b), loops, 2, 0.5)
+  else:
+    got = low_rank(jnp.asarray(x), a, b, jnp.asarray(loops), 0.5)
   for row, loop in enumerate(loops):
     w = merge(np.zeros((6, 5), np.float32), a[loop], b[loop], 0.5)
     np.testing.assert_allclose(got[row], x[row] @ w, atol=1e-5)

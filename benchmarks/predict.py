@@ -1,0 +1,185 @@
+"""What the engine takes, predicted from its passes and then measured.
+
+    python -m benchmarks.predict --model=runs/smollm2_10x3
+
+Times each kind of pass by itself (block, coda and head, prelude, prefill, an
+empty call), lets `rrt.infer.simulate` count the passes of a drain under four
+policies, and runs the engine on the same requests. The counts must be the
+engine's own exactly; the seconds are compared.
+"""
+
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common, serving
+from rrt import cli, pretrained
+from rrt.errors import InputError
+from rrt.infer import draws, flights, lanes, simulate
+from rrt.infer import engine as engines
+from rrt.infer.engine import Engine
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+  'predictions', 'benchmarks/results/predict.json', 'JSON file.'
+)
+_ROUNDS = 16
+
+
+def measure(engine: Engine) -> simulate.Times:
+  """Seconds of each pass of an engine, with all its slots taken.
+
+  Args:
+    engine: fresh; it is used up.
+  """
+  plan, params, gate = engine.plan, engine._params, engine._gate
+  S, page = plan.slots, plan.page
+  rng = np.random.default_rng(0)
+  draw_ids = lambda n: rng.integers(5, plan.config.vocab_size, n).tolist()
+
+  prefill = {}
+  size = 16
+  while size <= engine.context:
+    ids = draw_ids(size)
+    prefill[size] = _seconds(lambda ids=ids: engine._prefill(ids), 4)
+    size *= 2
+  call = _seconds(lambda: _call_empty(engine), 4)
+
+  state = engine._state
+  position_SxK = jnp.arange(S)[:, None] * 0
+  table = engine._table
+  table = table._replace(room_S=np.full(S, 10**6, np.int32))
+
+  def passes(stage, body, position):
+    """Runs a pass again and again on all slots."""
+
+    def once(_, state):
+      f = state.flights._replace(
+        stage_SxK=jnp.full_like(state.flights.stage_SxK, stage),
+        position_SxK=position_SxK + position,
+        loop_SxK=jnp.zeros_like(state.flights.loop_SxK),
+      )
+      state = state._replace(
+        flights=f, live_S=jnp.ones(S, bool),
+        base_S=jnp.full_like(state.base_S, position),
+        count_S=jnp.zeros_like(state.count_S),
+      )  # fmt: skip
+      return body(state)
+
+    return lambda params, table, state: jax.lax.fori_loop(
+      0, _ROUNDS, once, state
+    )
+
+  kinds = {
+    'block': (flights.RUN, lambda p, t: lambda s: lanes.run_block(
+      plan, p, gate, t, s)),
+    'draw': (flights.DUE, lambda p, t: lambda s: draws.draw(
+      plan, p, t, jnp.asarray([-1]), s)[0]),
+    'enter': (flights.ENTER, lambda p, t: lambda s: lanes.enter(plan, p, s)),
+  }  # fmt: skip
+  found = {}
+  most = -(-engine.context // page)
+  for kind, (stage, body) in kinds.items():
+    at = {}
+    for pages in sorted({1, most}):
+      position = min(pages * page, engine.context) - 1
+      run = jax.jit(
+        lambda p, t, s, stage=stage, body=body, position=position: passes(
+          stage, body(p, t), position
+        )(p, t, s),
+        donate_argnums=2,
+      )
+      state = jax.block_until_ready(run(params, table, state))
+      took = []
+      for _ in range(3):
+        began = time.perf_counter()
+        state = jax.block_until_ready(run(params, table, state))
+        took.append((time.perf_counter() - began) / _ROUNDS)
+      at[pages] = float(np.median(took))
+    found[kind] = at
+  by_pages = lambda at: (
+    lambda n: float(np.interp(n, list(at), list(at.values())))
+  )
+  bucket = lambda n: engines.decode.bucket(n, engine.context)
+  return simulate.Times(
+    by_pages(found['block']), by_pages(found['draw']),
+    by_pages(found['enter']),
+    lambda n: float(
+      np.interp(bucket(n), list(prefill), list(prefill.values()))
+    ),
+    call,
+  )  # fmt: skip
+
+
+def _call_empty(engine: Engine):
+  """A call with no sequence in it, and its way to the host."""
+  engine._state, *out = engines._call(
+    engine.plan, engine._params, engine._gate, engine._table, engine._end_E,
+    engine._state,
+  )  # fmt: skip
+  return jax.device_get(out)
+
+
+def _seconds(run, repeats: int) -> float:
+  jax.block_until_ready(run())
+  took = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    took.append(time.perf_counter() - began)
+  return float(np.median(took))
+
+
+def main(_):
+  if not FLAGS.model:
+    raise InputError('--model is missing: a model of two loops or more.')
+  common.use_huge_pages()
+  model = pretrained.load(FLAGS.model)
+  work = serving.workload(model.config.vocab_size)
+  arrays, depth = serving.replay(model.config.loops, FLAGS.depth)
+  figures: dict = {'mean_loops': depth}
+  rows = []
+  for name, options in serving.policies(model.config, arrays, depth).items():
+    if 'lossless' in options:
+      continue
+    run = serving.ours(model, work, **options)
+    run()
+    took = []
+    for _ in range(FLAGS.repeats):
+      began = time.perf_counter()
+      run()
+      took.append(time.perf_counter() - began)
+    measured = float(np.median(took))
+    times = measure(serving.new_engine(model, work, **options))
+    table = arrays['loops'] if 'gate' in options else None
+    found = simulate.schedule(
+      simulate.Policy.of(run.engine.plan), [(len(p), n) for p, n in work],
+      table,
+    )  # fmt: skip
+    predicted = simulate.seconds(found, times)
+    counted = {
+      'steps': found.steps, 'draw_steps': len(found.draw_pages),
+      'lanes': found.lanes, 'stalls': found.stalls,
+    }  # fmt: skip
+    same = all(run.figures[k] == v for k, v in counted.items())
+    figures[name] = {
+      'predicted': predicted, 'measured': measured,
+      'error': predicted / measured - 1, 'counts_equal': same,
+    } | counted  # fmt: skip
+    rows.append((
+      name, found.steps, predicted, measured,
+      f'{100 * (predicted / measured - 1):+.1f} %', 'yes' if same else 'no',
+    ))  # fmt: skip
+  cli.table(
+    rows,
+    ('policy', 'block steps', 'predicted s', 'measured s', 'error', 'counts'),
+  )
+  common.save(FLAGS.predictions, figures)
+  cli.finish(figures)
+
+
+if __name__ == '__main__':
+  cli.run(main)

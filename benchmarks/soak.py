@@ -1,0 +1,252 @@
+"""Ten minutes of unkind clients against the server.
+
+    python -m benchmarks.soak --model=runs/smollm2_10x3 --minutes=10
+
+Starts `python -m rrt.serve` and 64 clients that ask, greedily and in streams,
+for texts whose tokens are known; hang up in the middle; send broken, huge and
+over-long requests; and look at /health all the while. Reported: wrong texts
+(none may be), answers by status, the memory of the server's process over the
+time, and how long /health took. A run that finds a wrong text, an unexpected
+status or a dead server ends with status 1.
+"""
+
+import collections
+import concurrent.futures
+import http.client
+import json
+from pathlib import Path
+import random
+import subprocess
+import sys
+import threading
+import time
+
+from absl import flags
+import numpy as np
+
+from benchmarks import common
+from rrt import cli
+from rrt.errors import InputError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('model', None, 'As rrt.serve takes it.')
+flags.DEFINE_float('minutes', 10.0, 'How long.')
+flags.DEFINE_integer('clients', 64, 'At once.')
+flags.DEFINE_integer('slots', 16, 'Of the server.')
+flags.DEFINE_integer('context', 256, 'Of the server.')
+flags.DEFINE_list('serve', [], 'Further flags of rrt.serve.')
+flags.DEFINE_string('out', 'benchmarks/results/soak.json', 'JSON file.')
+
+_PROMPTS = (
+  'The sea is', 'Once upon a time', 'In 1912 the city', 'A good teacher',
+  'The first rule of', 'Water boils when', 'My grandmother used to',
+  'The committee decided', 'Light travels', 'Nobody expected the',
+)  # fmt: skip
+_LENGTHS = (8, 17, 33, 64)
+_BAD = (
+  (b'{', 400),
+  (b'\xff\xfe{}', 400),
+  (b'[]', 400),
+  (b'{"prompt": ""}', 400),
+  (b'{"prompt": "a", "max_tokens": -1}', 400),
+  (b'{"prompt": "a", "temperature": NaN}', 400),
+  (b'{"prompt": [999999999]}', 400),
+  (b'{"prompt": "a", "model": "other"}', 404),
+  (b'{"prompt": "' + b'word ' * 2000 + b'"}', 400),
+  (b'{"prompt": "' + b'x' * (1 << 21) + b'"}', 413),
+  (b'[' * 100_000, 400),
+)
+
+
+class Server:
+  """`rrt.serve` in a process of its own."""
+
+  def __init__(self):
+    self.process = subprocess.Popen(
+      [
+        sys.executable, '-m', 'rrt.serve', f'--model={FLAGS.model}',
+        '--port=0', f'--slots={FLAGS.slots}', f'--context={FLAGS.context}',
+        *FLAGS.serve,
+      ],
+      stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert self.process.stdout is not None
+    for line in self.process.stdout:
+      if ' at http://' in line:
+        self.port = int(line.rstrip().rstrip('/').rsplit(':', 1)[1])
+        break
+    else:
+      raise InputError('The server did not start.')
+
+  def rss(self) -> int:
+    """Bytes of its memory."""
+    fields = Path(f'/proc/{self.process.pid}/statm').read_text().split()
+    return int(fields[1]) * 4096
+
+  def ask(self, method: str, path: str, body: bytes | None = None):
+    """(status, response, connection)."""
+    connection = http.client.HTTPConnection('127.0.0.1', self.port, timeout=300)
+    kind = {'Content-Type': 'application/json'} if body else {}
+    connection.request(method, path, body, kind)
+    answer = connection.getresponse()
+    return answer.status, answer, connection
+
+
+class Client:
+  """One client; what it saw."""
+
+  def __init__(self, server: Server, seed: int):
+    self.server, self.random = server, random.Random(seed)
+    self.seen: collections.Counter[str] = collections.Counter()
+    self.texts: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
+
+  def run(self, until: float) -> None:
+    """Asks until the time comes."""
+    while time.monotonic() < until:
+      draw = self.random.random()
+      if draw < 0.15:
+        self.bad()
+      elif draw < 0.35:
+        self.leave()
+      else:
+        self.complete(stream=draw < 0.7)
+
+  def body(self, stream: bool) -> tuple[tuple[str, int], bytes]:
+    """A request, and what names its answer."""
+    key = self.random.choice(_PROMPTS), self.random.choice(_LENGTHS)
+    asked = {
+      'prompt': key[0], 'max_tokens': key[1], 'temperature': 0,
+      'stream': stream, 'ignore_eos': True,
+    }  # fmt: skip
+    return key, json.dumps(asked).encode()
+
+  def count(self, what: str, status: int) -> bool:
+    """Counts an answer; whether it was good. Waits after a 429."""
+    self.seen[f'{what} {status}'] += 1
+    if status == 429:
+      time.sleep(self.random.uniform(0.5, 1.5))
+    return status == 200
+
+  def complete(self, stream: bool) -> None:
+    """A whole answer."""
+    key, body = self.body(stream)
+    status, answer, link = self.server.ask('POST', '/v1/completions', body)
+    raw = answer.read().decode()
+    link.close()
+    if not self.count('stream' if stream else 'whole', status):
+      return
+    if not stream:
+      text = json.loads(raw)['choices'][0]['text']
+    else:
+      events = [e[6:] for e in raw.split('\n\n') if e]
+      if events[-1] != '[DONE]':
+        self.seen['broken stream'] += 1
+        return
+      text = ''.join(
+        c['text'] for e in events[:-1] for c in json.loads(e)['choices']
+      )
+    self.texts[key].add(text)
+
+  def leave(self) -> None:
+    """Hangs up in the middle of a stream, or before its first byte."""
+    _, body = self.body(stream=True)
+    status, answer, link = self.server.ask('POST', '/v1/completions', body)
+    if self.count('left', status):
+      answer.read(self.random.choice((0, 1, 300)))
+    link.close()
+
+  def bad(self) -> None:
+    """Something that must be refused."""
+    body, want = self.random.choice(_BAD)
+    try:
+      status, answer, link = self.server.ask('POST', '/v1/completions', body)
+      answer.read()
+      link.close()
+    except (ConnectionError, http.client.HTTPException):
+      # It answers a huge body before it has read it, and closes.
+      status = want if want == 413 else 0
+    self.seen[f'bad {status}' if status == want else f'WRONG {status}'] += 1
+
+
+def main(_):
+  if not FLAGS.model:
+    raise InputError('--model is missing.')
+  from rrt import pretrained
+  from rrt.infer import sample
+
+  want = {}
+  model = pretrained.load(FLAGS.model)
+  for length in _LENGTHS:
+    done = sample.complete(
+      model, list(_PROMPTS), max_new_tokens=length, ignore_end=True
+    )
+    want |= {(p, length): d.text for p, d in zip(_PROMPTS, done, strict=True)}
+  del model
+  server = Server()
+  clients = [Client(server, seed) for seed in range(FLAGS.clients)]
+  until = time.monotonic() + 60 * FLAGS.minutes
+  memory, health = [], []
+  stop = threading.Event()
+
+  def look():
+    while not stop.is_set():
+      began = time.perf_counter()
+      status, answer, link = server.ask('GET', '/health')
+      answer.read()
+      link.close()
+      if status != 200:
+        raise RuntimeError(f'/health: {status}')
+      health.append(time.perf_counter() - began)
+      memory.append(server.rss())
+      stop.wait(0.5)
+
+  with concurrent.futures.ThreadPoolExecutor(FLAGS.clients + 1) as pool:
+    looks = pool.submit(look)
+    for job in [pool.submit(c.run, until) for c in clients]:
+      job.result()
+    stop.set()
+    looks.result()
+  status, answer, link = server.ask('GET', '/metrics')
+  running = [
+    line for line in answer.read().decode().splitlines()
+    if line.startswith(('vllm:num_requests_running', 'vllm:num_requests_wait'))
+  ]  # fmt: skip
+  link.close()
+  server.process.terminate()
+  ended = server.process.wait(60)
+
+  seen = sum((c.seen for c in clients), collections.Counter())
+  wrong = [
+    key for c in clients for key, texts in c.texts.items()
+    if texts != {want[key]}
+  ]  # fmt: skip
+  checked = sum(v for k, v in seen.items() if k in ('whole 200', 'stream 200'))
+  # The first minute fills caches and pools.
+  settled = memory[len(memory) // 10 :]
+  tenth = max(len(settled) // 10, 1)
+  growth = float(np.mean(settled[-tenth:]) / np.mean(settled[:tenth]) - 1)
+  figures = {
+    'minutes': FLAGS.minutes, 'clients': FLAGS.clients, 'slots': FLAGS.slots,
+    'model': FLAGS.model, 'answers': dict(sorted(seen.items())),
+    'texts_checked': checked, 'wrong_texts': len(wrong),
+    'rss_start': settled[0], 'rss_end': settled[-1], 'rss_growth': growth,
+    'health_p50': float(np.percentile(health, 50)),
+    'health_p99': float(np.percentile(health, 99)),
+    'left_running': running, 'exit_status': ended,
+  }  # fmt: skip
+  cli.table(sorted(seen.items()), ('answer', 'times'))
+  print(
+    f'{checked} texts checked, {len(wrong)} wrong; memory '
+    f'{settled[0] / 2**20:.0f} to {settled[-1] / 2**20:.0f} MiB '
+    f'({100 * growth:+.1f} %); /health p99 '
+    f'{1000 * figures["health_p99"]:.0f} ms'
+  )
+  common.save(FLAGS.out, figures)
+  cli.finish(figures)
+  bad = [k for k in seen if k.startswith(('WRONG', 'broken'))]
+  if wrong or bad or ended:
+    raise SystemExit(1)
+
+
+if __name__ == '__main__':
+  cli.run(main)
