@@ -77,7 +77,7 @@ def measure(engine: Engine) -> simulate.Times:
     'block': (flights.RUN, lambda p, t: lambda s: lanes.run_block(
       plan, p, gate, t, s)),
     'draw': (flights.DUE, lambda p, t: lambda s: draws.draw(
-      plan, p, t, jnp.asarray([-1]), s)[0]),
+      plan, p, gate, t, jnp.asarray([-1]), s)[0]),
     'enter': (flights.ENTER, lambda p, t: lambda s: lanes.enter(plan, p, s)),
   }  # fmt: skip
   found = {}

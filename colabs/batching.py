@@ -126,7 +126,7 @@ found = {
   'exits, in step': run(pool=4, **exits),
   'exits, refilled': run(**exits),
 }
-plt.bar(found, [int(f['steps']) for _, f in found.values()])
+plt.bar(list(found), [int(f['steps']) for _, f in found.values()])
 plt.ylabel('launches of the block')
 for name, (took, f) in found.items():
   print(f'{name:18} {took:6.2f} s {int(f["steps"]):5} launches')

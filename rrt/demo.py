@@ -235,7 +235,7 @@ def leave_early(model: LanguageModel, text: str, heldout: str):
   rows = perplexity.make_rows(model, text, context, 64 * context)
   shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
   with cli.Progress(
-    gating.work(rows, 'learned', shares), 'calibrate', 'tokens'
+    gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
   ) as progress:
     gate, _ = gating.fit_gate(
       model, rows, loss=_PROMISE.value, shares=shares, progress=progress.update

@@ -70,10 +70,10 @@ _EXITS = flags.DEFINE_string(
     'exits', None,
     'With --text: what leaving early costs, gate by gate; all, or some of '
     'learned (needs a gate from rrt.fit_gate), change, margin, entropy, '
-    'oracle.',
+    'oracle. With --tasks also their scores, by the first two.',
 )  # fmt: skip
 _KV = flags.DEFINE_list(
-    'kv', ['write_ahead'],
+    'kv', ['propagate'],
     'With --exits: what the loops that a token skipped keep of it; some of '
     'write_ahead, propagate, exact_fill.',
 )  # fmt: skip
@@ -127,9 +127,7 @@ def measure(
     from rrt.evals import harness
 
     found = harness.run(
-        model, _TASKS.value, data=_DATA.value, shots=_SHOTS.value,
-        limit=_LIMIT.value, loops=loops, dtype=_DTYPE.value,
-        batch_tokens=512 * _BATCH.value,
+        model, loops=loops, **_task_settings()
     )  # fmt: skip
     figures['tasks'] = {
         r.task: {
@@ -140,6 +138,14 @@ def measure(
     }  # fmt: skip
     figures['mean_score'] = sum(r.score for r in found) / len(found)
   return figures
+
+
+def _task_settings() -> dict:
+  return {
+    'names': _TASKS.value, 'data': _DATA.value, 'shots': _SHOTS.value,
+    'limit': _LIMIT.value, 'dtype': _DTYPE.value,
+    'batch_tokens': 512 * _BATCH.value,
+  }  # fmt: skip
 
 
 def main(argv) -> None:
@@ -186,6 +192,9 @@ def main(argv) -> None:
       model, rows, _EXITS.value, _KV.value, _CURVE.value,
       batch=_BATCH.value, dtype=_DTYPE.value,
     )  # fmt: skip
+  by_exits = []
+  if points and _TASKS.value:
+    by_exits = exit_report.ask_tasks(model, points, **_task_settings())
 
   # The deepest measurement is the model's own; the others stand beside it.
   own = [figures for name, figures in measured if name != 'parent']
@@ -195,6 +204,8 @@ def main(argv) -> None:
     final['by_loops'] = own
   if points:
     final['exits'] = [p.plain() for p in points]
+  if by_exits:
+    final['tasks_by_exits'] = by_exits
   if _PARENT.value:
     final['parent'] = {'model': _PARENT.value} | measured[0][1]
   final['peak_memory_bytes'] = cli.peak_memory_bytes()

@@ -3,8 +3,8 @@ r"""Fits an exit gate to a model and calibrates its threshold to a promise.
 python -m rrt.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
     --out=gated
 
-Half of the rows of the text fit the gate, the other half choose the lowest
-threshold that keeps the promise with the asked confidence. Gate, threshold,
+Half of the rows of the text fit the gate and a lens, which mends what a loop
+before the last gives; the other half choose the lowest threshold that keeps the promise with the asked confidence. Gate, threshold,
 promise and bound are written with the model to --out; `rrt.evaluate --exits`
 measures them on other text.
 """
@@ -32,8 +32,13 @@ _GATE = flags.DEFINE_enum(
   'gate', 'learned', ['learned', 'change'],
   'A logistic regression a loop, or how little the loop changed the state.',
 )  # fmt: skip
+_LENS = flags.DEFINE_bool(
+  'lens', True,
+  'Also fit, by least squares, an affine map a loop from where it leaves a '
+  'token to where the last loop would have; coda and head read through it.',
+)  # fmt: skip
 _KV = flags.DEFINE_enum(
-  'kv', 'write_ahead', ['write_ahead', 'propagate', 'exact_fill'],
+  'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
   'What the loops that a token skipped keep of it.',
 )  # fmt: skip
 _AGREEMENT = flags.DEFINE_float(
@@ -69,10 +74,10 @@ def main(argv) -> None:
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
   with cli.Progress(
-    gating.work(rows, _GATE.value), 'calibrating', 'tokens'
+    gating.work(rows, _GATE.value, _LENS.value), 'calibrating', 'tokens'
   ) as progress:
     gate, points = gating.fit_gate(
-      model, rows, kind=_GATE.value, kv=_KV.value, agreement=agreement,
+      model, rows, kind=_GATE.value, lens=_LENS.value, kv=_KV.value, agreement=agreement,
       loss=_LOSS.value, confidence=_CONFIDENCE.value, ridge=_RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip

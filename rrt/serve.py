@@ -119,7 +119,7 @@ def main(argv) -> None:
     slots=_SLOTS.value,
     context=_CONTEXT.value or min(2048, model.config.max_context),
     gate=_GATE.value, lossless=_LOSSLESS.value, steps=_STEPS.value,
-    kv='write_ahead' if _GATE.value == 'change' else 'own',
+    kv='propagate' if _GATE.value == 'change' else 'own',
     threshold=_THRESHOLD.value, dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value,
     penalties=True, logprobs=20,
   )  # fmt: skip

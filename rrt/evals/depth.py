@@ -87,7 +87,7 @@ class Static:
     nll_NxL: negative log-likelihood of it at full depth.
     top_NxL: the most likely successor at full depth.
     scores: by gate, [R - 1, N, L]: the score after each loop.
-    states_RxNxLxD: the block's outputs, float32, if asked for; R - 1 of them.
+    states_RxNxLxD: the block's outputs, float32, if asked for.
     right_RxNxL: whether the most likely successor after each loop is that of
       full depth.
   """
@@ -125,7 +125,8 @@ def read_static(
   Args:
     model: of two loops or more, in cycle order.
     rows: tokens, from `perplexity.make_rows`.
-    gate: arrays of a learned gate, to score with it too.
+    gate: arrays of a gate: of a learned one, to score with it too, and its
+      lens.
     batch: rows in one pass.
     dtype: of the computation.
     states: keep the block's outputs, to fit a gate on.
@@ -161,7 +162,7 @@ def curve(
   gates: Sequence[str],
   arrays: Any = None,
   *,
-  kv: str = 'write_ahead',
+  kv: str = 'propagate',
   shares: Sequence[float] = SHARES,
   batch: int = 4,
   dtype: str = 'float32',
@@ -183,7 +184,7 @@ def curve(
   """
   points = []
   for gate in gates:
-    if gate == 'learned' and arrays is None:
+    if gate == 'learned' and 'kernel' not in (arrays or {}):
       raise InputError(
         'gate=learned: this model has no gate; python -m rrt.fit_gate fits one.'
       )
@@ -241,7 +242,7 @@ def measure(
   threshold: float,
   arrays: Any = None,
   *,
-  kv: str = 'write_ahead',
+  kv: str = 'propagate',
   batch: int = 4,
   dtype: str = 'float32',
   progress: Callable[[int], None] | None = None,
@@ -256,7 +257,7 @@ def measure(
   for first in range(0, len(depth_NxL), batch):
     part = slice(first, first + batch)
     out = _early(
-      params, arrays if live else None, np.float32(threshold),
+      params, arrays, np.float32(threshold),
       static.tokens_NxL[part], depth_NxL[part], config=model.config,
       kind=gate if live else 'replay', kv=kv, dtype=dtype,
     )  # fmt: skip
@@ -312,35 +313,31 @@ def _static(params, gate, tokens_BxL, *, config, dtype, states):
   targets_BxL = jnp.roll(tokens_BxL, -1, 1)
   read = functools.partial(_read, config, params, dtype)
   nll_BxL, top_BxL, _, _ = read(out.hidden_BxLxD, targets_BxL)
-  kinds = [k for k in LIVE if k != 'learned' or gate is not None]
+  learned = gate is not None and 'kernel' in gate
+  kinds = [k for k in LIVE if k != 'learned' or learned]
   scores: dict[str, list] = {k: [] for k in ('margin', 'entropy', *kinds)}
   right = []
   for r, (before_BxLxD, after_BxLxD) in enumerate(met):
+    read_BxLxD = exits.through_lens(
+      gate, after_BxLxD, jnp.full(tokens_BxL.shape, r + 1), config.loops
+    )
     hidden_BxLxD, _ = passes.leave(
-      config, params, after_BxLxD, context, None, scan=True
+      config, params, read_BxLxD, context, None, scan=True
     )
     _, r_top_BxL, margin_BxL, entropy_BxL = read(hidden_BxLxD, targets_BxL)
     right.append(r_top_BxL == top_BxL)
     scores['margin'].append(margin_BxL)
     scores['entropy'].append(1 - entropy_BxL / math.log(config.vocab_size))
     for kind in kinds:
-      scores[kind].append(_score(kind, gate, before_BxLxD, after_BxLxD, r + 1))
+      scores[kind].append(
+        exits.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
+      )
   kept = None
   if states:
-    kept = jnp.stack([after.astype(jnp.float32) for _, after in met])
+    all_loops = [after for _, after in met] + [out.left_BxLxD]
+    kept = jnp.stack(all_loops).astype(jnp.float32)
   stacked = {k: jnp.stack(v) for k, v in scores.items()}
   return nll_BxL, top_BxL, jnp.stack(right), stacked, kept
-
-
-def _score(kind, arrays, before_BxLxD, after_BxLxD, loops):
-  """`exits.score` of whole rows, [B, L]."""
-  B, L, D = after_BxLxD.shape
-  zero_N = jnp.zeros(B * L, jnp.int32)
-  score_N = exits.score(
-    kind, arrays, before_BxLxD.reshape(-1, D), after_BxLxD.reshape(-1, D),
-    zero_N + loops, zero_N, zero_N,
-  )  # fmt: skip
-  return score_N.reshape(B, L)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))
@@ -350,14 +347,19 @@ def _early(
   def leaves(loops, before_BxLxD, after_BxLxD):
     if kind == 'replay':
       return depth_BxL <= loops
-    score_BxL = _score(kind, arrays, before_BxLxD, after_BxLxD, loops)
+    score_BxL = exits.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
     return score_BxL >= threshold
 
-  out = forward_early(config, params, tokens_BxL, leaves, kv, dtype)
+  lens = functools.partial(_lens, arrays, config.loops)
+  out = forward_early(config, params, tokens_BxL, leaves, kv, dtype, lens)
   nll_BxL, top_BxL, _, _ = _read(
     config, params, dtype, out.hidden_BxLxD, jnp.roll(tokens_BxL, -1, 1)
   )
   return nll_BxL, top_BxL, out.depth_BxL
+
+
+def _lens(arrays, loops, x_BxLxD, depth_BxL):
+  return exits.through_lens(arrays, x_BxLxD, depth_BxL, loops)
 
 
 def _read(config, params, dtype, hidden_BxLxD, targets_BxL):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rrt import cli, plots
 from rrt.errors import InputError
@@ -59,7 +60,7 @@ def measure(
   names = depth.parse_gates(kinds)
   gate = gates.stored(model)
   arrays = gate.arrays if gate else None
-  if arrays is None and kinds == 'all':
+  if 'kernel' not in (arrays or {}) and kinds == 'all':
     names.remove('learned')
   with cli.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
     static = depth.read_static(
@@ -85,3 +86,47 @@ def measure(
     Path(curve).write_text(plots.depth_curve(points, model.config.loops))
     print(f'drawn to {curve}')
   return points
+
+
+def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
+  """Asks the tasks at each point of a live gate, and prints the scores.
+
+  Args:
+    model: as for `measure`.
+    points: from `measure`; gates that need the head are left out.
+    **settings: of `harness.run`.
+
+  Returns:
+    A row for each point: gate, kv, threshold, loops of the text's tokens, the
+    mean score and each task's.
+  """
+  from rrt.evals import harness
+
+  gate = gates.stored(model)
+  arrays = gate.arrays if gate else None
+  found: list[dict[str, Any]] = []
+  for p in points:
+    if p.gate not in depth.LIVE:
+      continue
+    results = harness.run(
+      model, gate=gates.Gate(p.gate, p.threshold, arrays, p.kv), **settings
+    )
+    found.append({
+      'gate': p.gate, 'kv': p.kv, 'threshold': p.threshold,
+      'mean_loops': p.mean_loops, 'lost_nats': p.lost_nats,
+      'mean_score': sum(r.score for r in results) / len(results),
+      'tasks': {r.task: r.score for r in results},
+    })  # fmt: skip
+  names = list(found[0]['tasks']) if found else []
+  cli.table(
+    [
+      (
+        f['gate'], f['kv'], f['threshold'], f['mean_loops'],
+        f'{100 * f["mean_score"]:.1f}',
+        *(f'{100 * f["tasks"][n]:.1f}' for n in names),
+      )
+      for f in found
+    ],
+    ('gate', 'skipped loops', 'threshold', 'loops', 'mean %', *names),
+  )  # fmt: skip
+  return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rrt.errors import InputError
 from rrt.evals import depth
@@ -12,7 +15,7 @@ from rrt.infer import gates
 if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
 
-_SHARES = tuple(i / 20 for i in range(1, 20))
+SHARES = tuple(i / 20 for i in range(1, 20))
 
 
 def fit_gate(
@@ -20,21 +23,25 @@ def fit_gate(
   rows: Sequence[Sequence[int]],
   *,
   kind: str = 'learned',
-  kv: str = 'write_ahead',
+  lens: bool = True,
+  kv: str = 'propagate',
   agreement: float | None = None,
   loss: float | None = None,
   confidence: float = 0.95,
   ridge: float = 1.0,
   batch: int = 4,
-  shares: Sequence[float] = _SHARES,
+  shares: Sequence[float] = SHARES,
   progress: Callable[[int], None] | None = None,
 ) -> tuple[gates.Gate, list[depth.Point]]:
   """A gate that keeps a promise on half of some rows, fitted on the others.
+
+  Thresholds are tried from the most careful on, until one fails.
 
   Args:
     model: of two loops or more, in cycle order.
     rows: at least 8 rows of tokens, from `perplexity.make_rows`.
     kind: 'learned' or 'change'.
+    lens: whether to fit one too; see `gates.fit_lens`.
     kv: what the loops that a token skipped keep of it.
     agreement: promised share of tokens that are as at full depth.
     loss: or promised nats a token lost against full depth.
@@ -43,7 +50,7 @@ def fit_gate(
     batch: rows in one pass.
     shares: thresholds tried, by the share of tokens that they let go.
     progress: called with the number of tokens after each pass; there are
-      `work(rows, kind, shares)` in all.
+      `work(rows, kind, lens, shares)` at most.
 
   Returns:
     The gate, its threshold `gates.NEVER` where nothing keeps the promise, and
@@ -62,25 +69,27 @@ def fit_gate(
       'and at least 8 are needed. Give more text or a smaller context.'
     )
   arrays = None
-  if kind == 'learned':
-    seen = depth.read_static(
-      model, fitting, batch=batch, states=True, progress=progress
+  if lens or kind == 'learned':
+    read = functools.partial(
+      depth.read_static, model, batch=batch, progress=progress
     )
-    assert seen.states_RxNxLxD is not None
-    arrays = gates.fit(
-      seen.states_RxNxLxD[:, seen.scored_NxL],
-      seen.right_RxNxL[:, seen.scored_NxL], ridge,
-    )  # fmt: skip
+    arrays = _fit(fitting, read, kind, lens, ridge)
   static = depth.read_static(
     model, judging, arrays, batch=batch, progress=progress
   )
-  points = depth.curve(
-    model, static, [kind], arrays, kv=kv, shares=shares, batch=batch,
-    progress=progress,
-  )  # fmt: skip
-  chosen = gates.choose(
-    points, agreement=agreement, loss=loss, confidence=confidence
-  )
+  points: list[depth.Point] = []
+  chosen = None
+  for share in sorted(shares):
+    points += depth.curve(
+      model, static, [kind], arrays, kv=kv, shares=[share], batch=batch,
+      progress=progress,
+    )  # fmt: skip
+    best = gates.choose(
+      points, agreement=agreement, loss=loss, confidence=confidence
+    )
+    if best is None or best[0] is not points[-1]:
+      break
+    chosen = best
   promise: dict[str, Any] = {
     'agreement': agreement, 'loss': loss, 'confidence': confidence,
     'tokens': int(static.scored_NxL.sum()),
@@ -91,11 +100,38 @@ def fit_gate(
   return gates.Gate(kind, threshold, arrays, kv, promise), points
 
 
+def _fit(rows, read, kind: str, lens: bool, ridge: float) -> dict[str, Any]:
+  """Lens and gate, where they are asked for.
+
+  Whether a token's exit agrees with full depth is judged, for the gate, with a
+  lens that was fitted on the other half of the rows.
+  """
+  halves = [read(half, states=True) for half in (rows[::2], rows[1::2])]
+  states = [h.states_RxNxLxD[:, h.scored_NxL] for h in halves]
+  arrays: dict[str, Any] = {}
+  right = [h.right_RxNxL[:, h.scored_NxL] for h in halves]
+  if lens:
+    arrays |= gates.fit_lens(np.concatenate(states, 1))
+    if kind == 'learned':
+      crossed = [
+        read(rows[i::2], gates.fit_lens(states[1 - i])) for i in (0, 1)
+      ]
+      right = [c.right_RxNxL[:, c.scored_NxL] for c in crossed]
+  if kind == 'learned':
+    arrays |= gates.fit(
+      np.concatenate(states, 1)[:-1], np.concatenate(right, 1), ridge
+    )
+  return arrays
+
+
 def work(
-  rows: Sequence[Sequence[int]], kind: str, shares: Sequence[float] = _SHARES
+  rows: Sequence[Sequence[int]],
+  kind: str,
+  lens: bool = True,
+  shares: Sequence[float] = SHARES,
 ) -> int:
-  """Tokens that `fit_gate` reads in all."""
+  """Tokens that `fit_gate` reads at most."""
   judging = sum(map(len, rows[1::2]))
-  fitting = sum(map(len, rows[::2])) if kind == 'learned' else 0
+  passes = (lens or kind == 'learned') + (lens and kind == 'learned')
   scored = sum(len(r) - 1 for r in rows[1::2])
-  return fitting + judging + len(shares) * scored
+  return passes * sum(map(len, rows[::2])) + judging + len(shares) * scored

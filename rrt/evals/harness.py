@@ -30,8 +30,8 @@ except ImportError as e:
   ) from e
 
 from rrt import cli, pretrained
-from rrt.evals import endings, tasks
-from rrt.infer import decode, sample
+from rrt.evals import early_endings, endings, tasks
+from rrt.infer import decode, gates, sample
 
 _NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
 _COUNTS = ('sample_len', 'sample_count')  # among lm-eval's scores
@@ -65,7 +65,15 @@ class RrtLM(TemplateLM):
 
   Args of `--model_args`: `pretrained` (anything that `rrt.load` takes),
   `loops`, `dtype`, `max_length`, `batch_tokens`.
+
+  Attributes:
+    gate: lets the tokens of endings leave early, with full `loops`; None
+      lets none.
+    mean_loops: of those tokens, in what was scored last.
   """
+
+  gate: gates.Gate | None = None
+  mean_loops = 0.0
 
   def __init__(
     self,
@@ -161,6 +169,13 @@ class RrtLM(TemplateLM):
   def _score(self, pairs, label, show=True):
     if not pairs:
       return []
+    if self.gate is not None:
+      with cli.Progress(len(pairs), label, 'endings') as progress:
+        found, self.mean_loops = early_endings.score_endings(
+          self.config, self._params, pairs, self.gate, dtype=self.dtype,
+          batch_tokens=self.batch_tokens, progress=progress.update,
+        )  # fmt: skip
+      return found
     arguments: dict[str, Any] = {
         'loops': self.loops, 'dtype': self.dtype,
         'batch_tokens': self.batch_tokens,
@@ -271,6 +286,7 @@ def run(
   loops: int | None = None,
   dtype: str = 'float32',
   batch_tokens: int | None = None,
+  gate: gates.Gate | None = None,
   seed: int = 1234,
 ) -> list[Result]:
   """Asks a model the questions of some tasks.
@@ -286,6 +302,7 @@ def run(
     loops: how many loops of the block to run; None for all.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
+    gate: lets the tokens of answers leave early.
     seed: of the choice of shots.
 
   Raises:
@@ -306,6 +323,7 @@ def run(
     metrics = [t.metric for t in local]
   if not isinstance(model, RrtLM):
     model = RrtLM(model, loops=loops, dtype=dtype, batch_tokens=batch_tokens)
+  model.gate = gate
   found = _evaluate(model, chosen, shots, limit, seed)
   keys = names if data is not None else chosen
   return [

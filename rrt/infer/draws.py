@@ -14,7 +14,7 @@ A alternatives, E end tokens.
 import jax
 import jax.numpy as jnp
 
-from rrt.infer import rules
+from rrt.infer import exits, rules
 from rrt.infer.flights import (
   DUE,
   EMPTY,
@@ -36,7 +36,7 @@ from rrt.infer.flights import (
 from rrt.models import passes, transformer
 
 
-def draw(plan: Plan, params, requests, end_E, state: State):
+def draw(plan: Plan, params, gate, requests, end_E, state: State):
   """Coda, head and the next token of flights that are due; (state, Drawn)."""
   f, K = state.flights, plan.flights
   final_SxK = (f.stage_SxK == DUE) & (f.position_SxK == state.base_S[:, None])
@@ -66,7 +66,7 @@ def draw(plan: Plan, params, requests, end_E, state: State):
     state, _ = carry
     rows = pick(wanted_SxK, order_SxK, plan.draws)
     final_B = rows.live_B & rows.of(final_SxK)
-    state, logits_VxB = _head(plan, params, state, rows, final_B)
+    state, logits_VxB = _head(plan, params, gate, state, rows, final_B)
     token_B = _token(plan, requests, state, rows, logits_VxB)
     told = _logprobs(plan, requests, rows, logits_VxB, token_B)
     state, token_S, loops_S = _commit(
@@ -87,7 +87,7 @@ def draw(plan: Plan, params, requests, end_E, state: State):
   return state._replace(flights=f, counters=counters), drawn
 
 
-def _head(plan: Plan, params, state: State, rows: Rows, final_B):
+def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   """Runs coda and head on rows; (state, logits_VxB)."""
   c, f, R = plan.config, state.flights, plan.config.loops
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
@@ -106,6 +106,7 @@ def _head(plan: Plan, params, state: State, rows: Rows, final_B):
     stores = stores._replace(block=block_kvs)
   zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
+  x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None], R)
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
 

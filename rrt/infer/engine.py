@@ -68,6 +68,8 @@ class Engine:
     if options.gate == 'stored':
       options, arrays = _with_stored_gate(model, options)
     self.options = options
+    if arrays is None and options.lossless:
+      arrays = gates.stored_lens(model)
     if options.gate in ('learned', 'replay') and arrays is None:
       raise InputError(f'gate={options.gate!r}: give its arrays.')
     self.plan = options.plan(model.config)

@@ -53,6 +53,52 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, slot_B, count_B):
   return jnp.zeros(loop_B.shape, jnp.float32)
 
 
+def through_lens(gate: Any, x_BxD, loop_B, loops: int):
+  """What coda and head read of rows that leave early.
+
+  A lens is an affine map a loop from where that loop leaves the residual
+  stream to where the last loop would have left it (a "tuned lens", arXiv
+  2303.08112, between loops). Rows that have run all loops pass unchanged, as
+  all do where there is no lens.
+
+  Args:
+    gate: arrays of a gate; `lens_kernel` [R - 1, D, D] and `lens_bias`
+      [R - 1, D] among them, or not.
+    x_BxD: the block's output, [B, D] or [B, L, D].
+    loop_B: int, how many loops each row has run, broadcast against x's leading
+      axes.
+    loops: R.
+  """
+  if not has_lens(gate):
+    return x_BxD
+  out_BxD = x_BxD
+  dtype = x_BxD.dtype
+  for r in range(loops - 1):
+    kernel_DxD = jnp.asarray(gate['lens_kernel'][r], dtype)
+    bias_D = jnp.asarray(gate['lens_bias'][r], dtype)
+    lead = (1,) * (x_BxD.ndim - 1)
+    moved_BxD = x_BxD + x_BxD @ kernel_DxD + bias_D.reshape(*lead, -1)
+    here_B = jnp.asarray(loop_B == r + 1)
+    out_BxD = jnp.where(here_B[..., None], moved_BxD, out_BxD)
+  return out_BxD
+
+
+def has_lens(gate: Any) -> bool:
+  """Whether a gate's arrays hold a lens."""
+  return gate is not None and 'lens_kernel' in gate
+
+
+def score_rows(kind: str, gate: Any, before_BxLxD, after_BxLxD, loops: int):
+  """`score` of whole rows after the same number of loops, [B, L]."""
+  B, L, D = after_BxLxD.shape
+  zero_N = jnp.zeros(B * L, jnp.int32)
+  score_N = score(
+    kind, gate, before_BxLxD.reshape(-1, D), after_BxLxD.reshape(-1, D),
+    zero_N + loops, zero_N, zero_N,
+  )  # fmt: skip
+  return score_N.reshape(B, L)
+
+
 def _unit(x_BxD):
   x_BxD = x_BxD.astype(jnp.float32)
   square_Bx1 = jnp.sum(x_BxD**2, -1, keepdims=True)

@@ -2,13 +2,16 @@
 
 A gate is one logistic regression a loop on the normalised residual stream: it
 estimates how likely the most likely token after this loop is that of full
-depth. Its threshold is calibrated on text that the fit has not seen.
+depth. Its threshold is calibrated on text that the fit has not seen. A lens,
+one affine map a loop, brings what leaves early to where the last loop would
+have left it; it is fitted by least squares, without training.
 
-N tokens, D model, R loops.
+N tokens, D model, E = D + 1, R loops.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -34,7 +37,8 @@ class Gate:
   Attributes:
     kind: 'learned' or 'change'; see `exits.score`.
     threshold: the score at which they do.
-    arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1].
+    arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1]; of its
+      lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D].
     kv: what skipped loops keep of a token, as calibrated.
     promise: what the threshold was calibrated to, and on what.
   """
@@ -42,12 +46,14 @@ class Gate:
   kind: str
   threshold: float
   arrays: dict[str, np.ndarray] | None = None
-  kv: str = 'write_ahead'
+  kv: str = 'propagate'
   promise: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
     """Plain values for a model's meta."""
-    arrays = self.arrays and {k: v.tolist() for k, v in self.arrays.items()}
+    arrays: dict[str, str] | None = None
+    if self.arrays is not None:
+      arrays = {k: _text(v) for k, v in self.arrays.items()}
     return dataclasses.asdict(self) | {'arrays': arrays}
 
 
@@ -68,15 +74,73 @@ def stored(model) -> Gate | None:
   try:
     arrays = fields['arrays']
     if arrays is not None:
-      arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items()}
-      shape = (model.config.loops - 1, model.config.d_model)
-      if arrays['kernel'].shape != shape or arrays['bias'].shape != shape[:1]:
-        raise ValueError(f'its arrays are not of shape {shape}')
+      R, D = model.config.loops - 1, model.config.d_model
+      shapes = {
+        'kernel': (R, D), 'bias': (R,), 'lens_kernel': (R, D, D),
+        'lens_bias': (R, D),
+      }  # fmt: skip
+      arrays = {k: _array(v, shapes[k]) for k, v in arrays.items()}
+      if fields['kind'] == 'learned' and not {'kernel', 'bias'} <= set(arrays):
+        raise ValueError('it has no kernel or no bias')
     gate = Gate(**fields | {'arrays': arrays})
     exits.check_kind(gate.kind)
     return gate
   except (KeyError, TypeError, ValueError) as e:
     raise InputError(f"The model's exit gate cannot be used: {e}.") from e
+
+
+def stored_lens(model) -> dict[str, np.ndarray] | None:
+  """The lens alone of the gate that was kept with a model."""
+  gate = stored(model)
+  if gate is None or gate.arrays is None or not exits.has_lens(gate.arrays):
+    return None
+  return {k: v for k, v in gate.arrays.items() if k.startswith('lens_')}
+
+
+def _text(array: np.ndarray) -> str:
+  data = np.ascontiguousarray(array, np.float32).astype('<f4').tobytes()
+  return base64.b64encode(data).decode('ascii')
+
+
+def _array(text: str, shape: tuple[int, ...]) -> np.ndarray:
+  array = np.frombuffer(base64.b64decode(text, validate=True), '<f4')
+  if array.size != math.prod(shape) or not np.isfinite(array).all():
+    raise ValueError(f'its arrays are not finite numbers of shape {shape}')
+  return array.reshape(shape).astype(np.float32)
+
+
+def fit_lens(
+  states_RxNxD: np.ndarray, ridge: float = 0.01
+) -> dict[str, np.ndarray]:
+  """Affine maps from each loop's output to the last one's.
+
+  Least squares, each token weighted by the inverse size of its target, since
+  a norm follows and a few tokens have states a hundred times as large.
+
+  Args:
+    states_RxNxD: the block's outputs after every loop.
+    ridge: added to the second moments, as a share of each.
+
+  Returns:
+    `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D]: what is added is
+    x @ kernel + bias.
+  """
+  last_NxD = states_RxNxD[-1].astype(np.float64)
+  weight_Nx1 = np.sqrt((last_NxD**2).mean(1, keepdims=True) + 1e-12) ** -1
+  kernels, biases = [], []
+  for x_NxD in states_RxNxD[:-1].astype(np.float64):
+    one_Nx1 = np.ones((len(x_NxD), 1))
+    x_NxE = np.concatenate([x_NxD, one_Nx1], 1) * weight_Nx1
+    moments_ExE = x_NxE.T @ x_NxE
+    moments_ExE += np.diag(ridge * np.diag(moments_ExE) + 1e-9)
+    wanted_ExD = x_NxE.T @ ((last_NxD - x_NxD) * weight_Nx1)
+    map_ExD = np.linalg.solve(moments_ExE, wanted_ExD)
+    kernels.append(map_ExD[:-1])
+    biases.append(map_ExD[-1])
+  return {
+    'lens_kernel': np.array(kernels, np.float32),
+    'lens_bias': np.array(biases, np.float32),
+  }
 
 
 def fit(

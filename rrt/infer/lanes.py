@@ -57,7 +57,7 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
   def body(carry):
     i, state, all_drawn = carry
     state = run_block(plan, params, gate, requests, state)
-    state, drawn = draw(plan, params, requests, end_E, state)
+    state, drawn = draw(plan, params, gate, requests, end_E, state)
     state = enter(plan, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)

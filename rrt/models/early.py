@@ -27,10 +27,12 @@ class Early(NamedTuple):
   Attributes:
     hidden_BxLxD: after coda and final norm.
     depth_BxL: int, after how many loops each token left.
+    left_BxLxD: the block's output in which it left.
   """
 
   hidden_BxLxD: jax.Array
   depth_BxL: jax.Array
+  left_BxLxD: jax.Array
 
 
 def forward_early(
@@ -38,8 +40,9 @@ def forward_early(
   params,
   tokens_BxL,
   leaves: Callable[[int, jax.Array, jax.Array], jax.Array],
-  kv: str = 'write_ahead',
+  kv: str = 'propagate',
   dtype='float32',
+  lens: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Early:
   """Runs tokens through the model, each as deep as it needs.
 
@@ -52,6 +55,8 @@ def forward_early(
     kv: what skipped loops keep: 'write_ahead', 'propagate' or 'exact_fill';
       see `rrt.infer.options.Options`.
     dtype: of the computation.
+    lens: (block's output, depth_BxL) to what the coda reads; see
+      `rrt.infer.exits.through_lens`.
   """
   B, L = tokens_BxL.shape
   G, Dh, R = config.num_kv_heads, config.head_dim, config.loops
@@ -79,10 +84,11 @@ def forward_early(
       depth_BxL = jnp.where(goes_BxL, r + 1, depth_BxL)
       left_BxL |= goes_BxL
   context = context._replace(left_BxL=None)
+  read_BxLxD = lens(out_BxLxD, depth_BxL) if lens else out_BxLxD
   hidden_BxLxD, _ = passes.leave(
-    config, params, out_BxLxD, context, None, scan=True
+    config, params, read_BxLxD, context, None, scan=True
   )
-  return Early(hidden_BxLxD, depth_BxL)
+  return Early(hidden_BxLxD, depth_BxL, out_BxLxD)
 
 
 def _by_layer(config: ModelConfig, left_BxL):

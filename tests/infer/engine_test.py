@@ -137,6 +137,31 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
   ]
 
 
+@each_model
+@pytest.mark.parametrize('kv', ['write_ahead', 'propagate'])
+def test_what_leaves_early_goes_through_the_lens(name, kv):
+  config, gate = model(name).config, learned_gate(name)
+  rng = np.random.default_rng(2)
+  shape = (config.loops - 1, config.d_model)
+  lens = {
+    'lens_kernel': rng.normal(0, 0.3, (*shape, config.d_model)),
+    'lens_bias': rng.normal(0, 0.3, shape),
+  }
+  lens = {k: v.astype(np.float32) for k, v in lens.items()}
+  rest = dict(kv=kv, gate='learned', threshold=0.5)
+  want = expected(name, arrays=gate | lens, **rest)
+  assert want != expected(name, arrays=gate, **rest)
+  engine = Engine(
+    model(name), slots=3, page=8, steps=4, arrays=gate | lens, **rest
+  )
+  assert written(engine) == want
+  # A lens changes guesses and never the text.
+  exact = Engine(
+    model(name), slots=3, page=8, steps=4, lossless=True, arrays=lens
+  )
+  assert written(exact) == expected(name)
+
+
 def test_policies_differ_where_tokens_leave_early():
   gate = learned_gate('llama')
   found = {

@@ -29,6 +29,24 @@ def test_a_fit_finds_the_states_that_agree():
     np.testing.assert_allclose(score, 1 / (1 + np.exp(-z)), atol=1e-5)
 
 
+def test_a_lens_finds_an_affine_map_among_giant_states():
+  rng = np.random.default_rng(1)
+  kernel, bias = rng.normal(0, 0.3, (2, 5, 5)), rng.normal(size=(2, 5))
+  x = rng.normal(size=(3, 2000, 5))
+  x[:, ::50] *= 100
+  for r in (1, 0):
+    x[2] = x[r] + x[r] @ kernel[r] + bias[r]
+    lens = gates.fit_lens(np.stack([x[r], x[2]]), ridge=1e-6)
+    np.testing.assert_allclose(lens['lens_kernel'][0], kernel[r], atol=1e-3)
+    np.testing.assert_allclose(lens['lens_bias'][0], bias[r], atol=1e-2)
+  # The engine's reading is the same map, for rows before the last loop only.
+  loops = np.array([1, 2, 2])
+  rows = x[0, :3].astype(np.float32)
+  got = exits.through_lens(lens, rows, loops, 2)
+  np.testing.assert_allclose(got[0], x[2, 0], rtol=1e-3, atol=1e-2)
+  np.testing.assert_array_equal(got[1:], rows[1:])
+
+
 def test_a_fit_bears_states_that_always_agree():
   states = np.random.default_rng(0).normal(size=(1, 50, 4)).astype(np.float32)
   gate = gates.fit(states, np.ones((1, 50), bool))
@@ -87,11 +105,18 @@ def test_a_gate_is_kept_with_its_model():
     'kernel': np.arange(8, dtype=np.float32).reshape(2, 4),
     'bias': np.ones(2, np.float32),
   }
+  arrays |= gates.fit_lens(
+    np.random.default_rng(0).normal(size=(3, 40, 4)), ridge=0.1
+  )
   gate = gates.Gate('learned', 0.8, arrays, 'propagate', {'agreement': 0.9})
   again = gates.stored(Model(gates.store({'a': 1}, gate), config))
   assert again.promise == gate.promise and again.kv == 'propagate'
   np.testing.assert_array_equal(again.arrays['kernel'], arrays['kernel'])
+  lens = gates.stored_lens(Model(gates.store({}, gate), config))
+  assert lens.keys() == {'lens_kernel', 'lens_bias'}
+  np.testing.assert_array_equal(lens['lens_kernel'], arrays['lens_kernel'])
   assert gates.stored(Model({}, config)) is None
+  assert gates.stored_lens(Model({}, config)) is None
   config.d_model = 5
   with pytest.raises(InputError, match='gate cannot be used'):
     gates.stored(Model(gates.store({}, gate), config))

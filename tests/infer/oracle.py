@@ -70,6 +70,9 @@ def decode(
         x, block[j] = _block(
           config, params, x, j, context, block[j], scan=False
         )
+    if r + 1 < config.loops and arrays and 'lens_kernel' in arrays:
+      kernel, bias = arrays['lens_kernel'][r], arrays['lens_bias'][r]
+      left = left + left @ kernel + bias
     hidden, coda = _leave(config, params, left, context, coda)
     raw = np.asarray(logits(config, params, hidden[:, 0])[0], np.float64)
     if logprobs is not None:

@@ -96,7 +96,8 @@ def write(browser):
 def test_the_page_writes_coloured_tokens(browser, address):
   browser.get(address)
   wait_for(browser, lambda b: at(b, 'name').text == 'tiny')
-  assert at(browser, 'legend').text.split() == ['1', 'loop', '2', 'loops']
+  legend = browser.find_elements('css selector', '.swatch')
+  assert [s.text for s in legend] == ['1 loop', '2 loops']
   assert at(browser, 'gate').is_displayed()
   fill(browser, 'prompt', 'The sea')
   fill(browser, 'tokens', 12)
