@@ -10,6 +10,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   llama.cpp         its server on the same export (needs xllamacpp)
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
+  without LoRA      the same without its low-rank terms: what they cost
   depth-wise        the same, a token begins as soon as one has ended
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
@@ -27,6 +28,7 @@ With `--rates` the same requests also arrive one by one (`arrivals.py`), at
 these fractions of the requests a second that `tied` drained.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -46,6 +48,12 @@ flags.DEFINE_float('sigma', 0.5, 'Of their logarithms.')
 flags.DEFINE_float('depth', 0.7, 'Mean loops over all loops, for the exits.')
 flags.DEFINE_string('dtype', 'float32', 'Precision, of ours and theirs.')
 flags.DEFINE_string('kv_dtype', None, 'Of our cache.')
+flags.DEFINE_bool(
+  'round_weights',
+  False,
+  'Ours computes in float32 on weights and a cache that are rounded to '
+  'bfloat16, whatever --dtype says.',
+)
 flags.DEFINE_integer('steps', 8, 'Block steps a call of ours.')
 flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
 flags.DEFINE_integer('threads', 2, 'Of torch.')
@@ -90,10 +98,15 @@ def new_engine(model, work, **options):
   """An engine for these requests."""
   from rrt.infer.engine import Engine
 
+  rounded = {}
+  if FLAGS.round_weights:
+    rounded = dict(
+      dtype='float32', weight_dtype='bfloat16', kv_dtype='bfloat16'
+    )
   return Engine(
     model, slots=FLAGS.slots, context=max(len(p) + n for p, n in work),
     **dict(dtype=FLAGS.dtype, kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps)
-    | options,
+    | rounded | options,
   )  # fmt: skip
 
 
@@ -112,6 +125,19 @@ def ours(model, work, **options):
 
   run.engine = engine
   return run
+
+
+def without_lora(model):
+  """The model with its low-rank terms left out; it writes something else."""
+  strip = lambda tree: {
+    k: strip(v) if isinstance(v, dict) else v
+    for k, v in tree.items()
+    if not k.startswith('lora_')
+  }
+  return dataclasses.replace(
+    model, params=strip(model.params),
+    config=dataclasses.replace(model.config, lora=None),
+  )  # fmt: skip
 
 
 def policies(config, arrays, depth: float) -> dict[str, dict]:
@@ -250,6 +276,8 @@ def main(_):
     name: lambda options=options: ours(model, work, **options)
     for name, options in policies(model.config, arrays, depth).items()
   }
+  if model.config.lora:
+    makers['without LoRA'] = lambda: ours(without_lora(model), work)
   if gates.stored(model):
     makers['live gate'] = lambda: ours(model, work, gate='stored')
   names = FLAGS.only or list(makers)
@@ -260,7 +288,7 @@ def main(_):
     name: getattr(FLAGS, name)
     for name in (
       'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
-      'dtype', 'kv_dtype', 'steps', 'repeats',
+      'dtype', 'kv_dtype', 'round_weights', 'steps', 'repeats',
     )
   }  # fmt: skip
   figures |= {

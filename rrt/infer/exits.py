@@ -23,8 +23,14 @@ def check_kind(kind: str) -> None:
     raise InputError(f'gate={kind!r}: must be one of {KINDS}.')
 
 
-def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, slot_B, count_B):
+def score(
+  kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_B,
+  count_B,
+):  # fmt: skip
   """How sure each row is to need no further loop, float32 [B] in 0..1.
+
+  The first position is never sure: attention falls back on what it keeps in
+  each loop, and without it all later tokens suffer.
 
   Args:
     kind: one of `KINDS`.
@@ -34,23 +40,24 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, slot_B, count_B):
     before_BxD: the residual stream before the loop.
     after_BxD: after it.
     loop_B: int, how many loops the row has run, 1..R.
+    position_B: int, where its token stands.
     slot_B: int, the row's slot.
     count_B: int, how many tokens the slot has drawn.
   """
-  if kind == 'learned':
-    unit_BxD = _unit(after_BxD) * after_BxD.shape[1] ** 0.5
-    r_B = jnp.minimum(loop_B - 1, gate['kernel'].shape[0] - 1)
-    kernel_BxD = gate['kernel'].astype(jnp.float32)[r_B]
-    return jax.nn.sigmoid(
-      jnp.sum(unit_BxD * kernel_BxD, -1) + gate['bias'][r_B]
-    )
-  if kind == 'change':
-    return jnp.sum(_unit(before_BxD) * _unit(after_BxD), -1)
   if kind == 'replay':
     loops_SxT = gate['loops']
     due_B = loops_SxT[slot_B, count_B % loops_SxT.shape[1]]
     return (loop_B >= due_B).astype(jnp.float32)
-  return jnp.zeros(loop_B.shape, jnp.float32)
+  sure_B = jnp.zeros(loop_B.shape, jnp.float32)
+  if kind == 'learned':
+    unit_BxD = _unit(after_BxD) * after_BxD.shape[1] ** 0.5
+    r_B = jnp.minimum(loop_B - 1, gate['kernel'].shape[0] - 1)
+    kernel_BxD = jnp.asarray(gate['kernel'], jnp.float32)[r_B]
+    bias_B = jnp.asarray(gate['bias'])[r_B]
+    sure_B = jax.nn.sigmoid(jnp.sum(unit_BxD * kernel_BxD, -1) + bias_B)
+  if kind == 'change':
+    sure_B = jnp.sum(_unit(before_BxD) * _unit(after_BxD), -1)
+  return jnp.where(position_B == 0, 0.0, sure_B)
 
 
 def through_lens(gate: Any, x_BxD, loop_B, loops: int):
@@ -94,7 +101,7 @@ def score_rows(kind: str, gate: Any, before_BxLxD, after_BxLxD, loops: int):
   zero_N = jnp.zeros(B * L, jnp.int32)
   score_N = score(
     kind, gate, before_BxLxD.reshape(-1, D), after_BxLxD.reshape(-1, D),
-    zero_N + loops, zero_N, zero_N,
+    zero_N + loops, jnp.arange(B * L) % L, zero_N, zero_N,
   )  # fmt: skip
   return score_N.reshape(B, L)
 

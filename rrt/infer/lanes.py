@@ -101,7 +101,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   leaves_B = loop_B == R
   if plan.gate != 'none':
     sure_B = exits.score(
-      plan.gate, gate, before_BxD, after_BxD, loop_B, rows.slot_B,
+      plan.gate, gate, before_BxD, after_BxD, loop_B, position_B, rows.slot_B,
       state.count_S[rows.slot_B],
     )  # fmt: skip
     sure_B = sure_B >= requests.threshold_S[rows.slot_B]

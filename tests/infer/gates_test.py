@@ -23,10 +23,16 @@ def test_a_fit_finds_the_states_that_agree():
   # The engine's score is the same function.
   for r in range(2):
     score = exits.score(
-      'learned', gate, states[r], states[r], np.full(4000, r + 1), None, None
-    )
+      'learned', gate, states[r], states[r], np.full(4000, r + 1),
+      np.full(4000, 7), None, None,
+    )  # fmt: skip
     z = unit[r] @ gate['kernel'][r] + gate['bias'][r]
     np.testing.assert_allclose(score, 1 / (1 + np.exp(-z)), atol=1e-5)
+  first = exits.score(
+    'learned', gate, states[0], states[0], np.ones(4000, int),
+    np.zeros(4000, int), None, None,
+  )  # fmt: skip
+  assert not np.any(first)
 
 
 def test_a_lens_finds_an_affine_map_among_giant_states():

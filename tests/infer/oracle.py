@@ -55,7 +55,14 @@ def decode(
       x, block[r] = _block(config, params, x, r, context, block[r], scan=False)
       one = lambda v: jnp.asarray([v])
       sure = exits.score(
-        gate, arrays, before[:, 0], x[:, 0], one(r + 1), one(slot), one(count)
+        gate,
+        arrays,
+        before[:, 0],
+        x[:, 0],
+        one(r + 1),
+        one(position),
+        one(slot),
+        one(count),
       )
       if float(sure[0]) >= threshold:
         break
