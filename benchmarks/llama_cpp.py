@@ -119,6 +119,7 @@ class Server:
     kind = getattr(xllamacpp.ggml_type, kinds[dtype])
     params.cache_type_k = params.cache_type_v = kind
     params.warmup = True
+    params.verbosity = 0  # Errors alone.
     self._slots = slots
     self._server = xllamacpp.Server(params)
     self.url = self._server.listening_address
