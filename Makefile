@@ -1,4 +1,4 @@
-# make demo   convert, uptrain and run a real model (about eight minutes)
+# make demo   convert, uptrain and run a real model (about ten minutes)
 # make test   lint, types and tests
 # make parity the tests against torch and transformers
 # Each makes .venv itself when it is missing.

@@ -138,7 +138,7 @@ def main(_):
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
   model = pretrained.load(FLAGS.model)
-  work = serving.workload(model.config.vocab_size)
+  work = serving.workload(model)
   arrays, depth = serving.replay(model.config.loops, FLAGS.depth)
   figures: dict = {'mean_loops': depth}
   rows = []

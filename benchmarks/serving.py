@@ -42,6 +42,11 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')
 flags.DEFINE_integer('slots', 32, 'Sequences at once.')
 flags.DEFINE_integer('requests', 64, 'How many.')
+flags.DEFINE_string(
+  'text', None,
+  'Text whose pieces are the prompts; random tokens by default, which is the '
+  'same where what is written does not matter.',
+)
 flags.DEFINE_integer('prompt_tokens', 48, 'Median of the prompts.')
 flags.DEFINE_integer('new_tokens', 64, 'Median of the answers.')
 flags.DEFINE_float('sigma', 0.5, 'Of their logarithms.')
@@ -66,7 +71,7 @@ flags.DEFINE_float('tpot', 0.3, 'Seconds: limit of goodput.')
 flags.DEFINE_string('out', 'benchmarks/results/serving.json', 'JSON file.')
 
 
-def workload(vocab: int) -> list[tuple[list[int], int]]:
+def workload(model) -> list[tuple[list[int], int]]:
   """Prompts and how many tokens each is answered with."""
   rng = np.random.default_rng(0)
   sizes = lambda median: np.clip(
@@ -74,9 +79,18 @@ def workload(vocab: int) -> list[tuple[list[int], int]]:
     4, 6 * median,
   ).astype(int)  # fmt: skip
   prompts, answers = sizes(FLAGS.prompt_tokens), sizes(FLAGS.new_tokens)
+  ids = rng.integers(5, model.config.vocab_size, prompts.sum()).tolist()
+  if FLAGS.text:
+    from rrt.evals import perplexity
+
+    text = perplexity.read_text(FLAGS.text, len(ids))
+    ids = perplexity.encode(model.tokenizer, text, len(ids))
+    if len(ids) < prompts.sum():
+      raise InputError(f'--text={FLAGS.text}: is too short.')
+  ends = np.cumsum(prompts)
   return [
-    (rng.integers(5, vocab, n).tolist(), int(m))
-    for n, m in zip(prompts, answers, strict=True)
+    (list(ids[end - n : end]), int(m))
+    for n, m, end in zip(prompts, answers, ends, strict=True)
   ]
 
 
@@ -157,7 +171,10 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
     'depth-wise': dict(pool=1, draws=-(-slots // config.loops)),
     'in step': dict(pool=slots, **exits),
     'depth-wise exits': dict(draws=some, **exits),
-    'lossless': dict(lossless=True, lanes=slots),
+    # Lanes for guesses only where there are few sequences.
+    'lossless': dict(
+      lossless=True, lanes=min(max(slots, 8), slots * config.loops)
+    ),
   }
 
 
@@ -264,7 +281,7 @@ def main(_):
   R = model.config.loops
   if R < 2:
     raise InputError(f'--model={FLAGS.model}: has no loops.')
-  work = workload(model.config.vocab_size)
+  work = workload(model)
   arrays, depth = replay(R, FLAGS.depth)
   directory = Path(peer.directory.name)
   untied = pretrained.load(directory / 'hf')
@@ -288,7 +305,7 @@ def main(_):
     name: getattr(FLAGS, name)
     for name in (
       'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
-      'dtype', 'kv_dtype', 'round_weights', 'steps', 'repeats',
+      'text', 'dtype', 'kv_dtype', 'round_weights', 'steps', 'repeats',
     )
   }  # fmt: skip
   figures |= {
