@@ -38,13 +38,20 @@ def draw(figures: dict, out: Path) -> None:
     ('median seconds to the first token', 'requests a second within limits'),
     strict=False,
   ):  # fmt: skip
+    rates = sorted({row['rate'] for row in loads})
+    if len(rates) == 1:
+      bars = axes.barh(
+        [r['rung'] for r in loads][::-1], [r[field] for r in loads][::-1]
+      )
+      axes.bar_label(bars, fmt='%.2f', padding=4)
+      axes.margins(x=0.15)
+      axes.set(xlabel=label, title=f'{rates[0]:.2f} requests a second arrive')
+      continue
     for name in dict.fromkeys(row['rung'] for row in loads):
       points = [(r['rate'], r[field]) for r in loads if r['rung'] == name]
       axes.plot(*zip(*points, strict=True), 'o-', label=name)
     axes.set(xlabel='requests a second that arrive', ylabel=label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-  if others:
-    others[0].set_yscale('symlog', linthresh=0.5)
-    others[-1].legend(fontsize=8)
+    axes.legend(fontsize=8)
   out.write_text(plots.svg(figure))

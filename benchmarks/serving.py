@@ -43,7 +43,8 @@ flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')
 flags.DEFINE_integer('slots', 32, 'Sequences at once.')
 flags.DEFINE_integer('requests', 64, 'How many.')
 flags.DEFINE_string(
-  'text', None,
+  'text',
+  None,
   'Text whose pieces are the prompts; random tokens by default, which is the '
   'same where what is written does not matter.',
 )

@@ -282,9 +282,10 @@ def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
       'loops': sum(loops) / len(loops),
       'same': sum(a == b for a, b in zip(tokens, full, strict=True)),
       'pieces': [
-        (say([t]), n) for t, n in zip(done[0].tokens, done[0].loops, strict=True)
+        [(say([t]), n) for t, n in zip(r.tokens, r.loops, strict=True)]
+        for r in done
       ],
-      'prompt': say(prompts[0]),
+      'prompts': [say(p) for p in prompts],
     }  # fmt: skip
   return ways
 

@@ -180,6 +180,9 @@ def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
   """The part of the page about tokens that leave early."""
   say = html.escape
   held, first = exits['held'], exits['first']
+  # The text with the most exits.
+  depths = [sum(n for _, n in text) for text in ways['exits']['pieces']]
+  shown = depths.index(min(depths))
   numbers = ''.join(
       f'<tr><td>{say(name)}</td>'
       f'<td class="number">{w["tokens_per_second"]:.1f}</td>'
@@ -188,10 +191,10 @@ def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
       for name, w in ways.items()
   )  # fmt: skip
   texts = ''.join(
-    f'<p><b>{say(name)}</b><br>{say(w["prompt"])}'
+    f'<p><b>{say(name)}</b><br>{say(w["prompts"][shown])}'
     + ''.join(
       f'<span class="loop{min(n, 5)}">{say(piece)}</span>'
-      for piece, n in w['pieces']
+      for piece, n in w['pieces'][shown]
     )
     + '</p>'
     for name, w in ways.items()
