@@ -30,7 +30,7 @@ each_model = pytest.mark.parametrize('name', MODELS)
 def model(name):
   config = MODELS[name] if name in MODELS else CONFIGS[name]
   return types.SimpleNamespace(
-    config=config, params=perturbed(config), tokenizer=None
+    config=config, params=perturbed(config), tokenizer=None, meta={}
   )
 
 
@@ -101,7 +101,7 @@ def test_tokens_sorted_by_loop_get_the_same_lora(name):
 def test_weights_are_rounded_and_the_arithmetic_is_not():
   m = model('llama')
   rounded = types.SimpleNamespace(
-    config=m.config, tokenizer=None,
+    config=m.config, tokenizer=None, meta={},
     params=jax.tree.map(
       np.asarray, decode.cast(decode.cast(m.params, 'bfloat16'), 'float32')
     ),

@@ -79,7 +79,7 @@ def decode(
         )
     if r + 1 < config.loops and arrays and 'lens_kernel' in arrays:
       kernel, bias = arrays['lens_kernel'][r], arrays['lens_bias'][r]
-      left = left + left @ kernel + bias
+      left = left + left @ kernel + bias[None, None]
     hidden, coda = _leave(config, params, left, context, coda)
     raw = np.asarray(logits(config, params, hidden[:, 0])[0], np.float64)
     if logprobs is not None:
