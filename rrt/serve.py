@@ -141,6 +141,7 @@ def main(argv) -> None:
 def run(server, name: str) -> None:
   """Listens until SIGTERM or SIGINT; says where."""
   sock = server.config.bind_socket()
+  sock.listen()  # Who reads the address below may call at once.
   host, port = sock.getsockname()[:2]
   print(f'{name} at http://{host}:{port}/', flush=True)
   # uvicorn lets the running requests end, then raises the signal once more.
