@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, serving
+from benchmarks import common, rungs
 from rrt import cli, pretrained
 from rrt.errors import InputError
 from rrt.infer import draws, flights, lanes, simulate
@@ -138,14 +138,14 @@ def main(_):
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
   model = pretrained.load(FLAGS.model)
-  work = serving.workload(model)
-  arrays, depth = serving.replay(model.config.loops, FLAGS.depth)
+  work = rungs.workload(model)
+  arrays, depth = rungs.replay(model.config.loops, FLAGS.depth)
   figures: dict = {'mean_loops': depth}
   rows = []
-  for name, options in serving.policies(model.config, arrays, depth).items():
+  for name, options in rungs.policies(model.config, arrays, depth).items():
     if 'lossless' in options:
       continue
-    run = serving.ours(model, work, **options)
+    run = rungs.ours(model, work, **options)
     run()
     took = []
     for _ in range(FLAGS.repeats):
@@ -153,7 +153,7 @@ def main(_):
       run()
       took.append(time.perf_counter() - began)
     measured = float(np.median(took))
-    times = measure(serving.new_engine(model, work, **options))
+    times = measure(rungs.new_engine(model, work, **options))
     table = arrays['loops'] if 'gate' in options else None
     found = simulate.schedule(
       simulate.Policy.of(run.engine.plan), [(len(p), n) for p, n in work],

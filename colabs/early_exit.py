@@ -34,7 +34,7 @@ import numpy as np
 import rrt
 from rrt import cli, plots
 from rrt.data import corpus
-from rrt.evals import depth, perplexity
+from rrt.evals import depth, every_loop, perplexity
 from rrt.infer import gates
 
 MODEL = os.environ.get('RRT_MODEL', 'smollm2-135m')
@@ -112,10 +112,10 @@ by_loop(run.model)
 
 # %%
 rows = perplexity.make_rows(run.model, heldout, ROW, 32 * ROW)
-seen = depth.read_static(run.model, rows[::2], states=True)
+seen = every_loop.read_static(run.model, rows[::2], states=True)
 lens = gates.fit_lens(seen.states_RxNxLxD[:, seen.scored_NxL])
 for name, arrays in (('without', None), ('with', lens)):
-  static = depth.read_static(run.model, rows[1::2], arrays)
+  static = every_loop.read_static(run.model, rows[1::2], arrays)
   first = depth.measure(
     run.model, static, 'change', -2.0, arrays, kv='exact_fill'
   )
@@ -131,12 +131,12 @@ for name, arrays in (('without', None), ('with', lens)):
 # The other rows judge it.
 
 # %%
-through = depth.read_static(run.model, rows[::2], lens)
+through = every_loop.read_static(run.model, rows[::2], lens)
 arrays = lens | gates.fit(
   seen.states_RxNxLxD[:-1, seen.scored_NxL],
   through.right_RxNxL[:, through.scored_NxL],
 )
-static = depth.read_static(run.model, rows[1::2], arrays)
+static = every_loop.read_static(run.model, rows[1::2], arrays)
 points = []
 for kv in ('write_ahead', 'propagate', 'exact_fill'):
   points += depth.curve(run.model, static, ['learned', 'oracle'], arrays, kv=kv)

@@ -26,7 +26,7 @@ from rrt import cli, plots
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
-from rrt.evals import depth, gating, perplexity
+from rrt.evals import depth, every_loop, gating, perplexity
 from rrt.files import check_writable
 from rrt.infer import gates
 from rrt.infer.engine import Engine, Request
@@ -241,7 +241,7 @@ def leave_early(model: LanguageModel, text: str, heldout: str):
       model, rows, loss=_PROMISE.value, shares=shares, progress=progress.update
     )
   rows = perplexity.make_rows(model, heldout, context, _HELDOUT.value)
-  static = depth.read_static(model, rows, gate.arrays)
+  static = every_loop.read_static(model, rows, gate.arrays)
   held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)
   first = depth.measure(model, static, 'change', -2.0)
   gated = dataclasses.replace(model, meta=gates.store(model.meta, gate))

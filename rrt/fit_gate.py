@@ -4,9 +4,10 @@ python -m rrt.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
     --out=gated
 
 Half of the rows of the text fit the gate and a lens, which mends what a loop
-before the last gives; the other half choose the lowest threshold that keeps the promise with the asked confidence. Gate, threshold,
-promise and bound are written with the model to --out; `rrt.evaluate --exits`
-measures them on other text.
+before the last gives; the other half choose the lowest threshold that keeps the
+promise with the asked confidence. Gate, threshold, promise and bound are
+written with the model to --out; `rrt.evaluate --exits` measures them on other
+text.
 """
 
 import dataclasses
@@ -64,13 +65,13 @@ def main(argv) -> None:
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
   from rrt import pretrained
-  from rrt.evals import depth, gating, perplexity
+  from rrt.evals import depth, every_loop, gating, perplexity
   from rrt.files import check_writable
   from rrt.infer import gates
 
   check_writable(out)
   model = pretrained.load(source)
-  depth.check(model.config)
+  every_loop.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
   with cli.Progress(

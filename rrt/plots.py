@@ -139,16 +139,11 @@ def demo_page(
     'calibrated start': rows['calibrated']['nll_nats'],
   }
   numbers = ''.join(
-      f'<tr><td>{say(name)}</td>'
-      + ''.join(
-          f'<td class="number">{value}</td>'
-          for value in (
-              f'{r["params_unique"]:,}', f'{r["nll_nats"]:.3f}',
-              f'{r["bits_per_byte"]:.3f}', f'{r["seconds"]:.0f}',
-          )
-      )
-      + '</tr>'
-      for name, r in rows.items()
+    _row(
+      name, f'{r["params_unique"]:,}', f'{r["nll_nats"]:.3f}',
+      f'{r["bits_per_byte"]:.3f}', f'{r["seconds"]:.0f}',
+    )
+    for name, r in rows.items()
   )  # fmt: skip
   texts = ''.join(
     f'<h3>{say(prompt)} ...</h3><table>'
@@ -176,6 +171,12 @@ in all.</p>
 """
 
 
+def _row(name: str, *numbers: str) -> str:
+  """A row of a table: what it is about, then its numbers."""
+  cells = ''.join(f'<td class="number">{n}</td>' for n in numbers)
+  return f'<tr><td>{html.escape(name)}</td>{cells}</tr>'
+
+
 def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
   """The part of the page about tokens that leave early."""
   say = html.escape
@@ -184,11 +185,11 @@ def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
   depths = [sum(n for _, n in text) for text in ways['exits']['pieces']]
   shown = depths.index(min(depths))
   numbers = ''.join(
-      f'<tr><td>{say(name)}</td>'
-      f'<td class="number">{w["tokens_per_second"]:.1f}</td>'
-      f'<td class="number">{w["loops"]:.2f}</td>'
-      f'<td class="number">{w["same"]} of {len(w["tokens"])}</td></tr>'
-      for name, w in ways.items()
+    _row(
+      name, f'{w["tokens_per_second"]:.1f}', f'{w["loops"]:.2f}',
+      f'{w["same"]} of {len(w["tokens"])}',
+    )
+    for name, w in ways.items()
   )  # fmt: skip
   texts = ''.join(
     f'<p><b>{say(name)}</b><br>{say(w["prompts"][shown])}'

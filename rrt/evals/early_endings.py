@@ -104,9 +104,7 @@ def _score(
     score_BxL = exits.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
     return (score_BxL >= threshold) & may_BxL
 
-  def lens(x_BxLxD, depth_BxL):
-    return exits.through_lens(arrays, x_BxLxD, depth_BxL, config.loops)
-
+  lens = functools.partial(exits.through_lens, arrays)
   out = forward_early(config, params, fed_BxL, leaves, kv, dtype, lens)
   D = out.hidden_BxLxD.shape[-1]
   nll_N, greedy_N = token_losses(

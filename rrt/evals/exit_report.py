@@ -8,7 +8,7 @@ from typing import Any
 
 from rrt import cli, plots
 from rrt.errors import InputError
-from rrt.evals import depth
+from rrt.evals import depth, every_loop
 from rrt.files import check_file_writable
 from rrt.infer import gates
 from rrt.infer.options import KV_POLICIES
@@ -63,7 +63,7 @@ def measure(
   if 'kernel' not in (arrays or {}) and kinds == 'all':
     names.remove('learned')
   with cli.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
-    static = depth.read_static(
+    static = every_loop.read_static(
       model, rows, arrays, batch=batch, dtype=dtype, progress=progress.update
     )
   scored = int(static.scored_NxL.sum())

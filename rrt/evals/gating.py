@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.evals import depth
+from rrt.evals import depth, every_loop
 from rrt.infer import gates
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def fit_gate(
   Raises:
     InputError: the model has no exits, or the rows are too few.
   """
-  depth.check(model.config)
+  every_loop.check(model.config)
   if (agreement is None) == (loss is None):
     raise InputError('Give either an agreement or a loss to promise.')
   fitting, judging = rows[::2], rows[1::2]
@@ -71,10 +71,10 @@ def fit_gate(
   arrays = None
   if lens or kind == 'learned':
     read = functools.partial(
-      depth.read_static, model, batch=batch, progress=progress
+      every_loop.read_static, model, batch=batch, progress=progress
     )
     arrays = _fit(fitting, read, kind, lens, ridge)
-  static = depth.read_static(
+  static = every_loop.read_static(
     model, judging, arrays, batch=batch, progress=progress
   )
   points: list[depth.Point] = []

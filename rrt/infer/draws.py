@@ -106,7 +106,7 @@ def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
     stores = stores._replace(block=block_kvs)
   zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
-  x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None], R)
+  x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
 

@@ -23,11 +23,10 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.infer import decode, flights, gates, lanes, sample
-from rrt.infer.options import Options
+from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
 from rrt.infer.text import Completion, Text
-from rrt.models import pages
 from rrt.models.cache import init_cache
 from rrt.models.stack import unstack
 from rrt.relax import lora
@@ -66,7 +65,7 @@ class Engine:
     """
     options = dataclasses.replace(options or Options(), **changes)
     if options.gate == 'stored':
-      options, arrays = _with_stored_gate(model, options)
+      options, arrays = options.with_stored_gate(model)
     self.options = options
     if arrays is None and options.lossless:
       arrays = gates.stored_lens(model)
@@ -308,47 +307,3 @@ _admit = jax.jit(
   flights.admit, static_argnames=('plan',), donate_argnames=('state',)
 )
 _drop = jax.jit(flights.drop, donate_argnames=('state',))
-
-
-def _with_stored_gate(model, options: Options) -> tuple[Options, Any]:
-  """The options with the gate that is kept with a model, and its arrays."""
-  gate = gates.stored(model)
-  if gate is None:
-    raise InputError(
-      "gate='stored': this model has no gate; python -m rrt.fit_gate fits one."
-    )
-  kv = gate.kv if options.kv == 'own' else options.kv
-  threshold = options.threshold
-  if threshold is None:
-    threshold = gate.threshold
-  options = dataclasses.replace(
-    options, gate=gate.kind, threshold=threshold, kv=kv
-  )
-  return options, gate.arrays
-
-
-def check_fit(plan: flights.Plan) -> None:
-  """Raises InputError where the cache would not fit the device."""
-  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.kv_dtype)
-  free = free_bytes()
-  if free is not None and need > free:
-    gib = 2**30
-    raise InputError(
-      f'A cache for {plan.slots} slots takes {need / gib:.2f} GiB and '
-      f'{free / gib:.2f} GiB are free; ask for fewer slots or a shorter '
-      'context.'
-    )
-
-
-def free_bytes() -> int | None:
-  """Memory that the device has left; None where it does not tell."""
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
-  if 'bytes_limit' in stats:
-    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-  try:
-    with open('/proc/meminfo') as f:
-      lines = dict(line.split(':', 1) for line in f)
-    return int(lines['MemAvailable'].split()[0]) * 1024
-  except (OSError, KeyError, ValueError):
-    return None

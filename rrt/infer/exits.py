@@ -60,7 +60,7 @@ def score(
   return jnp.where(position_B == 0, 0.0, sure_B)
 
 
-def through_lens(gate: Any, x_BxD, loop_B, loops: int):
+def through_lens(gate: Any, x_BxD, loop_B):
   """What coda and head read of rows that leave early.
 
   A lens is an affine map a loop from where that loop leaves the residual
@@ -74,13 +74,12 @@ def through_lens(gate: Any, x_BxD, loop_B, loops: int):
     x_BxD: the block's output, [B, D] or [B, L, D].
     loop_B: int, how many loops each row has run, broadcast against x's leading
       axes.
-    loops: R.
   """
   if not has_lens(gate):
     return x_BxD
   out_BxD = x_BxD
   dtype = x_BxD.dtype
-  for r in range(loops - 1):
+  for r in range(len(gate['lens_kernel'])):
     kernel_DxD = jnp.asarray(gate['lens_kernel'][r], dtype)
     bias_D = jnp.asarray(gate['lens_bias'][r], dtype)
     lead = (1,) * (x_BxD.ndim - 1)

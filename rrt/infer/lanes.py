@@ -98,6 +98,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
 
   loop_B = loop_B + 1
   fills_B = rows.of(f.fills_SxK)
+  lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
   leaves_B = loop_B == R
   if plan.gate != 'none':
     sure_B = exits.score(
@@ -105,13 +106,11 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
       state.count_S[rows.slot_B],
     )  # fmt: skip
     sure_B = sure_B >= requests.threshold_S[rows.slot_B]
-    lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
     leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, DUE), RUN)
   asks_SxK = f.asks_SxK
   if plan.lossless:
-    asks_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
-    asks_B = rows.of(asks_SxK) | ((loop_B == plan.draft_loop) & asks_B)
+    asks_B = rows.of(asks_SxK) | ((loop_B == plan.draft_loop) & lossless_B)
     asks_SxK = rows.put(asks_SxK, asks_B)
   f = f._replace(
     stage_SxK=rows.put(f.stage_SxK, stage_B),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from rrt.errors import InputError
-from rrt.infer import decode, exits
+from rrt.infer import decode, exits, gates
 from rrt.infer.flights import Plan
 from rrt.models import pages
+
+if TYPE_CHECKING:
+  from rrt.pretrained import LanguageModel
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')
@@ -146,6 +149,27 @@ class Options:
         f'must be below the {config.loops} loops of the model',
       )  # fmt: skip
 
+  def with_stored_gate(self, model: LanguageModel) -> tuple[Options, Any]:
+    """These options with the gate that is kept with a model, and its arrays.
+
+    Raises:
+      InputError: the model has none.
+    """
+    gate = gates.stored(model)
+    if gate is None:
+      raise InputError(
+        "gate='stored': this model has no gate; python -m rrt.fit_gate fits "
+        'one.'
+      )
+    kv = gate.kv if self.kv == 'own' else self.kv
+    threshold = self.threshold
+    if threshold is None:
+      threshold = gate.threshold
+    options = dataclasses.replace(
+      self, gate=gate.kind, threshold=threshold, kv=kv
+    )
+    return options, gate.arrays
+
   @property
   def several(self) -> bool:
     """Whether a slot may have several tokens under way."""
@@ -183,3 +207,30 @@ class Options:
 
 def _whole(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_fit(plan: Plan) -> None:
+  """Raises InputError where the cache would not fit the device."""
+  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.kv_dtype)
+  free = free_bytes()
+  if free is not None and need > free:
+    gib = 2**30
+    raise InputError(
+      f'A cache for {plan.slots} slots takes {need / gib:.2f} GiB and '
+      f'{free / gib:.2f} GiB are free; ask for fewer slots or a shorter '
+      'context.'
+    )
+
+
+def free_bytes() -> int | None:
+  """Memory that the device has left; None where it does not tell."""
+  device = jax.devices()[0]
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  try:
+    with open('/proc/meminfo') as f:
+      lines = dict(line.split(':', 1) for line in f)
+    return int(lines['MemAvailable'].split()[0]) * 1024
+  except (OSError, KeyError, ValueError):
+    return None

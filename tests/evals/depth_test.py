@@ -7,7 +7,7 @@ import pytest
 
 from rrt import pretrained
 from rrt.errors import InputError
-from rrt.evals import depth, perplexity
+from rrt.evals import depth, every_loop, perplexity
 from rrt.infer import gates
 from rrt.pretrained import LanguageModel
 from tests import command, runs
@@ -26,7 +26,7 @@ def rows(model):
 
 
 def test_full_depth_is_the_models_score(model, rows):
-  static = depth.read_static(model, rows, batch=3)
+  static = every_loop.read_static(model, rows, batch=3)
   flat = [t for row in rows for t in row]
   want = perplexity.score(model, flat, context=16).nll_nats
   got = static.nll_NxL[static.scored_NxL].mean()
@@ -37,7 +37,7 @@ def test_full_depth_is_the_models_score(model, rows):
 
 
 def test_all_tokens_leaving_is_a_model_of_one_loop(model, rows):
-  static = depth.read_static(model, rows, batch=3)
+  static = every_loop.read_static(model, rows, batch=3)
   flat = [t for row in rows for t in row]
   want = perplexity.score(model, flat, context=16, loops=1).nll_nats
   for kv in ('write_ahead', 'propagate', 'exact_fill'):
@@ -53,7 +53,7 @@ def test_the_oracle_changes_no_token_where_nothing_is_missing():
   config = llama(prelude_layers=2, coda_layers=0)
   model = LanguageModel(config, perturbed(config), None, {})
   rows = np.random.default_rng(0).integers(0, 53, (6, 30)).tolist()
-  static = depth.read_static(model, rows, batch=3)
+  static = every_loop.read_static(model, rows, batch=3)
   point = depth.measure(model, static, 'oracle', 1.0, kv='exact_fill', batch=3)
   right_RxN = static.right_RxNxL[:, static.scored_NxL]
   first = np.where(right_RxN[0], 1, np.where(right_RxN[1], 2, 3))
@@ -64,7 +64,7 @@ def test_the_oracle_changes_no_token_where_nothing_is_missing():
 
 
 def test_thresholds_send_the_asked_share_away(model, rows):
-  static = depth.read_static(model, rows, batch=3)
+  static = every_loop.read_static(model, rows, batch=3)
   for gate in ('change', 'margin', 'entropy'):
     points = depth.curve(model, static, [gate], shares=(0.25, 0.75), batch=3)
     shares = [2 - p.mean_loops for p in points]
@@ -72,14 +72,14 @@ def test_thresholds_send_the_asked_share_away(model, rows):
 
 
 def test_a_gate_that_is_not_there_is_asked_for(model, rows):
-  static = depth.read_static(model, rows, batch=3)
+  static = every_loop.read_static(model, rows, batch=3)
   with pytest.raises(InputError, match='fit_gate'):
     depth.curve(model, static, ['learned'])
 
 
 def test_a_model_without_loops_is_refused(rows):
   with pytest.raises(InputError, match='two loops'):
-    depth.read_static(runs.parent(), rows)
+    every_loop.read_static(runs.parent(), rows)
 
 
 def test_fit_gate_then_evaluate(tmp_path):

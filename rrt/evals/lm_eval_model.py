@@ -1,0 +1,237 @@
+"""A model of this package as EleutherAI's lm-eval sees one.
+
+Registered under the name `rrt`; `rrt.evals.harness` puts it to use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from rrt import cli, pretrained
+from rrt.errors import InputError
+from rrt.evals import early_endings, endings
+from rrt.infer import decode, gates, sample
+
+_NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
+_ROW_TOKENS = 512  # what one row of lm-eval's batch_size stands for
+
+
+@register_model('rrt')
+class RrtLM(TemplateLM):
+  """A model of this package, as lm-eval sees one.
+
+  Args of `--model_args`: `pretrained` (anything that `rrt.load` takes),
+  `loops`, `dtype`, `max_length`, `batch_tokens`.
+
+  Attributes:
+    gate: lets the tokens of endings leave early, with full `loops`; None
+      lets none.
+    mean_loops: of those tokens, in what was scored last.
+  """
+
+  def __init__(
+    self,
+    pretrained: Any = None,
+    *,
+    loops: int | None = None,
+    dtype: str = 'float32',
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    batch_size: int | str | None = None,
+    max_batch_size: int | None = None,
+    device: str | None = None,
+    gate: gates.Gate | None = None,
+  ):
+    super().__init__()
+    del max_batch_size, device  # lm-eval passes them to every model.
+    if pretrained is None:
+      raise InputError('pretrained= is missing, such as smollm2-135m.')
+    self.model = _loaded(pretrained)
+    self.tokenizer = self.model.tokenizer
+    if self.tokenizer is None:
+      raise InputError('Tasks need a model with a tokenizer.')
+    self.config = self.model.config
+    if max_length is not None:
+      if not 2 <= max_length <= self.config.max_context:
+        raise InputError(
+          f'max_length={max_length}: must lie between 2 and '
+          f'{self.config.max_context}, the context of the model.'
+        )
+      self.config = dataclasses.replace(self.config, max_context=max_length)
+    self.loops, self.dtype, self.gate = loops, dtype, gate
+    self.mean_loops = 0.0
+    if batch_tokens is None:
+      rows = 8 if batch_size in (None, 'auto') else int(batch_size)
+      batch_tokens = _ROW_TOKENS * rows
+    self.batch_tokens = batch_tokens
+    self._params = decode.cast(self.model.params, dtype)
+    self._writer: sample.Writer | None = None
+
+  @property
+  def max_length(self) -> int:
+    """Tokens that the model can see."""
+    return self.config.max_context
+
+  @property
+  def eot_token_id(self) -> int:
+    """The token that ends a text."""
+    if not self.tokenizer.eos_ids:
+      raise InputError('The tokenizer has no end token.')
+    return self.tokenizer.eos_ids[0]
+
+  @property
+  def prefix_token_id(self) -> int:
+    """What stands before a text that has no context."""
+    bos = self.tokenizer.bos_id
+    return self.eot_token_id if bos is None else bos
+
+  @property
+  def tokenizer_name(self) -> str:
+    """A name for lm-eval's cache of requests."""
+    return f'rrt-{self.tokenizer.sha256[:16]}'
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """The tokenizer's own template."""
+    del chat_template
+    return self.tokenizer.chat_template
+
+  def apply_chat_template(
+    self, chat_history, add_generation_prompt: bool = True
+  ) -> str:
+    """A dialogue as text."""
+    return self.tokenizer.apply_chat(chat_history, add_generation_prompt)
+
+  def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+    """Token ids; a begin token where the family has the habit."""
+    del kwargs
+    bos = add_special_tokens
+    if bos is None and self.tokenizer.bos_id is not None:
+      # A chat template has written it already.
+      if string.startswith(self.tokenizer.token(self.tokenizer.bos_id)):
+        bos = False
+    return self.tokenizer.encode(
+      string, bos=bos and self.tokenizer.bos_id is not None
+    )
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+    del kwargs
+    pairs = [(context, ending) for _, context, ending in requests]
+    found = self._score(pairs, 'score', show=not disable_tqdm)
+    for (text, _, _), answer in zip(requests, found, strict=True):
+      if text is not None:
+        self.cache_hook.add_partial('loglikelihood', text, answer)
+    return found
+
+  def _score(self, pairs, label, show=True):
+    if not pairs:
+      return []
+    if self.gate is not None:
+      with cli.Progress(len(pairs), label, 'endings') as progress:
+        found, self.mean_loops = early_endings.score_endings(
+          self.config, self._params, pairs, self.gate, dtype=self.dtype,
+          batch_tokens=self.batch_tokens, progress=progress.update,
+        )  # fmt: skip
+      return found
+    arguments: dict[str, Any] = {
+        'loops': self.loops, 'dtype': self.dtype,
+        'batch_tokens': self.batch_tokens,
+    }  # fmt: skip
+    if not show:
+      return endings.score_endings(
+        self.config, self._params, pairs, **arguments
+      )
+    with cli.Progress(len(pairs), label, 'endings') as progress:
+      return endings.score_endings(
+          self.config, self._params, pairs, progress=progress.update,
+          **arguments,
+      )  # fmt: skip
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    """Log-likelihoods of whole texts, in windows where they are long."""
+    pairs, counts = [], []
+    for request in requests:
+      windows = [
+        utils.make_disjoint_window(w)
+        for w in utils.get_rolling_token_windows(
+          token_list=self.tok_encode(request.args[0], False),
+          prefix_token=self.prefix_token_id,
+          max_seq_len=self.max_length,
+          context_len=1,
+        )
+      ]
+      pairs += windows
+      counts.append(len(windows))
+    found = iter(self._score(pairs, 'score', show=not disable_tqdm))
+    sums = []
+    for request, count in zip(requests, counts, strict=True):
+      sums.append(sum(next(found)[0] for _ in range(count)))
+      self.cache_hook.add_partial(
+        'loglikelihood_rolling', request.args, sums[-1]
+      )
+    return sums
+
+  def generate_until(self, requests, disable_tqdm=False):
+    """What the model writes after each context."""
+    if self._writer is None:
+      limited = dataclasses.replace(self.model, config=self.config)
+      self._writer = sample.Writer(limited, loops=self.loops, dtype=self.dtype)
+    by_settings: dict[sample.Settings, list[int]] = {}
+    for i, request in enumerate(requests):
+      by_settings.setdefault(_settings(request.args[1]), []).append(i)
+    texts = [''] * len(requests)
+    with cli.Progress(len(requests), 'write', 'texts') as progress:
+      for settings, indices in by_settings.items():
+        settings.check()
+        room = self.max_length - settings.max_new_tokens
+        if room < 1:
+          raise InputError(
+            f'max_gen_toks={settings.max_new_tokens}: leaves no room in '
+            f'the context of {self.max_length}.'
+          )
+        prompts = {
+          i: self.tok_encode(requests[i].args[0])[-room:]
+          or [self.prefix_token_id]
+          for i in indices
+        }
+        # Rows of like length share a batch and waste little padding.
+        indices.sort(key=lambda i: -len(prompts[i]))
+        for first in range(0, len(indices), sample.BATCH):
+          part = indices[first : first + sample.BATCH]
+          done = self._writer.complete([prompts[i] for i in part], settings)
+          for i, completion in zip(part, done, strict=True):
+            texts[i] = completion.text
+            self.cache_hook.add_partial(
+              'generate_until', requests[i].args, completion.text
+            )
+          if not disable_tqdm:
+            progress.update(len(part))
+    return texts
+
+
+def _loaded(source):
+  return source if hasattr(source, 'params') else pretrained.load(source)
+
+
+def _settings(arguments: dict[str, Any]) -> sample.Settings:
+  """lm-eval's generation arguments as ours."""
+  until = arguments.get('until') or ()
+  temperature = float(arguments.get('temperature') or 0.0)
+  if not arguments.get('do_sample', temperature > 0):
+    temperature = 0.0
+  return sample.Settings(
+    max_new_tokens=int(
+      arguments.get('max_gen_toks')
+      or arguments.get('max_new_tokens')
+      or _NEW_TOKENS
+    ),
+    temperature=temperature,
+    top_k=int(arguments.get('top_k') or 0),
+    top_p=float(arguments.get('top_p') or 1.0),
+    min_p=float(arguments.get('min_p') or 0.0),
+    stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+  )
