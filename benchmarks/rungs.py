@@ -133,13 +133,11 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
   """
   exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
   slots = FLAGS.slots
-  share = slots / depth
-  some = min(slots, int(np.ceil(share + 2 * (share * (1 - 1 / depth)) ** 0.5)))
   return {
-    'tied': {},
-    'depth-wise': dict(pool=1, draws=-(-slots // config.loops)),
-    'in step': dict(pool=slots, **exits),
-    'depth-wise exits': dict(draws=some, **exits),
+    'tied': dict(draws=slots, pool=slots),
+    'depth-wise': {},
+    'in step': dict(draws=slots, pool=slots, **exits),
+    'depth-wise exits': dict(mean_loops=depth, **exits),
     # Lanes for guesses only where there are few sequences.
     'lossless': dict(
       lossless=True, lanes=min(max(slots, 8), slots * config.loops)

@@ -112,7 +112,7 @@ by_loop(run.model)
 
 # %%
 rows = perplexity.make_rows(run.model, heldout, ROW, 32 * ROW)
-seen = every_loop.read_static(run.model, rows[::2], states=True)
+seen = every_loop.read_static(run.model, rows[::2], fitting=True)
 lens = gates.fit_lens(seen.states_RxNxLxD[:, seen.scored_NxL])
 for name, arrays in (('without', None), ('with', lens)):
   static = every_loop.read_static(run.model, rows[1::2], arrays)
@@ -126,15 +126,16 @@ for name, arrays in (('without', None), ('with', lens)):
 # %% [markdown]
 # ## A gate
 #
-# The same rows fit a logistic regression on the state after loop 1: will full
-# depth say the same? It costs one dot product a token and never the vocabulary.
-# The other rows judge it.
+# The same rows fit a logistic regression on the state after loop 1: how near is
+# what it would say to what full depth will say? It is to be exp(-KL) of the two.
+# It costs one dot product a token and never the vocabulary. The other rows judge
+# it.
 
 # %%
-through = every_loop.read_static(run.model, rows[::2], lens)
+through = every_loop.read_static(run.model, rows[::2], lens, fitting=True)
 arrays = lens | gates.fit(
   seen.states_RxNxLxD[:-1, seen.scored_NxL],
-  through.right_RxNxL[:, through.scored_NxL],
+  np.exp(-through.divergence_RxNxL[:, through.scored_NxL]),
 )
 static = every_loop.read_static(run.model, rows[1::2], arrays)
 points = []

@@ -50,7 +50,7 @@ _LOSS = flags.DEFINE_float(
   'loss', None, 'Promise instead: nats a token lost against full depth.'
 )
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the promise.')
-_RIDGE = flags.DEFINE_float('ridge', 1.0, 'Penalty of the regression.')
+_RIDGE = flags.DEFINE_float('ridge', 30.0, 'Penalty of the regression.')
 
 
 def main(argv) -> None:

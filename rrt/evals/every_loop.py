@@ -44,8 +44,10 @@ class Static:
     scores: by gate, [R - 1, N, L]: the score after each loop but the last.
     right_RxNxL: [R - 1, N, L], whether the most likely successor after each
       loop but the last is that of full depth.
-    states_RxNxLxD: the block's outputs after all R loops, float32, if asked
-      for.
+    divergence_RxNxL: [R - 1, N, L], nats that the distribution of the
+      successor after each loop but the last lacks of full depth's, if asked
+      for: KL(full depth || this loop).
+    states_RxNxLxD: the block's outputs after all R loops, float32, likewise.
   """
 
   tokens_NxL: np.ndarray
@@ -54,6 +56,7 @@ class Static:
   top_NxL: np.ndarray
   scores: dict[str, np.ndarray]
   right_RxNxL: np.ndarray
+  divergence_RxNxL: np.ndarray | None = None
   states_RxNxLxD: np.ndarray | None = None
 
 
@@ -73,7 +76,7 @@ def read_static(
   *,
   batch: int = 4,
   dtype: str = 'float32',
-  states: bool = False,
+  fitting: bool = False,
   progress: Callable[[int], None] | None = None,
 ) -> Static:
   """Reads rows once, with coda and head after every loop.
@@ -85,7 +88,8 @@ def read_static(
       lens.
     batch: rows in one pass.
     dtype: of the computation.
-    states: keep the block's outputs, to fit a gate on.
+    fitting: also what lenses and gates are fitted on, the divergences and the
+      block's outputs.
     progress: called with the number of tokens after each pass.
 
   Raises:
@@ -98,17 +102,17 @@ def read_static(
   for first in range(0, len(rows), batch):
     part = tokens_NxL[first : first + batch]
     out = _static(
-      params, gate, part, config=model.config, dtype=dtype, states=states
+      params, gate, part, config=model.config, dtype=dtype, fitting=fitting
     )
     found.append(jax.device_get(out))
     if progress:
       progress(sum(map(len, rows[first : first + batch])))
-  nll, top, right, scores, kept = zip(*found, strict=True)
+  nll, top, right, scores, apart, kept = zip(*found, strict=True)
   wide = lambda parts: np.concatenate(parts, 1)
   return Static(
     tokens_NxL, scored_NxL, np.concatenate(nll), np.concatenate(top),
     {k: wide([s[k] for s in scores]) for k in scores[0]}, wide(right),
-    wide(kept) if states else None,
+    wide(apart) if fitting else None, wide(kept) if fitting else None,
   )  # fmt: skip
 
 
@@ -122,8 +126,8 @@ def _pad(rows):
   return tokens_NxL, scored_NxL
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'dtype', 'states'))
-def _static(params, gate, tokens_BxL, *, config, dtype, states):
+@functools.partial(jax.jit, static_argnames=('config', 'dtype', 'fitting'))
+def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
   met: list[tuple[jax.Array, jax.Array]] = []
 
   def stay(loops, before_BxLxD, after_BxLxD):
@@ -139,7 +143,7 @@ def _static(params, gate, tokens_BxL, *, config, dtype, states):
   learned = gate is not None and 'kernel' in gate
   kinds = [k for k in LIVE if k != 'learned' or learned]
   scores: dict[str, list] = {k: [] for k in ('margin', 'entropy', *kinds)}
-  right = []
+  right, apart = [], []
   for r, (before_BxLxD, after_BxLxD) in enumerate(met):
     read_BxLxD = exits.through_lens(
       gate, after_BxLxD, jnp.full(tokens_BxL.shape, r + 1)
@@ -149,6 +153,10 @@ def _static(params, gate, tokens_BxL, *, config, dtype, states):
     )
     _, r_top_BxL, margin_BxL, entropy_BxL = read(hidden_BxLxD, targets_BxL)
     right.append(r_top_BxL == top_BxL)
+    if fitting:
+      apart.append(
+        divergence(config, params, dtype, out.hidden_BxLxD, hidden_BxLxD)
+      )
     scores['margin'].append(margin_BxL)
     scores['entropy'].append(1 - entropy_BxL / math.log(config.vocab_size))
     for kind in kinds:
@@ -156,11 +164,12 @@ def _static(params, gate, tokens_BxL, *, config, dtype, states):
         exits.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
       )
   kept = None
-  if states:
+  if fitting:
     all_loops = [after for _, after in met] + [out.left_BxLxD]
     kept = jnp.stack(all_loops).astype(jnp.float32)
   stacked = {k: jnp.stack(v) for k, v in scores.items()}
-  return nll_BxL, top_BxL, jnp.stack(right), stacked, kept
+  apart_RxBxL = jnp.stack(apart) if fitting else None
+  return nll_BxL, top_BxL, jnp.stack(right), stacked, apart_RxBxL, kept
 
 
 def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
@@ -168,11 +177,6 @@ def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
 
   Head chunk by chunk, of hidden states after the final norm.
   """
-  B, L, D = hidden_BxLxD.shape
-  chunk = min(HEAD_CHUNK, B * L)
-  pad = -(B * L) % chunk
-  hidden = jnp.pad(hidden_BxLxD.reshape(-1, D), ((0, pad), (0, 0)))
-  targets = jnp.pad(targets_BxL.reshape(-1), (0, pad))
 
   def one(x):
     hidden_CxD, targets_C = x
@@ -187,7 +191,32 @@ def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
     entropy_C = -jnp.sum(p_CxV * log_p_CxV, -1)
     return -hit_C, top_C, best_C - second_C, entropy_C
 
-  found = jax.lax.map(
-    one, (hidden.reshape(-1, chunk, D), targets.reshape(-1, chunk))
-  )
+  return _by_chunk(one, hidden_BxLxD, targets_BxL)
+
+
+def divergence(config, params, dtype, full_BxLxD, hidden_BxLxD):
+  """KL(full || hidden) in nats of what the head makes of two states, [B, L]."""
+
+  def one(x):
+    full_CxV, log_p_CxV = (
+      jax.nn.log_softmax(transformer.logits(config, params, h_CxD, dtype), -1)
+      for h_CxD in x
+    )
+    return (jnp.sum(jnp.exp(full_CxV) * (full_CxV - log_p_CxV), -1),)
+
+  return _by_chunk(one, full_BxLxD, hidden_BxLxD)[0]
+
+
+def _by_chunk(one, *of_tokens):
+  """Maps a function of some tokens over arrays [B, L, ...], chunk by chunk."""
+  B, L = of_tokens[0].shape[:2]
+  chunk = min(HEAD_CHUNK, B * L)
+  pad = -(B * L) % chunk
+
+  def chunks(t):
+    t = t.reshape(B * L, *t.shape[2:])
+    t = jnp.pad(t, ((0, pad),) + ((0, 0),) * (t.ndim - 1))
+    return t.reshape(-1, chunk, *t.shape[1:])
+
+  found = jax.lax.map(one, tuple(map(chunks, of_tokens)))
   return tuple(t.reshape(-1)[: B * L].reshape(B, L) for t in found)

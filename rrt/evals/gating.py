@@ -28,7 +28,7 @@ def fit_gate(
   agreement: float | None = None,
   loss: float | None = None,
   confidence: float = 0.95,
-  ridge: float = 1.0,
+  ridge: float = 30.0,
   batch: int = 4,
   shares: Sequence[float] = SHARES,
   progress: Callable[[int], None] | None = None,
@@ -43,8 +43,10 @@ def fit_gate(
     kind: 'learned' or 'change'.
     lens: whether to fit one too; see `gates.fit_lens`.
     kv: what the loops that a token skipped keep of it.
-    agreement: promised share of tokens that are as at full depth.
-    loss: or promised nats a token lost against full depth.
+    agreement: promised share of tokens that are as at full depth; a learned
+      gate then learns which tokens are.
+    loss: or promised nats a token lost against full depth; it then learns
+      exp(-KL), which tells a token that loses little from one that loses much.
     confidence: of the promise.
     ridge: penalty of the regression.
     batch: rows in one pass.
@@ -73,7 +75,7 @@ def fit_gate(
     read = functools.partial(
       every_loop.read_static, model, batch=batch, progress=progress
     )
-    arrays = _fit(fitting, read, kind, lens, ridge)
+    arrays = _fit(fitting, read, kind, lens, ridge, loss is not None)
   static = every_loop.read_static(
     model, judging, arrays, batch=batch, progress=progress
   )
@@ -100,26 +102,33 @@ def fit_gate(
   return gates.Gate(kind, threshold, arrays, kv, promise), points
 
 
-def _fit(rows, read, kind: str, lens: bool, ridge: float) -> dict[str, Any]:
+def _fit(
+  rows, read, kind: str, lens: bool, ridge: float, by_loss: bool
+) -> dict[str, Any]:
   """Lens and gate, where they are asked for.
 
-  Whether a token's exit agrees with full depth is judged, for the gate, with a
-  lens that was fitted on the other half of the rows.
+  What a token's exit is worth is judged, for the gate, with a lens that was
+  fitted on the other half of the rows.
   """
-  halves = [read(half, states=True) for half in (rows[::2], rows[1::2])]
+  halves = [read(half, fitting=True) for half in (rows[::2], rows[1::2])]
   states = [h.states_RxNxLxD[:, h.scored_NxL] for h in halves]
   arrays: dict[str, Any] = {}
-  right = [h.right_RxNxL[:, h.scored_NxL] for h in halves]
   if lens:
     arrays |= gates.fit_lens(np.concatenate(states, 1))
     if kind == 'learned':
-      crossed = [
-        read(rows[i::2], gates.fit_lens(states[1 - i])) for i in (0, 1)
+      halves = [
+        read(rows[i::2], gates.fit_lens(states[1 - i]), fitting=True)
+        for i in (0, 1)
       ]
-      right = [c.right_RxNxL[:, c.scored_NxL] for c in crossed]
   if kind == 'learned':
+    target = [
+      (np.exp(-h.divergence_RxNxL) if by_loss else h.right_RxNxL)[
+        :, h.scored_NxL
+      ]
+      for h in halves
+    ]
     arrays |= gates.fit(
-      np.concatenate(states, 1)[:-1], np.concatenate(right, 1), ridge
+      np.concatenate(states, 1)[:-1], np.concatenate(target, 1), ridge
     )
   return arrays
 

@@ -110,10 +110,32 @@ def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
 
-  logits_VxB = transformer.logits_by_column(
+  read = lambda params: transformer.logits_by_column(
     c, params, hidden_Bx1xD[:, 0], plan.dtype
   )
+
+  def guess():
+    logits_VxB = read(params['draft'])
+    rest = ((0, c.vocab_size - plan.draft_vocab), (0, 0))
+    return jnp.pad(logits_VxB, rest, constant_values=-jnp.inf)
+
+  if 'draft' not in params:
+    logits_VxB = read(params)
+  else:
+    logits_VxB = jax.lax.cond(jnp.any(final_B), lambda: read(params), guess)
   return state._replace(stores=stores), logits_VxB
+
+
+def with_draft_head(plan: Plan, params):
+  """The parameters with the rows of the head that guesses are made of."""
+  if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
+    return params
+  n = plan.draft_vocab
+  if plan.config.tie_embeddings:
+    draft = {'embed': {'table': params['embed']['table'][:n]}}
+  else:
+    draft = {'head': {'kernel': params['head']['kernel'][:, :n]}}
+  return {**params, 'draft': draft}
 
 
 def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, flights, gates, lanes, sample
+from rrt.infer import decode, draws, flights, gates, lanes, sample
 from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
@@ -81,7 +81,7 @@ class Engine:
     params = decode.cast(params, options.dtype)
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
-    self._params = params
+    self._params = draws.with_draft_head(self.plan, params)
     self._gate = jax.tree.map(jnp.asarray, arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)

@@ -44,6 +44,7 @@ class Plan:
     lossless: whether requests may draft after `draft_loop` loops and verify
       after all.
     draft_loop: loops before a guess.
+    draft_vocab: tokens among which a guess is made.
     dtype: of the computation.
     kv_dtype: of the cache.
     penalties: whether requests may ask for penalties.
@@ -64,6 +65,7 @@ class Plan:
   gate: str = 'none'
   lossless: bool = False
   draft_loop: int = 1
+  draft_vocab: int = 8192
   dtype: str = 'float32'
   kv_dtype: str = 'float32'
   penalties: bool = False
@@ -139,7 +141,8 @@ class Counters(NamedTuple):
       place in a pass, for the others of the pool, or, guesses, for the
       oldest. Flights without a lane are not counted.
     draws: rows drawn from, guesses included.
-    draw_steps: steps in which coda and head ran.
+    draw_steps: steps in which coda and head ran, for guesses alone the draft
+      head.
     guesses: guesses that were verified.
     right: of those, the ones that full depth confirmed.
     depths_R: tokens by the loop after which they were drawn.

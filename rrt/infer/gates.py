@@ -1,8 +1,7 @@
 """Learned exit gates: fitted to agree with full depth, kept with the model.
 
 A gate is one logistic regression a loop on the normalised residual stream: it
-estimates how likely the most likely token after this loop is that of full
-depth. Its threshold is calibrated on text that the fit has not seen. A lens,
+estimates whether what this loop would say is what full depth will say. Its threshold is calibrated on text that the fit has not seen. A lens,
 one affine map a loop, brings what leaves early to where the last loop would
 have left it; it is fitted by least squares, without training.
 
@@ -144,25 +143,26 @@ def fit_lens(
 
 
 def fit(
-  states_RxNxD: np.ndarray, right_RxN: np.ndarray, ridge: float = 1.0
+  states_RxNxD: np.ndarray, target_RxN: np.ndarray, ridge: float = 1.0
 ) -> dict[str, np.ndarray]:
-  """Logistic regressions of agreement on states, one a loop.
+  """Logistic regressions on states, one a loop.
 
   Args:
     states_RxNxD: the block's outputs after each loop but the last.
-    right_RxN: bool, whether the most likely token is that of full depth.
+    target_RxN: what a score should be, in 0..1: whether the most likely token
+      is that of full depth, or exp(-nats lost).
     ridge: weight of the squared kernel against the sum of losses.
 
   Returns:
     `kernel` [R - 1, D] and `bias` [R - 1].
   """
   kernels, biases = [], []
-  for states_NxD, right_N in zip(states_RxNxD, right_RxN, strict=True):
+  for states_NxD, target_N in zip(states_RxNxD, target_RxN, strict=True):
     unit = states_NxD / np.maximum(
       np.linalg.norm(states_NxD, axis=1, keepdims=True), 1e-6
     )
     D = unit.shape[1]
-    weights = _logistic(unit * D**0.5, right_N.astype(np.float64), ridge)
+    weights = _logistic(unit * D**0.5, target_N.astype(np.float64), ridge)
     kernels.append(weights[:-1])
     biases.append(weights[-1])
   return {

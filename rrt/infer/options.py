@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')
 _LARGE = 256  # Ranks of all loops together, from which grouping pays.
+_MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +43,22 @@ class Options:
     lossless: speculate on tokens after `draft_loop` loops; the text is that
       of full depth. With a gate, each request says which of both it wants.
     draft_loop: loops before a guess.
+    draft_vocab: guesses that share no launch with a draw are made among the
+      first so many tokens; byte-pair vocabularies begin with the frequent
+      ones. Of what is written it changes nothing.
     lanes: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot,
       which is the default. Guesses are made where lanes are free for them:
       with fewer than R a slot speculation ends by itself as slots fill.
-    draws: tokens that coda, head and prelude take in one step; None for as
-      many as a block step.
-    pool: draw when so many tokens are due, or all; None for all at full
-      depth, at once elsewhere.
+    draws: tokens that coda, head and prelude take in one step; None for what
+      suits the machine.
+    pool: draw when so many tokens are due, or all; None likewise. On a CPU,
+      where a pass costs by its rows, many slots go out of step: a draw takes
+      what a step sends out on average and waits until it is half full. An
+      accelerator's pass costs the same whatever it holds: it takes all, at
+      full depth of all slots at a time.
+    mean_loops: of a token, as expected, by which draws are sized; None is the
+      stored gate's own, or all.
     steps: block steps of one call; the host looks in between.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
@@ -73,9 +83,11 @@ class Options:
   threshold: float | None = None
   lossless: bool = False
   draft_loop: int = 1
+  draft_vocab: int = 8192
   lanes: int | None = None
   draws: int | None = None
   pool: int | None = None
+  mean_loops: float | None = None
   steps: int = 8
   page: int = 128
   dtype: str = 'float32'
@@ -92,7 +104,7 @@ class Options:
       if not ok:
         raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
 
-    for field in ('slots', 'steps', 'page', 'draft_loop'):
+    for field in ('slots', 'steps', 'page', 'draft_loop', 'draft_vocab'):
       need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
     for field in ('context', 'lanes', 'draws', 'pool'):
       value = getattr(self, field)
@@ -134,6 +146,10 @@ class Options:
       self.page >= config.loops, 'page',
       f'must be at least the {config.loops} loops of the model',
     )  # fmt: skip
+    need(
+      self.mean_loops is None or 1 <= self.mean_loops <= config.loops,
+      'mean_loops', f'must lie in 1 to {config.loops}',
+    )  # fmt: skip
     most = self.slots * (config.loops if self.several else 1)
     need(
       self.lanes is None or self.slots <= self.lanes <= most, 'lanes',
@@ -162,11 +178,12 @@ class Options:
         'one.'
       )
     kv = gate.kv if self.kv == 'own' else self.kv
-    threshold = self.threshold
+    threshold, mean_loops = self.threshold, self.mean_loops
     if threshold is None:
       threshold = gate.threshold
+      mean_loops = mean_loops or gate.promise.get('mean_loops')
     options = dataclasses.replace(
-      self, gate=gate.kind, threshold=threshold, kv=kv
+      self, gate=gate.kind, threshold=threshold, kv=kv, mean_loops=mean_loops
     )
     return options, gate.arrays
 
@@ -188,10 +205,9 @@ class Options:
     context = self.context or config.max_context
     flights = config.loops if self.several else 1
     most = self.slots * flights
-    at_once = self.lossless or self.gate != 'none'
-    pool = self.pool or (1 if at_once else self.slots)
     lanes = self.lanes or most
-    draws = min(self.draws or lanes, most)
+    draws, pool = self._draws_and_pool(config, lanes)
+    draws = min(draws, most)
     return Plan(
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
@@ -199,10 +215,27 @@ class Options:
       lanes=lanes,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
-      draft_loop=self.draft_loop, dtype=self.dtype,
+      draft_loop=self.draft_loop,
+      draft_vocab=min(self.draft_vocab, config.vocab_size), dtype=self.dtype,
       kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
       logprobs=self.logprobs,
     )  # fmt: skip
+
+  def _draws_and_pool(self, config, lanes: int) -> tuple[int, int]:
+    """Rows of a draw, and how many it waits for."""
+    loops = config.loops
+    draws, pool = lanes, self.slots
+    if self.lossless or self.gate != 'none':
+      pool = 1
+    by_rows = jax.default_backend() == 'cpu' and self.slots >= _MANY
+    if by_rows and not self.several and loops > 1:
+      # Between the tokens that leave a step on average and those that leave
+      # it at full depth: the few that wait cost less than empty rows.
+      typical = (loops + (self.mean_loops or loops)) / 2
+      draws = math.ceil(self.slots / typical)
+      pool = draws // 2
+    draws = self.draws or draws
+    return draws, self.pool or min(pool, draws)
 
 
 def _whole(value: Any) -> bool:

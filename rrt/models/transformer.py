@@ -295,8 +295,9 @@ def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
 
 def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
   """The head alone: float32 [..., V] of hidden states [..., D]."""
-  table, axis = params['embed']['table'], 1
-  if not config.tie_embeddings:
+  if config.tie_embeddings:
+    table, axis = params['embed']['table'], 1
+  else:
     table, axis = params['head']['kernel'], 0
   contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
   with float32_is_float32(dtype):

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from rrt import pretrained
 from rrt.errors import InputError
-from rrt.evals import depth, every_loop, perplexity
+from rrt.evals import depth, every_loop, gating, perplexity
 from rrt.infer import gates
+from rrt.models import transformer
 from rrt.pretrained import LanguageModel
 from tests import command, runs
 from tests.models.configs import llama, perturbed
@@ -61,6 +63,43 @@ def test_the_oracle_changes_no_token_where_nothing_is_missing():
   assert 1 < point.mean_loops < 3 and point.agreement == 1
   copied = depth.measure(model, static, 'oracle', 1.0, batch=3)
   assert copied.mean_loops == point.mean_loops and copied.agreement < 1
+
+
+def test_what_a_gate_is_fitted_on(model, rows):
+  static = every_loop.read_static(model, rows, batch=3, fitting=True)
+  R, scored = model.config.loops, static.scored_NxL
+  assert static.states_RxNxLxD.shape[:1] == (R,)
+  config, params = model.config, model.params
+
+  def log_p_of(loops):
+    out = transformer.forward(config, params, static.tokens_NxL, loops=loops)
+    logits = transformer.logits(config, params, out.hidden_BxLxD, 'float32')
+    return np.asarray(jax.nn.log_softmax(logits))
+
+  log_p = log_p_of(1), log_p_of(R)
+  want = np.sum(np.exp(log_p[1]) * (log_p[1] - log_p[0]), -1)
+  np.testing.assert_allclose(
+    static.divergence_RxNxL[0][scored], want[scored], atol=1e-4
+  )
+  assert want[scored].max() > 1e-3
+
+
+@pytest.mark.parametrize('promise', [{'loss': 9.0}, {'agreement': 0.01}])
+def test_a_gate_learns_what_is_promised(model, rows, promise):
+  gate, points = gating.fit_gate(
+    model, rows[:8], lens=False, batch=4, **promise
+  )
+  read = every_loop.read_static(model, rows[:8:2], batch=4, fitting=True)
+  scored = read.scored_NxL
+  target = np.exp(-read.divergence_RxNxL)
+  if 'agreement' in promise:
+    target = read.right_RxNxL
+  # `fit_gate` reads its half of the rows in two halves.
+  order = [0, 2, 1, 3]
+  flat = lambda t: np.concatenate([t[:, [i]][:, scored[[i]]] for i in order], 1)
+  want = gates.fit(flat(read.states_RxNxLxD[:-1]), flat(target), 30.0)
+  np.testing.assert_allclose(gate.arrays['kernel'], want['kernel'], atol=1e-4)
+  assert gate.threshold == points[-1].threshold
 
 
 def test_thresholds_send_the_asked_share_away(model, rows):

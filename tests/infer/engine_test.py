@@ -88,6 +88,26 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
 
 
 @each_model
+def test_many_slots_go_out_of_step(name):
+  engine = Engine(model(name), slots=16, page=8, steps=4)
+  # 16 slots and 3 loops: 6 tokens are due in a step.
+  assert (engine.plan.draws, engine.plan.pool) == (6, 3)
+  assert written(engine) == expected(name)
+
+
+def test_draws_are_sized_by_the_expected_depth():
+  config = model('llama').config
+  sized = lambda **options: Options(slots=32, **options).plan(config)
+  shape = lambda plan: (plan.draws, plan.pool)
+  assert shape(sized()) == (11, 5)
+  assert shape(sized(mean_loops=2.1)) == (13, 6)
+  assert shape(sized(draws=32, pool=32)) == (32, 32)
+  assert shape(sized(lossless=True)) == (96, 1)
+  with pytest.raises(InputError, match='mean_loops'):
+    sized(mean_loops=0.5)
+
+
+@each_model
 def test_tokens_sorted_by_loop_get_the_same_lora(name):
   gate = learned_gate(name)
   rest = dict(kv='write_ahead', gate='learned', threshold=0.5)
@@ -191,6 +211,7 @@ def test_a_hidden_state_that_changes_little_leaves(name):
     dict(slots=3),
     dict(slots=4, lanes=5, draws=3),
     dict(slots=2, steps=1, draft_loop=2),
+    dict(slots=2, steps=1, draft_vocab=20),
   ],
 )
 def test_lossless_equals_full_depth(name, options):
@@ -246,8 +267,11 @@ def test_lossless_sampling_equals_full_depth_sampling():
   want = expected('llama', sampling=sampling)
   assert want != expected('llama')
   settings = dict(temperature=0.7, top_k=9, top_p=0.95, min_p=0.01, seed=11)
-  engine = Engine(model('llama'), lossless=True, slots=3, page=8, steps=4)
-  assert written(engine, **settings) == want
+  for more in ({}, {'draft_vocab': 20}):
+    engine = Engine(
+      model('llama'), lossless=True, slots=3, page=8, steps=4, **more
+    )
+    assert written(engine, **settings) == want
 
 
 @pytest.mark.parametrize('lossless', [False, True])
