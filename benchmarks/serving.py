@@ -11,7 +11,8 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
   without LoRA      the same without its low-rank terms: what they cost
-  depth-wise        the same, a token begins as soon as one has ended
+  depth-wise        the same out of step, as the engine does by itself: draws
+                    of few tokens, which wait until they are half full
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
   live gate         the same with the gate that is kept with the model

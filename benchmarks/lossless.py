@@ -1,0 +1,80 @@
+"""The lossless mode against full depth, prompt by prompt.
+
+    python -m benchmarks.lossless --model=gated --text=news.jsonl.xz
+
+Continues each prompt greedily and, with seeds of its own, sampled, at full
+depth and lossless, and counts the texts that differ. A run that finds one ends
+with status 1. How fast the mode is, `benchmarks.serving` tells.
+"""
+
+import sys
+
+from absl import flags
+
+from benchmarks import common
+from rrt import cli, pretrained
+from rrt.errors import InputError
+from rrt.evals import perplexity
+from rrt.infer.engine import Engine, Request
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')
+flags.DEFINE_string('text', None, 'Text that is cut into the prompts.')
+flags.DEFINE_integer('prompts', 200, 'How many.')
+flags.DEFINE_integer('prompt_tokens', 24, 'Of each.')
+flags.DEFINE_integer('new_tokens', 16, 'Of each.')
+flags.DEFINE_integer('slots', 16, 'Sequences at once.')
+flags.DEFINE_integer('lanes', None, 'Of the lossless engine; all by default.')
+flags.DEFINE_string('out', 'benchmarks/results/lossless.json', 'JSON file.')
+
+
+def main(_):
+  if not FLAGS.model or not FLAGS.text:
+    raise InputError('--model and --text are needed.')
+  model = pretrained.load(FLAGS.model)
+  length, count = FLAGS.prompt_tokens, FLAGS.prompts
+  text = perplexity.read_text(FLAGS.text, count * length)
+  rows = perplexity.make_rows(model, text, length, count * length)
+  prompts = [row for row in rows if len(row) == length]
+  if len(prompts) < count:
+    raise InputError(
+      f'--text={FLAGS.text}: gives {len(prompts)} prompts, not {count}.'
+    )
+  context = length + FLAGS.new_tokens
+  full = Engine(model, slots=FLAGS.slots, context=context)
+  lossless = Engine(
+    model, slots=FLAGS.slots, context=context, lossless=True, lanes=FLAGS.lanes
+  )
+  figures: dict = {
+    'machine': common.machine(1), 'model': FLAGS.model, 'prompts': count,
+    'new_tokens': FLAGS.new_tokens,
+  }  # fmt: skip
+  table = []
+  for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):
+    before = lossless.figures()
+    texts = [
+      [
+        r.tokens
+        for r in engine.run([
+          Request(p, FLAGS.new_tokens, temperature, seed=i, ignore_end=True)
+          for i, p in enumerate(prompts)
+        ])
+      ]
+      for engine in (full, lossless)
+    ]  # fmt: skip
+    after = lossless.figures()
+    same = sum(a == b for a, b in zip(*texts, strict=True))
+    guesses, right = (after[k] - before[k] for k in ('guesses', 'right'))
+    figures[name] = {'same': same, 'guesses': guesses, 'right': right}
+    share = f'{100 * right / max(guesses, 1):.0f} %'
+    table.append((name, f'{same} of {count}', guesses, share))
+  cli.table(table, ('drawn', 'texts as full depth', 'guesses', 'right'))
+  differ = any(figures[n]['same'] < count for n in ('greedy', 'sampled'))
+  common.save(FLAGS.out, figures)
+  cli.finish(figures | {'exit_status': int(differ)})
+  if differ:
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  cli.run(main)
