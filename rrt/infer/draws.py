@@ -5,7 +5,8 @@ guess flies on behind it. When the oldest flight has run all loops it draws the
 token; where the guess differs, the younger flights are dropped. Draws share
 their random numbers by position, so a guess is right whenever the full depth
 would draw the same: what is written equals full depth token for token, greedy
-and sampled alike.
+and sampled alike. A step without a draw reads only the rows of the head that
+belong to the vocabulary's first `draft_vocab` tokens, for its guesses.
 
 S slots, K flights a slot, B rows of a pass, R loops, D model, V vocabulary,
 A alternatives, E end tokens.
@@ -88,7 +89,10 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
 
 
 def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
-  """Runs coda and head on rows; (state, logits_VxB)."""
+  """Runs coda and head on rows; (state, logits_VxB).
+
+  Where no row is final, tokens beyond the draft vocabulary have -inf.
+  """
   c, f, R = plan.config, state.flights, plan.config.loops
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
