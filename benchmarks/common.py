@@ -85,7 +85,7 @@ def take_turns(
 
 def summary(seconds: list[float], tokens: int) -> dict[str, float]:
   """Median and quartiles of the seconds, and tokens a second."""
-  low, middle, high = statistics.quantiles(seconds, n=4)
+  low, middle, high = statistics.quantiles(seconds, n=4, method='inclusive')
   return {
     'seconds': middle,
     'seconds_iqr': high - low,

@@ -109,6 +109,12 @@ def main(_):
   if gates.stored(model):
     makers['live gate'] = lambda: rungs.ours(model, work, gate='stored')
   names = FLAGS.only or list(makers)
+  if unknown := set(names) - set(makers):
+    raise InputError(f'--only: {sorted(unknown)}: this model has {[*makers]}.')
+  if FLAGS.rates and 'tied' not in names:
+    raise InputError('--rates are fractions of what tied drained: run it too.')
+  if FLAGS.repeats < 2:
+    raise InputError(f'--repeats={FLAGS.repeats}: must be 2 or more.')
   contenders = {name: makers[name]() for name in names}
   seconds = common.take_turns(contenders, FLAGS.repeats)
   tokens = sum(n for _, n in work)

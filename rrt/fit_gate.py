@@ -50,7 +50,9 @@ _LOSS = flags.DEFINE_float(
   'loss', None, 'Promise instead: nats a token lost against full depth.'
 )
 _CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the promise.')
-_RIDGE = flags.DEFINE_float('ridge', 30.0, 'Penalty of the regression.')
+_RIDGE = flags.DEFINE_float(
+  'ridge', None, 'Penalty of the regression; 30 by default.'
+)
 
 
 def main(argv) -> None:
@@ -61,6 +63,10 @@ def main(argv) -> None:
     raise InputError('Give --agreement or --loss, not both.')
   if not 0 < _CONFIDENCE.value < 1:
     raise InputError(f'confidence={_CONFIDENCE.value}: must lie in 0 to 1.')
+  if _AGREEMENT.value is not None and not 0 < _AGREEMENT.value < 1:
+    raise InputError(f'agreement={_AGREEMENT.value}: must lie in 0 to 1.')
+  if _LOSS.value is not None and not _LOSS.value > 0:
+    raise InputError(f'loss={_LOSS.value}: must be above 0.')
   agreement = _AGREEMENT.value
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
@@ -79,7 +85,8 @@ def main(argv) -> None:
   ) as progress:
     gate, points = gating.fit_gate(
       model, rows, kind=_GATE.value, lens=_LENS.value, kv=_KV.value, agreement=agreement,
-      loss=_LOSS.value, confidence=_CONFIDENCE.value, ridge=_RIDGE.value,
+      loss=_LOSS.value, confidence=_CONFIDENCE.value,
+      ridge=gates.RIDGE if _RIDGE.value is None else _RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip
   gate = dataclasses.replace(gate, promise=gate.promise | {'text': path})

@@ -46,7 +46,7 @@ class Point:
     gate: its kind.
     kv: what skipped loops keep of a token.
     threshold: of its score.
-    mean_loops: loops a token, over all tokens.
+    mean_loops: loops a token, over scored tokens.
     agreement: share of scored tokens whose most likely successor is that of
       full depth.
     nll_nats: cross-entropy of the text.
@@ -199,11 +199,16 @@ def measure(
 
 
 def replayed(static: Static, gate: str, threshold: float) -> np.ndarray:
-  """After how many loops each token leaves by a gate that needs the head."""
+  """After how many loops each token leaves by a gate that needs the head.
+
+  The first token of a row stays, as it does with live gates.
+  """
   score = static.right_RxNxL if gate == 'oracle' else static.scores[gate]
   reached = np.asarray(score) >= threshold
   never = np.ones_like(reached[:1])
-  return np.argmax(np.concatenate([reached, never]), 0).astype(np.int32) + 1
+  depth_NxL = np.argmax(np.concatenate([reached, never]), 0) + 1
+  depth_NxL[:, 0] = len(reached) + 1
+  return depth_NxL.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))

@@ -28,7 +28,7 @@ def fit_gate(
   agreement: float | None = None,
   loss: float | None = None,
   confidence: float = 0.95,
-  ridge: float = 30.0,
+  ridge: float = gates.RIDGE,
   batch: int = 4,
   shares: Sequence[float] = SHARES,
   progress: Callable[[int], None] | None = None,

@@ -98,15 +98,18 @@ def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
   context = context_of(plan, position_B)
   stores = state.stores
-  if plan.kv == 'propagate':
+  if plan.kv == 'propagate' and plan.gate != 'none':
     loop_B = rows.of(f.loop_SxK)
     block_kvs = stores.block
     for r in range(1, R):
       skipped = rows._replace(live_B=final_B & (loop_B <= r))
-      loop_Bx1 = jnp.full((plan.draws, 1), r, jnp.int32)
-      kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
-      kvs = passes.fill_pass(c, params, x_Bx1xD, r, context, kvs)
-      block_kvs = stores_of(kvs)
+
+      def fill(block_kvs, r=r, skipped=skipped):
+        loop_Bx1 = jnp.full((plan.draws, 1), r, jnp.int32)
+        kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
+        return stores_of(passes.fill_pass(c, params, x_Bx1xD, r, context, kvs))
+
+      block_kvs = once(jnp.any(skipped.live_B), fill, block_kvs)
     stores = stores._replace(block=block_kvs)
   zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)

@@ -67,10 +67,9 @@ class Engine:
     if options.gate == 'stored':
       options, arrays = options.with_stored_gate(model)
     self.options = options
-    if arrays is None and options.lossless:
+    if arrays is None and (options.lossless or options.gate == 'change'):
       arrays = gates.stored_lens(model)
-    if options.gate in ('learned', 'replay') and arrays is None:
-      raise InputError(f'gate={options.gate!r}: give its arrays.')
+    gates.check_arrays(options.gate, arrays, model.config)
     self.plan = options.plan(model.config)
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
@@ -88,7 +87,7 @@ class Engine:
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
     self._state = _init(self.plan)
     self._counters = jax.device_get(self._state.counters)
-    self._totals = jax.tree.map(lambda n: n.astype(object), self._counters)
+    self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
     self._threshold = (
       gates.NEVER if options.threshold is None else options.threshold
@@ -226,7 +225,7 @@ class Engine:
     drawn, self._counters = jax.device_get(out)
     # The device counts modulo 2^32.
     self._totals = jax.tree.map(
-      lambda total, new, old: total + (new - old).astype(np.uint32),
+      lambda total, new, old: total + (new.astype(np.int64) - old) % 2**32,
       self._totals, self._counters, before,
     )  # fmt: skip
     changed = []

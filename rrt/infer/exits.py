@@ -29,8 +29,9 @@ def score(
 ):  # fmt: skip
   """How sure each row is to need no further loop, float32 [B] in 0..1.
 
-  The first position is never sure: attention falls back on what it keeps in
-  each loop, and without it all later tokens suffer.
+  The first position scores 0, so that it leaves by a threshold of 0 or less
+  alone: attention falls back on what it keeps in each loop, and without it all
+  later tokens suffer.
 
   Args:
     kind: one of `KINDS`.

@@ -39,7 +39,7 @@ class Plan:
     pool: a draw waits until this many flights are due, or all that live.
     flights: K; 1, or R for 'exact_fill' and lossless.
     steps: of one call.
-    kv: what the loops that a token skipped keep of it; see `Engine`.
+    kv: what the loops that a token skipped keep of it; see `Options`.
     gate: kind of exit gate.
     lossless: whether requests may draft after `draft_loop` loops and verify
       after all.

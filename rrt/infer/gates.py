@@ -1,7 +1,7 @@
 """Learned exit gates: fitted to agree with full depth, kept with the model.
 
 A gate is one logistic regression a loop on the normalised residual stream: it
-estimates whether what this loop would say is what full depth will say. Its threshold is calibrated on text that the fit has not seen. A lens,
+estimates how near what this loop would say is to what full depth will say. Its threshold is calibrated on text that the fit has not seen. A lens,
 one affine map a loop, brings what leaves early to where the last loop would
 have left it; it is fitted by least squares, without training.
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _KEY = 'exits'  # of a model's meta
 NEVER = 2.0  # A threshold that no score reaches.
+RIDGE = 30.0  # Penalty of a gate's regression.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +74,40 @@ def stored(model) -> Gate | None:
   try:
     arrays = fields['arrays']
     if arrays is not None:
-      R, D = model.config.loops - 1, model.config.d_model
-      shapes = {
-        'kernel': (R, D), 'bias': (R,), 'lens_kernel': (R, D, D),
-        'lens_bias': (R, D),
-      }  # fmt: skip
+      shapes = _shapes(model.config)
       arrays = {k: _array(v, shapes[k]) for k, v in arrays.items()}
-      if fields['kind'] == 'learned' and not {'kernel', 'bias'} <= set(arrays):
-        raise ValueError('it has no kernel or no bias')
     gate = Gate(**fields | {'arrays': arrays})
     exits.check_kind(gate.kind)
+    check_arrays(gate.kind, arrays, model.config)
     return gate
   except (KeyError, TypeError, ValueError) as e:
     raise InputError(f"The model's exit gate cannot be used: {e}.") from e
+
+
+def check_arrays(kind: str, arrays: Any, config) -> None:
+  """Raises InputError where a gate's arrays miss something or do not fit."""
+  arrays = arrays or {}
+  needed = {'learned': ('kernel', 'bias'), 'replay': ('loops',)}
+  for name in needed.get(kind, ()):
+    if name not in arrays:
+      raise InputError(f'gate={kind!r}: its arrays lack {name!r}.')
+  if ('lens_kernel' in arrays) != ('lens_bias' in arrays):
+    raise InputError('A lens needs both lens_kernel and lens_bias.')
+  for name, shape in _shapes(config).items():
+    if name in arrays and np.shape(arrays[name]) != shape:
+      raise InputError(
+        f'The array {name!r} of a gate has the shape '
+        f'{np.shape(arrays[name])}; this model needs {shape}.'
+      )
+
+
+def _shapes(config) -> dict[str, tuple[int, ...]]:
+  """Of the arrays of gates and lenses, by name."""
+  R, D = config.loops - 1, config.d_model
+  return {
+    'kernel': (R, D), 'bias': (R,), 'lens_kernel': (R, D, D),
+    'lens_bias': (R, D),
+  }  # fmt: skip
 
 
 def stored_lens(model) -> dict[str, np.ndarray] | None:
@@ -143,7 +165,7 @@ def fit_lens(
 
 
 def fit(
-  states_RxNxD: np.ndarray, target_RxN: np.ndarray, ridge: float = 1.0
+  states_RxNxD: np.ndarray, target_RxN: np.ndarray, ridge: float = RIDGE
 ) -> dict[str, np.ndarray]:
   """Logistic regressions on states, one a loop.
 

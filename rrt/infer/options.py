@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')
 _LARGE = 256  # Ranks of all loops together, from which grouping pays.
+_FEW = 8  # Lanes for guesses of few slots.
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
 
 
@@ -47,18 +48,19 @@ class Options:
       first so many tokens; byte-pair vocabularies begin with the frequent
       ones. Of what is written it changes nothing.
     lanes: tokens that one block step runs, where a slot may have several (in
-      the lossless mode and with 'exact_fill'): from one a slot to R a slot,
-      which is the default. Guesses are made where lanes are free for them:
-      with fewer than R a slot speculation ends by itself as slots fill.
+      the lossless mode and with 'exact_fill'): from one a slot to R a slot.
+      None is R a slot, but for the lossless mode on a CPU one a slot and 8 at
+      least. Guesses are made where lanes are free for them: with fewer than R
+      a slot speculation ends by itself as slots fill.
     draws: tokens that coda, head and prelude take in one step; None for what
-      suits the machine.
-    pool: draw when so many tokens are due, or all; None likewise. On a CPU,
-      where a pass costs by its rows, many slots go out of step: a draw takes
-      what a step sends out on average and waits until it is half full. An
-      accelerator's pass costs the same whatever it holds: it takes all, at
-      full depth of all slots at a time.
-    mean_loops: of a token, as expected, by which draws are sized; None is the
-      stored gate's own, or all.
+      suits the machine: as many as a block step, but on a CPU, where a pass
+      costs by its rows, with many slots about those that a step sends out.
+    pool: draw when so many tokens are due, or all; None likewise: all slots at
+      full depth and 1 with a gate, but half of a CPU's draws where they cost
+      more than the block. The lossless mode does not wait.
+    mean_loops: of a token, as expected, by which a CPU's draws are sized where
+      there are many slots of one token each; None is the stored gate's own,
+      or all.
     steps: block steps of one call; the host looks in between.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
@@ -206,6 +208,8 @@ class Options:
     flights = config.loops if self.several else 1
     most = self.slots * flights
     lanes = self.lanes or most
+    if self.lossless and not self.lanes and jax.default_backend() == 'cpu':
+      lanes = min(max(self.slots, _FEW), most)
     draws, pool = self._draws_and_pool(config, lanes)
     draws = min(draws, most)
     return Plan(
@@ -228,12 +232,17 @@ class Options:
     if self.lossless or self.gate != 'none':
       pool = 1
     by_rows = jax.default_backend() == 'cpu' and self.slots >= _MANY
-    if by_rows and not self.several and loops > 1:
-      # Between the tokens that leave a step on average and those that leave
-      # it at full depth: the few that wait cost less than empty rows.
-      typical = (loops + (self.mean_loops or loops)) / 2
-      draws = math.ceil(self.slots / typical)
-      pool = draws // 2
+    if by_rows and loops > 1 and self.kv != 'exact_fill':
+      mean = loops if self.several else self.mean_loops or loops
+      layer = sum(a * b for a, b in config.shapes().values())
+      ends = config.prelude_layers + config.coda_layers
+      ends += config.vocab_size * config.d_model / layer
+      if ends > config.block_layers or mean == loops:
+        # Tokens that wait cost less than empty rows: few rows, well filled.
+        draws = math.ceil(2 * self.slots / (loops + mean))
+        pool = draws // 2
+      else:
+        draws = math.ceil(self.slots / mean)
     draws = self.draws or draws
     return draws, self.pool or min(pool, draws)
 

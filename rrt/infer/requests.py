@@ -66,6 +66,8 @@ class Request:
       raise InputError(
         f'repetition={self.repetition}: must be above 0; 1 is none.'
       )
+    if self.threshold is not None and plan.gate == 'none':
+      raise InputError('threshold: needs an engine with a gate.')
     if self.lossless and not plan.lossless:
       raise InputError('lossless: needs an engine with lossless=True.')
     if self.logprobs is not None and not (0 <= self.logprobs <= plan.logprobs):

@@ -100,9 +100,15 @@ def test_draws_are_sized_by_the_expected_depth():
   sized = lambda **options: Options(slots=32, **options).plan(config)
   shape = lambda plan: (plan.draws, plan.pool)
   assert shape(sized()) == (11, 5)
-  assert shape(sized(mean_loops=2.1)) == (13, 6)
+  exits = dict(gate='learned', threshold=0.5, kv='propagate')
+  # The block costs more than the ends: room for all that leave a step.
+  assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
+  # The ends cost more: few rows, well filled.
+  config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
+  assert shape(sized(mean_loops=2.1, **exits)) == (13, 6)
   assert shape(sized(draws=32, pool=32)) == (32, 32)
-  assert shape(sized(lossless=True)) == (96, 1)
+  assert shape(sized(lossless=True)) == (11, 5)
+  assert sized(lossless=True).lanes == 32
   with pytest.raises(InputError, match='mean_loops'):
     sized(mean_loops=0.5)
 
@@ -221,7 +227,9 @@ def test_lossless_equals_full_depth(name, options):
   figures = engine.figures()
   assert 0 < figures['right'] < figures['guesses']
   # Right guesses save steps; even wrong ones cost none.
-  alone = Engine(model(name), slots=options['slots'], page=8, steps=4)
+  alone = Engine(
+    model(name), slots=options['slots'], page=8, steps=options['steps']
+  )
   written(alone)
   assert figures['steps'] < alone.figures()['steps']
 
@@ -473,3 +481,82 @@ def test_the_gate_kept_with_a_model_is_used(child):
   assert engine.options.kv == 'propagate'
   with pytest.raises(InputError, match='fit_gate'):
     Engine(child, gate='stored')
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
+  rng = np.random.default_rng(100 + seed)
+  name = list(MODELS)[seed % 2]
+  slots, kind = int(rng.integers(2, 6)), ('full', 'early', 'exact')[seed % 3]
+  options = dict(
+    slots=slots, steps=int(rng.integers(1, 7)), page=int(rng.choice([4, 8])),
+    draws=int(rng.integers(1, slots + 1)), pool=int(rng.integers(1, slots + 1)),
+  )  # fmt: skip
+  rest, arrays = {}, None
+  if kind == 'early':
+    arrays = learned_gate(name)
+    kv = str(rng.choice(['write_ahead', 'propagate', 'exact_fill']))
+    rest = dict(kv=kv, gate='learned', threshold=0.5)
+  if kind == 'exact':
+    options |= dict(lossless=True, lanes=int(rng.integers(slots, 3 * slots)))
+  want = expected(name, arrays=arrays, **rest)
+  engine = Engine(model(name), arrays=arrays, **options, **rest)
+  numbers = rng.permutation(np.repeat(np.arange(len(PROMPTS)), 2))
+  asked = [
+    (int(i), Request(PROMPTS[i], ROOMS[i], ignore_end=True)) for i in numbers
+  ]
+  gone = {int(i) for i in rng.choice(len(asked), 3, replace=False)}
+  late = list(asked)
+  while late or engine.busy:
+    for _ in range(int(rng.integers(0, 4))):
+      if late:
+        engine.submit(late.pop()[1])
+    engine.turn()
+    for n in gone:
+      if rng.random() < 0.3:
+        engine.cancel(asked[n][1])
+  for n, (i, request) in enumerate(asked):
+    tokens, loops = want[i]
+    if request.finish == 'cancelled':
+      assert n in gone and request.tokens == tokens[: len(request.tokens)]
+    else:
+      assert (request.tokens, request.loops) == (tokens, loops)
+  assert sum(r.finish == 'length' for _, r in asked) >= len(asked) - len(gone)
+
+
+def test_counts_go_on_where_the_devices_overflow():
+  engine = Engine(model('llama'), slots=2, page=8, steps=2)
+  near = jax.tree.map(
+    lambda n: np.full_like(n, 2**31 - 3), engine._state.counters
+  )
+  engine._state = engine._state._replace(counters=near)
+  engine._counters = near
+  figures = []
+  for _ in range(2):
+    engine.run([Request(PROMPTS[1], 6, ignore_end=True)])
+    figures.append(engine.figures())
+  assert [f['depths_R'][2] for f in figures] == [6, 12]
+  assert figures[0]['lanes'] == 18 and figures[1]['lanes'] == 36
+
+
+@pytest.mark.parametrize(
+  'arrays, word',
+  [
+    (None, 'kernel'),
+    ({'kernel': np.zeros((2, 24))}, 'bias'),
+    ({'kernel': np.zeros((2, 5)), 'bias': np.zeros(2)}, 'shape'),
+    ({'lens_kernel': np.zeros((2, 24, 24))}, 'kernel'),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused(arrays, word):
+  with pytest.raises(InputError, match=word):
+    Engine(
+      model('llama'), gate='learned', threshold=0.5, kv='propagate',
+      arrays=arrays,
+    )  # fmt: skip
+
+
+def test_a_threshold_needs_a_gate():
+  engine = Engine(model('llama'), slots=2, page=8)
+  with pytest.raises(InputError, match='threshold'):
+    engine.submit(Request([1], 2, threshold=0.5))
