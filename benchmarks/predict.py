@@ -9,6 +9,7 @@ engine's own exactly; the seconds are compared, the least of some runs on both
 sides, since what else the machine does only adds to them.
 """
 
+import functools
 import time
 
 from absl import flags
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import common, rungs
 from rrt import cli, pretrained
 from rrt.errors import InputError
-from rrt.infer import draws, flights, lanes, simulate
+from rrt.infer import decode, draws, flights, lanes, simulate
 from rrt.infer import engine as engines
 from rrt.infer.engine import Engine
 
@@ -30,11 +31,12 @@ flags.DEFINE_string(
 _ROUNDS = 16
 
 
-def measure(engine: Engine) -> simulate.Times:
+def measure(engine: Engine, prompts: set[int]) -> simulate.Times:
   """Seconds of each pass of an engine, with all its slots taken.
 
   Args:
     engine: fresh; it is used up.
+    prompts: lengths that are prefilled.
   """
   plan, params, gate = engine.plan, engine._params, engine._gate
   S, page = plan.slots, plan.page
@@ -42,14 +44,12 @@ def measure(engine: Engine) -> simulate.Times:
   draw_ids = lambda n: rng.integers(5, plan.config.vocab_size, n).tolist()
 
   call = _seconds(lambda: _call_empty(engine), 5)
-  prefill = {}
-  size = 16
-  while size <= engine.context:
-    ids = draw_ids(size)
-    prefill[size] = _seconds(lambda ids=ids: _admit(engine, ids), 5)
-    size *= 2
+  bucket = lambda n: decode.bucket(n, engine.context)
+  prefill = {
+    size: _seconds(functools.partial(_admit, engine, draw_ids(size)), 5)
+    for size in sorted(set(map(bucket, prompts)))
+  }
   state = engine._state
-  position_SxK = jnp.arange(S)[:, None] * 0
   table = engine._table
   table = table._replace(room_S=np.full(S, 10**6, np.int32))
 
@@ -63,7 +63,7 @@ def measure(engine: Engine) -> simulate.Times:
         x_SxKxD=f.x_SxKxD + jnp.asarray(1e-3 * i, f.x_SxKxD.dtype),
         token_SxK=jnp.full_like(f.token_SxK, i),
         stage_SxK=jnp.full_like(state.flights.stage_SxK, stage),
-        position_SxK=position_SxK + position,
+        position_SxK=jnp.full_like(f.position_SxK, position),
         loop_SxK=jnp.zeros_like(state.flights.loop_SxK),
       )
       state = state._replace(
@@ -107,14 +107,10 @@ def measure(engine: Engine) -> simulate.Times:
   by_pages = lambda at: (
     lambda n: float(np.interp(n, list(at), list(at.values())))
   )
-  bucket = lambda n: engines.decode.bucket(n, engine.context)
   return simulate.Times(
     by_pages(found['block']), by_pages(found['draw']),
     by_pages(found['enter']),
-    lambda n: float(
-      np.interp(bucket(n), list(prefill), list(prefill.values()))
-    ),
-    call,
+    lambda n: prefill[bucket(n)], call,
   )  # fmt: skip
 
 
@@ -153,7 +149,14 @@ def main(_):
   model = pretrained.load(FLAGS.model)
   work = rungs.workload(model)
   arrays, depth = rungs.replay(model.config.loops, FLAGS.depth)
-  figures: dict = {'mean_loops': depth}
+  figures: dict = {'machine': common.machine(FLAGS.threads)} | {
+    name: getattr(FLAGS, name)
+    for name in (
+      'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
+      'dtype', 'steps', 'repeats',
+    )
+  }  # fmt: skip
+  figures['mean_loops'] = depth
   rows = []
   for name, options in rungs.policies(model.config, arrays, depth).items():
     if 'lossless' in options:
@@ -166,11 +169,13 @@ def main(_):
       run()
       took.append(time.perf_counter() - began)
     measured = min(took)
-    times = measure(rungs.new_engine(model, work, **options))
-    table = arrays['loops'] if 'gate' in options else None
+    times = measure(
+      rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work}
+    )
+    depths = arrays['loops'] if 'gate' in options else None
     found = simulate.schedule(
       simulate.Policy.of(run.engine.plan), [(len(p), n) for p, n in work],
-      table,
+      depths,
     )  # fmt: skip
     predicted = simulate.seconds(found, times)
     counted = {

@@ -157,8 +157,10 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
       apart.append(
         divergence(config, params, dtype, out.hidden_BxLxD, hidden_BxLxD)
       )
-    scores['margin'].append(margin_BxL)
-    scores['entropy'].append(1 - entropy_BxL / math.log(config.vocab_size))
+    # As for live gates, the first position is never sure.
+    sure_BxL = 1 - entropy_BxL / math.log(config.vocab_size)
+    scores['margin'].append(margin_BxL.at[:, 0].set(0))
+    scores['entropy'].append(sure_BxL.at[:, 0].set(0))
     for kind in kinds:
       scores[kind].append(
         exits.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)

@@ -106,6 +106,8 @@ class Engine:
   def check(self, request: Request) -> None:
     """Raises InputError for a request that this engine cannot run."""
     config = self.plan.config
+    if request.finish or request.tokens:
+      raise InputError('This request has run, or was cancelled.')
     total = len(request.prompt) + request.room
     if not request.prompt or request.room < 1:
       raise InputError('A request needs a prompt and room for a token.')
