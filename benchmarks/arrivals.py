@@ -53,7 +53,7 @@ def engine(runner) -> Contender:
   return run
 
 
-def transformers(loaded, slots: int, encode) -> Contender:
+def transformers(loaded, slots: int, generate) -> Contender:
   """`generate` on whoever waits, as soon as the batch before has ended."""
 
   def run(work, at):
@@ -73,7 +73,7 @@ def transformers(loaded, slots: int, encode) -> Contender:
       def note(steps=steps):
         steps.append(time.perf_counter() - began)
 
-      encode(loaded, part, on_step=note)
+      generate(loaded, part, on_step=note)
       for i, (_, n) in zip(range(sent, last), part, strict=True):
         seen[i] = steps[:n]
       sent = last

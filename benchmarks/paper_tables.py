@@ -16,13 +16,10 @@ not published), and the tokens a second of K.4, which in print repeat K.2's.
 
 import dataclasses
 
-from absl import flags
 import numpy as np
 
 from rrt import cli
 from rrt.infer.simulate import paper_rate
-
-FLAGS = flags.FLAGS
 
 CORPORA = ('SlimPajama', 'RedPajama', 'PG19')
 

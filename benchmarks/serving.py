@@ -10,9 +10,9 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   llama.cpp         its server on the same export (needs xllamacpp)
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
-  without LoRA      the same without its low-rank terms: what they cost
   depth-wise        the same out of step, as the engine does by itself: draws
                     of few tokens, which wait until they are half full
+  without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
   live gate         the same with the gate that is kept with the model

@@ -259,8 +259,10 @@ def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
   prompts = [row[:size] for row in rows[:8]]
   ways: dict[str, dict[str, Any]] = {}
   each: dict[str, dict[str, Any]] = {
-    'full depth': {}, 'exits': {'gate': 'stored'}, 'lossless': {'lossless': True},
-  }  # fmt: skip
+    'full depth': {},
+    'exits': {'gate': 'stored'},
+    'lossless': {'lossless': True},
+  }
   for name, options in each.items():
     engine = Engine(model, slots=8, context=size + new, **options)
 

@@ -180,6 +180,8 @@ def main(argv) -> None:
     measured.append(('parent', figures))
     del parent
   model = pretrained.load(_MODEL.value)
+  if _EXITS.value:
+    exit_report.check_model(model, _EXITS.value)
   context = _context(model, context)
   for loops in parse_loops(_LOOPS.value, model.config.loops):
     label = f'{loops} of {model.config.loops} loops'

@@ -84,8 +84,8 @@ def main(argv) -> None:
     gating.work(rows, _GATE.value, _LENS.value), 'calibrating', 'tokens'
   ) as progress:
     gate, points = gating.fit_gate(
-      model, rows, kind=_GATE.value, lens=_LENS.value, kv=_KV.value, agreement=agreement,
-      loss=_LOSS.value, confidence=_CONFIDENCE.value,
+      model, rows, kind=_GATE.value, lens=_LENS.value, kv=_KV.value,
+      agreement=agreement, loss=_LOSS.value, confidence=_CONFIDENCE.value,
       ridge=gates.RIDGE if _RIDGE.value is None else _RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip

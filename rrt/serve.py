@@ -133,7 +133,8 @@ def main(argv) -> None:
   config = uvicorn.Config(
     server.app(), _HOST.value, _PORT.value, access_log=_LOG_REQUESTS.value,
     log_level='info' if _LOG_REQUESTS.value else 'warning',
-    timeout_graceful_shutdown=int(_SECONDS.value), h11_max_incomplete_event_size=1 << 16,
+    timeout_graceful_shutdown=int(_SECONDS.value),
+    h11_max_incomplete_event_size=1 << 16,
   )  # fmt: skip
   run(uvicorn.Server(config), name)
 

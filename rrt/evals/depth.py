@@ -1,8 +1,8 @@
 """The quality-depth curve: what leaving early costs, gate by gate.
 
-A text is read with exits, all tokens at once (`rrt.models.early`), as the engine
-would write it token by token, and compared with the same model at
-full depth: mean loops, agreement of the most likely tokens, nats lost.
+A text is read with exits, all tokens at once (`rrt.models.early`), as the
+engine would write it token by token, and compared with the same model at full
+depth: mean loops, agreement of the most likely tokens, nats lost.
 
 Gates that cost O(D) decide from the states they meet ('learned', 'change').
 Others are there to compare with: 'margin' and 'entropy' run coda and head
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.evals.every_loop import LIVE, WITH_HEAD, Static, read_hidden
+from rrt.evals.every_loop import LIVE, WITH_HEAD, EveryLoop, read_hidden
 from rrt.infer import exits
 from rrt.infer.decode import cast
+from rrt.infer.gates import check_arrays
 from rrt.models.early import forward_early
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Point:
 
 def curve(
   model: LanguageModel,
-  static: Static,
+  static: EveryLoop,
   gates: Sequence[str],
   arrays: Any = None,
   *,
@@ -101,10 +102,7 @@ def curve(
   """
   points = []
   for gate in gates:
-    if gate == 'learned' and 'kernel' not in (arrays or {}):
-      raise InputError(
-        'gate=learned: this model has no gate; python -m rrt.fit_gate fits one.'
-      )
+    check_arrays(gate, arrays, model.config)
     for threshold in thresholds(static, gate, shares):
       points.append(
         measure(
@@ -143,7 +141,7 @@ def parse_gates(text: str) -> list[str]:
 
 
 def thresholds(
-  static: Static, gate: str, shares: Sequence[float]
+  static: EveryLoop, gate: str, shares: Sequence[float]
 ) -> list[float]:
   """Scores that about these shares of the first loop's tokens reach."""
   if gate == 'oracle':
@@ -154,7 +152,7 @@ def thresholds(
 
 def measure(
   model: LanguageModel,
-  static: Static,
+  static: EveryLoop,
   gate: str,
   threshold: float,
   arrays: Any = None,
@@ -198,7 +196,7 @@ def measure(
   )  # fmt: skip
 
 
-def replayed(static: Static, gate: str, threshold: float) -> np.ndarray:
+def replayed(static: EveryLoop, gate: str, threshold: float) -> np.ndarray:
   """After how many loops each token leaves by a gate that needs the head.
 
   The first token of a row stays, as it does with live gates.

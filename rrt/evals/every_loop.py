@@ -33,7 +33,7 @@ WITH_HEAD = ('margin', 'entropy', 'oracle')
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class EveryLoop:
   """A text after every loop, had all its tokens left there.
 
   Attributes:
@@ -78,7 +78,7 @@ def read_static(
   dtype: str = 'float32',
   fitting: bool = False,
   progress: Callable[[int], None] | None = None,
-) -> Static:
+) -> EveryLoop:
   """Reads rows once, with coda and head after every loop.
 
   Args:
@@ -109,7 +109,7 @@ def read_static(
       progress(sum(map(len, rows[first : first + batch])))
   nll, top, right, scores, apart, kept = zip(*found, strict=True)
   wide = lambda parts: np.concatenate(parts, 1)
-  return Static(
+  return EveryLoop(
     tokens_NxL, scored_NxL, np.concatenate(nll), np.concatenate(top),
     {k: wide([s[k] for s in scores]) for k in scores[0]}, wide(right),
     wide(apart) if fitting else None, wide(kept) if fitting else None,

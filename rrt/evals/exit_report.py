@@ -29,6 +29,15 @@ def check(
     _check_picture(Path(curve))
 
 
+def check_model(model, kinds: str) -> None:
+  """Raises InputError for a model without exits, or a gate that it lacks."""
+  every_loop.check(model.config)
+  gate = gates.stored(model)
+  arrays = gate.arrays if gate else None
+  if kinds != 'all' and 'learned' in depth.parse_gates(kinds):
+    gates.check_arrays('learned', arrays, model.config)
+
+
 def _check_picture(path: Path) -> None:
   """Raises InputError unless the picture can be written."""
   if path.is_file() and path.read_bytes()[:4] not in (b'', b'<svg'):
@@ -97,8 +106,8 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
     **settings: of `harness.run`.
 
   Returns:
-    A row for each point: gate, kv, threshold, loops of the text's tokens, the
-    mean score and each task's.
+    A row for each point: gate, kv, threshold, loops of the answers' tokens,
+    the mean score and each task's.
   """
   from rrt.evals import harness
 
@@ -113,7 +122,7 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
     )
     found.append({
       'gate': p.gate, 'kv': p.kv, 'threshold': p.threshold,
-      'mean_loops': p.mean_loops, 'lost_nats': p.lost_nats,
+      'mean_loops': results[0].mean_loops, 'lost_nats': p.lost_nats,
       'mean_score': sum(r.score for r in results) / len(results),
       'tasks': {r.task: r.score for r in results},
     })  # fmt: skip

@@ -49,6 +49,8 @@ class Result:
     stderr: its standard error; None where lm-eval has none, as of one question.
     questions: how many were asked.
     metrics: all that lm-eval computed, by name.
+    mean_loops: of the answers' tokens, over all tasks that were asked at once;
+      None without a gate.
   """
 
   task: str
@@ -57,6 +59,7 @@ class Result:
   stderr: float | None
   questions: int
   metrics: dict[str, float]
+  mean_loops: float | None = None
 
 
 def run(
@@ -109,8 +112,9 @@ def run(
   )
   found = _evaluate(lm, chosen, shots, limit, seed)
   keys = names if data is not None else chosen
+  depth = lm.mean_loops if gate else None
   return [
-    _result(name, found, key, metric)
+    dataclasses.replace(_result(name, found, key, metric), mean_loops=depth)
     for name, key, metric in zip(names, keys, metrics, strict=True)
   ]
 

@@ -90,7 +90,10 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
   needed = {'learned': ('kernel', 'bias'), 'replay': ('loops',)}
   for name in needed.get(kind, ()):
     if name not in arrays:
-      raise InputError(f'gate={kind!r}: its arrays lack {name!r}.')
+      raise InputError(
+        f'gate={kind!r}: has no array {name!r}. A model has a learned gate '
+        'when python -m rrt.fit_gate has fitted it.'
+      )
   if ('lens_kernel' in arrays) != ('lens_bias' in arrays):
     raise InputError('A lens needs both lens_kernel and lens_bias.')
   for name, shape in _shapes(config).items():
