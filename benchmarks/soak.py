@@ -14,6 +14,7 @@ status 1.
 
 import collections
 import concurrent.futures
+import functools
 import http.client
 import json
 from pathlib import Path
@@ -37,6 +38,11 @@ flags.DEFINE_integer('clients', 64, 'At once.')
 flags.DEFINE_integer('slots', 16, 'Of the server.')
 flags.DEFINE_integer('context', 256, 'Of the server.')
 flags.DEFINE_list('serve', [], 'Further flags of rrt.serve.')
+flags.DEFINE_bool(
+  'early', False,
+  'Half of the requests take the exits of the gate kept with the model; for '
+  '--serve=--gate=stored,--lossless.',
+)  # fmt: skip
 flags.DEFINE_string('out', 'benchmarks/results/soak.json', 'JSON file.')
 
 _PROMPTS = (
@@ -94,13 +100,16 @@ class Server:
     return answer.status, answer, connection
 
 
+Key = tuple[str, int, bool]  # Prompt, new tokens, whether exits are taken.
+
+
 class Client:
   """One client; what it saw."""
 
   def __init__(self, server: Server, seed: int):
     self.server, self.random = server, random.Random(seed)
     self.seen: collections.Counter[str] = collections.Counter()
-    self.texts: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
+    self.texts: dict[Key, set[str]] = collections.defaultdict(set)
 
   def run(self, until: float) -> None:
     """Asks until the time comes."""
@@ -113,13 +122,16 @@ class Client:
       else:
         self.complete(stream=draw < 0.7)
 
-  def body(self, stream: bool) -> tuple[tuple[str, int], bytes]:
+  def body(self, stream: bool) -> tuple[Key, bytes]:
     """A request, and what names its answer."""
-    key = self.random.choice(_PROMPTS), self.random.choice(_LENGTHS)
-    asked = {
+    early = FLAGS.early and self.random.random() < 0.5
+    key = self.random.choice(_PROMPTS), self.random.choice(_LENGTHS), early
+    asked: dict = {
       'prompt': key[0], 'max_tokens': key[1], 'temperature': 0,
       'stream': stream, 'ignore_eos': True,
     }  # fmt: skip
+    if FLAGS.early:
+      asked['lossless'] = not early
     return key, json.dumps(asked).encode()
 
   def count(self, what: str, status: int) -> bool:
@@ -175,15 +187,19 @@ def main(_):
     raise InputError('--model is missing.')
   from rrt import pretrained
   from rrt.infer import sample
+  from rrt.infer.engine import Engine
 
   want = {}
   model = pretrained.load(FLAGS.model)
-  for length in _LENGTHS:
-    done = sample.complete(
-      model, list(_PROMPTS), max_new_tokens=length, ignore_end=True
-    )
-    want |= {(p, length): d.text for p, d in zip(_PROMPTS, done, strict=True)}
-  del model
+  write: dict = {False: functools.partial(sample.complete, model)}
+  if FLAGS.early:
+    write[True] = Engine(model, gate='stored', context=FLAGS.context).generate
+  for early, complete in write.items():
+    for length in _LENGTHS:
+      done = complete(list(_PROMPTS), max_new_tokens=length, ignore_end=True)
+      for prompt, one in zip(_PROMPTS, done, strict=True):
+        want[prompt, length, early] = one.text
+  del model, write
   server = Server()
   clients = [Client(server, seed) for seed in range(FLAGS.clients)]
   until = time.monotonic() + 60 * FLAGS.minutes
