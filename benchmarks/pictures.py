@@ -29,10 +29,11 @@ def draw(figures: dict, out: Path) -> None:
   drain.bar_label(bars, fmt='%.0f', padding=6)
   drain.margins(x=0.15)
   drain.set(xlabel='tokens a second', title='all requests wait at the start')
-  if 'tied' in rungs:
-    bound = figures['bound'] * rungs['tied']['tokens_per_second']
+  full = rungs.get('depth-wise') or rungs.get('tied')
+  if full:
+    bound = figures['bound'] * full['tokens_per_second']
     drain.axvline(bound, ls='--', color='C3')
-    drain.set_title('drain; dashed: bound of the exits', fontsize=11)
+    drain.set_title('drain; dashed: bound of the replayed exits', fontsize=11)
   for axes, field, label in zip(
     others, ('ttft_p50', 'goodput'),
     ('median seconds to the first token', 'requests a second within limits'),

@@ -161,7 +161,7 @@ def main(_):
   )  # fmt: skip
   print(
     f'exits at {depth:.2f} of {R} loops: no more than '
-    f'{figures["bound"]:.3f} times tied'
+    f'{figures["bound"]:.3f} times full depth by parameters'
   )
   if FLAGS.rates:
     figures['arrivals'] = open_loop(contenders, work, seconds['tied'])
