@@ -1,6 +1,7 @@
 """Strict settings: 8 CPU devices, no silent rank promotion."""
 
 import os
+import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -15,13 +16,26 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def release_programs():
-  """Drops a module's compiled programs.
-
-  Each holds memory maps, of which Linux allows a process 65,530: one that
-  runs all of these tests would die while compiling.
-  """
-  yield
+def _release_programs():
   decode.forget_programs()
   jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def release_programs():
+  """Drops a module's compiled programs."""
+  yield
+  _release_programs()
+
+
+@pytest.fixture(autouse=True)
+def keep_maps_few():
+  """Drops them within a module too, where they become too many.
+
+  Each holds memory maps, of which Linux allows a process 65,530: one that
+  passes this dies while compiling.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
+    _release_programs()
