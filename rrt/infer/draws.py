@@ -1,8 +1,9 @@
 """The end of a token's way: coda, head, the next token, and who flies on.
 
 Lossless mode: a flight that has run `draft_loop` loops draws a guess, and the
-guess flies on behind it. When the oldest flight has run all loops it draws the
-token; where the guess differs, the younger flights are dropped. Draws share
+guess flies on behind it; every further loop guesses again, and the last draws
+the token. Where a deeper draw differs from the guess that flies, the younger
+flights are dropped and the new one takes their place. Draws share
 their random numbers by position, so a guess is right whenever the full depth
 would draw the same: what is written equals full depth token for token, greedy
 and sampled alike. A step without a draw reads only the rows of the head that
@@ -47,8 +48,11 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     final_SxK &= next_SxK == EMPTY
   wanted_SxK = final_SxK
   if plan.lossless:
+    asks_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
+    follows_SxK = jnp.roll(f.position_SxK, -1, 1) == f.position_SxK + 1
+    again_SxK = asks_SxK & (next_SxK != EMPTY) & follows_SxK
     freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
-    guess_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK & freed_SxK
+    guess_SxK = asks_SxK & freed_SxK
     # Behind the last token that there is room for, nothing is guessed.
     ahead_SxK = f.position_SxK - state.base_S[:, None]
     number_SxK = state.count_S[:, None] + ahead_SxK + 1
@@ -57,7 +61,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     free = plan.lanes - jnp.sum(f.stage_SxK != EMPTY)
     rank_SxK = jnp.cumsum(guess_SxK.reshape(-1)).reshape(guess_SxK.shape)
     guess_SxK &= rank_SxK <= free
-    wanted_SxK |= guess_SxK
+    wanted_SxK |= guess_SxK | again_SxK
   order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
   finals = jnp.sum(final_SxK)
   enough = finals >= jnp.minimum(plan.pool, jnp.sum(state.live_S))
@@ -262,15 +266,9 @@ def _commit(
   )
   new = Rows(slots_S, next_S, wrong_S & ~ended_S)
   f = _start(f, new, token_S, base_S + 1)
+  revised_S = jnp.zeros(S, bool)
   if plan.lossless:
-    # Guesses of flights that are still there and have room behind them.
-    after_B = (rows.k_B + 1) % K
-    alive_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
-    alive_B &= f.stage_SxK[rows.slot_B, after_B] == EMPTY
-    asked = rows._replace(live_B=alive_B)
-    f = f._replace(asks_SxK=asked.put(f.asks_SxK, False))
-    behind = Rows(rows.slot_B, after_B, alive_B)
-    f = _start(f, behind, token_B, rows.of(f.position_SxK) + 1)
+    f, revised_S = _guess(plan, rows, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
   depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]
@@ -287,10 +285,40 @@ def _commit(
     counters=n._replace(
       draws=add(n.draws, rows.live_B), draw_steps=n.draw_steps + 1,
       guesses=add(n.guesses, got_S & guessed_S), right=add(n.right, right_S),
+      revised=add(n.revised, revised_S),
       depths_R=n.depths_R + jnp.sum(depth_SxR, 0, dtype=jnp.int32),
     ),
   )  # fmt: skip
   return state, token_S, loops_S
+
+
+def _guess(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
+  """Takes the guesses of flights that are still there; (flights, revised_S).
+
+  A guess that differs from the one under way, which a loop before made, drops
+  it and what is younger.
+  """
+  after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
+  behind_B = rows.slot_B, after_B
+  asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
+  f = f._replace(
+    asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False)
+  )
+  flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
+  flies_B &= f.position_SxK[behind_B] == position_B + 1
+  revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
+  # The oldest revision of a slot counts; the flights behind it go.
+  cut_S = jnp.full(plan.slots, LAST).at[rows.slot_B].min(
+    jnp.where(revises_B, position_B, LAST)
+  )
+  gone_SxK = f.position_SxK > cut_S[:, None]
+  f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
+  starts_B = asked_B & (position_B <= cut_S[rows.slot_B])
+  starts_B &= f.stage_SxK[behind_B] == EMPTY
+  return (
+    _start(f, Rows(*behind_B, starts_B), token_B, position_B + 1),
+    cut_S < LAST,
+  )
 
 
 def _start(f: Flights, rows: Rows, token_B, position_B) -> Flights:

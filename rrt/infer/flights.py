@@ -43,7 +43,7 @@ class Plan:
     gate: kind of exit gate.
     lossless: whether requests may draft after `draft_loop` loops and verify
       after all.
-    draft_loop: loops before a guess.
+    draft_loop: loops before the first guess.
     draft_vocab: tokens among which a guess is made.
     dtype: of the computation.
     kv_dtype: of the cache.
@@ -145,6 +145,7 @@ class Counters(NamedTuple):
       head.
     guesses: guesses that were verified.
     right: of those, the ones that full depth confirmed.
+    revised: guesses that a deeper loop replaced before.
     depths_R: tokens by the loop after which they were drawn.
   """
 
@@ -155,6 +156,7 @@ class Counters(NamedTuple):
   draw_steps: jax.Array
   guesses: jax.Array
   right: jax.Array
+  revised: jax.Array
   depths_R: jax.Array
 
 
@@ -224,7 +226,7 @@ def init_state(plan: Plan) -> State:
     Flights(table, table, table, table, table, off, off, x),
     pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
     Counters(
-      zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)
+      *[zero] * 8, jnp.zeros(R, jnp.int32)
     ),
     seen,
   )  # fmt: skip

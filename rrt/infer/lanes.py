@@ -110,7 +110,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, DUE), RUN)
   asks_SxK = f.asks_SxK
   if plan.lossless:
-    asks_B = rows.of(asks_SxK) | ((loop_B == plan.draft_loop) & lossless_B)
+    asks_B = rows.of(asks_SxK) | ((loop_B >= plan.draft_loop) & lossless_B)
     asks_SxK = rows.put(asks_SxK, asks_B)
   f = f._replace(
     stage_SxK=rows.put(f.stage_SxK, stage_B),

@@ -43,7 +43,7 @@ class Options:
       leaves early. None is the stored gate's own, and for others needed.
     lossless: speculate on tokens after `draft_loop` loops; the text is that
       of full depth. With a gate, each request says which of both it wants.
-    draft_loop: loops before a guess.
+    draft_loop: loops before the first guess; each further one guesses again.
     draft_vocab: guesses that share no launch with a draw are made among the
       first so many tokens; byte-pair vocabularies begin with the frequent
       ones. Of what is written it changes nothing.

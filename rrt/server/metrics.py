@@ -115,7 +115,15 @@ class Metrics:
       tokens = max(sum(depths), 1)
       mean = sum(i * n for i, n in enumerate(depths, 1)) / tokens
       put('rrt:mean_exit_depth', 'gauge', mean)
-      for name in ('steps', 'lanes', 'stalls', 'draws', 'guesses', 'right'):
+      for name in (
+        'steps',
+        'lanes',
+        'stalls',
+        'draws',
+        'guesses',
+        'right',
+        'revised',
+      ):
         put(f'rrt:{name}_total', 'counter', e[name])
       room = max(e['steps'], 1) * self._plan.lanes
       put('rrt:lane_occupancy', 'gauge', e['lanes'] / room)

@@ -228,6 +228,7 @@ def test_lossless_equals_full_depth(name, options):
   assert written(engine) == expected(name)
   figures = engine.figures()
   assert 0 < figures['right'] < figures['guesses']
+  assert bool(figures['revised']) == (options.get('draft_loop', 1) == 1)
   # Right guesses save steps; even wrong ones cost none.
   alone = Engine(
     model(name), slots=options['slots'], page=8, steps=options['steps']
