@@ -38,6 +38,11 @@ _LENS = flags.DEFINE_bool(
   'Also fit, by least squares, an affine map a loop from where it leaves a '
   'token to where the last loop would have; coda and head read through it.',
 )  # fmt: skip
+_LENS_EPOCHS = flags.DEFINE_integer(
+  'lens_epochs', 0,
+  'For how many epochs the lens is then tuned, with a hidden layer beside it, '
+  'to say what full depth says.',
+)  # fmt: skip
 _KV = flags.DEFINE_enum(
   'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
   'What the loops that a token skipped keep of it.',
@@ -67,6 +72,10 @@ def main(argv) -> None:
     raise InputError(f'agreement={_AGREEMENT.value}: must lie in 0 to 1.')
   if _LOSS.value is not None and not _LOSS.value > 0:
     raise InputError(f'loss={_LOSS.value}: must be above 0.')
+  if _LENS_EPOCHS.value < 0:
+    raise InputError(f'lens_epochs={_LENS_EPOCHS.value}: must be 0 or more.')
+  if _LENS_EPOCHS.value and not _LENS.value:
+    raise InputError('--lens_epochs tunes a lens, and --nolens asks for none.')
   agreement = _AGREEMENT.value
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
@@ -80,11 +89,14 @@ def main(argv) -> None:
   every_loop.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
-  with cli.Progress(
-    gating.work(rows, _GATE.value, _LENS.value), 'calibrating', 'tokens'
-  ) as progress:
+  work = gating.work(
+    rows, _GATE.value, _LENS.value,
+    tuning=_LENS_EPOCHS.value * (model.config.loops - 1),
+  )  # fmt: skip
+  with cli.Progress(work, 'calibrating', 'tokens') as progress:
     gate, points = gating.fit_gate(
-      model, rows, kind=_GATE.value, lens=_LENS.value, kv=_KV.value,
+      model, rows, kind=_GATE.value, lens=_LENS.value,
+      lens_epochs=_LENS_EPOCHS.value, kv=_KV.value,
       agreement=agreement, loss=_LOSS.value, confidence=_CONFIDENCE.value,
       ridge=gates.RIDGE if _RIDGE.value is None else _RIDGE.value,
       batch=_BATCH.value, progress=progress.update,

@@ -10,6 +10,7 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
+from rrt.evals import lens as lenses
 from rrt.infer import gates
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def fit_gate(
   *,
   kind: str = 'learned',
   lens: bool = True,
+  lens_epochs: int = 0,
   kv: str = 'propagate',
   agreement: float | None = None,
   loss: float | None = None,
@@ -42,6 +44,7 @@ def fit_gate(
     rows: at least 8 rows of tokens, from `perplexity.make_rows`.
     kind: 'learned' or 'change'.
     lens: whether to fit one too; see `gates.fit_lens`.
+    lens_epochs: for how many it is then tuned; see `lens.tune_lens`.
     kv: what the loops that a token skipped keep of it.
     agreement: promised share of tokens that are as at full depth; a learned
       gate then learns which tokens are.
@@ -52,7 +55,7 @@ def fit_gate(
     batch: rows in one pass.
     shares: thresholds tried, by the share of tokens that they let go.
     progress: called with the number of tokens after each pass; there are
-      `work(rows, kind, lens, shares)` at most.
+      `work` at most.
 
   Returns:
     The gate, its threshold `gates.NEVER` where nothing keeps the promise, and
@@ -75,7 +78,12 @@ def fit_gate(
     read = functools.partial(
       every_loop.read_static, model, batch=batch, progress=progress
     )
-    arrays = _fit(fitting, read, kind, lens, ridge, loss is not None)
+    tune = functools.partial(
+      _fit_lens, model, epochs=lens_epochs, progress=progress
+    )
+    arrays = _fit(
+      fitting, read, kind, tune if lens else None, ridge, loss is not None
+    )
   static = every_loop.read_static(
     model, judging, arrays, batch=batch, progress=progress
   )
@@ -103,7 +111,7 @@ def fit_gate(
 
 
 def _fit(
-  rows, read, kind: str, lens: bool, ridge: float, by_loss: bool
+  rows, read, kind: str, fit_lens, ridge: float, by_loss: bool
 ) -> dict[str, Any]:
   """Lens and gate, where they are asked for.
 
@@ -113,11 +121,11 @@ def _fit(
   halves = [read(half, fitting=True) for half in (rows[::2], rows[1::2])]
   states = [h.states_RxNxLxD[:, h.scored_NxL] for h in halves]
   arrays: dict[str, Any] = {}
-  if lens:
-    arrays |= gates.fit_lens(np.concatenate(states, 1))
+  if fit_lens:
+    arrays |= fit_lens(halves)
     if kind == 'learned':
       halves = [
-        read(rows[i::2], gates.fit_lens(states[1 - i]), fitting=True)
+        read(rows[i::2], fit_lens(halves[1 - i : 2 - i]), fitting=True)
         for i in (0, 1)
       ]
   if kind == 'learned':
@@ -133,14 +141,36 @@ def _fit(
   return arrays
 
 
+def _fit_lens(model, halves, *, epochs: int, progress) -> dict[str, Any]:
+  """By least squares, then tuned."""
+  scored = [h.scored_NxL for h in halves]
+  states = [h.states_RxNxLxD for h in halves]
+  pairs = zip(states, scored, strict=True)
+  arrays: dict[str, Any] = gates.fit_lens(
+    np.concatenate([x[:, s] for x, s in pairs], 1)
+  )
+  if not epochs:
+    return arrays
+  return lenses.tune_lens(
+    model, arrays, np.concatenate(states, 1), np.concatenate(scored),
+    epochs=epochs, progress=progress,
+  )  # fmt: skip
+
+
 def work(
   rows: Sequence[Sequence[int]],
   kind: str,
   lens: bool = True,
   shares: Sequence[float] = SHARES,
+  tuning: int = 0,
 ) -> int:
-  """Tokens that `fit_gate` reads at most."""
+  """Tokens that `fit_gate` reads at most.
+
+  `tuning` is how often a lens is tuned on each: epochs times loops but one.
+  """
   judging = sum(map(len, rows[1::2]))
   passes = (lens or kind == 'learned') + (lens and kind == 'learned')
   scored = sum(len(r) - 1 for r in rows[1::2])
-  return passes * sum(map(len, rows[::2])) + judging + len(shares) * scored
+  tuned = tuning * (1 + (kind == 'learned')) * sum(map(len, rows[::2]))
+  fitting = passes * sum(map(len, rows[::2])) + tuned
+  return fitting + judging + len(shares) * scored

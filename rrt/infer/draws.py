@@ -141,11 +141,7 @@ def with_draft_head(plan: Plan, params):
   """The parameters with the rows of the head that guesses are made of."""
   if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
     return params
-  n = plan.draft_vocab
-  if plan.config.tie_embeddings:
-    draft = {'embed': {'table': params['embed']['table'][:n]}}
-  else:
-    draft = {'head': {'kernel': params['head']['kernel'][:, :n]}}
+  draft = transformer.head_of_first(plan.config, params, plan.draft_vocab)
   return {**params, 'draft': draft}
 
 
@@ -301,15 +297,15 @@ def _guess(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
   after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
   behind_B = rows.slot_B, after_B
   asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
-  f = f._replace(
-    asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False)
-  )
+  f = f._replace(asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False))
   flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
   flies_B &= f.position_SxK[behind_B] == position_B + 1
   revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
   # The oldest revision of a slot counts; the flights behind it go.
-  cut_S = jnp.full(plan.slots, LAST).at[rows.slot_B].min(
-    jnp.where(revises_B, position_B, LAST)
+  cut_S = (
+    jnp.full(plan.slots, LAST)
+    .at[rows.slot_B]
+    .min(jnp.where(revises_B, position_B, LAST))
   )
   gone_SxK = f.position_SxK > cut_S[:, None]
   f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))

@@ -64,14 +64,15 @@ def score(
 def through_lens(gate: Any, x_BxD, loop_B):
   """What coda and head read of rows that leave early.
 
-  A lens is an affine map a loop from where that loop leaves the residual
-  stream to where the last loop would have left it (a "tuned lens", arXiv
-  2303.08112, between loops). Rows that have run all loops pass unchanged, as
-  all do where there is no lens.
+  A lens is a map a loop from where that loop leaves the residual stream to
+  where the last loop would have left it (a "tuned lens", arXiv 2303.08112,
+  between loops): affine and, if it was tuned, with one hidden layer beside.
+  Rows that have run all loops pass unchanged, as all do where there is no lens.
 
   Args:
     gate: arrays of a gate; `lens_kernel` [R - 1, D, D] and `lens_bias`
-      [R - 1, D] among them, or not.
+      [R - 1, D] among them, or not; with them `lens_in` [R - 1, D, H] and
+      `lens_out` [R - 1, H, D], or not.
     x_BxD: the block's output, [B, D] or [B, L, D].
     loop_B: int, how many loops each row has run, broadcast against x's leading
       axes.
@@ -79,15 +80,24 @@ def through_lens(gate: Any, x_BxD, loop_B):
   if not has_lens(gate):
     return x_BxD
   out_BxD = x_BxD
-  dtype = x_BxD.dtype
   for r in range(len(gate['lens_kernel'])):
-    kernel_DxD = jnp.asarray(gate['lens_kernel'][r], dtype)
-    bias_D = jnp.asarray(gate['lens_bias'][r], dtype)
-    lead = (1,) * (x_BxD.ndim - 1)
-    moved_BxD = x_BxD + x_BxD @ kernel_DxD + bias_D.reshape(*lead, -1)
+    lens = {k: v[r] for k, v in gate.items() if k.startswith('lens_')}
     here_B = jnp.asarray(loop_B == r + 1)
+    moved_BxD = apply_lens(lens, x_BxD)
     out_BxD = jnp.where(here_B[..., None], moved_BxD, out_BxD)
   return out_BxD
+
+
+def apply_lens(lens: Any, x_BxD):
+  """One loop's lens on rows that all left there, [B, D] or [B, L, D]."""
+  dtype = x_BxD.dtype
+  lens = {k: jnp.asarray(v, dtype) for k, v in lens.items()}
+  lead = (1,) * (x_BxD.ndim - 1)
+  moved_BxD = x_BxD @ lens['lens_kernel'] + lens['lens_bias'].reshape(*lead, -1)
+  if 'lens_in' in lens:
+    unit_BxD = (_unit(x_BxD) * x_BxD.shape[-1] ** 0.5).astype(dtype)
+    moved_BxD += jax.nn.silu(unit_BxD @ lens['lens_in']) @ lens['lens_out']
+  return x_BxD + moved_BxD
 
 
 def has_lens(gate: Any) -> bool:

@@ -226,7 +226,8 @@ def init_state(plan: Plan) -> State:
     Flights(table, table, table, table, table, off, off, x),
     pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
     Counters(
-      *[zero] * 8, jnp.zeros(R, jnp.int32)
+      zero, zero, zero, zero, zero, zero, zero, zero,
+      jnp.zeros(R, jnp.int32),
     ),
     seen,
   )  # fmt: skip

@@ -1,9 +1,10 @@
 """Learned exit gates: fitted to agree with full depth, kept with the model.
 
 A gate is one logistic regression a loop on the normalised residual stream: it
-estimates how near what this loop would say is to what full depth will say. Its threshold is calibrated on text that the fit has not seen. A lens,
-one affine map a loop, brings what leaves early to where the last loop would
-have left it; it is fitted by least squares, without training.
+estimates how near what this loop would say is to what full depth will say. Its
+threshold is calibrated on text that the fit has not seen. A lens, one affine
+map a loop, brings what leaves early to where the last loop would have left it;
+it is fitted by least squares, and may then be tuned (`rrt.evals.lens`).
 
 N tokens, D model, E = D + 1, R loops.
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _KEY = 'exits'  # of a model's meta
 NEVER = 2.0  # A threshold that no score reaches.
 RIDGE = 30.0  # Penalty of a gate's regression.
+LENS_WIDTH = 1024  # H, hidden units of a tuned lens.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Gate:
     kind: 'learned' or 'change'; see `exits.score`.
     threshold: the score at which they do.
     arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1]; of its
-      lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D].
+      lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D], of a tuned
+      one `lens_in` [R - 1, D, H] and `lens_out` [R - 1, H, D] too.
     kv: what skipped loops keep of a token, as calibrated.
     promise: what the threshold was calibrated to, and on what.
   """
@@ -96,6 +99,8 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
       )
   if ('lens_kernel' in arrays) != ('lens_bias' in arrays):
     raise InputError('A lens needs both lens_kernel and lens_bias.')
+  if ('lens_in' in arrays) != ('lens_out' in arrays):
+    raise InputError('A tuned lens needs both lens_in and lens_out.')
   for name, shape in _shapes(config).items():
     if name in arrays and np.shape(arrays[name]) != shape:
       raise InputError(
@@ -106,10 +111,10 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
 
 def _shapes(config) -> dict[str, tuple[int, ...]]:
   """Of the arrays of gates and lenses, by name."""
-  R, D = config.loops - 1, config.d_model
+  R, D, H = config.loops - 1, config.d_model, LENS_WIDTH
   return {
     'kernel': (R, D), 'bias': (R,), 'lens_kernel': (R, D, D),
-    'lens_bias': (R, D),
+    'lens_bias': (R, D), 'lens_in': (R, D, H), 'lens_out': (R, H, D),
   }  # fmt: skip
 
 

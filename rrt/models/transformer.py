@@ -331,6 +331,13 @@ def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):
   return jnp.argmax(logits_VxB, 0).astype(jnp.int32)
 
 
+def head_of_first(config: ModelConfig, params, count: int):
+  """Parameters of which `logits` gives those of the first `count` tokens."""
+  if config.tie_embeddings:
+    return {'embed': {'table': params['embed']['table'][:count]}}
+  return {'head': {'kernel': params['head']['kernel'][:, :count]}}
+
+
 def head_kernel(config: ModelConfig, params):
   """The head as [D, V]; the transposed table where embeddings are tied."""
   if config.tie_embeddings:

@@ -8,7 +8,7 @@ import pytest
 
 from rrt import pretrained
 from rrt.errors import InputError
-from rrt.evals import depth, every_loop, gating, perplexity
+from rrt.evals import depth, every_loop, gating, lens, perplexity
 from rrt.infer import gates
 from rrt.models import transformer
 from rrt.pretrained import LanguageModel
@@ -104,6 +104,22 @@ def test_a_gate_learns_what_is_promised(model, rows, promise):
   assert gate.threshold == points[-1].threshold
 
 
+def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
+  read = lambda arrays: every_loop.read_static(
+    model, rows, arrays, batch=3, fitting=True
+  )
+  apart = lambda seen: seen.divergence_RxNxL[:, seen.scored_NxL].mean(1)
+  plain = read(None)
+  scored, seen = plain.scored_NxL, []
+  fitted = gates.fit_lens(plain.states_RxNxLxD[:, scored])
+  tuned = lens.tune_lens(
+    model, fitted, plain.states_RxNxLxD, scored, epochs=40,
+    progress=seen.append,
+  )  # fmt: skip
+  assert (apart(read(tuned)) < 0.9 * apart(read(fitted))).all()
+  assert sum(seen) == 40 * scored.sum() * (model.config.loops - 1)
+
+
 def test_thresholds_send_the_asked_share_away(model, rows):
   static = every_loop.read_static(model, rows, batch=3)
   for gate in ('change', 'margin', 'entropy'):
@@ -129,7 +145,8 @@ def test_fit_gate_then_evaluate(tmp_path):
   runs.write_text(tmp_path / 'text.jsonl')
   status, printed, error = command.run(
     'rrt.fit_gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
-    '--context=16', '--agreement=0.2', '--out=gated', cwd=tmp_path,
+    '--context=16', '--agreement=0.2', '--lens_epochs=2', '--out=gated',
+    cwd=tmp_path,
   )  # fmt: skip
   assert status == 0, error
   fitted = command.final(printed)
@@ -137,6 +154,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   gate = gates.stored(pretrained.load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
   assert gate.promise['confidence'] == 0.95
+  assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
     'rrt.evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
     '--context=16', '--exits=all', '--kv=write_ahead,propagate',

@@ -166,8 +166,10 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
 
 
 @each_model
-@pytest.mark.parametrize('kv', ['write_ahead', 'propagate'])
-def test_what_leaves_early_goes_through_the_lens(name, kv):
+@pytest.mark.parametrize(
+  ('kv', 'tuned'), [('write_ahead', False), ('propagate', True)]
+)
+def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
   config, gate = model(name).config, learned_gate(name)
   rng = np.random.default_rng(2)
   shape = (config.loops - 1, config.d_model)
@@ -175,6 +177,12 @@ def test_what_leaves_early_goes_through_the_lens(name, kv):
     'lens_kernel': rng.normal(0, 0.3, (*shape, config.d_model)),
     'lens_bias': rng.normal(0, 0.3, shape),
   }
+  if tuned:
+    H = gates.LENS_WIDTH
+    lens |= {
+      'lens_in': rng.normal(0, 0.2, (*shape, H)),
+      'lens_out': rng.normal(0, 0.05, (shape[0], H, shape[1])),
+    }
   lens = {k: v.astype(np.float32) for k, v in lens.items()}
   rest = dict(kv=kv, gate='learned', threshold=0.5)
   want = expected(name, arrays=gate | lens, **rest)

@@ -79,7 +79,12 @@ def decode(
         )
     if r + 1 < config.loops and arrays and 'lens_kernel' in arrays:
       kernel, bias = arrays['lens_kernel'][r], arrays['lens_bias'][r]
-      left = left + left @ kernel + bias[None, None]
+      beside = 0
+      if 'lens_in' in arrays:
+        unit = left / jnp.sqrt(jnp.mean(left**2, -1, keepdims=True))
+        z = unit @ arrays['lens_in'][r]
+        beside = (z / (1 + jnp.exp(-z))) @ arrays['lens_out'][r]
+      left = left + left @ kernel + bias[None, None] + beside
     hidden, coda = _leave(config, params, left, context, coda)
     raw = np.asarray(logits(config, params, hidden[:, 0])[0], np.float64)
     if logprobs is not None:
