@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, draws, flights, gates, lanes, sample
+from rrt.infer import decode, draws, exits, flights, gates, lanes, sample
 from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
@@ -81,7 +81,7 @@ class Engine:
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
     self._params = draws.with_draft_head(self.plan, params)
-    self._gate = jax.tree.map(jnp.asarray, arrays)
+    self._gate = exits.on_device(arrays)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)

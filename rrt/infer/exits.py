@@ -100,6 +100,13 @@ def apply_lens(lens: Any, x_BxD):
   return x_BxD + moved_BxD
 
 
+def on_device(gate: Any) -> Any:
+  """A gate's arrays, a lens as a tuple over loops, which no step has to cut."""
+  part = lambda k, v: tuple(v) if k.startswith('lens_') else v
+  gate = {k: part(k, v) for k, v in (gate or {}).items()}
+  return jax.tree.map(jnp.asarray, gate) or None
+
+
 def has_lens(gate: Any) -> bool:
   """Whether a gate's arrays hold a lens."""
   return gate is not None and 'lens_kernel' in gate
