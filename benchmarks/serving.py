@@ -16,7 +16,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
   live gate         the same with the gate that is kept with the model
-  lossless          guesses after the first loop, at full depth
+  lossless          guesses after every loop but the last, at full depth
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
 speed is measured apart from a gate; the live gate leaves when it will, and
