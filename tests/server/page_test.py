@@ -124,6 +124,19 @@ def test_the_page_writes_coloured_tokens(browser, address):
 def test_the_page_stops_and_says_what_is_wrong(browser, address):
   browser.get(address)
   wait_for(browser, lambda b: at(b, 'name').text == 'tiny')
+  fill(browser, 'prompt', 'The sea')
+  fill(browser, 'tokens', 12)
+  # Both in one turn of the browser's loop: before an answer can come.
+  assert not at(browser, 'stop').is_enabled()
+  browser.execute_script(
+    'for (const id of ["go", "stop"]) document.getElementById(id).click();'
+  )
+  wait_for(browser, lambda b: at(b, 'go').is_enabled())
+  assert not at(browser, 'stop').is_enabled()
+  assert at(browser, 'text').text == 'The sea'
+  assert at(browser, 'error').text == ''
+  _, loops, _ = write(browser)
+  assert len(loops) > 0
   fill(browser, 'tokens', 10**6)
   at(browser, 'go').click()
   wait_for(browser, lambda b: 'max_tokens' in at(b, 'error').text)
