@@ -44,15 +44,22 @@ _THRESHOLD = flags.DEFINE_float(
   None,
   "Of the gate; the stored one's own by default; 2 never leaves early.",
 )
+_LANES = flags.DEFINE_integer(
+  'lanes', None, 'Tokens that one block step runs; see rrt.infer.options.'
+)
 _LOSSLESS = flags.DEFINE_bool(
   'lossless',
   False,
-  'Speculate after the first loop; same text, sooner. With a gate, requests '
-  'may say "lossless": false and leave early instead.',
+  'Speculate on early loops; same text, sooner with few sequences. With a '
+  'gate, requests may say "lossless": false and leave early instead.',
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
+_WEIGHT_DTYPE = flags.DEFINE_enum(
+  'weight_dtype', None, ['float32', 'bfloat16'],
+  'Rounds the weights to this first; none by default.',
+)  # fmt: skip
 _KV_DTYPE = flags.DEFINE_enum(
   'kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.'
 )
@@ -118,7 +125,8 @@ def main(argv) -> None:
   options = Options(
     slots=_SLOTS.value,
     context=_CONTEXT.value or min(2048, model.config.max_context),
-    gate=_GATE.value, lossless=_LOSSLESS.value, steps=_STEPS.value,
+    gate=_GATE.value, lossless=_LOSSLESS.value, lanes=_LANES.value,
+    steps=_STEPS.value, weight_dtype=_WEIGHT_DTYPE.value,
     kv='propagate' if _GATE.value == 'change' else 'own',
     threshold=_THRESHOLD.value, dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value,
     penalties=True, logprobs=20,

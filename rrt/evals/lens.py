@@ -50,7 +50,8 @@ def tune_lens(
     lens: `lens_kernel` and `lens_bias`.
     states_RxNxLxD: the block's outputs after every loop.
     scored_NxL: which tokens count.
-    epochs: how often all rows are seen.
+    epochs: how often the rows are seen; each leaves out those, of its own
+      order, that do not fill a last step.
     seed: of their order and of the hidden layer's first weights.
     progress: called with the number of tokens after each step.
 

@@ -264,7 +264,9 @@ def _commit(
   f = _start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
   if plan.lossless:
-    f, revised_S = _guess(plan, rows, final_B, token_B, f)
+    # What was behind a wrong guess is gone, and so is what it would guess.
+    kept = rows._replace(live_B=rows.live_B & ~wrong_S[rows.slot_B])
+    f, revised_S = _guess(plan, kept, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
   depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]
@@ -301,6 +303,9 @@ def _guess(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
   flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
   flies_B &= f.position_SxK[behind_B] == position_B + 1
   revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
+  # A draw without a final token could not have drawn what is beyond these.
+  could_B = f.token_SxK[behind_B] < plan.draft_vocab
+  revises_B &= could_B | jnp.any(final_B)
   # The oldest revision of a slot counts; the flights behind it go.
   cut_S = (
     jnp.full(plan.slots, LAST)

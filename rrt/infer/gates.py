@@ -101,6 +101,8 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
     raise InputError('A lens needs both lens_kernel and lens_bias.')
   if ('lens_in' in arrays) != ('lens_out' in arrays):
     raise InputError('A tuned lens needs both lens_in and lens_out.')
+  if 'lens_in' in arrays and 'lens_kernel' not in arrays:
+    raise InputError('A tuned lens needs lens_kernel and lens_bias too.')
   for name, shape in _shapes(config).items():
     if name in arrays and np.shape(arrays[name]) != shape:
       raise InputError(

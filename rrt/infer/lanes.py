@@ -135,7 +135,10 @@ def enter(plan: Plan, params, state: State) -> State:
 
   def body(state):
     f = state.flights
-    rows = pick(wanted_SxK, LAST // 2 - f.wait_SxK, plan.draws)
+    # Of a slot's tokens the older one first, whose keys the younger reads.
+    ahead_SxK = f.position_SxK - state.base_S[:, None]
+    order_SxK = LAST // 2 - f.wait_SxK * (plan.flights + 1) + ahead_SxK
+    rows = pick(wanted_SxK, order_SxK, plan.draws)
     position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
     token_B = jnp.where(rows.live_B, rows.of(f.token_SxK), 0)
     zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)

@@ -351,15 +351,16 @@ def test_replayed_depths_are_kept():
     assert (request.tokens, request.loops) == want
 
 
-def test_an_end_token_ends_a_sequence():
+@pytest.mark.parametrize('lossless', [False, True])
+def test_an_end_token_ends_a_sequence(lossless):
   tokens, _ = expected('llama')[1]
   end = tokens[4]
   m = model('llama')
   ending = types.SimpleNamespace(
     config=m.config, params=m.params,
-    tokenizer=types.SimpleNamespace(eos_ids=[end]),
+    tokenizer=types.SimpleNamespace(eos_ids=[end]), meta={},
   )  # fmt: skip
-  engine = Engine(ending, slots=2, page=8, steps=4)
+  engine = Engine(ending, slots=2, page=8, steps=4, lossless=lossless)
   ended, beyond = engine.run(
     [Request(PROMPTS[1], 12), Request(PROMPTS[1], 12, ignore_end=True)]
   )
@@ -565,6 +566,18 @@ def test_arrays_that_do_not_fit_are_refused(arrays, word):
       model('llama'), gate='learned', threshold=0.5, kv='propagate',
       arrays=arrays,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize('names', ['lens_in', 'lens_in lens_out'])
+def test_a_tuned_lens_is_whole(names):
+  config = model('llama').config
+  shape = config.loops - 1, config.d_model
+  arrays = {
+    'lens_in': np.zeros((*shape, gates.LENS_WIDTH)),
+    'lens_out': np.zeros((shape[0], gates.LENS_WIDTH, shape[1])),
+  }
+  with pytest.raises(InputError, match='A tuned lens needs'):
+    gates.check_arrays('none', {n: arrays[n] for n in names.split()}, config)
 
 
 def test_a_threshold_needs_a_gate():

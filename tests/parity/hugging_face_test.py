@@ -84,6 +84,14 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
     ours, prompts.tolist(), max_new_tokens=steps, ignore_end=True
   )
   assert [w.tokens for w in written] == wanted
+  if ours.config.order == 'cycle':
+    engine = rrt.Engine(
+      ours, slots=2, page=8, steps=3, lossless=ours.config.loops > 1
+    )
+    requests = [
+      rrt.Request(p, steps, ignore_end=True) for p in prompts.tolist()
+    ]
+    assert [r.tokens for r in engine.run(requests)] == wanted
 
 
 NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
