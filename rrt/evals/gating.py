@@ -67,7 +67,7 @@ def fit_gate(
   every_loop.check(model.config)
   if (agreement is None) == (loss is None):
     raise InputError('Give either an agreement or a loss to promise.')
-  if lens_epochs < 0 or lens_epochs and not lens:
+  if lens_epochs < 0 or (lens_epochs and not lens):
     raise InputError(
       f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.'
     )
