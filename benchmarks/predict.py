@@ -2,11 +2,12 @@
 
     python -m benchmarks.predict --model=runs/smollm2_10x3
 
-Times each kind of pass by itself (block, coda and head, prelude, a prompt's way
-into its slot, an empty call), lets `rrt.infer.simulate` count the passes of a drain under four
-policies, and runs the engine on the same requests. The counts must be the
-engine's own exactly; the seconds are compared, the least of some runs on both
-sides, since what else the machine does only adds to them.
+Each kind of pass is timed by itself (block, coda and head, prelude, a prompt's
+way into its slot, an empty call), `rrt.infer.simulate` counts the passes of a
+drain under four policies, and the engine runs the same requests. The counts
+must be the engine's own exactly. The seconds are compared repeat by repeat, the
+passes timed right before and right after the run that they foretell, because
+the speed of a shared machine drifts; the error is the median of the repeats.
 """
 
 import functools
@@ -31,87 +32,96 @@ flags.DEFINE_string(
 _ROUNDS = 16
 
 
-def measure(engine: Engine, prompts: set[int]) -> simulate.Times:
-  """Seconds of each pass of an engine, with all its slots taken.
+class Clock:
+  """Times each pass of an engine, with all its slots taken."""
 
-  Args:
-    engine: fresh; it is used up.
-    prompts: lengths that are prefilled.
-  """
-  plan, params, gate = engine.plan, engine._params, engine._gate
-  S, page = plan.slots, plan.page
-  rng = np.random.default_rng(0)
-  draw_ids = lambda n: rng.integers(5, plan.config.vocab_size, n).tolist()
+  def __init__(self, engine: Engine, prompts: set[int]):
+    """Compiles.
 
-  call = _seconds(lambda: _call_empty(engine), 5)
-  bucket = lambda n: decode.bucket(n, engine.context)
-  prefill = {
-    size: _seconds(functools.partial(_admit, engine, draw_ids(size)), 5)
-    for size in sorted(set(map(bucket, prompts)))
-  }
-  state = engine._state
-  table = engine._table
-  table = table._replace(room_S=np.full(S, 10**6, np.int32))
+    Args:
+      engine: fresh; it is used up.
+      prompts: lengths that are prefilled.
+    """
+    self._engine = engine
+    self._table = engine._table._replace(
+      room_S=np.full(engine.plan.slots, 10**6, np.int32)
+    )
+    rng = np.random.default_rng(0)
+    vocab = engine.plan.config.vocab_size
+    self._bucket = lambda n: decode.bucket(n, engine.context)
+    self._prompts = {
+      n: rng.integers(5, vocab, n).tolist()
+      for n in sorted(set(map(self._bucket, prompts)))
+    }
+    page = engine.plan.page
+    self._pages = sorted({1, -(-engine.context // page)})
+    self._passes = {
+      (kind, n): self._compile(kind, min(n * page, engine.context) - 1)
+      for kind in ('block', 'draw', 'enter')
+      for n in self._pages
+    }
+    self.read()
 
-  def passes(stage, body, position):
-    """Runs a pass again and again on all slots."""
+  def read(self) -> simulate.Times:
+    """Means over a few rounds, now."""
+    engine = self._engine
+    call = _seconds(lambda: _call_empty(engine), 5)
+    prefill = {
+      n: _seconds(functools.partial(_admit, engine, ids), 3)
+      for n, ids in self._prompts.items()
+    }
+    found = {
+      key: _seconds(functools.partial(self._run, run), 2) / _ROUNDS
+      for key, run in self._passes.items()
+    }
 
-    def once(i, state):
+    def by_pages(kind):
+      at = [found[kind, n] for n in self._pages]
+      return lambda n: float(np.interp(n, self._pages, at))
+
+    return simulate.Times(
+      by_pages('block'), by_pages('draw'), by_pages('enter'),
+      lambda n: prefill[self._bucket(n)], call,
+    )  # fmt: skip
+
+  def _run(self, run):
+    engine = self._engine
+    engine._state = run(engine._params, self._table, engine._state)
+    return engine._state
+
+  def _compile(self, kind: str, position: int):
+    """A run of one pass again and again, on all slots at a position."""
+    plan, gate = self._engine.plan, self._engine._gate
+    stage, body = {
+      'block': (flights.RUN, lambda p, t, s: lanes.run_block(
+        plan, p, gate, t, s)),
+      'draw': (flights.DUE, lambda p, t, s: draws.draw(
+        plan, p, gate, t, jnp.asarray([-1]), s)[0]),
+      'enter': (flights.ENTER, lambda p, t, s: lanes.enter(plan, p, s)),
+    }[kind]  # fmt: skip
+
+    def once(params, table, i, state):
       f = state.flights
       # What is the same in all rounds would be computed once.
       f = f._replace(
         x_SxKxD=f.x_SxKxD + jnp.asarray(1e-3 * i, f.x_SxKxD.dtype),
         token_SxK=jnp.full_like(f.token_SxK, i),
-        stage_SxK=jnp.full_like(state.flights.stage_SxK, stage),
+        stage_SxK=jnp.full_like(f.stage_SxK, stage),
         position_SxK=jnp.full_like(f.position_SxK, position),
-        loop_SxK=jnp.zeros_like(state.flights.loop_SxK),
+        loop_SxK=jnp.zeros_like(f.loop_SxK),
       )
       state = state._replace(
-        flights=f, live_S=jnp.ones(S, bool),
+        flights=f, live_S=jnp.ones(plan.slots, bool),
         base_S=jnp.full_like(state.base_S, position),
         count_S=jnp.zeros_like(state.count_S),
       )  # fmt: skip
-      return body(state)
+      return body(params, table, state)
 
-    return lambda params, table, state: jax.lax.fori_loop(
-      0, _ROUNDS, once, state
-    )
+    def rounds(params, table, state):
+      each = functools.partial(once, params, table)
+      return jax.lax.fori_loop(0, _ROUNDS, each, state)
 
-  kinds = {
-    'block': (flights.RUN, lambda p, t: lambda s: lanes.run_block(
-      plan, p, gate, t, s)),
-    'draw': (flights.DUE, lambda p, t: lambda s: draws.draw(
-      plan, p, gate, t, jnp.asarray([-1]), s)[0]),
-    'enter': (flights.ENTER, lambda p, t: lambda s: lanes.enter(plan, p, s)),
-  }  # fmt: skip
-  found = {}
-  most = -(-engine.context // page)
-  for kind, (stage, body) in kinds.items():
-    at = {}
-    for pages in sorted({1, most}):
-      position = min(pages * page, engine.context) - 1
-      run = jax.jit(
-        lambda p, t, s, stage=stage, body=body, position=position: passes(
-          stage, body(p, t), position
-        )(p, t, s),
-        donate_argnums=2,
-      )
-      state = jax.block_until_ready(run(params, table, state))
-      took = []
-      for _ in range(5):
-        began = time.perf_counter()
-        state = jax.block_until_ready(run(params, table, state))
-        took.append((time.perf_counter() - began) / _ROUNDS)
-      at[pages] = min(took)
-    found[kind] = at
-  by_pages = lambda at: (
-    lambda n: float(np.interp(n, list(at), list(at.values())))
-  )
-  return simulate.Times(
-    by_pages(found['block']), by_pages(found['draw']),
-    by_pages(found['enter']),
-    lambda n: prefill[bucket(n)], call,
-  )  # fmt: skip
+    return jax.jit(rounds, donate_argnums=2)
 
 
 def _admit(engine: Engine, ids: list[int]):
@@ -133,13 +143,12 @@ def _call_empty(engine: Engine):
 
 
 def _seconds(run, repeats: int) -> float:
+  """Of one run; the first compiles where nothing has, and does not count."""
   jax.block_until_ready(run())
-  took = []
+  began = time.perf_counter()
   for _ in range(repeats):
-    began = time.perf_counter()
     jax.block_until_ready(run())
-    took.append(time.perf_counter() - began)
-  return min(took)
+  return (time.perf_counter() - began) / repeats
 
 
 def main(_):
@@ -157,46 +166,67 @@ def main(_):
     )
   }  # fmt: skip
   figures['mean_loops'] = depth
-  rows = []
-  for name, options in rungs.policies(model.config, arrays, depth).items():
-    if 'lossless' in options:
-      continue
-    run = rungs.ours(model, work, **options)
-    run()
-    took = []
-    for _ in range(FLAGS.repeats):
-      began = time.perf_counter()
-      run()
-      took.append(time.perf_counter() - began)
-    measured = min(took)
-    times = measure(
-      rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work}
-    )
-    depths = arrays['loops'] if 'gate' in options else None
-    found = simulate.schedule(
-      simulate.Policy.of(run.engine.plan), [(len(p), n) for p, n in work],
-      depths,
-    )  # fmt: skip
-    predicted = simulate.seconds(found, times)
-    counted = {
-      'steps': found.steps, 'draw_steps': len(found.draw_pages),
-      'lanes': found.lanes, 'stalls': found.stalls,
-    }  # fmt: skip
-    same = all(run.figures[k] == v for k, v in counted.items())
-    figures[name] = {
-      'predicted': predicted, 'measured': measured,
-      'error': predicted / measured - 1, 'counts_equal': same,
-    } | counted  # fmt: skip
-    rows.append((
-      name, found.steps, predicted, measured,
-      f'{100 * (predicted / measured - 1):+.1f} %', 'yes' if same else 'no',
-    ))  # fmt: skip
+  contenders = {
+    name: Contender(model, work, options, arrays['loops'])
+    for name, options in rungs.policies(model.config, arrays, depth).items()
+    if 'lossless' not in options
+  }
+  for _ in range(FLAGS.repeats):
+    for contender in contenders.values():
+      contender.compare()
+  figures |= {name: c.figures() for name, c in contenders.items()}
   cli.table(
-    rows,
+    [
+      (name, f['steps'], f['predicted'], f['measured'],
+       f'{100 * f["error"]:+.1f} %', 'yes' if f['counts_equal'] else 'no')
+      for name, f in figures.items() if name in contenders
+    ],
     ('policy', 'block steps', 'predicted s', 'measured s', 'error', 'counts'),
-  )
+  )  # fmt: skip
   common.save(FLAGS.predictions, figures)
   cli.finish(figures)
+
+
+class Contender:
+  """A policy: its engine, its clock and its schedule."""
+
+  def __init__(self, model, work, options: dict, loops_SxT):
+    """Compiles and counts."""
+    self._run = rungs.ours(model, work, **options)
+    self._run()
+    self._clock = Clock(
+      rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work}
+    )
+    self._passes = simulate.schedule(
+      simulate.Policy.of(self._run.engine.plan),
+      [(len(p), n) for p, n in work], loops_SxT if 'gate' in options else None,
+    )  # fmt: skip
+    self._found: list[tuple[float, float]] = []
+
+  def compare(self) -> None:
+    """Foretells a run and times it."""
+    before = simulate.seconds(self._passes, self._clock.read())
+    began = time.perf_counter()
+    self._run()
+    measured = time.perf_counter() - began
+    after = simulate.seconds(self._passes, self._clock.read())
+    self._found.append(((before + after) / 2, measured))
+
+  def figures(self) -> dict:
+    """Medians, and whether the counts are the engine's."""
+    predicted, measured = np.asarray(self._found).T
+    counted = {
+      'steps': self._passes.steps, 'draw_steps': len(self._passes.draw_pages),
+      'lanes': self._passes.lanes, 'stalls': self._passes.stalls,
+    }  # fmt: skip
+    return counted | {
+      'predicted': np.median(predicted), 'measured': np.median(measured),
+      'error': np.median(predicted / measured) - 1,
+      'errors': (predicted / measured - 1).tolist(),
+      'counts_equal': all(
+        self._run.figures[k] == n for k, n in counted.items()
+      ),
+    }  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -69,30 +69,51 @@ _PROMISE = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer('seed', 0, 'Of everything random.')
 
 
-def prepare_text(data: str, out: Path) -> tuple[Path, Path]:
-  """Writes the training and the held-out documents as JSON lines.
+def prepare_text(data: str, out: Path) -> tuple[Path, Path, Path]:
+  """Writes documents to train, to calibrate the gate and to measure on.
+
+  Returns:
+    Three files of JSON lines; no document is in two of them.
 
   Raises:
     InputError: the text is too short to be split.
   """
-  train, heldout = corpus.split(list(sources.stream(data)), seed=0)
-  if sum(map(len, heldout)) < 2000 or sum(map(len, train)) < 40_000:
+  rest, heldout = corpus.split(list(sources.stream(data)), seed=0)
+  size = sum(map(len, rest))
+  # Some 5 characters a token, and documents do not come in any size.
+  share = 8 * _gate_tokens() / max(size, 1)
+  train, gate = corpus.split(rest, min(max(share, 0.05), 0.2), seed=1)
+  parts = train, gate, heldout
+  least = 40_000, 2000, 2000
+  if any(sum(map(len, p)) < n for p, n in zip(parts, least, strict=True)):
     raise InputError(
       f'--data={data}: holds too little text, '
-      f'{sum(map(len, train + heldout)):,} characters; the demo needs '
+      f'{size + sum(map(len, heldout)):,} characters; the demo needs '
       'several documents of 50,000 characters or more together.'
     )
-  paths = out / 'train.jsonl', out / 'heldout.jsonl'
+  train_path, gate_path, heldout_path = paths = tuple(
+    out / f'{name}.jsonl' for name in ('train', 'gate', 'heldout')
+  )
   read = Path(data).expanduser().resolve()
   if any(p.resolve() == read or read in p.resolve().parents for p in paths):
     raise InputError(
       f'--out={out}: the demo would write into the text of --data={data}; '
       'choose another directory.'
     )
-  for path, documents in zip(paths, (train, heldout), strict=True):
+  for path, documents in zip(paths, parts, strict=True):
     lines = [json.dumps({'text': d}) + '\n' for d in documents]
     path.write_text(''.join(lines), 'utf-8')
-  return paths
+  return train_path, gate_path, heldout_path
+
+
+def _gate_context() -> int:
+  """Tokens of a row that the gate is fitted, calibrated and measured on."""
+  return max(_CONTEXT.value // 4, 8)
+
+
+def _gate_tokens() -> int:
+  """Tokens that the gate is fitted and calibrated on."""
+  return 64 * _gate_context()
 
 
 def recipe(train: Path, heldout: Path) -> dict:
@@ -152,8 +173,13 @@ def main(argv):
 
   say(1, f'loading {_MODEL.value} and the text')
   # The text first: too little of it is seen before a model is read.
-  train, heldout = prepare_text(_DATA.value, out)
+  train, apart, heldout = prepare_text(_DATA.value, out)
   parent = load(_MODEL.value)
+  gate_rows = perplexity.make_rows(
+    parent, '\n\n'.join(sources.stream(apart)), _gate_context(),
+    _gate_tokens(),
+  )  # fmt: skip
+  gating.split(gate_rows)
   heldout_text = '\n\n'.join(sources.stream(heldout))
   calibration = '\n\n'.join(sources.stream(train))
   shape: dict[str, Any] = dict(
@@ -187,7 +213,7 @@ def main(argv):
   say(
     6, f'a gate that promises to lose less than {_PROMISE.value} nats a token'
   )
-  gated, exits = leave_early(run.model, calibration, heldout_text)
+  gated, exits = leave_early(run.model, gate_rows, heldout_text)
   save(gated, out / 'model')
 
   say(7, 'the engine: eight texts at once, three ways')
@@ -223,16 +249,14 @@ def main(argv):
   })  # fmt: skip
 
 
-def leave_early(model: LanguageModel, text: str, heldout: str):
+def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
   """The model with a gate, and what leaving costs on held-out text.
 
   Args:
     model: whose loops were all trained.
-    text: to fit and calibrate the gate on.
-    heldout: to measure on.
+    rows: of text that it was not trained on, to fit and calibrate the gate.
+    heldout: other text, to measure on.
   """
-  context = max(_CONTEXT.value // 4, 8)
-  rows = perplexity.make_rows(model, text, context, 64 * context)
   shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
   with cli.Progress(
     gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
@@ -240,7 +264,7 @@ def leave_early(model: LanguageModel, text: str, heldout: str):
     gate, _ = gating.fit_gate(
       model, rows, loss=_PROMISE.value, shares=shares, progress=progress.update
     )
-  rows = perplexity.make_rows(model, heldout, context, _HELDOUT.value)
+  rows = perplexity.make_rows(model, heldout, _gate_context(), _HELDOUT.value)
   static = every_loop.read_static(model, rows, gate.arrays)
   held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)
   first = depth.measure(model, static, 'change', -2.0)

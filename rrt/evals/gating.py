@@ -71,12 +71,7 @@ def fit_gate(
     raise InputError(
       f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.'
     )
-  fitting, judging = rows[::2], rows[1::2]
-  if len(judging) < 4:
-    raise InputError(
-      f'{len(rows)} rows of text are too few: half of them judge the gate, '
-      'and at least 8 are needed. Give more text or a smaller context.'
-    )
+  fitting, judging = split(rows)
   arrays = None
   if lens or kind == 'learned':
     read = functools.partial(
@@ -112,6 +107,16 @@ def fit_gate(
   }  # fmt: skip
   threshold = chosen[0].threshold if chosen else gates.NEVER
   return gates.Gate(kind, threshold, arrays, kv, promise), points
+
+
+def split(rows: Sequence[Sequence[int]]):
+  """The rows that fit a gate and those that judge it; raises InputError."""
+  if len(rows) < 8:
+    raise InputError(
+      f'{len(rows)} rows of text are too few: half of them judge the gate, '
+      'and at least 8 are needed. Give more text or a smaller context.'
+    )
+  return rows[::2], rows[1::2]
 
 
 def _fit(

@@ -353,4 +353,11 @@ def stores_of(kvs):
 def once(wanted, body, carry):
   """`body(carry)` if wanted; a loop, through which buffers stay in place."""
   times = jnp.asarray(wanted, jnp.int32)
-  return jax.lax.fori_loop(0, times, lambda _, c: body(c), carry)
+
+  def one(i, carry):
+    # What does not depend on the round, XLA would compute before the loop,
+    # wanted or not: the whole head, where there is no coda.
+    _, carry = jax.lax.optimization_barrier((i, carry))
+    return body(carry)
+
+  return jax.lax.fori_loop(0, times, one, carry)

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks import paper_tables
 from rrt.errors import InputError
+from rrt.infer import engine as engines
 from rrt.infer import simulate
 from rrt.infer.engine import Engine, Request
 from tests.infer.engine_test import PROMPTS, ROOMS, model
@@ -24,7 +25,12 @@ def replayed(slots):
   ],
 )
 @pytest.mark.parametrize('early', [False, True])
-def test_passes_are_those_of_the_engine(options, early):
+def test_passes_are_those_of_the_engine(options, early, monkeypatch):
+  calls = []
+  call = engines._call
+  monkeypatch.setattr(
+    engines, '_call', lambda *args: calls.append(1) or call(*args)
+  )
   table = replayed(options['slots']) if early else None
   gate = dict(gate='replay', threshold=1.0, kv='write_ahead')
   engine = Engine(
@@ -45,6 +51,7 @@ def test_passes_are_those_of_the_engine(options, early):
   ) == tuple(
     figures[k] for k in ('steps', 'lanes', 'stalls', 'draw_steps')
   )  # fmt: skip
+  assert found.calls == len(calls)
   assert sorted(found.prompts) == sorted(
     len(p) - 1 for p in PROMPTS if len(p) > 1
   )
