@@ -24,6 +24,8 @@ RESULT
   A lens, by least squares on 16,384 tokens of news, on rows of 512 (full depth
   3.718): loop 1 goes from 4.323 to 4.140 nats, and its most likely token is
   that of full depth for 65 % of the tokens instead of 56 %.
+  Tuning the lens after that (--lens_epochs=4 --max_tokens=65536) gains nothing:
+  at --loss=0.037 the gate still runs 1.85 loops a token.
 
   With `rrt.fit_gate --loss=0.037 --context=512 --max_tokens=32768` on news
   (threshold 0.851), measured by `rrt.evaluate --exits=learned,oracle
