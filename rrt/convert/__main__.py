@@ -15,6 +15,7 @@ from absl import flags
 from rrt import cli, pretrained
 from rrt.config import ORDERS
 from rrt.convert import recursive
+from rrt.convert.arrange import LoopRanks
 from rrt.convert.sample import calibration_text
 from rrt.errors import InputError
 
@@ -43,8 +44,8 @@ _INIT = flags.DEFINE_enum(
 )
 _RANK = flags.DEFINE_string(
   'rank', '0',
-  'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64. Capped at '
-  'the matrix; 0 for none.',
+  'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64; each by '
+  'loop where they differ: 32/96. Capped at the matrix; 0 for none.',
 )  # fmt: skip
 _BUDGET = flags.DEFINE_integer(
   'budget',
@@ -78,20 +79,26 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-def parse_rank(text: str) -> int | dict[str, int]:
-  """'64' or 'q:32,down:64'.
+def parse_rank(text: str) -> LoopRanks | dict[str, LoopRanks]:
+  """'64', '32/96' by loop, or 'q:32,down:32/96' by linear.
 
   Raises:
-    InputError: it is neither.
+    InputError: it is none of them.
   """
+
+  def one(text: str) -> LoopRanks:
+    ranks_R = tuple(map(int, text.split('/')))
+    return ranks_R if len(ranks_R) > 1 else ranks_R[0]
+
   try:
     if ':' not in text:
-      return int(text)
+      return one(text)
     pairs = [pair.split(':') for pair in text.split(',')]
-    ranks = {name.strip(): int(value) for name, value in pairs}
+    ranks = {name.strip(): one(value) for name, value in pairs}
   except ValueError as e:
     raise InputError(
-      f'rank={text!r}: give a whole number, or q:32,v:32,... by linear.'
+      f'rank={text!r}: give a whole number, q:32,v:32,... by linear, or '
+      '32/96 by loop.'
     ) from e
   if len(ranks) < len(pairs):
     raise InputError(f'rank={text!r}: give each linear once.')

@@ -7,6 +7,9 @@ import numpy as np
 from rrt.config import COMPONENTS, ORDERS, LoraConfig, ModelConfig, is_number
 from rrt.errors import InputError
 
+# One rank for all loops, or one a loop.
+LoopRanks = int | tuple[int, ...]
+
 
 def arrange(
   parent: ModelConfig,
@@ -92,18 +95,20 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
 
 def with_ranks(
   config: ModelConfig,
-  rank: int | dict[str, int] | None,
+  rank: LoopRanks | dict[str, LoopRanks] | None,
   alpha: float | None = None,
 ) -> ModelConfig:
   """A child's config with LoRA; ranks are capped at the matrices.
 
   Args:
     config: from `arrange`.
-    rank: one for all seven linears, or by component (`q` to `down`).
-    alpha: LoRA's scale is alpha / rank; None for 1.
+    rank: one for all seven linears, or by component (`q` to `down`); each a
+      whole number or a tuple of R of them, one a loop.
+    alpha: LoRA's scale is alpha / the largest rank; None for 1.
 
   Raises:
-    InputError: a negative rank, an unknown component, an alpha of 0.
+    InputError: a negative rank, an unknown component, ranks for another
+      number of loops, an alpha of 0.
   """
   if alpha is not None and not is_number(alpha):
     raise InputError(f'alpha={alpha!r}: must be a finite number above 0.')
@@ -114,14 +119,31 @@ def with_ranks(
       raise InputError(
         f'rank names {name!r}; the linears are {", ".join(COMPONENTS)}.'
       )
-    value = 0 if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-      raise InputError(f'rank={value!r}: must be a whole number, 0 or more.')
-    capped[name] = min(value, *config.shapes()[name])
+    capped[name] = _capped(config, name, 0 if value is None else value)
   lora = None
-  if any(capped.values()):
+  if any(np.any(value) for value in capped.values()):
     lora = LoraConfig(**capped, alpha=None if alpha is None else float(alpha))
   return dataclasses.replace(config, lora=lora)
+
+
+def _capped(config: ModelConfig, name: str, value: LoopRanks):
+  """A component's rank, or its table [R][N] where loops differ."""
+  ranks_R = value if isinstance(value, tuple) else (value,) * config.loops
+  for r in ranks_R:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+      raise InputError(
+        f'rank={value!r}: must be a whole number, 0 or more, or a tuple of '
+        'them, one a loop.'
+      )
+  if len(ranks_R) != config.loops:
+    raise InputError(
+      f'rank={value!r} has {len(ranks_R)} numbers; the model has '
+      f'{config.loops} loops.'
+    )
+  ranks_R = tuple(min(r, *config.shapes()[name]) for r in ranks_R)
+  if len(set(ranks_R)) == 1:
+    return ranks_R[0]
+  return tuple((r,) * config.block_layers for r in ranks_R)
 
 
 def is_full_rank(config: ModelConfig) -> bool:

@@ -17,7 +17,7 @@ from rrt import cli
 from rrt.config import ModelConfig
 from rrt.convert import budgets, sample
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert.arrange import arrange, with_ranks
+from rrt.convert.arrange import LoopRanks, arrange, with_ranks
 from rrt.convert.conversion import Conversion, is_exact, one_blas_thread
 from rrt.convert.export import to_untied
 from rrt.convert.family import flatten
@@ -45,7 +45,7 @@ def plan(
   coda: int = 0,
   order: str = 'cycle',
   init: str = 'calibrated',
-  rank: int | dict[str, int] | None = 0,
+  rank: LoopRanks | dict[str, LoopRanks] | None = 0,
   budget: int | None = None,
   alpha: float | None = None,
   lora_init: str = 'svd',
@@ -89,7 +89,7 @@ def to_recursive(
   coda: int = 0,
   order: str = 'cycle',
   init: str = 'calibrated',
-  rank: int | dict[str, int] | None = 0,
+  rank: LoopRanks | dict[str, LoopRanks] | None = 0,
   budget: int | None = None,
   alpha: float | None = None,
   lora_init: str = 'svd',
@@ -114,7 +114,8 @@ def to_recursive(
     order: 'cycle' or 'sequence'.
     init: the block's shared weights, one of `INITS`.
     rank: of the LoRA of every linear, or by component: `{'q': 32, ...}`;
-      capped at the smaller side of the matrix. 0 for none.
+      where the loops differ a tuple, one a loop. Capped at the smaller side
+      of the matrix. 0 for none.
     budget: LoRA parameters to spend over positions and matrices where they
       regain most, instead of `rank`.
     alpha: LoRA's scale is alpha / rank; None for a scale of 1. The factors

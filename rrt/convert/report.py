@@ -22,7 +22,7 @@ class Report:
   Attributes:
     shape: prelude + block x loops + coda, in words.
     init: how the shared weights were found.
-    ranks: component -> LoRA rank, or the smallest and largest.
+    ranks: component -> LoRA rank, 'a/b/...' by loop, or 'smallest-largest'.
     parent_params: the parent's counts, closed form.
     params: the child's counts, closed form.
     params_counted: unique parameters in the child's arrays, without the
@@ -128,12 +128,20 @@ def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:
 
 
 def _ranks(config: ModelConfig) -> dict[str, Any]:
-  ranks = {}
+  ranks: dict[str, Any] = {}
   for name in config.shapes():
     lora = config.lora
-    table = lora.table(name, config.loops, config.block_layers) if lora else 0
-    low, high = int(np.min(table)), int(np.max(table))
-    ranks[name] = low if low == high else f'{low}-{high}'
+    if lora is None:
+      ranks[name] = 0
+      continue
+    table_RxN = lora.table(name, config.loops, config.block_layers)
+    low, high = int(table_RxN.min()), int(table_RxN.max())
+    if low == high:
+      ranks[name] = low
+    elif (table_RxN == table_RxN[:, :1]).all():
+      ranks[name] = '/'.join(map(str, table_RxN[:, 0]))
+    else:
+      ranks[name] = f'{low}-{high}'
   return ranks
 
 

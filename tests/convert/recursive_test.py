@@ -371,9 +371,35 @@ def test_an_empty_path_is_no_text():
 def test_rank_flag():
   assert parse_rank('64') == 64
   assert parse_rank('q:8, down:16') == {'q': 8, 'down': 16}
-  for text in ('q', 'q:x', '', '1.5', 'q:4,q:8'):
+  assert parse_rank('0/16') == (0, 16)
+  assert parse_rank('q:8,down:0/16') == {'q': 8, 'down': (0, 16)}
+  for text in ('q', 'q:x', '', '1.5', 'q:4,q:8', '4/', '/4', 'q:4/x'):
     with pytest.raises(InputError, match='rank='):
       parse_rank(text)
+
+
+@pytest.mark.parametrize('init', ['calibrated', 'average'])
+def test_loops_have_ranks_of_their_own(init):
+  parent = tiny.parent(layers=4)
+  child, report = to_recursive(
+    parent, loops=2, init=init, rank={'q': (0, 3), 'down': 2},
+    calibration=tiny.tokens(),
+  )  # fmt: skip
+  lora = child.config.lora
+  assert (lora.q, lora.down, lora.v) == (((0, 0), (3, 3)), 2, 0)
+  assert report.ranks['q'] == '0/3' and report.ranks['down'] == 2
+  assert report.params_counted == report.params.unique
+  q = child.params['block']['layers']['attn']['q']
+  norms_R = np.abs(q['lora_b']).sum((0, 2, 3))
+  assert norms_R[0] == 0 and norms_R[1] > 0
+
+
+def test_ranks_by_loop_must_fit_the_loops():
+  for rank in ((1, 2, 3), {'q': (1, 2, 3)}):
+    with pytest.raises(InputError, match='has 3 numbers; the model has 2'):
+      to_recursive(tiny.parent(layers=4), loops=2, rank=rank)
+  with pytest.raises(InputError, match='whole number'):
+    to_recursive(tiny.parent(layers=4), loops=2, rank=(4, -1))
 
 
 # ------------------------------------------------------------ calibration rows
