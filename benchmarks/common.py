@@ -67,14 +67,16 @@ def take_turns(
 ) -> dict[str, list[float]]:
   """Seconds of each contender in each repeat, after one untimed round.
 
-  With `settle` each turn begins with a run that is not timed: it finds the
-  memory again that the one before gave back to the system.
+  Every second round goes backwards, so that a machine that grows slower or
+  faster favours none. With `settle` each turn begins with a run that is not
+  timed: it finds the memory again that the one before gave back to the system.
   """
   for run in contenders.values():
     run()
   seconds: dict[str, list[float]] = {name: [] for name in contenders}
-  for _ in range(repeats):
-    for name, run in contenders.items():
+  for repeat in range(repeats):
+    turns = list(contenders.items())
+    for name, run in turns[::-1] if repeat % 2 else turns:
       if settle:
         run()
       began = time.perf_counter()
@@ -84,12 +86,13 @@ def take_turns(
 
 
 def summary(seconds: list[float], tokens: int) -> dict[str, float]:
-  """Median and quartiles of the seconds, and tokens a second."""
+  """Median and quartiles of the seconds, all of them, and tokens a second."""
   low, middle, high = statistics.quantiles(seconds, n=4, method='inclusive')
   return {
     'seconds': middle,
     'seconds_iqr': high - low,
     'seconds_best': min(seconds),
+    'seconds_each': seconds,
     'tokens_per_second': tokens / middle,
   }
 
