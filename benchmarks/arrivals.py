@@ -53,7 +53,7 @@ def engine(runner) -> Contender:
   return run
 
 
-def transformers(loaded, slots: int, generate) -> Contender:
+def static_batches(generate, slots: int) -> Contender:
   """`generate` on whoever waits, as soon as the batch before has ended."""
 
   def run(work, at):
@@ -73,10 +73,37 @@ def transformers(loaded, slots: int, generate) -> Contender:
       def note(steps=steps):
         steps.append(time.perf_counter() - began)
 
-      generate(loaded, part, on_step=note)
+      generate(part, note)
       for i, (_, n) in zip(range(sent, last), part, strict=True):
         seen[i] = steps[:n]
       sent = last
+    return seen
+
+  return run
+
+
+def continuous(run_manager) -> Contender:
+  """Transformers' continuous batching, streaming."""
+
+  def run(work, at):
+    seen: list[list[float]] = [[] for _ in work]
+    index: dict[str, int] = {}
+    with run_manager() as manager:
+      began, sent, done = time.perf_counter(), 0, 0
+      while done < len(work):
+        now = time.perf_counter() - began
+        while sent < len(work) and at[sent] <= now:
+          prompt, count = work[sent]
+          name = manager.add_request(
+            prompt, max_new_tokens=count, streaming=True
+          )
+          index[name], sent = sent, sent + 1
+        result = manager.get_result(timeout=0.002)
+        if result is None:
+          continue
+        i, now = index[result.request_id], time.perf_counter() - began
+        seen[i] += [now] * (len(result.generated_tokens) - len(seen[i]))
+        done += result.is_finished()
     return seen
 
   return run

@@ -145,49 +145,6 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
   }
 
 
-def generate(loaded, part, on_step=lambda: None) -> list[list[int]]:
-  """Hugging Face's greedy tokens for a static batch."""
-  import torch
-  import transformers
-
-  class Step(transformers.StoppingCriteria):
-    """Told of each token; never stops."""
-
-    def __call__(self, ids, scores, **_):
-      on_step()
-      return torch.zeros(len(ids), dtype=torch.bool)
-
-  width = max(len(p) for p, _ in part)
-  ids = torch.zeros((len(part), width), dtype=torch.long)
-  mask = torch.zeros_like(ids)
-  for row, (prompt, _) in enumerate(part):
-    ids[row, width - len(prompt) :] = torch.tensor(prompt)
-    mask[row, width - len(prompt) :] = 1
-  longest = max(n for _, n in part)
-  with torch.inference_mode():
-    out = loaded.generate(
-      ids, attention_mask=mask, do_sample=False, max_new_tokens=longest,
-      min_new_tokens=longest, cache_implementation='static',
-      disable_compile=True, stopping_criteria=[Step()],
-    )  # fmt: skip
-  return [
-    row[width : width + n].tolist()
-    for row, (_, n) in zip(out, part, strict=True)
-  ]
-
-
-def theirs(loaded, work):
-  """A run of `generate` in static batches; it remembers its tokens."""
-
-  def run():
-    run.tokens = []
-    for first in range(0, len(work), FLAGS.slots):
-      run.tokens += generate(loaded, work[first : first + FLAGS.slots])
-
-  run.loaded = loaded
-  return run
-
-
 def llama(directory: Path, work):
   """A run of llama.cpp's server; it remembers its tokens."""
   path = directory / f'{FLAGS.dtype}.gguf'

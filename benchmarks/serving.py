@@ -7,6 +7,8 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 
   transformers      Hugging Face's `generate` on the untied export, batches of
                     `slots` rows, each as long as its longest answer
+  eager, compiled   the same with a cache that grows; on a GPU, compiled
+  continuous        Hugging Face's continuous batching, its `generate_batch`
   llama.cpp         its server on the same export (needs xllamacpp)
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
@@ -35,7 +37,7 @@ from pathlib import Path
 from absl import flags
 import numpy as np
 
-from benchmarks import arrivals, common, pictures, rungs
+from benchmarks import arrivals, common, hugging_face, pictures, rungs
 from rrt import cli
 from rrt.errors import InputError
 
@@ -60,12 +62,12 @@ def bound(config, depth: float) -> float:
 
 def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
   """Runs the contenders under load; a row for each and each rate."""
+  batches = lambda run: arrivals.static_batches(run.generate, FLAGS.slots)
   makers = {
-    'transformers': lambda run: arrivals.transformers(
-      run.loaded, FLAGS.slots, rungs.generate
-    ),
+    'transformers': batches, 'eager': batches, 'compiled': batches,
+    'continuous': lambda run: arrivals.continuous(run.manager),
     'llama.cpp': lambda run: arrivals.llama(run.server),
-  }
+  }  # fmt: skip
   ours = lambda run: arrivals.engine(run.engine)
   found = []
   for fraction in map(float, FLAGS.rates):
@@ -98,7 +100,15 @@ def main(_):
   directory = Path(peer.directory.name)
   untied = pretrained.load(directory / 'hf')
   makers = {
-    'transformers': lambda: rungs.theirs(peer(FLAGS.dtype), work),
+    'transformers': lambda: hugging_face.static_batches(
+      peer(FLAGS.dtype), work, FLAGS.slots
+    ),
+    'eager': lambda: hugging_face.static_batches(
+      peer(FLAGS.dtype), work, FLAGS.slots, 'eager'
+    ),
+    'continuous': lambda: hugging_face.continuous(
+      peer(FLAGS.dtype, 'paged|sdpa'), work, FLAGS.slots
+    ),
     'llama.cpp': lambda: rungs.llama(directory, work),
     'untied': lambda: rungs.ours(untied, work),
   } | {
@@ -109,6 +119,10 @@ def main(_):
     makers['without LoRA'] = lambda: rungs.ours(rungs.without_lora(model), work)
   if gates.stored(model):
     makers['live gate'] = lambda: rungs.ours(model, work, gate='stored')
+  if hugging_face.device() == 'cuda':
+    makers['compiled'] = lambda: hugging_face.static_batches(
+      peer(FLAGS.dtype), work, FLAGS.slots, 'compiled'
+    )
   names = FLAGS.only or list(makers)
   if unknown := set(names) - set(makers):
     raise InputError(f'--only: {sorted(unknown)}: this model has {[*makers]}.')

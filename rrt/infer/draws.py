@@ -69,11 +69,12 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
 
   def body(carry):
     state, _ = carry
-    rows = pick(wanted_SxK, order_SxK, plan.draws)
+    rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
     final_B = rows.live_B & rows.of(final_SxK)
-    state, logits_VxB = _head(plan, params, gate, state, rows, final_B)
-    token_B = _token(plan, requests, state, rows, logits_VxB)
-    told = _logprobs(plan, requests, rows, logits_VxB, token_B)
+    state, hidden_BxD = _coda(plan, params, gate, state, rows, final_B)
+    token_B, told = _head(
+      plan, params, requests, state, rows, final_B, hidden_BxD
+    )
     state, token_S, loops_S = _commit(
       plan, requests, end_E, state, rows, final_B, token_B
     )
@@ -92,11 +93,8 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
   return state._replace(flights=f, counters=counters), drawn
 
 
-def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
-  """Runs coda and head on rows; (state, logits_VxB).
-
-  Where no row is final, tokens beyond the draft vocabulary have -inf.
-  """
+def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
+  """What rows skipped is filled, then lens and coda; (state, hidden_BxD)."""
   c, f, R = plan.config, state.flights, plan.config.loops
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
@@ -109,32 +107,43 @@ def _head(plan: Plan, params, gate, state: State, rows: Rows, final_B):
       skipped = rows._replace(live_B=final_B & (loop_B <= r))
 
       def fill(block_kvs, r=r, skipped=skipped):
-        loop_Bx1 = jnp.full((plan.draws, 1), r, jnp.int32)
+        loop_Bx1 = jnp.full_like(loop_B, r)[:, None]
         kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
         return stores_of(passes.fill_pass(c, params, x_Bx1xD, r, context, kvs))
 
       block_kvs = once(jnp.any(skipped.live_B), fill, block_kvs)
     stores = stores._replace(block=block_kvs)
-  zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
+  zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
   x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
+  return state._replace(stores=stores), hidden_Bx1xD[:, 0]
 
+
+def _head(
+  plan: Plan, params, requests, state: State, rows: Rows, final_B, hidden_BxD
+):
+  """Head and draw; (token_B, what `_logprobs` tells).
+
+  Where no row is final, all rows guess among the draft vocabulary.
+  """
   read = lambda params: transformer.logits_by_column(
-    c, params, hidden_Bx1xD[:, 0], plan.dtype
+    plan.config, params, hidden_BxD, plan.dtype
   )
 
+  def full():
+    logits_VxB = read(params)
+    token_B = _token(plan, requests, state, rows, logits_VxB)
+    return token_B, _logprobs(plan, requests, rows, logits_VxB, token_B)
+
   def guess():
-    logits_VxB = read(params['draft'])
-    rest = ((0, c.vocab_size - plan.draft_vocab), (0, 0))
-    return jnp.pad(logits_VxB, rest, constant_values=-jnp.inf)
+    token_B = _token(plan, requests, state, rows, read(params['draft']))
+    return token_B, _untold(plan, rows)
 
   if 'draft' not in params:
-    logits_VxB = read(params)
-  else:
-    logits_VxB = jax.lax.cond(jnp.any(final_B), lambda: read(params), guess)
-  return state._replace(stores=stores), logits_VxB
+    return full()
+  return jax.lax.cond(jnp.any(final_B), full, guess)
 
 
 def with_draft_head(plan: Plan, params):
@@ -146,7 +155,7 @@ def with_draft_head(plan: Plan, params):
 
 
 def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
-  """Draws a token from each row by its own rules.
+  """Draws a token from each row by its own rules, among the first V'.
 
   The logits are the same whether or not another row wants more than the most
   likely token; so is, then, the token.
@@ -162,7 +171,9 @@ def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
     wants_B |= penalties.repetition_B != 1
 
   def by_rules():
-    logits_BxV = logits_VxB.T
+    # All tokens have their random numbers, whichever can be drawn.
+    rest = ((0, plan.config.vocab_size - logits_VxB.shape[0]), (0, 0))
+    logits_BxV = jnp.pad(logits_VxB, rest, constant_values=-jnp.inf).T
     if state.seen is not None:
       drawn_BxV = _drawn_before(state, rows)
       prompt_BxV = state.seen.prompt_SxV[slot_B]
@@ -171,7 +182,7 @@ def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
 
   return jax.lax.cond(
     jnp.any(rows.live_B & wants_B), by_rules,
-    lambda: jnp.argmax(logits_VxB, 0).astype(jnp.int32),
+    lambda: transformer.likeliest(logits_VxB),
   )  # fmt: skip
 
 
@@ -200,7 +211,7 @@ def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
   """
   if plan.logprobs < 0:
     return None, None, None
-  B, A = token_B.shape[0], plan.logprobs
+  A = plan.logprobs
 
   def told():
     log_p_BxV = jax.nn.log_softmax(logits_VxB.T, -1)
@@ -208,12 +219,18 @@ def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
     logprob_B = jnp.take_along_axis(log_p_BxV, token_B[:, None], 1)[:, 0]
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
-  def untold():
-    zero_BxA = jnp.zeros((B, A))
-    return jnp.zeros(B), zero_BxA.astype(jnp.int32), zero_BxA
-
   asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
-  return jax.lax.cond(jnp.any(rows.live_B & asked_B), told, untold)
+  return jax.lax.cond(
+    jnp.any(rows.live_B & asked_B), told, lambda: _untold(plan, rows)
+  )
+
+
+def _untold(plan: Plan, rows: Rows):
+  """What `_logprobs` returns where nobody asked."""
+  if plan.logprobs < 0:
+    return None, None, None
+  zero_BxA = jnp.zeros((rows.slot_B.shape[0], plan.logprobs))
+  return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
 def _commit(

@@ -39,6 +39,7 @@ class Plan:
     pool: a draw waits until this many flights are due, or all that live.
     flights: K; 1, or R for 'exact_fill' and lossless.
     steps: of one call.
+    least_rows: of a pass; rows that no flight fills are computed for nothing.
     kv: what the loops that a token skipped keep of it; see `Options`.
     gate: kind of exit gate.
     lossless: whether requests may draft after `draft_loop` loops and verify
@@ -61,6 +62,7 @@ class Plan:
   pool: int
   flights: int
   steps: int
+  least_rows: int = 1
   kv: str = 'own'
   gate: str = 'none'
   lossless: bool = False
@@ -319,8 +321,11 @@ class Rows(NamedTuple):
     )
 
 
-def pick(wanted_SxK, order_SxK, count: int) -> Rows:
-  """The `count` wanted flights that come first in order."""
+def pick(plan: Plan, wanted_SxK, order_SxK, count: int) -> Rows:
+  """The `count` wanted flights that come first in order.
+
+  Rows are added where these are fewer than a pass must have.
+  """
   S, K = wanted_SxK.shape
   if count == S * K:
     at_B = jnp.arange(count)
@@ -328,7 +333,9 @@ def pick(wanted_SxK, order_SxK, count: int) -> Rows:
     key = jnp.where(wanted_SxK, order_SxK, LAST).reshape(-1)
     at_B = jnp.argsort(key, stable=True)[:count]
   slot_B, k_B = at_B // K, at_B % K
-  return Rows(slot_B, k_B, wanted_SxK[slot_B, k_B])
+  more = (0, max(plan.least_rows - count, 0))
+  rows = Rows(slot_B, k_B, wanted_SxK[slot_B, k_B])
+  return Rows(*(jnp.pad(t_B, more) for t_B in rows))
 
 
 def context_of(plan: Plan, position_B) -> Context:

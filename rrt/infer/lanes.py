@@ -81,7 +81,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   # values of the same loop, and guesses yield to what is sure.
   age_SxK = f.position_SxK - state.base_S[:, None] + plan.flights
   order_SxK = age_SxK * S + jnp.arange(S, dtype=jnp.int32)[:, None]
-  rows = pick(f.stage_SxK == RUN, order_SxK, plan.lanes)
+  rows = pick(plan, f.stage_SxK == RUN, order_SxK, plan.lanes)
   loop_B = jnp.where(rows.live_B, rows.of(f.loop_SxK), 0)
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   before_BxD = rows.of(f.x_SxKxD)
@@ -138,10 +138,10 @@ def enter(plan: Plan, params, state: State) -> State:
     # Of a slot's tokens the older one first, whose keys the younger reads.
     ahead_SxK = f.position_SxK - state.base_S[:, None]
     order_SxK = LAST // 2 - f.wait_SxK * (plan.flights + 1) + ahead_SxK
-    rows = pick(wanted_SxK, order_SxK, plan.draws)
+    rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
     position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
     token_B = jnp.where(rows.live_B, rows.of(f.token_SxK), 0)
-    zero_Bx1 = jnp.zeros((plan.draws, 1), jnp.int32)
+    zero_Bx1 = jnp.zeros_like(token_B)[:, None]
     stores = state.stores
     kvs = paged(stores.prelude, plan.layout.prelude, rows, zero_Bx1)
     x_Bx1xD, kvs = passes.enter(

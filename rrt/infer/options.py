@@ -21,6 +21,8 @@ LORA = ('auto', 'wide', 'grouped')
 _LARGE = 256  # Ranks of all loops together, from which grouping pays.
 _FEW = 8  # Lanes for guesses of few slots.
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
+_TILE = 8  # Rows that a CPU's products take at once; 11 take as long as 16.
+_LEAST_BFLOAT16 = 4  # For one row XLA's CPU backend converts each kernel anew.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,12 @@ class Options:
       a slot speculation ends by itself as slots fill.
     draws: tokens that coda, head and prelude take in one step; None for what
       suits the machine: as many as a block step, but on a CPU, where a pass
-      costs by its rows, with many slots about those that a step sends out.
+      costs by its rows, with many slots about those that a step sends out if
+      tokens leave early or prelude, coda and head cost more than the block.
     pool: draw when so many tokens are due, or all; None likewise: all slots at
-      full depth and 1 with a gate, but half of a CPU's draws where they cost
-      more than the block. The lossless mode does not wait.
+      full depth and 1 with a gate, but on a CPU with many slots those that a
+      step sends out at full depth, and half of the draws where prelude, coda
+      and head cost more than the block. The lossless mode does not wait.
     mean_loops: of a token, as expected, by which a CPU's draws are sized where
       there are many slots of one token each; None is the stored gate's own,
       or all.
@@ -212,13 +216,14 @@ class Options:
       lanes = min(max(self.slots, _FEW), most)
     draws, pool = self._draws_and_pool(config, lanes)
     draws = min(draws, most)
+    slow_row = jax.default_backend() == 'cpu' and self.dtype == 'bfloat16'
     return Plan(
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
       page=self.page, slots=self.slots,
       lanes=lanes,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
-      kv=self.kv, gate=self.gate, lossless=self.lossless,
+      least_rows=_LEAST_BFLOAT16 if slow_row else 1, kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop,
       draft_vocab=min(self.draft_vocab, config.vocab_size), dtype=self.dtype,
       kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
@@ -237,12 +242,17 @@ class Options:
       layer = sum(a * b for a, b in config.shapes().values())
       ends = config.prelude_layers + config.coda_layers
       ends += config.vocab_size * config.d_model / layer
-      if ends > config.block_layers or mean == loops:
+      if ends > config.block_layers:
         # Tokens that wait cost less than empty rows: few rows, well filled.
         draws = math.ceil(2 * self.slots / (loops + mean))
         pool = draws // 2
-      else:
+      elif mean < loops:
         draws = math.ceil(self.slots / mean)
+      else:
+        # A head of all slots costs little more than one of few: it waits for
+        # the tokens that a step sends out.
+        draws, pool = self.slots, self.slots // loops
+      draws = _TILE * math.ceil(draws / _TILE)
     draws = self.draws or draws
     return draws, self.pool or min(pool, draws)
 
