@@ -24,6 +24,7 @@ flags.DEFINE_integer('prompts', 200, 'How many.')
 flags.DEFINE_integer('prompt_tokens', 24, 'Of each.')
 flags.DEFINE_integer('new_tokens', 16, 'Of each.')
 flags.DEFINE_integer('slots', 16, 'Sequences at once.')
+flags.DEFINE_string('dtype', 'float32', 'Precision of both.')
 flags.DEFINE_integer('lanes', None, 'Of the lossless engine; all by default.')
 flags.DEFINE_string('out', 'benchmarks/results/lossless.json', 'JSON file.')
 
@@ -41,13 +42,12 @@ def main(_):
       f'--text={FLAGS.text}: gives {len(prompts)} prompts, not {count}.'
     )
   context = length + FLAGS.new_tokens
-  full = Engine(model, slots=FLAGS.slots, context=context)
-  lossless = Engine(
-    model, slots=FLAGS.slots, context=context, lossless=True, lanes=FLAGS.lanes
-  )
+  both = dict(slots=FLAGS.slots, context=context, dtype=FLAGS.dtype)
+  full = Engine(model, **both)
+  lossless = Engine(model, lossless=True, lanes=FLAGS.lanes, **both)
   figures: dict = {
     'machine': common.machine(1), 'model': FLAGS.model, 'prompts': count,
-    'new_tokens': FLAGS.new_tokens,
+    'new_tokens': FLAGS.new_tokens, 'dtype': FLAGS.dtype,
   }  # fmt: skip
   table = []
   for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):
