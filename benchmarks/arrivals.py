@@ -18,6 +18,8 @@ import urllib.request
 
 import numpy as np
 
+from benchmarks import hugging_face
+
 Work = Sequence[tuple[list[int], int]]
 Contender = Callable[[Work, np.ndarray], list[list[float]]]
 
@@ -98,7 +100,7 @@ def continuous(run_manager) -> Contender:
             prompt, max_new_tokens=count, streaming=True
           )
           index[name], sent = sent, sent + 1
-        result = manager.get_result(timeout=0.002)
+        result = hugging_face.result_of(manager, timeout=0.002)
         if result is None:
           continue
         i, now = index[result.request_id], time.perf_counter() - began

@@ -1,10 +1,11 @@
 """Hugging Face transformers on our untied export: contenders of `serving`.
 
 `generate` in static batches, each as long as its longest answer, with a cache
-that is allocated once (`static`), one that grows (`eager`), or, on a GPU, the
+that is allocated once (`static`), one that grows (`dynamic`), or, on a GPU, the
 first compiled by torch (`compiled`); and transformers' own continuous batching,
-what its `generate_batch` runs, where each request ends by itself. On a CPU the
-last does not find out how large its cache may be, so it is told.
+what its `generate_batch` runs, where each request ends by itself. The last is
+told how large its cache may be: on a CPU it does not find out, and on a GPU it
+would take all that is free.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 # How `generate` keeps its cache.
 CACHES: dict[str, dict] = {
   'static': dict(cache_implementation='static', disable_compile=True),
-  'eager': {},
+  'dynamic': {},
   'compiled': dict(cache_implementation='static'),
 }
 _PAGE = 64  # Tokens of a page of the continuous batches' cache.
@@ -84,11 +85,21 @@ def static_batches(loaded, work: Work, slots: int, cache: str = 'static'):
   return run
 
 
+def result_of(manager, timeout: float):
+  """The next result, or None; raises RuntimeError for a request that failed."""
+  result = manager.get_result(timeout=timeout)
+  if result is None and not manager.is_running():
+    raise RuntimeError('transformers stopped its continuous batching.')
+  if result is not None and result.error is not None:
+    raise RuntimeError(f'transformers failed: {result.error}')
+  return result
+
+
 def continuous(loaded, work: Work, slots: int):
   """A run of transformers' continuous batching; it remembers its tokens.
 
   Args:
-    loaded: transformers' model with attention 'paged|sdpa'.
+    loaded: transformers' model.
     work: prompts, and how many tokens each is answered with.
     slots: sequences at once.
   """
@@ -97,15 +108,16 @@ def continuous(loaded, work: Work, slots: int):
   import transformers
 
   logging.getLogger('ContinuousBatchingLogger').setLevel(logging.ERROR)
+  from transformers.generation.continuous_batching import utils
+
   loaded, on_cpu = loaded.to(device()), device() == 'cpu'
   longest = max(len(p) + n for p, n in work)
-  size = {}
-  if on_cpu:
-    size = dict(
-      num_blocks=slots * -(-longest // _PAGE), max_batch_tokens=8 * slots
-    )
   config = transformers.ContinuousBatchingConfig(
-    page_size=_PAGE, max_requests_per_batch=slots, **size
+    page_size=_PAGE, max_requests_per_batch=slots,
+    num_blocks=slots * -(-longest // _PAGE), max_batch_tokens=8 * slots,
+  )  # fmt: skip
+  hints = utils.WorkloadHints(
+    max(len(p) for p, _ in work), max(n for _, n in work), len(work)
   )
   greedy = transformers.GenerationConfig(
     do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -113,7 +125,7 @@ def continuous(loaded, work: Work, slots: int):
 
   run_manager = lambda: loaded.continuous_batching_context_manager(
     generation_config=greedy, continuous_batching_config=config,
-    warmup=not on_cpu, persistent_manager=True,
+    warmup=not on_cpu, persistent_manager=True, workload_hints=hints,
   )  # fmt: skip
 
   def run():
@@ -121,7 +133,7 @@ def continuous(loaded, work: Work, slots: int):
     with run_manager() as manager:
       names = [manager.add_request(p, max_new_tokens=n) for p, n in work]
       while len(done) < len(names):
-        result = manager.get_result(timeout=1)
+        result = result_of(manager, timeout=1)
         if result is not None and result.is_finished():
           done[result.request_id] = result.generated_tokens
     run.tokens = [done[name] for name in names]

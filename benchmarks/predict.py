@@ -169,7 +169,7 @@ def main(_):
   contenders = {
     name: Contender(model, work, options, arrays['loops'])
     for name, options in rungs.policies(model.config, arrays, depth).items()
-    if 'lossless' not in options
+    if not {'lossless', 'batch'} & set(options)
   }
   for _ in range(FLAGS.repeats):
     for contender in contenders.values():

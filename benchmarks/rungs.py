@@ -93,16 +93,26 @@ def new_engine(model, work, **options):
   )  # fmt: skip
 
 
-def ours(model, work, **options):
-  """A run of the engine over all requests; it remembers its figures."""
+def ours(model, work, batch: int | None = None, **options):
+  """A run of the engine over the requests; it remembers its figures.
+
+  Args:
+    model: what runs.
+    work: prompts and how many tokens each is answered with.
+    batch: how many requests are asked at once; None for all.
+    **options: of the engine.
+  """
   from rrt.infer.engine import Request
 
   engine = new_engine(model, work, **options)
 
   def run():
     before = engine.figures()
-    requests = engine.run(Request(p, n, ignore_end=True) for p, n in work)
-    run.tokens = [r.tokens for r in requests]
+    run.tokens = []
+    for first in range(0, len(work), batch or len(work)):
+      part = work[first : first + (batch or len(work))]
+      done = engine.run(Request(p, n, ignore_end=True) for p, n in part)
+      run.tokens += [r.tokens for r in done]
     after = engine.figures()
     run.figures = {k: np.subtract(after[k], before[k]).tolist() for k in after}
 
@@ -135,6 +145,7 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
   slots = FLAGS.slots
   return {
     'tied': dict(draws=slots, pool=slots),
+    'static': dict(batch=slots, draws=slots, pool=slots),
     'depth-wise': {},
     'in step': dict(draws=slots, pool=slots, **exits),
     'depth-wise exits': dict(mean_loops=depth, **exits),

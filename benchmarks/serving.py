@@ -7,13 +7,14 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 
   transformers      Hugging Face's `generate` on the untied export, batches of
                     `slots` rows, each as long as its longest answer
-  eager, compiled   the same with a cache that grows; on a GPU, compiled
+  dynamic, compiled the same with a cache that grows; on a GPU, compiled
   continuous        Hugging Face's continuous batching, its `generate_batch`
   llama.cpp         its server on the same export (needs xllamacpp)
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
-  depth-wise        the same out of step, as the engine does by itself: draws
-                    of few tokens, which wait until they are half full
+  static            the same, new requests only when all before have ended
+  depth-wise        out of step, as the engine does by itself: a draw waits for
+                    some tokens only, and loops are mixed in every launch
   without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
@@ -64,7 +65,7 @@ def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
   """Runs the contenders under load; a row for each and each rate."""
   batches = lambda run: arrivals.static_batches(run.generate, FLAGS.slots)
   makers = {
-    'transformers': batches, 'eager': batches, 'compiled': batches,
+    'transformers': batches, 'dynamic': batches, 'compiled': batches,
     'continuous': lambda run: arrivals.continuous(run.manager),
     'llama.cpp': lambda run: arrivals.llama(run.server),
   }  # fmt: skip
@@ -103,11 +104,11 @@ def main(_):
     'transformers': lambda: hugging_face.static_batches(
       peer(FLAGS.dtype), work, FLAGS.slots
     ),
-    'eager': lambda: hugging_face.static_batches(
-      peer(FLAGS.dtype), work, FLAGS.slots, 'eager'
+    'dynamic': lambda: hugging_face.static_batches(
+      peer(FLAGS.dtype), work, FLAGS.slots, 'dynamic'
     ),
     'continuous': lambda: hugging_face.continuous(
-      peer(FLAGS.dtype, 'paged|sdpa'), work, FLAGS.slots
+      peer(FLAGS.dtype), work, FLAGS.slots
     ),
     'llama.cpp': lambda: rungs.llama(directory, work),
     'untied': lambda: rungs.ours(untied, work),

@@ -135,7 +135,9 @@ def main(argv) -> None:
   print('compiling ...', flush=True)
   engine.generate([[1, 1]], max_new_tokens=2, ignore_end=True)
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)
-  limits = Limits(_MAX_BODY.value, _MAX_TOKENS.value, _SECONDS.value)
+  limits = Limits(
+    _MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value
+  )
   name = _NAME.value or Path(_MODEL.value).name
   server = Server(worker, model.tokenizer, name, limits, key)
   config = uvicorn.Config(

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')
 _LARGE = 256  # Ranks of all loops together, from which grouping pays.
-_FEW = 8  # Lanes for guesses of few slots.
+# Rows that cost little more than one, by backend.
+_FEW, _FEW_ELSEWHERE = {'cpu': 8}, 128
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
 _TILE = 8  # Rows that a CPU's products take at once; 11 take as long as 16.
 _LEAST_BFLOAT16 = 4  # For one row XLA's CPU backend converts each kernel anew.
@@ -51,8 +52,8 @@ class Options:
       ones. Of what is written it changes nothing.
     lanes: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot.
-      None is R a slot, but for the lossless mode on a CPU one a slot and 8 at
-      least. Guesses are made where lanes are free for them: with fewer than R
+      None is R a slot, but for the lossless mode one a slot and at least as
+      many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses are made where lanes are free for them: with fewer than R
       a slot speculation ends by itself as slots fill.
     draws: tokens that coda, head and prelude take in one step; None for what
       suits the machine: as many as a block step, but on a CPU, where a pass
@@ -212,8 +213,9 @@ class Options:
     flights = config.loops if self.several else 1
     most = self.slots * flights
     lanes = self.lanes or most
-    if self.lossless and not self.lanes and jax.default_backend() == 'cpu':
-      lanes = min(max(self.slots, _FEW), most)
+    if self.lossless and not self.lanes:
+      few = _FEW.get(jax.default_backend(), _FEW_ELSEWHERE)
+      lanes = min(max(self.slots, few), most)
     draws, pool = self._draws_and_pool(config, lanes)
     draws = min(draws, most)
     slow_row = jax.default_backend() == 'cpu' and self.dtype == 'bfloat16'
@@ -223,7 +225,8 @@ class Options:
       page=self.page, slots=self.slots,
       lanes=lanes,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
-      least_rows=_LEAST_BFLOAT16 if slow_row else 1, kv=self.kv, gate=self.gate, lossless=self.lossless,
+      least_rows=_LEAST_BFLOAT16 if slow_row else 1,
+      kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop,
       draft_vocab=min(self.draft_vocab, config.vocab_size), dtype=self.dtype,
       kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
@@ -246,15 +249,15 @@ class Options:
         # Tokens that wait cost less than empty rows: few rows, well filled.
         draws = math.ceil(2 * self.slots / (loops + mean))
         pool = draws // 2
-      elif mean < loops:
-        draws = math.ceil(self.slots / mean)
-      else:
+      elif self.gate == 'none':
         # A head of all slots costs little more than one of few: it waits for
         # the tokens that a step sends out.
         draws, pool = self.slots, self.slots // loops
+      else:
+        draws = math.ceil(self.slots / mean)
       draws = _TILE * math.ceil(draws / _TILE)
     draws = self.draws or draws
-    return draws, self.pool or min(pool, draws)
+    return draws, self.pool or max(min(pool, draws), 1)
 
 
 def _whole(value: Any) -> bool:

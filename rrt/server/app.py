@@ -41,12 +41,14 @@ class Limits:
 
   Attributes:
     body_bytes: of a request.
+    body_seconds: for its arrival.
     max_tokens: of one answer.
     seconds: for one answer, from its arrival.
     retry_after: seconds that a refused client is asked to wait.
   """
 
   body_bytes: int = 1 << 20
+  body_seconds: float = 30.0
   max_tokens: int = 4096
   seconds: float = 600.0
   retry_after: int = 1
@@ -158,7 +160,7 @@ class Server:
       kind = request.headers.get('content-type', '').split(';')[0].strip()
       if kind.lower() != 'application/json':
         raise Refused('Send the body as application/json.', 415)
-      raw = await self._read(request)
+      raw = await self._read_in_time(request)
       engine = self.worker.engine
       # Tokenizing a long prompt would hold up the other handlers.
       job = await asyncio.to_thread(
@@ -181,6 +183,17 @@ class Server:
       return await self._wait(request, tickets, answer)
 
     return complete
+
+  async def _read_in_time(self, request: Request) -> bytes:
+    """The body, from a client that does not stop half-way."""
+    try:
+      return await asyncio.wait_for(
+        self._read(request), self.limits.body_seconds
+      )
+    except TimeoutError:
+      raise Refused(
+        f'The body took longer than {self.limits.body_seconds:.0f} s.', 408
+      ) from None
 
   async def _read(self, request: Request) -> bytes:
     """The body, no longer than allowed."""

@@ -133,6 +133,8 @@ def test_draws_are_sized_by_the_expected_depth():
   exits = dict(gate='learned', threshold=0.5, kv='propagate')
   # The block costs more than the ends: room for all that leave a step.
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
+  # An unknown depth: no token that leaves early waits for others.
+  assert shape(sized(**exits)) == (16, 1)
   # The ends cost more: few rows, well filled, in tiles of 8.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 6)
@@ -336,6 +338,23 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
       if under_way:
         assert under_way[0][0] == state.base_S[slot]
   assert pairs > 10
+
+
+def test_two_hundred_prompts_lossless_as_at_full_depth():
+  rng = np.random.default_rng(7)
+  prompts = [
+    [int(t) for t in rng.integers(0, 53, n)] for n in rng.integers(1, 12, 200)
+  ]
+  texts = {}
+  for lossless in (False, True):
+    engine = Engine(
+      model('llama'), slots=6, page=8, steps=8, context=24, lossless=lossless
+    )
+    done = engine.run(Request(p, 12, ignore_end=True) for p in prompts)
+    texts[lossless] = [r.tokens for r in done]
+  assert engine.figures()['right'] > 50
+  assert engine.figures()['guesses'] - engine.figures()['right'] > 50
+  assert texts[True] == texts[False]
 
 
 def test_speculation_ends_where_no_lane_is_free():

@@ -36,7 +36,9 @@ def address():
     kv='write_ahead',
   )  # fmt: skip
   worker = Worker(engine, model.tokenizer, max_waiting=3)
-  app = Server(worker, model.tokenizer, 'tiny', Limits(4000, 40)).app()
+  app = Server(
+    worker, model.tokenizer, 'tiny', Limits(4000, max_tokens=40)
+  ).app()
   server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
   thread = threading.Thread(target=server.run)
   thread.start()

@@ -1,11 +1,13 @@
 """The server: answers of the engine, refusals with a reason, nothing lost."""
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -20,6 +22,7 @@ pytest.importorskip('httpx')
 from starlette.testclient import TestClient
 
 from rrt.server.app import Limits, Server
+from rrt.server.protocol import Refused
 from rrt.server.worker import Worker
 
 
@@ -422,6 +425,21 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
     env=command.environment(),
   )  # fmt: skip
   assert done.returncode == 2 and word in done.stderr, done.stderr
+
+
+def test_a_body_that_stops_half_way_is_refused():
+  class Stalled:
+    headers = {'content-length': '20'}
+
+    async def stream(self):
+      yield b'{"prompt":'
+      await asyncio.sleep(60)
+
+  idle = types.SimpleNamespace(engine=None)
+  server = Server(idle, None, 'tiny', Limits(body_seconds=0.05))
+  with pytest.raises(Refused, match='took longer') as refused:
+    asyncio.run(server._read_in_time(Stalled()))
+  assert refused.value.status == 408
 
 
 def test_numbers_for_the_context_are_those_of_the_model(client, child):
