@@ -56,13 +56,13 @@ class Options:
       many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses are made where lanes are free for them: with fewer than R
       a slot speculation ends by itself as slots fill.
     draws: tokens that coda, head and prelude take in one step; None for what
-      suits the machine: as many as a block step, but on a CPU, where a pass
-      costs by its rows, with many slots about those that a step sends out if
-      tokens leave early or prelude, coda and head cost more than the block.
+      suits the machine: as many as a block step, but on a CPU with many slots
+      and a gate about those that a step sends out.
     pool: draw when so many tokens are due, or all; None likewise: all slots at
       full depth and 1 with a gate, but on a CPU with many slots those that a
-      step sends out at full depth, and half of the draws where prelude, coda
-      and head cost more than the block. The lossless mode does not wait.
+      step sends out at full depth, and where prelude, coda and head cost more
+      than the block all at full depth and half of the draws with a gate. The
+      lossless mode does not wait.
     mean_loops: of a token, as expected, by which a CPU's draws are sized where
       there are many slots of one token each; None is the stored gate's own,
       or all.
@@ -245,14 +245,18 @@ class Options:
       layer = sum(a * b for a, b in config.shapes().values())
       ends = config.prelude_layers + config.coda_layers
       ends += config.vocab_size * config.d_model / layer
-      if ends > config.block_layers:
+      large_ends = ends > config.block_layers
+      if self.gate == 'none':
+        # A head of all slots costs little more than one of few: it waits for
+        # the tokens that a step sends out. Layers beside it: all in step.
+        draws = self.slots
+        pool = self.slots if large_ends else self.slots // loops
+      elif large_ends and self.dtype == 'bfloat16':
+        draws, pool = self.slots, self.slots // 2
+      elif large_ends:
         # Tokens that wait cost less than empty rows: few rows, well filled.
         draws = math.ceil(2 * self.slots / (loops + mean))
         pool = draws // 2
-      elif self.gate == 'none':
-        # A head of all slots costs little more than one of few: it waits for
-        # the tokens that a step sends out.
-        draws, pool = self.slots, self.slots // loops
       else:
         draws = math.ceil(self.slots / mean)
       draws = _TILE * math.ceil(draws / _TILE)

@@ -93,9 +93,7 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
 
 @each_model
 def test_many_slots_go_out_of_step(name):
-  engine = Engine(model(name), slots=16, page=8, steps=4)
-  # 16 slots and 3 loops: 6 tokens are due in a step; products take 8.
-  assert (engine.plan.draws, engine.plan.pool) == (8, 3)
+  engine = Engine(model(name), slots=16, page=8, steps=4, draws=8, pool=3)
   assert written(engine) == expected(name)
 
 
@@ -135,11 +133,15 @@ def test_draws_are_sized_by_the_expected_depth():
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
   # An unknown depth: no token that leaves early waits for others.
   assert shape(sized(**exits)) == (16, 1)
-  # The ends cost more: few rows, well filled, in tiles of 8.
+  # The ends cost more: few rows, well filled, in tiles of 8; all in step where
+  # no token leaves early.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 6)
   assert shape(sized(draws=32, pool=32)) == (32, 32)
-  assert shape(sized(lossless=True)) == (16, 5)
+  assert shape(sized()) == (32, 32)
+  many = sized(mean_loops=2.1, dtype='bfloat16', **exits)
+  assert shape(many) == (32, 16)
+  assert shape(sized(lossless=True)) == (32, 32)
   assert sized(lossless=True).lanes == 32
   with pytest.raises(InputError, match='mean_loops'):
     sized(mean_loops=0.5)
