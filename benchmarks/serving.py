@@ -22,10 +22,12 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   lossless          guesses after every loop but the last, at full depth
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
-speed is measured apart from a gate; the live gate leaves when it will, and
-what that costs in quality is what `rrt.evaluate --exits` tells. The bound is
-by parameters: what a token costs at full depth over what it costs at its mean
-depth, embedding apart and head included, without LoRA. Compilation is left
+speed is measured apart from a gate; the live gate leaves when it will, at the
+loss that was promised when it was fitted (`promised`, nats a token), and what it
+loses on other text is what `rrt.evaluate --exits` tells. The bound on "times
+tied" is by parameters: what a token costs at full depth over what it costs at
+its mean depth, embedding apart and head included, without LoRA; of the lossless
+mode, by launches: those of tied over its own. Compilation is left
 out: each contender runs once before it is timed. "times tied" is the median of
 the rounds' own ratios.
 
@@ -59,6 +61,18 @@ def bound(config, depth: float) -> float:
   once += config.vocab_size * config.d_model
   block = layer * config.block_layers
   return (once + config.loops * block) / (once + depth * block)
+
+
+def bounds(name: str, device: dict, figures: dict, config) -> dict:
+  """Mean loops of a rung of ours and the bound on its "times tied"."""
+  if name == 'untied':
+    return {}
+  tokens_R = np.asarray(device['depths_R'])
+  mean = float(tokens_R @ np.arange(1, config.loops + 1) / tokens_R.sum())
+  found = {'mean_loops': mean, 'bound': bound(config, mean)}
+  if name == 'lossless' and 'tied' in figures:
+    found['bound'] = figures['tied']['steps'] / device['steps']
+  return found
 
 
 def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
@@ -148,6 +162,8 @@ def main(_):
   reference = contenders.get('transformers') or contenders.get('tied')
   for name, run in contenders.items():
     found = common.summary(seconds[name], tokens)
+    if name == 'live gate':
+      found['promised_loss'] = gates.stored(model).promise.get('loss')
     if base:
       # Round by round: the machine's speed may change from one to the next.
       found['over_tied'] = float(
@@ -160,7 +176,9 @@ def main(_):
     device = getattr(run, 'figures', None)
     if device:
       ran = device['lanes'] + device['stalls']
-      found |= device | {
+      found |= device
+      found |= bounds(name, device, figures, model.config)
+      found |= {
         'stall_share': device['stalls'] / max(ran, 1),
         'lane_share': device['lanes']
         / (device['steps'] * run.engine.plan.lanes),
@@ -168,14 +186,15 @@ def main(_):
     figures[name] = found
     rows.append((
       name, found['tokens_per_second'], found['seconds'],
-      found['seconds_iqr'], found.get('over_tied'), found.get('stall_share'),
-      found.get('lane_share'), found.get('same'),
+      found['seconds_iqr'], found.get('over_tied'), found.get('bound'),
+      found.get('stall_share'), found.get('lane_share'), found.get('same'),
+      found.get('promised_loss'),
     ))  # fmt: skip
   cli.table(
     rows,
     (
-      'rung', 'tokens/s', 'seconds', 'iqr', 'times tied', 'stalls', 'lanes',
-      'same',
+      'rung', 'tokens/s', 'seconds', 'iqr', 'times tied', 'bound', 'stalls',
+      'lanes', 'same', 'promised',
     ),
   )  # fmt: skip
   print(
