@@ -15,6 +15,7 @@ from rrt.models.passes import block_pass
 from rrt.models.stack import unstack
 from rrt.models.transformer import (
   forward,
+  likeliest,
   logits,
   make_context,
 )
@@ -255,3 +256,15 @@ def test_unknown_loop_counts_are_refused():
     forward(llama(order='sequence'), params, t_BxL, return_loops=True)
   with pytest.raises(InputError, match='max_context=64'):
     cache_lib.init_cache(config, 1, 65)
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+  logits_VxB = jnp.array(
+    [[0.0, 2.0, jnp.nan], [3.0, 2.0, 1.0], [3.0, -1.0, 0.0]]
+  )
+  token_B = likeliest(logits_VxB)
+  assert token_B.dtype == jnp.int32
+  assert (
+    token_B[:2].tolist() == jnp.argmax(logits_VxB, 0)[:2].tolist() == [1, 0]
+  )
+  assert 0 <= int(token_B[2]) < 3  # Of no number, a token all the same.
