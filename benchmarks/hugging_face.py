@@ -106,10 +106,9 @@ def continuous(loaded, work: Work, slots: int):
   import logging
 
   import transformers
-
-  logging.getLogger('ContinuousBatchingLogger').setLevel(logging.ERROR)
   from transformers.generation.continuous_batching import utils
 
+  logging.getLogger('ContinuousBatchingLogger').setLevel(logging.ERROR)
   loaded, on_cpu = loaded.to(device()), device() == 'cpu'
   longest = max(len(p) + n for p, n in work)
   config = transformers.ContinuousBatchingConfig(

@@ -13,8 +13,9 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
   static            the same, new requests only when all before have ended
-  depth-wise        out of step, as the engine does by itself: a draw waits for
-                    some tokens only, and loops are mixed in every launch
+  depth-wise        as the engine does by itself: out of step, where a draw waits
+                    for some tokens only and loops share every launch; in step
+                    where prelude, coda and head cost more than the block
   without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')
 _LARGE = 256  # Ranks of all loops together, from which grouping pays.
-# Rows that cost little more than one, by backend.
-_FEW, _FEW_ELSEWHERE = {'cpu': 8}, 128
+# Rows that cost little more than one, on a CPU and on accelerators.
+_FEW_CPU, _FEW = 8, 128
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
 _TILE = 8  # Rows that a CPU's products take at once; 11 take as long as 16.
 _LEAST_BFLOAT16 = 4  # For one row XLA's CPU backend converts each kernel anew.
@@ -53,8 +53,9 @@ class Options:
     lanes: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot.
       None is R a slot, but for the lossless mode one a slot and at least as
-      many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses are made where lanes are free for them: with fewer than R
-      a slot speculation ends by itself as slots fill.
+      many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses
+      are made where lanes are free for them: with fewer than R a slot
+      speculation ends by itself as slots fill.
     draws: tokens that coda, head and prelude take in one step; None for what
       suits the machine: as many as a block step, but on a CPU with many slots
       and a gate about those that a step sends out.
@@ -214,7 +215,7 @@ class Options:
     most = self.slots * flights
     lanes = self.lanes or most
     if self.lossless and not self.lanes:
-      few = _FEW.get(jax.default_backend(), _FEW_ELSEWHERE)
+      few = _FEW_CPU if jax.default_backend() == 'cpu' else _FEW
       lanes = min(max(self.slots, few), most)
     draws, pool = self._draws_and_pool(config, lanes)
     draws = min(draws, most)
