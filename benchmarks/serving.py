@@ -13,8 +13,8 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
   static            the same, new requests only when all before have ended
-  depth-wise        as the engine does by itself: out of step, where a draw waits
-                    for some tokens only and loops share every launch; in step
+  depth-wise        as the engine does by itself: out of step, where a draw
+                    waits for some tokens only and loops share a launch; in step
                     where prelude, coda and head cost more than the block
   without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
@@ -24,8 +24,8 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
 speed is measured apart from a gate; the live gate leaves when it will, at the
-loss that was promised when it was fitted (`promised`, nats a token), and what it
-loses on other text is what `rrt.evaluate --exits` tells. The bound on "times
+loss that was promised when it was fitted (`promised`, nats a token), and what
+it loses on other text is what `rrt.evaluate --exits` tells. The bound on "times
 tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
 mode, by launches: those of tied over its own. Compilation is left
