@@ -143,16 +143,16 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
   """
   exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
   slots = FLAGS.slots
+  # Lanes for guesses only where there are few sequences.
+  guessing = dict(lossless=True, lanes=min(max(slots, 8), slots * config.loops))
   return {
     'tied': dict(draws=slots, pool=slots),
     'static': dict(batch=slots, draws=slots, pool=slots),
     'depth-wise': {},
     'in step': dict(draws=slots, pool=slots, **exits),
     'depth-wise exits': dict(mean_loops=depth, **exits),
-    # Lanes for guesses only where there are few sequences.
-    'lossless': dict(
-      lossless=True, lanes=min(max(slots, 8), slots * config.loops)
-    ),
+    'lossless': guessing,
+    'without lookup': dict(lookup=0, **guessing),
   }
 
 

@@ -21,6 +21,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   depth-wise exits  tokens leave early and the next ones take their lanes
   live gate         the same with the gate that is kept with the model
   lossless          guesses after every loop but the last, at full depth
+  without lookup    the same, no guess taken from the text before
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
 speed is measured apart from a gate; the live gate leaves when it will, at the
@@ -71,7 +72,7 @@ def bounds(name: str, device: dict, figures: dict, config) -> dict:
   tokens_R = np.asarray(device['depths_R'])
   mean = float(tokens_R @ np.arange(1, config.loops + 1) / tokens_R.sum())
   found = {'mean_loops': mean, 'bound': bound(config, mean)}
-  if name == 'lossless' and 'tied' in figures:
+  if name in ('lossless', 'without lookup') and 'tied' in figures:
     found['bound'] = figures['tied']['steps'] / device['steps']
   return found
 

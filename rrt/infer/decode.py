@@ -21,7 +21,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.infer import rules
-from rrt.models import transformer
+from rrt.models import matmul, transformer
 from rrt.models.cache import Cache, as_empty, init_cache
 from rrt.models.stack import unstack
 
@@ -183,7 +183,7 @@ class Decoder:
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
-    self.params = cast(unstack(params), dtype)
+    self.params = turned(cast(unstack(params), dtype), dtype)
     self.clock = Clock()
 
   def run(
@@ -305,6 +305,15 @@ def cast(params, dtype: str):
     lambda path, w: jnp.asarray(w, None if path[-1].key == 'scale' else dtype),
     params,
   )
+
+
+def turned(params, dtype: str):
+  """Unstacked parameters with matrices as decoding multiplies them fastest."""
+  if not matmul.pays_to_turn(dtype):
+    return params
+  names = 'kernel', 'lora_a_wide', 'lora_b_wide'
+  parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
+  return params | matmul.turn(parts, names)
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:

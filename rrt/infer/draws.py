@@ -1,13 +1,8 @@
 """The end of a token's way: coda, head, the next token, and who flies on.
 
-Lossless mode: a flight that has run `draft_loop` loops draws a guess, and the
-guess flies on behind it; every further loop guesses again, and the last draws
-the token. Where a deeper draw differs from the guess that flies, the younger
-flights are dropped and the new one takes their place. Draws share
+In the lossless mode guesses are drawn too (`rrt.infer.guesses`). Draws share
 their random numbers by position, so a guess is right whenever the full depth
-would draw the same: what is written equals full depth token for token, greedy
-and sampled alike. A step without a draw reads only the rows of the head that
-belong to the vocabulary's first `draft_vocab` tokens, for its guesses.
+would draw the same.
 
 S slots, K flights a slot, B rows of a pass, R loops, D model, V vocabulary,
 A alternatives, E end tokens.
@@ -16,7 +11,7 @@ A alternatives, E end tokens.
 import jax
 import jax.numpy as jnp
 
-from rrt.infer import exits, rules
+from rrt.infer import exits, guesses, rules
 from rrt.infer.flights import (
   DUE,
   EMPTY,
@@ -24,7 +19,6 @@ from rrt.infer.flights import (
   LAST,
   RUN,
   Drawn,
-  Flights,
   Plan,
   Rows,
   State,
@@ -48,20 +42,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     final_SxK &= next_SxK == EMPTY
   wanted_SxK = final_SxK
   if plan.lossless:
-    asks_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
-    follows_SxK = jnp.roll(f.position_SxK, -1, 1) == f.position_SxK + 1
-    again_SxK = asks_SxK & (next_SxK != EMPTY) & follows_SxK
-    freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
-    guess_SxK = asks_SxK & freed_SxK
-    # Behind the last token that there is room for, nothing is guessed.
-    ahead_SxK = f.position_SxK - state.base_S[:, None]
-    number_SxK = state.count_S[:, None] + ahead_SxK + 1
-    guess_SxK &= number_SxK < requests.room_S[:, None]
-    # Guesses are for lanes that would be empty.
-    free = plan.lanes - jnp.sum(f.stage_SxK != EMPTY)
-    rank_SxK = jnp.cumsum(guess_SxK.reshape(-1)).reshape(guess_SxK.shape)
-    guess_SxK &= rank_SxK <= free
-    wanted_SxK |= guess_SxK | again_SxK
+    wanted_SxK |= guesses.wanted(plan, requests, state, final_SxK)
   order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
   finals = jnp.sum(final_SxK)
   enough = finals >= jnp.minimum(plan.pool, jnp.sum(state.live_S))
@@ -71,16 +52,28 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     state, _ = carry
     rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
     final_B = rows.live_B & rows.of(final_SxK)
-    state, hidden_BxD = _coda(plan, params, gate, state, rows, final_B)
-    token_B, told = _head(
-      plan, params, requests, state, rows, final_B, hidden_BxD
+    known_B = guesses.from_text(plan, requests, state, rows)
+    known_B = jnp.where(final_B, guesses.UNKNOWN, known_B)
+    unknown_B = rows.live_B & (known_B == guesses.UNKNOWN)
+
+    def read(carry):
+      state, _ = carry
+      state, hidden_BxD = _coda(plan, params, gate, state, rows, final_B)
+      return state, _head(
+        plan, params, requests, state, rows, final_B, hidden_BxD
+      )
+
+    state, (token_B, told) = once(
+      jnp.any(unknown_B), read, (state, (known_B, _untold(plan, rows)))
     )
+    token_B = jnp.where(unknown_B, token_B, known_B)
     state, token_S, loops_S = _commit(
       plan, requests, end_E, state, rows, final_B, token_B
     )
     by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
+    state = guesses.remember(plan, state)
     return state, Drawn(token_S, loops_S, *jax.tree.map(by_slot, told))
 
   state, drawn = once(go, body, (state, nothing_drawn(plan)))
@@ -144,14 +137,6 @@ def _head(
   if 'draft' not in params:
     return full()
   return jax.lax.cond(jnp.any(final_B), full, guess)
-
-
-def with_draft_head(plan: Plan, params):
-  """The parameters with the rows of the head that guesses are made of."""
-  if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
-    return params
-  draft = transformer.head_of_first(plan.config, params, plan.draft_vocab)
-  return {**params, 'draft': draft}
 
 
 def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
@@ -278,12 +263,12 @@ def _commit(
     ),
   )
   new = Rows(slots_S, next_S, wrong_S & ~ended_S)
-  f = _start(f, new, token_S, base_S + 1)
+  f = guesses.start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
   if plan.lossless:
     # What was behind a wrong guess is gone, and so is what it would guess.
     kept = rows._replace(live_B=rows.live_B & ~wrong_S[rows.slot_B])
-    f, revised_S = _guess(plan, kept, final_B, token_B, f)
+    f, revised_S = guesses.take(plan, kept, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
   depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]
@@ -305,48 +290,3 @@ def _commit(
     ),
   )  # fmt: skip
   return state, token_S, loops_S
-
-
-def _guess(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
-  """Takes the guesses of flights that are still there; (flights, revised_S).
-
-  A guess that differs from the one under way, which a loop before made, drops
-  it and what is younger.
-  """
-  after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
-  behind_B = rows.slot_B, after_B
-  asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
-  f = f._replace(asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False))
-  flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
-  flies_B &= f.position_SxK[behind_B] == position_B + 1
-  revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
-  # A draw without a final token could not have drawn what is beyond these.
-  could_B = f.token_SxK[behind_B] < plan.draft_vocab
-  revises_B &= could_B | jnp.any(final_B)
-  # The oldest revision of a slot counts; the flights behind it go.
-  cut_S = (
-    jnp.full(plan.slots, LAST)
-    .at[rows.slot_B]
-    .min(jnp.where(revises_B, position_B, LAST))
-  )
-  gone_SxK = f.position_SxK > cut_S[:, None]
-  f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
-  starts_B = asked_B & (position_B <= cut_S[rows.slot_B])
-  starts_B &= f.stage_SxK[behind_B] == EMPTY
-  return (
-    _start(f, Rows(*behind_B, starts_B), token_B, position_B + 1),
-    cut_S < LAST,
-  )
-
-
-def _start(f: Flights, rows: Rows, token_B, position_B) -> Flights:
-  """New flights, which wait for the prelude."""
-  return f._replace(
-    stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, ENTER)),
-    token_SxK=rows.put(f.token_SxK, token_B),
-    position_SxK=rows.put(f.position_SxK, position_B),
-    loop_SxK=rows.put(f.loop_SxK, jnp.zeros_like(token_B)),
-    wait_SxK=rows.put(f.wait_SxK, jnp.zeros_like(token_B)),
-    asks_SxK=rows.put(f.asks_SxK, jnp.zeros_like(rows.live_B)),
-    fills_SxK=rows.put(f.fills_SxK, jnp.zeros_like(rows.live_B)),
-  )

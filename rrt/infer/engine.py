@@ -22,7 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, draws, exits, flights, gates, lanes, sample
+from rrt.infer import (
+  decode,
+  exits,
+  flights,
+  gates,
+  guesses,
+  lanes,
+  sample,
+)
 from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
@@ -80,8 +88,9 @@ class Engine:
     params = decode.cast(params, options.dtype)
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
-    self._params = draws.with_draft_head(self.plan, params)
-    self._gate = exits.on_device(arrays)
+    params = decode.turned(params, options.dtype)
+    self._params = guesses.with_draft_head(self.plan, params)
+    self._gate = exits.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
@@ -267,7 +276,7 @@ class Engine:
         )
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
-        if self.plan.penalties:
+        if self.plan.penalties or self.plan.lookup:
           vocab = self.plan.config.vocab_size
           size = decode.bucket(len(request.prompt), self.context)
           prompt_L = np.full(size, vocab, np.int32)

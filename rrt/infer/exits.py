@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
+from rrt.models.matmul import Turned, matmul, pays_to_turn
 
 KINDS = ('none', 'learned', 'change', 'replay')
 
@@ -91,20 +92,38 @@ def through_lens(gate: Any, x_BxD, loop_B):
 def apply_lens(lens: Any, x_BxD):
   """One loop's lens on rows that all left there, [B, D] or [B, L, D]."""
   dtype = x_BxD.dtype
-  lens = {k: jnp.asarray(v, dtype) for k, v in lens.items()}
   lead = (1,) * (x_BxD.ndim - 1)
-  moved_BxD = x_BxD @ lens['lens_kernel'] + lens['lens_bias'].reshape(*lead, -1)
+  bias_D = jnp.asarray(lens['lens_bias'], dtype).reshape(*lead, -1)
+  moved_BxD = _times(x_BxD, lens['lens_kernel']) + bias_D
   if 'lens_in' in lens:
     unit_BxD = (_unit(x_BxD) * x_BxD.shape[-1] ** 0.5).astype(dtype)
-    moved_BxD += jax.nn.silu(unit_BxD @ lens['lens_in']) @ lens['lens_out']
+    wide_BxH = jax.nn.silu(_times(unit_BxD, lens['lens_in']))
+    moved_BxD += _times(wide_BxH, lens['lens_out'])
   return x_BxD + moved_BxD
 
 
-def on_device(gate: Any) -> Any:
-  """A gate's arrays, a lens as a tuple over loops, which no step has to cut."""
-  part = lambda k, v: tuple(v) if k.startswith('lens_') else v
-  gate = {k: part(k, v) for k, v in (gate or {}).items()}
-  return jax.tree.map(jnp.asarray, gate) or None
+def _times(x_BxD, kernel):
+  if isinstance(kernel, Turned):
+    return matmul(x_BxD, kernel)
+  return x_BxD @ jnp.asarray(kernel, x_BxD.dtype)
+
+
+def on_device(gate: Any, dtype: str = 'float32') -> Any:
+  """A gate's arrays, for an engine that computes in a dtype.
+
+  A lens becomes a tuple over loops, which no step has to cut.
+  """
+  matrices = ()
+  if pays_to_turn(dtype):
+    matrices = 'lens_kernel', 'lens_in', 'lens_out'
+
+  def part(name, value):
+    if not name.startswith('lens_'):
+      return jnp.asarray(value)
+    loops = tuple(jnp.asarray(v) for v in value)
+    return tuple(Turned(v.T) for v in loops) if name in matrices else loops
+
+  return {k: part(k, v) for k, v in (gate or {}).items()} or None
 
 
 def has_lens(gate: Any) -> bool:

@@ -34,6 +34,7 @@ class Plan:
     layout: where the cache keeps each layer and loop.
     page: positions of a page.
     slots: S.
+    context: C, tokens of a sequence.
     lanes: N, flights that one block step runs, at most S * K.
     draws: M, flights that one draw takes.
     pool: a draw waits until this many flights are due, or all that live.
@@ -46,6 +47,8 @@ class Plan:
       after all.
     draft_loop: loops before the first guess.
     draft_vocab: tokens among which a guess is made.
+    lookup: tokens that are looked for in the text before, to guess what
+      follows them; 0 for none.
     dtype: of the computation.
     kv_dtype: of the cache.
     penalties: whether requests may ask for penalties.
@@ -57,6 +60,7 @@ class Plan:
   layout: pages.Layout
   page: int
   slots: int
+  context: int
   lanes: int
   draws: int
   pool: int
@@ -67,7 +71,8 @@ class Plan:
   gate: str = 'none'
   lossless: bool = False
   draft_loop: int = 1
-  draft_vocab: int = 8192
+  draft_vocab: int = 4096
+  lookup: int = 0
   dtype: str = 'float32'
   kv_dtype: str = 'float32'
   penalties: bool = False
@@ -173,6 +178,8 @@ class State(NamedTuple):
     stores: the cache.
     counters: statistics.
     seen: tokens by slot; None without penalties.
+    text_SxC: tokens by position, those under way included; None without
+      lookup.
   """
 
   live_S: jax.Array
@@ -182,6 +189,7 @@ class State(NamedTuple):
   stores: pages.Stores
   counters: Counters
   seen: Seen | None
+  text_SxC: jax.Array | None
 
 
 class Drawn(NamedTuple):
@@ -223,6 +231,9 @@ def init_state(plan: Plan) -> State:
   if plan.penalties:
     none_SxV = jnp.zeros((S, plan.config.vocab_size), jnp.int32)
     seen = Seen(none_SxV, none_SxV.astype(bool))
+  text_SxC = None
+  if plan.lookup:
+    text_SxC = jnp.zeros((S, plan.context), jnp.int32)
   return State(
     jnp.zeros(S, bool), jnp.zeros(S, jnp.int32), jnp.zeros(S, jnp.int32),
     Flights(table, table, table, table, table, off, off, x),
@@ -231,7 +242,7 @@ def init_state(plan: Plan) -> State:
       zero, zero, zero, zero, zero, zero, zero, zero,
       jnp.zeros(R, jnp.int32),
     ),
-    seen,
+    seen, text_SxC,
   )  # fmt: skip
 
 
@@ -248,7 +259,8 @@ def admit(
     position: its position; the cache holds the tokens before it.
     cache: of one row, from prefilling the prompt without its last token;
       None where the prompt has one token.
-    prompt_L: the prompt's tokens, padded with V; None without penalties.
+    prompt_L: the prompt's tokens, padded with V; None without penalties and
+      lookup.
   """
   f = state.flights
   k = position % plan.flights
@@ -285,11 +297,14 @@ def admit(
       seen.prompt_SxV.at[slot].set(False)
       .at[slot, prompt_L].set(True, mode='drop'),
     )  # fmt: skip
+  text_SxC = state.text_SxC
+  if text_SxC is not None:
+    text_SxC = text_SxC.at[slot, : prompt_L.shape[0]].set(prompt_L)
   return state._replace(
     live_S=state.live_S.at[slot].set(True),
     base_S=state.base_S.at[slot].set(position),
     count_S=state.count_S.at[slot].set(0),
-    flights=f, stores=stores, seen=seen,
+    flights=f, stores=stores, seen=seen, text_SxC=text_SxC,
   )  # fmt: skip
 
 

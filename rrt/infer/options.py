@@ -50,6 +50,9 @@ class Options:
     draft_vocab: guesses that share no launch with a draw are made among the
       first so many tokens; byte-pair vocabularies begin with the frequent
       ones. Of what is written it changes nothing.
+    lookup: a guess that follows so many tokens which stand in the sequence
+      before is what followed them there (prompt lookup); 0 for never. Requests
+      that draw at random do without. Of what is written it changes nothing.
     lanes: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot.
       None is R a slot, but for the lossless mode one a slot and at least as
@@ -91,7 +94,8 @@ class Options:
   threshold: float | None = None
   lossless: bool = False
   draft_loop: int = 1
-  draft_vocab: int = 8192
+  draft_vocab: int = 4096
+  lookup: int = 3
   lanes: int | None = None
   draws: int | None = None
   pool: int | None = None
@@ -119,6 +123,10 @@ class Options:
       need(
         value is None or _whole(value), field, 'must be a whole number, 1 up'
       )
+    need(
+      self.lookup == 0 or _whole(self.lookup), 'lookup',
+      'must be a whole number, 0 up',
+    )  # fmt: skip
     need(
       isinstance(self.logprobs, int) and -1 <= self.logprobs <= 100, 'logprobs',
       'must lie in -1 (none) to 100',
@@ -223,13 +231,13 @@ class Options:
     return Plan(
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
-      page=self.page, slots=self.slots,
-      lanes=lanes,
+      page=self.page, slots=self.slots, context=context, lanes=lanes,
       draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
       least_rows=_LEAST_BFLOAT16 if slow_row else 1,
       kv=self.kv, gate=self.gate, lossless=self.lossless,
       draft_loop=self.draft_loop,
-      draft_vocab=min(self.draft_vocab, config.vocab_size), dtype=self.dtype,
+      draft_vocab=min(self.draft_vocab, config.vocab_size),
+      lookup=self.lookup if self.lossless else 0, dtype=self.dtype,
       kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
       logprobs=self.logprobs,
     )  # fmt: skip

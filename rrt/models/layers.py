@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
-from rrt.models.matmul import matmul
+from rrt.models.matmul import Turned, matmul
 from rrt.relax import lora
 
 
@@ -131,10 +131,12 @@ class Linear(nn.Module):
     c = self.config
     d_in, d_out = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-    kernel_DxF = self.param(
-        'kernel', nn.with_logical_partitioning(scaled, self.axes),
-        (d_in, d_out), jnp.float32,
-    )  # fmt: skip
+    kernel_DxF: Any = self.get_variable('params', 'kernel')
+    if not isinstance(kernel_DxF, Turned):
+      kernel_DxF = self.param(
+          'kernel', nn.with_logical_partitioning(scaled, self.axes),
+          (d_in, d_out), jnp.float32,
+      )  # fmt: skip
     y_BxLxF = matmul(x_BxLxD, kernel_DxF)
     rank = c.lora.width(self.component) if self.looped and c.lora else 0
     if not c.lora or not rank:

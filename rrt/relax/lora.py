@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rrt.models.matmul import matmul
+from rrt.models.matmul import columns, matmul, rows
 
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
@@ -59,7 +59,8 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
 
   Args:
     x_BxLxD: the linear's input.
-    a_DxRr: down projections; loop b has columns b * r and on.
+    a_DxRr: down projections; loop b has columns b * r and on. Both may be
+      `Turned`.
     b_RrxF: up projections; loop b has rows b * r and on.
     loop: int scalar, or int [B] with one loop a row.
     loops: R.
@@ -69,13 +70,13 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
   a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
   rank = a_DxRr.shape[1] // loops
   if jnp.ndim(loop) == 0:
-    a_Dxr = jax.lax.dynamic_slice_in_dim(a_DxRr, loop * rank, rank, 1)
-    b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
+    a_Dxr = columns(a_DxRr, loop * rank, rank)
+    b_rxF = rows(b_RrxF, loop * rank, rank)
     return _scaled(matmul(matmul(x_BxLxD, a_Dxr), b_rxF), scale)
   of_column_Rr = jnp.arange(loops * rank) // rank
   own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
-  xa_BxLxRr = jnp.where(own_Bx1xRr, x_BxLxD @ a_DxRr, 0)
-  return _scaled(xa_BxLxRr @ b_RrxF, scale)
+  xa_BxLxRr = jnp.where(own_Bx1xRr, matmul(x_BxLxD, a_DxRr), 0)
+  return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
 
 
 def widen(a_RxDxr, b_RxrxF):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import decode, flights, gates, rules, sample
+from rrt.infer import decode, flights, gates, guesses, rules, sample
 from rrt.infer import engine as engines
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
+from rrt.infer.requests import empty_table
 from tests import runs
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
@@ -262,7 +263,7 @@ def test_a_hidden_state_that_changes_little_leaves(name):
   'options',
   [
     dict(slots=3),
-    dict(slots=4, lanes=5, draws=3),
+    dict(slots=4, lanes=5, draws=3, lookup=0),
     dict(slots=2, steps=1, draft_loop=2),
     dict(slots=2, steps=1, draft_vocab=20),
   ],
@@ -357,6 +358,55 @@ def test_two_hundred_prompts_lossless_as_at_full_depth():
   assert engine.figures()['right'] > 50
   assert engine.figures()['guesses'] - engine.figures()['right'] > 50
   assert texts[True] == texts[False]
+
+
+@pytest.mark.parametrize('lookup', [1, 2, 3])
+def test_what_followed_before_is_guessed(lookup):
+  rng = np.random.default_rng(lookup)
+  plan = Options(
+    slots=8, context=24, page=8, lossless=True, lookup=lookup
+  ).plan(model('llama').config)
+  K = plan.flights
+  text_SxC = rng.integers(0, 4, (8, 24))
+  position_SxK = rng.integers(0, 24, (8, K))
+  state = flights.init_state(plan)
+  state = state._replace(
+    text_SxC=jax.numpy.asarray(text_SxC),
+    flights=state.flights._replace(position_SxK=jax.numpy.asarray(position_SxK)),
+  )  # fmt: skip
+  table = empty_table(8)
+  table.sampling.temperature_B[7] = 0.5
+  rows = flights.Rows(
+    np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool)
+  )
+  got = guesses.from_text(plan, table, state, rows)
+  want = []
+  for slot, k in zip(rows.slot_B, rows.k_B, strict=True):
+    text, p = text_SxC[slot].tolist(), position_SxK[slot, k]
+    ends = [
+      j for j in range(lookup - 1, p)
+      if text[j - lookup + 1 : j + 1] == text[p - lookup + 1 : p + 1]
+    ]  # fmt: skip
+    found = ends and slot != 7
+    want.append(text[ends[-1] + 1] if found else guesses.UNKNOWN)
+  assert got.tolist() == want
+  assert guesses.UNKNOWN in want[: 7 * K] and max(want) >= 0
+
+
+def test_text_that_repeats_itself_is_guessed_from_it():
+  figures, texts = {}, {}
+  for lookup in (0, 2):
+    engine = Engine(
+      model('llama'), slots=1, page=8, steps=4, context=64, lossless=True,
+      lookup=lookup,
+    )  # fmt: skip
+    done = engine.run(Request(p, 32, ignore_end=True) for p in PROMPTS[:3])
+    texts[lookup] = [r.tokens for r in done]
+    figures[lookup] = engine.figures()
+  assert texts[2] == texts[0]
+  assert figures[2]['right'] > figures[0]['right']
+  assert figures[2]['steps'] < figures[0]['steps']
+  assert figures[2]['draw_steps'] <= figures[2]['steps']
 
 
 def test_speculation_ends_where_no_lane_is_free():
@@ -489,6 +539,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(gate='oracle', kv='propagate'), "gate='oracle'"),
     (dict(context=65), 'context=65: the model was made for 64'),
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
+    (dict(lossless=True, lookup=-1), 'lookup=-1'),
     (
       dict(lossless=True, gate='change', kv='exact_fill', threshold=1),
       "kv='exact_fill'",

@@ -1,0 +1,130 @@
+"""Lossless mode: guesses, where they come from and what becomes of them.
+
+A flight that has run `draft_loop` loops draws a guess, and the guess flies on
+behind it; every further loop guesses again, and the last draws the token. Where
+a deeper draw differs from the guess that flies, the younger flights are dropped
+and the new one takes their place: what is written equals full depth token for
+token, greedy and sampled alike.
+
+A step without a draw reads only the rows of the head that belong to the
+vocabulary's first `draft_vocab` tokens, for its guesses. Where the last
+`lookup` tokens stand in the sequence before, what followed them then is guessed
+instead (prompt lookup): text that repeats itself is known before it is read.
+
+S slots, K flights a slot, B rows of a pass, C context.
+"""
+
+import jax.numpy as jnp
+
+from rrt.infer.flights import EMPTY, ENTER, LAST, Flights, Plan, Rows, State
+from rrt.models import transformer
+
+UNKNOWN = -1
+
+
+def wanted(plan: Plan, requests, state: State, final_SxK):
+  """Flights from which a guess is to be drawn now, bool [S, K]."""
+  f = state.flights
+  next_SxK = jnp.roll(f.stage_SxK, -1, 1)
+  asks_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
+  follows_SxK = jnp.roll(f.position_SxK, -1, 1) == f.position_SxK + 1
+  again_SxK = asks_SxK & (next_SxK != EMPTY) & follows_SxK
+  freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
+  guess_SxK = asks_SxK & freed_SxK
+  # Behind the last token that there is room for, nothing is guessed.
+  ahead_SxK = f.position_SxK - state.base_S[:, None]
+  number_SxK = state.count_S[:, None] + ahead_SxK + 1
+  guess_SxK &= number_SxK < requests.room_S[:, None]
+  # Guesses are for lanes that would be empty.
+  free = plan.lanes - jnp.sum(f.stage_SxK != EMPTY)
+  rank_SxK = jnp.cumsum(guess_SxK.reshape(-1)).reshape(guess_SxK.shape)
+  guess_SxK &= rank_SxK <= free
+  return guess_SxK | again_SxK
+
+
+def with_draft_head(plan: Plan, params):
+  """The parameters with the rows of the head that guesses are made of."""
+  if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
+    return params
+  draft = transformer.head_of_first(plan.config, params, plan.draft_vocab)
+  return {**params, 'draft': draft}
+
+
+def from_text(plan: Plan, requests, state: State, rows: Rows):
+  """The token that followed the rows' last `lookup` tokens before, int [B].
+
+  Where they stand several times, the last one counts. UNKNOWN where they do
+  not, where the row's request draws at random, and without lookup.
+  """
+  unknown_B = jnp.full(rows.slot_B.shape, UNKNOWN)
+  if state.text_SxC is None:
+    return unknown_B
+  text_BxC = state.text_SxC[rows.slot_B]
+  position_B = rows.of(state.flights.position_SxK)
+  at_1xC = jnp.arange(text_BxC.shape[1])[None, :]
+  same_BxC = (at_1xC < position_B[:, None]) & (at_1xC >= plan.lookup - 1)
+  for back in range(plan.lookup):
+    at_Bx1 = jnp.maximum(position_B - back, 0)[:, None]
+    token_Bx1 = jnp.take_along_axis(text_BxC, at_Bx1, 1)
+    same_BxC &= jnp.roll(text_BxC, back, 1) == token_Bx1
+  last_B = jnp.max(jnp.where(same_BxC, at_1xC, -1), 1)
+  next_B = jnp.take_along_axis(text_BxC, last_B[:, None] + 1, 1)[:, 0]
+  temperature_B = jnp.asarray(requests.sampling.temperature_B)[rows.slot_B]
+  known_B = (last_B >= 0) & (temperature_B == 0)
+  return jnp.where(known_B, next_B, unknown_B)
+
+
+def remember(plan: Plan, state: State) -> State:
+  """Writes the tokens under way into the text that is looked through."""
+  if state.text_SxC is None:
+    return state
+  f = state.flights
+  slot_Sx1 = jnp.arange(plan.slots)[:, None]
+  at_SxK = jnp.where(f.stage_SxK == EMPTY, plan.context, f.position_SxK)
+  text_SxC = state.text_SxC.at[slot_Sx1, at_SxK].set(f.token_SxK, mode='drop')
+  return state._replace(text_SxC=text_SxC)
+
+
+def take(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
+  """Takes the guesses of flights that are still there; (flights, revised_S).
+
+  A guess that differs from the one under way, which a loop before made, drops
+  it and what is younger.
+  """
+  after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
+  behind_B = rows.slot_B, after_B
+  asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
+  f = f._replace(asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False))
+  flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
+  flies_B &= f.position_SxK[behind_B] == position_B + 1
+  revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
+  # A draw without a final token could not have drawn what is beyond these.
+  could_B = f.token_SxK[behind_B] < plan.draft_vocab
+  revises_B &= could_B | jnp.any(final_B)
+  # The oldest revision of a slot counts; the flights behind it go.
+  cut_S = (
+    jnp.full(plan.slots, LAST)
+    .at[rows.slot_B]
+    .min(jnp.where(revises_B, position_B, LAST))
+  )
+  gone_SxK = f.position_SxK > cut_S[:, None]
+  f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
+  starts_B = asked_B & (position_B <= cut_S[rows.slot_B])
+  starts_B &= f.stage_SxK[behind_B] == EMPTY
+  return (
+    start(f, Rows(*behind_B, starts_B), token_B, position_B + 1),
+    cut_S < LAST,
+  )
+
+
+def start(f: Flights, rows: Rows, token_B, position_B) -> Flights:
+  """New flights, which wait for the prelude."""
+  return f._replace(
+    stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, ENTER)),
+    token_SxK=rows.put(f.token_SxK, token_B),
+    position_SxK=rows.put(f.position_SxK, position_B),
+    loop_SxK=rows.put(f.loop_SxK, jnp.zeros_like(token_B)),
+    wait_SxK=rows.put(f.wait_SxK, jnp.zeros_like(token_B)),
+    asks_SxK=rows.put(f.asks_SxK, jnp.zeros_like(rows.live_B)),
+    fills_SxK=rows.put(f.fills_SxK, jnp.zeros_like(rows.live_B)),
+  )
