@@ -43,6 +43,12 @@ _LENS_EPOCHS = flags.DEFINE_integer(
   'For how many epochs the lens is then tuned, with a hidden layer beside it, '
   'to say what full depth says.',
 )  # fmt: skip
+_OWN = flags.DEFINE_float(
+  'own', 0.0,
+  'Share of the rows that go on, after their first quarter, as the model itself '
+  'does (greedily): what the guesses of the lossless mode are about. Gate and '
+  'promise are then about such text too.',
+)  # fmt: skip
 _KV = flags.DEFINE_enum(
   'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
   'What the loops that a token skipped keep of it.',
@@ -76,6 +82,8 @@ def main(argv) -> None:
     raise InputError(f'lens_epochs={_LENS_EPOCHS.value}: must be 0 or more.')
   if _LENS_EPOCHS.value and not _LENS.value:
     raise InputError('--lens_epochs tunes a lens, and --nolens asks for none.')
+  if not 0 <= _OWN.value <= 1:
+    raise InputError(f'own={_OWN.value}: must lie in 0 to 1.')
   agreement = _AGREEMENT.value
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
@@ -89,6 +97,9 @@ def main(argv) -> None:
   every_loop.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
+  if _OWN.value:
+    gating.split(rows)
+    rows = gating.continued(model, rows, _OWN.value)
   work = gating.work(
     rows, _GATE.value, _LENS.value,
     tuning=_LENS_EPOCHS.value * (model.config.loops - 1),
@@ -101,7 +112,8 @@ def main(argv) -> None:
       ridge=gates.RIDGE if _RIDGE.value is None else _RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip
-  gate = dataclasses.replace(gate, promise=gate.promise | {'text': path})
+  about = {'text': path, 'own': _OWN.value}
+  gate = dataclasses.replace(gate, promise=gate.promise | about)
   cli.table(depth.table(points), depth.HEADERS)
   if gate.threshold == gates.NEVER:
     print(

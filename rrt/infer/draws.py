@@ -20,15 +20,10 @@ from rrt.infer.flights import (
   RUN,
   Drawn,
   Plan,
-  Rows,
   State,
-  context_of,
   nothing_drawn,
-  once,
-  paged,
-  pick,
-  stores_of,
 )  # fmt: skip
+from rrt.infer.rows import Rows, context_of, once, paged, pick, stores_of
 from rrt.models import passes, transformer
 
 

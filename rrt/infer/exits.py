@@ -113,15 +113,14 @@ def on_device(gate: Any, dtype: str = 'float32') -> Any:
 
   A lens becomes a tuple over loops, which no step has to cut.
   """
-  matrices = ()
-  if pays_to_turn(dtype):
-    matrices = 'lens_kernel', 'lens_in', 'lens_out'
 
   def part(name, value):
     if not name.startswith('lens_'):
       return jnp.asarray(value)
     loops = tuple(jnp.asarray(v) for v in value)
-    return tuple(Turned(v.T) for v in loops) if name in matrices else loops
+    if name == 'lens_bias' or not pays_to_turn(dtype):
+      return loops
+    return tuple(Turned(v.T) for v in loops)
 
   return {k: part(k, v) for k, v in (gate or {}).items()} or None
 

@@ -16,7 +16,8 @@ S slots, K flights a slot, B rows of a pass, C context.
 
 import jax.numpy as jnp
 
-from rrt.infer.flights import EMPTY, ENTER, LAST, Flights, Plan, Rows, State
+from rrt.infer.flights import EMPTY, ENTER, LAST, Flights, Plan, State
+from rrt.infer.rows import Rows
 from rrt.models import transformer
 
 UNKNOWN = -1

@@ -29,13 +29,9 @@ from rrt.infer.flights import (
   Plan,
   Requests,
   State,
-  context_of,
   nothing_drawn,
-  once,
-  paged,
-  pick,
-  stores_of,
 )  # fmt: skip
+from rrt.infer.rows import context_of, once, paged, pick, stores_of
 from rrt.models import passes
 
 

@@ -10,7 +10,7 @@ import pytest
 from rrt import pretrained
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop, gating, lens, perplexity
-from rrt.infer import gates
+from rrt.infer import gates, sample
 from rrt.models import transformer
 from rrt.pretrained import LanguageModel
 from tests import command, runs
@@ -122,6 +122,20 @@ def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
   assert sum(seen) == 40 * scored.sum() * (model.config.loops - 1)
 
 
+def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows):
+  got = gating.continued(model, rows, 0.5, slots=3)
+  own = [i for i, row in enumerate(rows) if got[i] != list(row)]
+  assert len(own) == round(0.5 * len(rows))
+  for i in own[:2]:
+    kept = len(rows[i]) // 4
+    assert got[i][:kept] == list(rows[i][:kept])
+    want = sample.complete(
+      model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept,
+      ignore_end=True,
+    )  # fmt: skip
+    assert got[i][kept:] == want[0].tokens
+
+
 def test_thresholds_send_the_asked_share_away(model, rows):
   static = every_loop.read_static(model, rows, batch=3)
   for gate in ('change', 'margin', 'entropy'):
@@ -147,7 +161,8 @@ def test_fit_gate_then_evaluate(tmp_path):
   runs.write_text(tmp_path / 'text.jsonl')
   status, printed, error = command.run(
     'rrt.fit_gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
-    '--context=16', '--agreement=0.2', '--lens_epochs=2', '--out=gated',
+    '--context=16', '--agreement=0.2', '--lens_epochs=2', '--own=0.5',
+    '--out=gated',
     cwd=tmp_path,
   )  # fmt: skip
   assert status == 0, error
@@ -155,7 +170,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
   gate = gates.stored(pretrained.load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
-  assert gate.promise['confidence'] == 0.95
+  assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
     'rrt.evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',

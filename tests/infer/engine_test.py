@@ -17,6 +17,7 @@ from rrt.infer import engine as engines
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
 from rrt.infer.requests import empty_table
+from rrt.infer.rows import Rows
 from tests import runs
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
@@ -376,7 +377,7 @@ def test_what_followed_before_is_guessed(lookup):
   )  # fmt: skip
   table = empty_table(8)
   table.sampling.temperature_B[7] = 0.5
-  rows = flights.Rows(
+  rows = Rows(
     np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool)
   )
   got = guesses.from_text(plan, table, state, rows)

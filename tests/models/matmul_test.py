@@ -1,4 +1,4 @@
-"""The matrix product's own gradient is the automatic one."""
+"""Products and their gradients are the plain ones, in either form."""
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +55,30 @@ def test_float32_asks_for_float32_unless_told_otherwise():
     assert 'HIGHEST' not in asked()
   with matmul.float32_is_float32(jnp.bfloat16):
     assert matmul.precision() is None
+
+
+@pytest.mark.parametrize('lead', [(3, 1), (2, 5), (4,), (matmul.FEW + 1, 1)])
+def test_turned_kernels_give_the_same_products(lead):
+  rng = np.random.default_rng(2)
+  x = jnp.asarray(rng.standard_normal((*lead, 7)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((7, 6)), jnp.float32)
+  turned = matmul.Turned(kernel.T)
+  assert turned.shape == kernel.shape
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+  product = jax.jit(matmul.matmul)
+  close(product(x, turned), x @ kernel)
+  close(product(x, matmul.columns(turned, 2, 3)), x @ kernel[:, 2:5])
+  x4 = x[..., 1:5]
+  close(product(x4, matmul.rows(turned, 1, 4)), x4 @ kernel[1:5])
+  with jax.default_matmul_precision('highest'):
+    close(product(x, turned), x @ kernel)
+
+
+def test_named_matrices_are_turned_and_nothing_else():
+  kernel = np.arange(6.0).reshape(2, 3)
+  params = {'layers_0': {'q': {'kernel': kernel, 'scale': kernel}}}
+  turned = matmul.turn(params, ('kernel',))['layers_0']['q']
+  np.testing.assert_array_equal(turned['kernel'].kernel_FxD, kernel.T)
+  assert turned['scale'] is kernel
+  assert not matmul.pays_to_turn('bfloat16')
+  assert matmul.pays_to_turn('float32') == (jax.default_backend() == 'cpu')
