@@ -103,15 +103,17 @@ def machine(threads: int) -> dict:
   import torch
   import transformers
 
-  name = platform.processor() or platform.machine()
+  name, told = platform.processor() or platform.machine(), ''
   with contextlib.suppress(OSError):
-    for line in Path('/proc/cpuinfo').read_text().splitlines():
+    told = Path('/proc/cpuinfo').read_text()
+    for line in told.splitlines():
       if line.startswith('model name'):
         name = line.split(':', 1)[1].strip()
         break
   return {
     'device': str(jax.devices()[0].device_kind),
     'cpu': name,
+    'avx512': 'avx512f' in told,
     'cores': os.cpu_count(),
     'threads': threads,
     'load_before': os.getloadavg()[0],
