@@ -57,7 +57,7 @@ def from_text(plan: Plan, requests, state: State, rows: Rows):
   Where they stand several times, the last one counts. UNKNOWN where they do
   not, where the row's request draws at random, and without lookup.
   """
-  unknown_B = jnp.full(rows.slot_B.shape, UNKNOWN)
+  unknown_B = jnp.full(rows.slot_B.shape, UNKNOWN, jnp.int32)
   if state.text_SxC is None:
     return unknown_B
   text_BxC = state.text_SxC[rows.slot_B]

@@ -124,8 +124,8 @@ class Options:
         value is None or _whole(value), field, 'must be a whole number, 1 up'
       )
     need(
-      self.lookup == 0 or _whole(self.lookup), 'lookup',
-      'must be a whole number, 0 up',
+      self.lookup in range(17) and not isinstance(self.lookup, bool), 'lookup',
+      'must lie in 0 (never) to 16',
     )  # fmt: skip
     need(
       isinstance(self.logprobs, int) and -1 <= self.logprobs <= 100, 'logprobs',

@@ -114,7 +114,7 @@ def _matmul_turned(x, kernel_FxD):
   *lead, _ = x.shape
   N = math.prod(lead)
   if N > FEW or _pieces(D, x.dtype) > 1:
-    return x @ kernel_FxD.T
+    return _matmul(x, kernel_FxD.T)
   y_FxN = jax.lax.dot_general(
     kernel_FxD, x.reshape(N, D), (((1,), (1,)), ((), ()))
   )

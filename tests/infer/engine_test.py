@@ -118,7 +118,8 @@ def test_a_step_without_a_draw_computes_no_head():
     elif 'dot_general' in line and 'fused_computation' not in computation:
       products[computation] |= set(re.findall(r'= f32\[([\d,]+)\]', line))
   head = [c for c, shapes in products.items() if '61,3' in shapes]
-  block = [c for c, shapes in products.items() if f'3,{config.d_ff}' in shapes]
+  wide = {f'3,{config.d_ff}', f'{config.d_ff},3'}
+  block = [c for c, shapes in products.items() if wide & shapes]
   assert head and block and not set(head) & set(block)
 
 
@@ -407,7 +408,6 @@ def test_text_that_repeats_itself_is_guessed_from_it():
   assert texts[2] == texts[0]
   assert figures[2]['right'] > figures[0]['right']
   assert figures[2]['steps'] < figures[0]['steps']
-  assert figures[2]['draw_steps'] <= figures[2]['steps']
 
 
 def test_speculation_ends_where_no_lane_is_free():

@@ -70,8 +70,13 @@ def test_turned_kernels_give_the_same_products(lead):
   close(product(x, matmul.columns(turned, 2, 3)), x @ kernel[:, 2:5])
   x4 = x[..., 1:5]
   close(product(x4, matmul.rows(turned, 1, 4)), x4 @ kernel[1:5])
+
+
+def test_turned_kernels_have_short_sums_too():
+  x, turned = jnp.ones((1, 2, 1536)), matmul.Turned(jnp.ones((8, 1536)))
   with jax.default_matmul_precision('highest'):
-    close(product(x, turned), x @ kernel)
+    pieces = str(jax.make_jaxpr(matmul.matmul)(x, turned))
+  assert pieces.count('dot_general') == 8
 
 
 def test_named_matrices_are_turned_and_nothing_else():
