@@ -5,10 +5,10 @@ python -m rrt.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
 
 Half of the rows of the text fit the gate and a lens, which mends what a loop
 before the last gives; the other half choose the lowest threshold that keeps the
-promise with the asked confidence. With --own, some rows go on as the model itself
-would write, which is what the lossless mode guesses. Gate, threshold, promise and bound are
-written with the model to --out; `rrt.evaluate --exits` measures them on other
-text.
+promise with the asked confidence. With --own, some rows go on as the model
+itself would write, which is what the lossless mode guesses. Gate, threshold,
+promise and bound are written with the model to --out; `rrt.evaluate --exits`
+measures them on other text.
 """
 
 import dataclasses
