@@ -58,9 +58,12 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
         plan, params, requests, state, rows, final_B, hidden_BxD
       )
 
-    state, (token_B, told) = once(
-      jnp.any(unknown_B), read, (state, (known_B, _untold(plan, rows)))
-    )
+    carry = state, (known_B, _untold(plan, rows))
+    if plan.lookup:
+      carry = once(jnp.any(unknown_B), read, carry)
+    else:
+      carry = read(carry)
+    state, (token_B, told) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
     state, token_S, loops_S = _commit(
       plan, requests, end_E, state, rows, final_B, token_B

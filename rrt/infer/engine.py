@@ -22,15 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import (
-  decode,
-  exits,
-  flights,
-  gates,
-  guesses,
-  lanes,
-  sample,
-)
+from rrt.infer import decode, exits, flights, gates, guesses, lanes, sample
 from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings

@@ -94,18 +94,12 @@ def apply_lens(lens: Any, x_BxD):
   dtype = x_BxD.dtype
   lead = (1,) * (x_BxD.ndim - 1)
   bias_D = jnp.asarray(lens['lens_bias'], dtype).reshape(*lead, -1)
-  moved_BxD = _times(x_BxD, lens['lens_kernel']) + bias_D
+  moved_BxD = matmul(x_BxD, lens['lens_kernel']) + bias_D
   if 'lens_in' in lens:
     unit_BxD = (_unit(x_BxD) * x_BxD.shape[-1] ** 0.5).astype(dtype)
-    wide_BxH = jax.nn.silu(_times(unit_BxD, lens['lens_in']))
-    moved_BxD += _times(wide_BxH, lens['lens_out'])
+    wide_BxH = jax.nn.silu(matmul(unit_BxD, lens['lens_in']))
+    moved_BxD += matmul(wide_BxH, lens['lens_out'])
   return x_BxD + moved_BxD
-
-
-def _times(x_BxD, kernel):
-  if isinstance(kernel, Turned):
-    return matmul(x_BxD, kernel)
-  return x_BxD @ jnp.asarray(kernel, x_BxD.dtype)
 
 
 def on_device(gate: Any, dtype: str = 'float32') -> Any:

@@ -68,17 +68,17 @@ def pays_to_turn(dtype) -> bool:
   return jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
 
 
-def columns(kernel, start, count: int):
+def slice_columns(kernel, start, count: int):
   """Columns of a matrix, `Turned` or not."""
   if isinstance(kernel, Turned):
-    return Turned(rows(kernel.kernel_FxD, start, count))
+    return Turned(slice_rows(kernel.kernel_FxD, start, count))
   return jax.lax.dynamic_slice_in_dim(kernel, start, count, 1)
 
 
-def rows(kernel, start, count: int):
+def slice_rows(kernel, start, count: int):
   """Rows of a matrix, `Turned` or not."""
   if isinstance(kernel, Turned):
-    return Turned(columns(kernel.kernel_FxD, start, count))
+    return Turned(slice_columns(kernel.kernel_FxD, start, count))
   return jax.lax.dynamic_slice_in_dim(kernel, start, count, 0)
 
 

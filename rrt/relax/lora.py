@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rrt.models.matmul import columns, matmul, rows
+from rrt.models.matmul import matmul, slice_columns, slice_rows
 
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
@@ -70,8 +70,8 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
   a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
   rank = a_DxRr.shape[1] // loops
   if jnp.ndim(loop) == 0:
-    a_Dxr = columns(a_DxRr, loop * rank, rank)
-    b_rxF = rows(b_RrxF, loop * rank, rank)
+    a_Dxr = slice_columns(a_DxRr, loop * rank, rank)
+    b_rxF = slice_rows(b_RrxF, loop * rank, rank)
     return _scaled(matmul(matmul(x_BxLxD, a_Dxr), b_rxF), scale)
   of_column_Rr = jnp.arange(loops * rank) // rank
   own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
