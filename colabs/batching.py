@@ -135,7 +135,9 @@ for name, (took, f) in found.items():
 # ## Lossless
 #
 # When a token leaves loop 1, a guess of its successor starts behind it while it
-# goes deeper, in the same launch. What is written is what full depth writes.
+# goes deeper, in the same launch. Where the last three tokens stand in the text
+# before, what followed them there is guessed instead. What is written is what full
+# depth writes.
 
 # %%
 engine = rrt.Engine(

@@ -46,9 +46,9 @@ _LENS_EPOCHS = flags.DEFINE_integer(
 )  # fmt: skip
 _OWN = flags.DEFINE_float(
   'own', 0.0,
-  'Share of the rows that go on, after their first quarter, as the model itself '
-  'does (greedily): what the guesses of the lossless mode are about. Gate and '
-  'promise are then about such text too.',
+  'Share of the rows, in each half, that go on after their first quarter as the '
+  'model itself does (greedily): what the guesses of the lossless mode are '
+  'about. Gate and promise are then about such text too.',
 )  # fmt: skip
 _KV = flags.DEFINE_enum(
   'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
@@ -99,8 +99,8 @@ def main(argv) -> None:
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
   if _OWN.value:
-    gating.split(rows)
-    rows = gating.continued(model, rows, _OWN.value)
+    with cli.Progress(0, 'writing', 'tokens') as progress:
+      rows = gating.continued(model, rows, _OWN.value, progress=progress.to)
   work = gating.work(
     rows, _GATE.value, _LENS.value,
     tuning=_LENS_EPOCHS.value * (model.config.loops - 1),

@@ -50,8 +50,9 @@ _LANES = flags.DEFINE_integer(
 _LOSSLESS = flags.DEFINE_bool(
   'lossless',
   False,
-  'Speculate on early loops; same text, sooner with few sequences. With a '
-  'gate, requests may say "lossless": false and leave early instead.',
+  'Speculate, on early loops and on what followed the same words before; same '
+  'text, sooner with few sequences. With a gate, requests may say "lossless": '
+  'false and leave early instead.',
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'

@@ -111,9 +111,12 @@ def fit_gate(
 
 
 def continued(
-  model: LanguageModel, rows: Sequence[Sequence[int]], share: float,
+  model: LanguageModel,
+  rows: Sequence[Sequence[int]],
+  share: float,
   slots: int = 16,
-) -> list[list[int]]:  # fmt: skip
+  progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
   """Rows of which a share goes on, after its first quarter, as the model would.
 
   The lossless mode guesses what the model itself writes, which repeats itself
@@ -121,23 +124,37 @@ def continued(
 
   Args:
     model: continues greedily, at full depth.
-    rows: of tokens; none empty.
-    share: of the rows, drawn at random, that are continued.
+    rows: of tokens, as many as `split` asks for; none empty.
+    share: of the rows that are continued, drawn at random from those that fit
+      and from those that judge.
     slots: rows at once.
+    progress: called now and then with the tokens written and of how many.
+
+  Returns:
+    All rows, in their order and of their lengths.
+
+  Raises:
+    InputError: the rows are too few.
   """
-  picked = np.random.default_rng(0).permutation(len(rows))
-  picked = picked[: round(share * len(rows))]
-  found = [list(map(int, row)) for row in rows]
+  rng = np.random.default_rng(0)
   requests = {}
-  for i in picked:
-    kept = max(len(found[i]) // 4, 1)
-    if kept < len(found[i]):
-      requests[i] = Request(
-        found[i][:kept], len(found[i]) - kept, ignore_end=True
-      )
+  for half in split(range(len(rows))):
+    for i in rng.permutation(half)[: round(share * len(half))]:
+      kept = max(len(rows[i]) // 4, 1)
+      if kept < len(rows[i]):
+        prompt = list(map(int, rows[i][:kept]))
+        requests[i] = Request(prompt, len(rows[i]) - kept, ignore_end=True)
   if requests:
-    longest = max(len(found[i]) for i in requests)
-    Engine(model, slots=slots, context=longest).run(requests.values())
+    longest = max(len(rows[i]) for i in requests)
+    engine = Engine(model, slots=slots, context=longest)
+    for request in requests.values():
+      engine.submit(request)
+    total = sum(r.room for r in requests.values())
+    while engine.busy:
+      engine.turn()
+      if progress is not None:
+        progress(sum(len(r.tokens) for r in requests.values()), total)
+  found = [list(map(int, row)) for row in rows]
   for i, request in requests.items():
     found[i] = list(request.prompt) + request.tokens
   return found

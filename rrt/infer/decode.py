@@ -172,7 +172,8 @@ class Decoder:
 
   Attributes:
     static: the model's shape, the loops it runs, the dtype it computes in.
-    params: weights in that dtype on the device, one subtree a layer.
+    params: weights in that dtype on the device, one subtree a layer; see
+      `turned`.
     clock: what all calls so far took.
   """
 
@@ -301,9 +302,9 @@ def cast(params, dtype: str):
   """
   if dtype not in DTYPES:
     raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
+  is_gain = lambda path: getattr(path[-1], 'key', None) == 'scale'
   return jax.tree_util.tree_map_with_path(
-    lambda path, w: jnp.asarray(w, None if path[-1].key == 'scale' else dtype),
-    params,
+    lambda path, w: jnp.asarray(w, None if is_gain(path) else dtype), params
   )
 
 

@@ -123,9 +123,16 @@ def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
 
 
 def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows):
-  got = gating.continued(model, rows, 0.5, slots=3)
+  seen = []
+  got = gating.continued(
+    model, rows, 0.5, slots=3, progress=lambda *at: seen.append(at)
+  )
   own = [i for i, row in enumerate(rows) if got[i] != list(row)]
-  assert len(own) == round(0.5 * len(rows))
+  for half in (0, 1):
+    of_half = [i for i in range(len(rows)) if i % 2 == half]
+    assert len(set(own) & set(of_half)) == round(0.5 * len(of_half))
+  written = sum(len(rows[i]) - len(rows[i]) // 4 for i in own)
+  assert seen[-1] == (written, written) and seen[0][0] < written
   for i in own[:2]:
     kept = len(rows[i]) // 4
     assert got[i][:kept] == list(rows[i][:kept])

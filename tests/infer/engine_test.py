@@ -371,6 +371,8 @@ def test_what_followed_before_is_guessed(lookup):
   K = plan.flights
   text_SxC = rng.integers(0, 4, (8, 24))
   position_SxK = rng.integers(0, 24, (8, K))
+  # What the one that draws at random would find anywhere.
+  text_SxC[7], position_SxK[7] = 3, 20
   state = flights.init_state(plan)
   state = state._replace(
     text_SxC=jax.numpy.asarray(text_SxC),
@@ -393,6 +395,29 @@ def test_what_followed_before_is_guessed(lookup):
     want.append(text[ends[-1] + 1] if found else guesses.UNKNOWN)
   assert got.tolist() == want
   assert guesses.UNKNOWN in want[: 7 * K] and max(want) >= 0
+
+
+def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
+  engine = Engine(
+    model('llama'), slots=2, page=8, steps=4, context=64, lossless=True
+  )
+  rooms = 24, 3, 9, 5, 2
+  requests = [
+    Request(p, n, ignore_end=True)
+    for p, n in zip(PROMPTS, rooms, strict=False)
+  ]
+  last = {}
+  for request in requests:
+    engine.submit(request)
+  while engine.busy:
+    engine.turn()
+    last |= {s: r for s, r in enumerate(engine.running) if r}
+  text_SxC = np.asarray(engine._state.text_SxC)
+  assert len(last) == 2 < len(requests)
+  for slot, request in last.items():
+    # The last token drawn is behind what any flight has read.
+    text = [*request.prompt, *request.tokens[:-1]]
+    assert text_SxC[slot, : len(text)].tolist() == text
 
 
 def test_text_that_repeats_itself_is_guessed_from_it():
