@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from rrt.infer.engine import Engine, Request
 if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
 
+_T = TypeVar('_T')
 SHARES = tuple(i / 20 for i in range(1, 20))
 
 
@@ -160,7 +161,7 @@ def continued(
   return found
 
 
-def split(rows: Sequence[Sequence[int]]):
+def split(rows: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
   """The rows that fit a gate and those that judge it; raises InputError."""
   if len(rows) < 8:
     raise InputError(

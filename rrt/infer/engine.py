@@ -80,7 +80,7 @@ class Engine:
     params = decode.cast(params, options.dtype)
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
-    params = decode.turned(params, options.dtype)
+    params = decode.turned(params)
     self._params = guesses.with_draft_head(self.plan, params)
     self._gate = exits.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
@@ -286,7 +286,7 @@ class Engine:
     plan = self.plan
     static = decode.Static(plan.config, plan.config.loops, plan.dtype)
     size = decode.bucket(len(tokens), self.context)
-    cache = init_cache(plan.config, 1, size, plan.dtype)
+    cache = _init_cache(plan.config, 1, size, plan.dtype)
     last_1xD = jnp.zeros((1, plan.config.d_model), plan.dtype)
     length_1 = jnp.asarray([len(tokens)], jnp.int32)
     for start in range(0, len(tokens), _CHUNK):
@@ -302,6 +302,7 @@ class Engine:
 
 
 _init = jax.jit(flights.init_state, static_argnames=('plan',))
+_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
 _call = jax.jit(
   lanes.call, static_argnames=('plan',), donate_argnames=('state',)
 )

@@ -10,8 +10,9 @@ libraries add up a few sums side by side, and rounding errors grow with the
 length of a sum. So under `jax.default_matmul_precision('highest')` float32 sums
 on a CPU are cut into short pieces, at a price of 15 % in time.
 
-For few rows it takes half the time, in float32, when the kernel is the left
-factor and lies as [F, D]: decoding holds its kernels as `Turned`.
+For few rows it takes about half the time there when the kernel is the left factor
+and lies as [F, D], since the right factor is packed anew in each product
+(`benchmarks.products`): decoding holds its kernels as `Turned`.
 
 N rows, D in, F out.
 """
@@ -25,15 +26,15 @@ from typing import Any
 from flax import struct
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
 # What the remat policy 'dots' saves.
 NAME = 'matmul'
 # Terms of one float32 sum on a CPU with precision 'highest'.
 LONGEST = 192
-# Rows up to which a turned kernel is the left factor; 32 take 0.6 of the time,
-# 64 the same.
-FEW = 48
+# Rows up to which a turned kernel is the left factor.
+FEW = 64
 
 
 @struct.dataclass
@@ -63,9 +64,9 @@ def turn(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   return {name: one(name, value) for name, value in params.items()}
 
 
-def pays_to_turn(dtype) -> bool:
-  """Whether products of few rows in this dtype want `Turned` kernels."""
-  return jax.default_backend() == 'cpu' and jnp.dtype(dtype) == jnp.float32
+def pays_to_turn() -> bool:
+  """Whether products of few rows want `Turned` kernels."""
+  return jax.default_backend() == 'cpu'
 
 
 def slice_columns(kernel, start, count: int):
@@ -115,9 +116,9 @@ def _matmul_turned(x, kernel_FxD):
   N = math.prod(lead)
   if N > FEW or _pieces(D, x.dtype) > 1:
     return _matmul(x, kernel_FxD.T)
-  y_FxN = jax.lax.dot_general(
-    kernel_FxD, x.reshape(N, D), (((1,), (1,)), ((), ()))
-  )
+  # A product of another layout would run in float32, on kernels converted anew.
+  x_NxD = with_layout_constraint(x.reshape(N, D), Layout((0, 1)))
+  y_FxN = jax.lax.dot_general(kernel_FxD, x_NxD, (((1,), (1,)), ((), ())))
   # XLA would turn the product itself, into the slow one.
   return jax.lax.optimization_barrier(y_FxN).T.reshape(*lead, F)
 

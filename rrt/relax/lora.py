@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rrt.models.matmul import matmul, slice_columns, slice_rows
+from rrt.models.matmul import Turned, matmul, slice_columns
 
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
@@ -69,14 +69,19 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
   dtype = x_BxLxD.dtype
   a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
   rank = a_DxRr.shape[1] // loops
-  if jnp.ndim(loop) == 0:
-    a_Dxr = slice_columns(a_DxRr, loop * rank, rank)
-    b_rxF = slice_rows(b_RrxF, loop * rank, rank)
-    return _scaled(matmul(matmul(x_BxLxD, a_Dxr), b_rxF), scale)
   of_column_Rr = jnp.arange(loops * rank) // rank
-  own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
-  xa_BxLxRr = jnp.where(own_Bx1xRr, matmul(x_BxLxD, a_DxRr), 0)
-  return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
+  if jnp.ndim(loop):
+    own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
+    xa_BxLxRr = jnp.where(own_Bx1xRr, matmul(x_BxLxD, a_DxRr), 0)
+    return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
+  a_Dxr = slice_columns(a_DxRr, loop * rank, rank)
+  xa_BxLxr = matmul(x_BxLxD, a_Dxr)
+  if isinstance(b_RrxF, Turned):  # A loop's part is strided, slow to cut out.
+    tiled_BxLxRr = jnp.tile(xa_BxLxr, loops)
+    xa_BxLxRr = jnp.where(of_column_Rr == loop, tiled_BxLxRr, 0)
+    return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
+  b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
+  return _scaled(matmul(xa_BxLxr, b_rxF), scale)
 
 
 def widen(a_RxDxr, b_RxrxF):

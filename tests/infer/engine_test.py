@@ -403,8 +403,7 @@ def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
   )
   rooms = 24, 3, 9, 5, 2
   requests = [
-    Request(p, n, ignore_end=True)
-    for p, n in zip(PROMPTS, rooms, strict=False)
+    Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, rooms, strict=False)
   ]
   last = {}
   for request in requests:

@@ -8,6 +8,7 @@ import pytest
 from rrt.config import Rope
 from rrt.models.attention import attend, visible
 from rrt.models.layers import apply_rope, rms_norm, rope_frequencies
+from rrt.models.matmul import Turned
 from rrt.relax.lora import low_rank, low_rank_wide, merge, widen
 
 
@@ -88,19 +89,25 @@ def test_grouped_attention_equals_repeated_heads():
   )
 
 
-@pytest.mark.parametrize('wide', [False, True])
-def test_low_rank_by_row_equals_merged_weights(wide):
+@pytest.mark.parametrize('form', ['by loop', 'wide', 'turned'])
+def test_low_rank_by_row_equals_merged_weights(form):
   rng = np.random.default_rng(2)
   x = rng.normal(size=(3, 4, 6)).astype(np.float32)
   a = rng.normal(size=(2, 6, 3)).astype(np.float32)
   b = rng.normal(size=(2, 3, 5)).astype(np.float32)
   loops = np.array([1, 0, 1])
-  if wide:
-    got = low_rank_wide(jnp.asarray(x), *widen(a, b), loops, 2, 0.5)
-  else:
-    got = low_rank(jnp.asarray(x), a, b, jnp.asarray(loops), 0.5)
+
+  def product(x, loop):
+    if form == 'by loop':
+      return low_rank(jnp.asarray(x), a, b, loop, 0.5)
+    factors = widen(a, b)
+    if form == 'turned':
+      factors = [Turned(jnp.asarray(f.T)) for f in factors]
+    return low_rank_wide(jnp.asarray(x), *factors, loop, 2, 0.5)
+
+  got = product(x, jnp.asarray(loops))
   for row, loop in enumerate(loops):
     w = merge(np.zeros((6, 5), np.float32), a[loop], b[loop], 0.5)
     np.testing.assert_allclose(got[row], x[row] @ w, atol=1e-5)
-    alone = low_rank(jnp.asarray(x[row : row + 1]), a, b, loop, 0.5)
+    alone = product(x[row : row + 1], int(loop))
     np.testing.assert_allclose(alone[0], got[row], atol=1e-5)
