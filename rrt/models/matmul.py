@@ -72,15 +72,9 @@ def pays_to_turn() -> bool:
 def slice_columns(kernel, start, count: int):
   """Columns of a matrix, `Turned` or not."""
   if isinstance(kernel, Turned):
-    return Turned(slice_rows(kernel.kernel_FxD, start, count))
+    part = jax.lax.dynamic_slice_in_dim(kernel.kernel_FxD, start, count, 0)
+    return Turned(part)
   return jax.lax.dynamic_slice_in_dim(kernel, start, count, 1)
-
-
-def slice_rows(kernel, start, count: int):
-  """Rows of a matrix, `Turned` or not."""
-  if isinstance(kernel, Turned):
-    return Turned(slice_columns(kernel.kernel_FxD, start, count))
-  return jax.lax.dynamic_slice_in_dim(kernel, start, count, 0)
 
 
 def float32_is_float32(dtype) -> contextlib.AbstractContextManager:

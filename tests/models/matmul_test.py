@@ -71,8 +71,6 @@ def test_turned_kernels_give_the_same_products(lead, dtype):
   product = jax.jit(matmul.matmul)
   close(product(x, turned), x @ kernel)
   close(product(x, matmul.slice_columns(turned, 2, 3)), x @ kernel[:, 2:5])
-  x4 = x[..., 1:5]
-  close(product(x4, matmul.slice_rows(turned, 1, 4)), x4 @ kernel[1:5])
 
 
 def test_turned_kernels_have_short_sums_too():
