@@ -66,8 +66,8 @@ def test_turned_kernels_give_the_same_products(lead, dtype):
   turned = matmul.Turned(kernel.T)
   assert turned.shape == kernel.shape
   as32 = lambda a: np.asarray(a, np.float32)
-  atol = 1e-5 if dtype == 'float32' else 0.05
-  close = lambda a, b: np.testing.assert_allclose(as32(a), as32(b), atol=atol)
+  near = {'atol': 1e-5} if dtype == 'float32' else {'atol': 0.02, 'rtol': 0.02}
+  close = lambda a, b: np.testing.assert_allclose(as32(a), as32(b), **near)
   product = jax.jit(matmul.matmul)
   close(product(x, turned), x @ kernel)
   close(product(x, matmul.slice_columns(turned, 2, 3)), x @ kernel[:, 2:5])
@@ -86,4 +86,3 @@ def test_named_matrices_are_turned_and_nothing_else():
   turned = matmul.turn(params, ('kernel',))['layers_0']['q']
   np.testing.assert_array_equal(turned['kernel'].kernel_FxD, kernel.T)
   assert turned['scale'] is kernel
-  assert matmul.pays_to_turn() == (jax.default_backend() == 'cpu')
