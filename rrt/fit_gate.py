@@ -99,6 +99,7 @@ def main(argv) -> None:
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
   if _OWN.value:
+    gating.split(rows)
     with cli.Progress(0, 'writing', 'tokens') as progress:
       rows = gating.continued(model, rows, _OWN.value, progress=progress.to)
   work = gating.work(

@@ -69,19 +69,18 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
   dtype = x_BxLxD.dtype
   a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
   rank = a_DxRr.shape[1] // loops
-  of_column_Rr = jnp.arange(loops * rank) // rank
   if jnp.ndim(loop):
-    own_Bx1xRr = (loop[:, None] == of_column_Rr[None, :])[:, None, :]
-    xa_BxLxRr = jnp.where(own_Bx1xRr, matmul(x_BxLxD, a_DxRr), 0)
-    return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
-  a_Dxr = slice_columns(a_DxRr, loop * rank, rank)
-  xa_BxLxr = matmul(x_BxLxD, a_Dxr)
-  if isinstance(b_RrxF, Turned):  # A loop's part is strided, slow to cut out.
-    tiled_BxLxRr = jnp.tile(xa_BxLxr, loops)
-    xa_BxLxRr = jnp.where(of_column_Rr == loop, tiled_BxLxRr, 0)
-    return _scaled(matmul(xa_BxLxRr, b_RrxF), scale)
-  b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
-  return _scaled(matmul(xa_BxLxr, b_rxF), scale)
+    xa_BxLxRr = matmul(x_BxLxD, a_DxRr)
+  else:
+    xa_BxLxr = matmul(x_BxLxD, slice_columns(a_DxRr, loop * rank, rank))
+    if not isinstance(b_RrxF, Turned):
+      b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
+      return _scaled(matmul(xa_BxLxr, b_rxF), scale)
+    # A loop's part of a `Turned` factor is strided, slow to cut out.
+    xa_BxLxRr = jnp.tile(xa_BxLxr, loops)
+  of_column_1x1xRr = jnp.arange(loops * rank)[None, None, :] // rank
+  own_Bx1xRr = of_column_1x1xRr == jnp.reshape(loop, (-1, 1, 1))
+  return _scaled(matmul(jnp.where(own_Bx1xRr, xa_BxLxRr, 0), b_RrxF), scale)
 
 
 def widen(a_RxDxr, b_RxrxF):
