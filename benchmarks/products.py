@@ -4,7 +4,8 @@
 
 Each figure is of one product of `rrt.models.matmul.matmul` with a kernel as
 training holds it and with a `Turned` one, as decoding does; two dozen kernels
-in turn, so that they come from memory as a model's do.
+in turn, so that they come from memory as a model's do. Above `matmul.FEW` rows a
+`Turned` kernel is multiplied from the right all the same.
 """
 
 from absl import flags

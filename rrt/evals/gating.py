@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -126,8 +127,8 @@ def continued(
   Args:
     model: continues greedily, at full depth.
     rows: of tokens, as many as `split` asks for; none empty.
-    share: of the rows that are continued, drawn at random from those that fit
-      and from those that judge.
+    share: of the rows that are continued, rounded up, drawn at random from
+      those that fit and from those that judge.
     slots: rows at once.
     progress: called now and then with the tokens written and of how many.
 
@@ -140,7 +141,7 @@ def continued(
   rng = np.random.default_rng(0)
   requests = {}
   for half in split(range(len(rows))):
-    for i in rng.permutation(half)[: round(share * len(half))]:
+    for i in rng.permutation(half)[: math.ceil(share * len(half))]:
       kept = max(len(rows[i]) // 4, 1)
       if kept < len(rows[i]):
         prompt = list(map(int, rows[i][:kept]))
@@ -148,13 +149,7 @@ def continued(
   if requests:
     longest = max(len(rows[i]) for i in requests)
     engine = Engine(model, slots=slots, context=longest)
-    for request in requests.values():
-      engine.submit(request)
-    total = sum(r.room for r in requests.values())
-    while engine.busy:
-      engine.turn()
-      if progress is not None:
-        progress(sum(len(r.tokens) for r in requests.values()), total)
+    engine.run(requests.values(), progress)
   found = [list(map(int, row)) for row in rows]
   for i, request in requests.items():
     found[i] = list(request.prompt) + request.tokens

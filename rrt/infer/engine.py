@@ -160,11 +160,23 @@ class Engine:
       return []
     return self._read()
 
-  def run(self, requests: Iterable[Request]) -> list[Request]:
-    """Runs requests to their ends."""
+  def run(
+    self,
+    requests: Iterable[Request],
+    progress: Callable[[int, int], None] | None = None,
+  ) -> list[Request]:
+    """Runs requests to their ends.
+
+    Args:
+      requests: to submit; raises as `check` does.
+      progress: called after each turn with the tokens drawn and the most that
+        there will be.
+    """
     done = [self.submit(r) for r in requests]
     while self.busy:
       self.turn()
+      if progress is not None:
+        progress(sum(len(r.tokens) for r in done), sum(r.room for r in done))
     return done
 
   def generate(

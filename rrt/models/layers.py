@@ -132,7 +132,13 @@ class Linear(nn.Module):
     d_in, d_out = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
     kernel_DxF: Any = self.get_variable('params', 'kernel')
-    if not isinstance(kernel_DxF, Turned):
+    if isinstance(kernel_DxF, Turned):
+      if kernel_DxF.shape != (d_in, d_out):
+        raise ValueError(
+          f'{self.component}: a kernel of {kernel_DxF.shape} was given, and '
+          f'{(d_in, d_out)} is needed.'
+        )
+    else:
       kernel_DxF = self.param(
           'kernel', nn.with_logical_partitioning(scaled, self.axes),
           (d_in, d_out), jnp.float32,

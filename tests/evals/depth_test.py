@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import jax
 import numpy as np
@@ -122,15 +123,16 @@ def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
   assert sum(seen) == 40 * scored.sum() * (model.config.loops - 1)
 
 
-def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows):
+@pytest.mark.parametrize('share', [0.01, 0.5])
+def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows, share):
   seen = []
   got = gating.continued(
-    model, rows, 0.5, slots=3, progress=lambda *at: seen.append(at)
+    model, rows, share, slots=3, progress=lambda *at: seen.append(at)
   )
   own = [i for i, row in enumerate(rows) if got[i] != list(row)]
   for half in (0, 1):
     of_half = [i for i in range(len(rows)) if i % 2 == half]
-    assert len(set(own) & set(of_half)) == round(0.5 * len(of_half))
+    assert len(set(own) & set(of_half)) == math.ceil(share * len(of_half))
   written = sum(len(rows[i]) - len(rows[i]) // 4 for i in own)
   assert seen[-1] == (written, written) and seen[0][0] < written
   for i in own[:2]:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import decode, flights, gates, guesses, rules, sample
+from rrt.infer import decode, exits, flights, gates, guesses, rules, sample
 from rrt.infer import engine as engines
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
 from rrt.infer.requests import empty_table
 from rrt.infer.rows import Rows
+from rrt.models.matmul import Turned
+from rrt.models.stack import unstack
 from tests import runs
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
@@ -97,6 +99,20 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
 def test_many_slots_go_out_of_step(name):
   engine = Engine(model(name), slots=16, page=8, steps=4, draws=8, pool=3)
   assert written(engine) == expected(name)
+
+
+@pytest.mark.parametrize('backend, turned', [('cpu', True), ('gpu', False)])
+def test_kernels_are_turned_on_a_cpu_alone(monkeypatch, backend, turned):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  lens = gates.fit_lens(np.ones((2, 4, 8), np.float32))
+  params = decode.turned(unstack(model('llama').params))
+  stacks = [params[k] for k in ('prelude', 'block', 'coda')]
+  is_turned = lambda x: isinstance(x, Turned)
+  leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
+  kernels = [x for path, x in leaves if path[-1].key == 'kernel']
+  lenses = list(exits.on_device(lens)['lens_kernel'])
+  assert kernels and lenses
+  assert {is_turned(x) for x in kernels + lenses} == {turned}
 
 
 def test_a_step_without_a_draw_computes_no_head():

@@ -7,9 +7,10 @@ import pytest
 
 from rrt.config import Rope
 from rrt.models.attention import attend, visible
-from rrt.models.layers import apply_rope, rms_norm, rope_frequencies
-from rrt.models.matmul import Turned
+from rrt.models.layers import Linear, apply_rope, rms_norm, rope_frequencies
+from rrt.models.matmul import FEW, Turned
 from rrt.relax.lora import low_rank, low_rank_wide, merge, widen
+from tests.models.configs import llama
 
 
 def test_rope_rotates_by_position_times_frequency():
@@ -89,25 +90,41 @@ def test_grouped_attention_equals_repeated_heads():
   )
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('length', [4, FEW])
 @pytest.mark.parametrize('form', ['by loop', 'wide', 'turned'])
-def test_low_rank_by_row_equals_merged_weights(form):
+def test_low_rank_by_row_equals_merged_weights(form, length, dtype):
   rng = np.random.default_rng(2)
-  x = rng.normal(size=(3, 4, 6)).astype(np.float32)
-  a = rng.normal(size=(2, 6, 3)).astype(np.float32)
-  b = rng.normal(size=(2, 3, 5)).astype(np.float32)
+  rounded = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  x, a, b = rounded(3, length, 6), rounded(2, 6, 3), rounded(2, 3, 5)
   loops = np.array([1, 0, 1])
 
+  @jax.jit
   def product(x, loop):
     if form == 'by loop':
-      return low_rank(jnp.asarray(x), a, b, loop, 0.5)
+      return low_rank(x, a, b, loop, 0.5)
     factors = widen(a, b)
     if form == 'turned':
-      factors = [Turned(jnp.asarray(f.T)) for f in factors]
-    return low_rank_wide(jnp.asarray(x), *factors, loop, 2, 0.5)
+      factors = [Turned(f.T) for f in factors]
+    return low_rank_wide(x, *factors, loop, 2, 0.5)
 
+  as32 = lambda x: np.asarray(x, np.float32)
+  near = {'atol': 1e-5} if dtype == 'float32' else {'atol': 0.1, 'rtol': 0.02}
   got = product(x, jnp.asarray(loops))
+  assert got.dtype == dtype
   for row, loop in enumerate(loops):
-    w = merge(np.zeros((6, 5), np.float32), a[loop], b[loop], 0.5)
-    np.testing.assert_allclose(got[row], x[row] @ w, atol=1e-5)
+    w = merge(np.zeros((6, 5), np.float32), as32(a[loop]), as32(b[loop]), 0.5)
+    np.testing.assert_allclose(as32(got[row]), as32(x[row]) @ w, **near)
     alone = product(x[row : row + 1], int(loop))
-    np.testing.assert_allclose(alone[0], got[row], atol=1e-5)
+    np.testing.assert_allclose(as32(alone[0]), as32(got[row]), **near)
+
+
+def test_a_turned_kernel_of_another_shape_is_refused():
+  config = llama()
+  linear = Linear(config, 'up', ('embed', 'mlp'))
+  d_in, d_out = config.shapes()['up']
+  x = jnp.ones((1, 2, d_in))
+  run = lambda kernel: linear.apply({'params': {'kernel': Turned(kernel)}}, x)
+  assert run(jnp.ones((d_out, d_in))).shape == (1, 2, d_out)
+  with pytest.raises(ValueError, match='up: a kernel of'):
+    run(jnp.ones((d_in, d_out)))
