@@ -2,8 +2,8 @@
 
     python -m benchmarks.predict --model=runs/smollm2_10x3
 
-Each kind of pass is timed by itself (block, coda and head, prelude, a prompt's
-way into its slot, an empty call), `rrt.infer.simulate` counts the passes of a
+Each kind of pass is timed by itself (block, coda and head, prelude, keys and
+values of a skipped loop, a prompt's way into its slot, an empty call), `rrt.infer.simulate` counts the passes of a
 drain under four policies, and the engine runs the same requests. The counts
 must be the engine's own exactly. The seconds are compared repeat by repeat, the
 passes timed right before and right after the run that they foretell, because
@@ -60,6 +60,8 @@ class Clock:
       for kind in ('block', 'draw', 'enter')
       for n in self._pages
     }
+    if engine.plan.fills:
+      self._passes['fill', 1] = self._compile('fill', 0)
     self.read()
 
   def read(self) -> simulate.Times:
@@ -75,13 +77,17 @@ class Clock:
       for key, run in self._passes.items()
     }
 
+    found.setdefault(('fill', 1), 0.0)
+    skipped = max(self._engine.plan.config.loops - 1, 1)
+
     def by_pages(kind):
       at = [found[kind, n] for n in self._pages]
       return lambda n: float(np.interp(n, self._pages, at))
 
     return simulate.Times(
       by_pages('block'), by_pages('draw'), by_pages('enter'),
-      lambda n: prefill[self._bucket(n)], call,
+      lambda n: prefill[self._bucket(n)],
+      max(found['fill', 1] - found['draw', 1], 0.0) / skipped, call,
     )  # fmt: skip
 
   def _run(self, run):
@@ -92,12 +98,14 @@ class Clock:
   def _compile(self, kind: str, position: int):
     """A run of one pass again and again, on all slots at a position."""
     plan, gate = self._engine.plan, self._engine._gate
-    stage, body = {
-      'block': (flights.RUN, lambda p, t, s: lanes.run_block(
+    end_E = jnp.asarray([-1])
+    draw = lambda p, t, s: draws.draw(plan, p, gate, t, end_E, s)[0]
+    stage, loops, body = {
+      'block': (flights.RUN, 0, lambda p, t, s: lanes.run_block(
         plan, p, gate, t, s)),
-      'draw': (flights.DUE, lambda p, t, s: draws.draw(
-        plan, p, gate, t, jnp.asarray([-1]), s)[0]),
-      'enter': (flights.ENTER, lambda p, t, s: lanes.enter(plan, p, s)),
+      'draw': (flights.DUE, plan.config.loops, draw),
+      'fill': (flights.DUE, 1, draw),
+      'enter': (flights.ENTER, 0, lambda p, t, s: lanes.enter(plan, p, s)),
     }[kind]  # fmt: skip
 
     def once(params, table, i, state):
@@ -108,7 +116,7 @@ class Clock:
         token_SxK=jnp.full_like(f.token_SxK, i),
         stage_SxK=jnp.full_like(f.stage_SxK, stage),
         position_SxK=jnp.full_like(f.position_SxK, position),
-        loop_SxK=jnp.zeros_like(f.loop_SxK),
+        loop_SxK=jnp.full_like(f.loop_SxK, loops),
       )
       state = state._replace(
         flights=f, live_S=jnp.ones(plan.slots, bool),
@@ -217,6 +225,7 @@ class Contender:
     predicted, measured = np.asarray(self._found).T
     counted = {
       'steps': self._passes.steps, 'draw_steps': len(self._passes.draw_pages),
+      'fill_passes': self._passes.fill_passes,
       'lanes': self._passes.lanes, 'stalls': self._passes.stalls,
     }  # fmt: skip
     return counted | {

@@ -90,8 +90,8 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
   context = context_of(plan, position_B)
-  stores = state.stores
-  if plan.kv == 'propagate' and plan.gate != 'none':
+  stores, counters = state.stores, state.counters
+  if plan.fills:
     loop_B = rows.of(f.loop_SxK)
     block_kvs = stores.block
     for r in range(1, R):
@@ -102,14 +102,19 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
         kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
         return stores_of(passes.fill_pass(c, params, x_Bx1xD, r, context, kvs))
 
-      block_kvs = once(jnp.any(skipped.live_B), fill, block_kvs)
+      any_skipped = jnp.any(skipped.live_B)
+      block_kvs = once(any_skipped, fill, block_kvs)
+      counters = counters._replace(
+        fill_passes=counters.fill_passes + any_skipped
+      )
     stores = stores._replace(block=block_kvs)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
   x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
-  return state._replace(stores=stores), hidden_Bx1xD[:, 0]
+  state = state._replace(stores=stores, counters=counters)
+  return state, hidden_Bx1xD[:, 0]
 
 
 def _head(

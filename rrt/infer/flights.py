@@ -77,6 +77,11 @@ class Plan:
   penalties: bool = False
   logprobs: int = -1
 
+  @property
+  def fills(self) -> bool:
+    """Whether a draw first fills the loops that its tokens skipped."""
+    return self.kv == 'propagate' and self.gate != 'none'
+
 
 class Requests(NamedTuple):
   """What the sequence of each slot asked for.
@@ -148,6 +153,8 @@ class Counters(NamedTuple):
       oldest. Flights without a lane are not counted.
     draws: rows drawn from, guesses included.
     draw_steps: steps in which tokens or guesses were drawn.
+    fill_passes: loops filled for tokens of a step that skipped them
+      (`propagate`).
     guesses: guesses that were verified.
     right: of those, the ones that full depth confirmed.
     revised: guesses that a deeper loop replaced before.
@@ -159,6 +166,7 @@ class Counters(NamedTuple):
   stalls: jax.Array
   draws: jax.Array
   draw_steps: jax.Array
+  fill_passes: jax.Array
   guesses: jax.Array
   right: jax.Array
   revised: jax.Array
@@ -237,7 +245,7 @@ def init_state(plan: Plan) -> State:
     Flights(table, table, table, table, table, off, off, x),
     pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
     Counters(
-      zero, zero, zero, zero, zero, zero, zero, zero,
+      zero, zero, zero, zero, zero, zero, zero, zero, zero,
       jnp.zeros(R, jnp.int32),
     ),
     seen, text_SxC,

@@ -34,6 +34,7 @@ class Policy:
     pool: such a pass waits for so many tokens, or all that live.
     steps: block steps of a call.
     page: positions of a page of the cache.
+    fills: whether a draw first fills the loops that its tokens skipped.
   """
 
   slots: int
@@ -42,6 +43,7 @@ class Policy:
   pool: int
   steps: int
   page: int = 128
+  fills: bool = False
 
   @classmethod
   def of(cls, plan) -> Policy:
@@ -57,7 +59,7 @@ class Policy:
       )
     return cls(
       plan.slots, plan.config.loops, plan.draws, plan.pool, plan.steps,
-      plan.page,
+      plan.page, plan.fills,
     )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ class Passes:
     block_pages: the same by the pages that attention walked over, [pages + 1].
     draw_pages, enter_pages: passes of coda and head and of the prelude,
       likewise.
+    fill_passes: loops filled for tokens of a draw that skipped them.
     lanes: lanes that ran a token.
     stalls: tokens that waited a step for a pass of coda and head or of the
       prelude.
@@ -81,6 +84,7 @@ class Passes:
   tokens: int = 0
   calls: int = 0
   steps: int = 0
+  fill_passes: int = 0
   lanes: int = 0
   stalls: int = 0
   block_pages: list[int] = dataclasses.field(default_factory=list)
@@ -96,6 +100,7 @@ class Times:
   Attributes:
     block, draw, enter: of one pass, given the pages that it walks over.
     prefill: of a prompt, given its tokens.
+    fill: of filling one loop.
     call: that a call takes besides.
   """
 
@@ -103,6 +108,7 @@ class Times:
   draw: Callable[[int], float]
   enter: Callable[[int], float]
   prefill: Callable[[int], float]
+  fill: float = 0.0
   call: float = 0.0
 
 
@@ -174,6 +180,8 @@ def schedule(
         rows = first(is_due)
         if len(rows):
           found.draw_pages.append(pages(rows))
+          if policy.fills:
+            found.fill_passes += R - int(loop[rows].min())
           found.tokens += len(rows)
           count[rows] += 1
           position[rows] += 1
@@ -198,6 +206,7 @@ def seconds(passes: Passes, times: Times) -> float:
     + sum(map(times.draw, passes.draw_pages))
     + sum(map(times.enter, passes.enter_pages))
     + sum(map(times.prefill, passes.prompts))
+    + times.fill * passes.fill_passes
     + times.call * passes.calls
   )
 

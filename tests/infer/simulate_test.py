@@ -24,7 +24,7 @@ def replayed(slots):
     dict(slots=4, steps=3, pool=2, draws=3),
   ],
 )
-@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('early', ['', 'write_ahead', 'propagate'])
 def test_passes_are_those_of_the_engine(options, early, monkeypatch):
   calls = []
   call = engines._call
@@ -32,7 +32,7 @@ def test_passes_are_those_of_the_engine(options, early, monkeypatch):
     engines, '_call', lambda *args: calls.append(1) or call(*args)
   )
   table = replayed(options['slots']) if early else None
-  gate = dict(gate='replay', threshold=1.0, kv='write_ahead')
+  gate = dict(gate='replay', threshold=1.0, kv=early)
   engine = Engine(
     model('llama'), page=8, **options, **(gate if early else {}),
     arrays={'loops': table} if early else None,
@@ -51,6 +51,8 @@ def test_passes_are_those_of_the_engine(options, early, monkeypatch):
   ) == tuple(
     figures[k] for k in ('steps', 'lanes', 'stalls', 'draw_steps')
   )  # fmt: skip
+  assert found.fill_passes == figures['fill_passes']
+  assert (found.fill_passes > 0) == (early == 'propagate')
   assert found.calls == len(calls)
   assert sorted(found.prompts) == sorted(
     len(p) - 1 for p in PROMPTS if len(p) > 1
@@ -77,13 +79,15 @@ def test_refilled_lanes_need_fewer_launches_than_lanes_in_step():
 
 def test_seconds_are_the_sum_of_the_passes():
   passes = simulate.Passes(
-    calls=3, block_pages=[1, 2], draw_pages=[2], enter_pages=[1], prompts=[5]
-  )
+    calls=3, block_pages=[1, 2], draw_pages=[2], enter_pages=[1], prompts=[5],
+    fill_passes=4,
+  )  # fmt: skip
   times = simulate.Times(
     block=lambda pages: 10.0 * pages, draw=lambda pages: 1.0 * pages,
-    enter=lambda pages: 0.1, prefill=lambda tokens: 0.01 * tokens, call=0.001,
+    enter=lambda pages: 0.1, prefill=lambda tokens: 0.01 * tokens, fill=5.0,
+    call=0.001,
   )  # fmt: skip
-  assert simulate.seconds(passes, times) == pytest.approx(32.153)
+  assert simulate.seconds(passes, times) == pytest.approx(52.153)
 
 
 def test_several_tokens_a_slot_are_not_simulated():
