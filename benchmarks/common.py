@@ -114,6 +114,7 @@ def machine(threads: int) -> dict:
     'device': str(jax.devices()[0].device_kind),
     'cpu': name,
     'avx512': 'avx512f' in told,
+    'amx': 'amx_bf16' in told,
     'cores': os.cpu_count(),
     'threads': threads,
     'load_before': os.getloadavg()[0],

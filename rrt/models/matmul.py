@@ -11,8 +11,9 @@ length of a sum. So under `jax.default_matmul_precision('highest')` float32 sums
 on a CPU are cut into short pieces, at a price of 15 % in time.
 
 The right factor is packed anew there in each product. For few rows it takes 0.5 to
-1.1 of the time, by dtype, shape and machine, when the kernel is the left factor and
-lies as [F, D] (`benchmarks.products`): decoding holds its kernels as `Turned`.
+1.2 of the time, by dtype, shape and machine, when the kernel is the left factor and
+lies as [F, D] (`benchmarks.products`): decoding holds its kernels as `Turned`. On
+cores that have AVX-512's bfloat16 but no AMX that holds for 16 and 32 rows alone.
 
 N rows, D in, F out.
 """
@@ -20,7 +21,9 @@ N rows, D in, F out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from pathlib import Path
 from typing import Any
 
 from flax import struct
@@ -35,6 +38,8 @@ NAME = 'matmul'
 LONGEST = 192
 # Rows up to which a turned kernel is the left factor.
 FEW = 64
+# And those of bfloat16 on AVX-512.
+FEW_AVX512 = (16, 32)
 
 
 @struct.dataclass
@@ -108,13 +113,29 @@ def _matmul_turned(x, kernel_FxD):
   F, D = kernel_FxD.shape
   *lead, _ = x.shape
   N = math.prod(lead)
-  if N > FEW or _pieces(D, x.dtype) > 1:
+  if not _from_left(N, x.dtype) or _pieces(D, x.dtype) > 1:
     return _matmul(x, kernel_FxD.T)
   # A product of another layout would run in float32, on kernels converted anew.
   x_NxD = with_layout_constraint(x.reshape(N, D), Layout((0, 1)))
   y_FxN = jax.lax.dot_general(kernel_FxD, x_NxD, (((1,), (1,)), ((), ())))
   # XLA would turn the product itself, into the slow one.
   return jax.lax.optimization_barrier(y_FxN).T.reshape(*lead, F)
+
+
+def _from_left(rows: int, dtype) -> bool:
+  """Whether a turned kernel is the left factor, on this machine."""
+  if dtype == jnp.bfloat16 and _multiplies_by_avx512():
+    return rows in FEW_AVX512
+  return rows <= FEW
+
+
+@functools.cache
+def _multiplies_by_avx512() -> bool:
+  """Whether XLA has AVX-512 multiply bfloat16; older ones use float32."""
+  told = Path('/proc/cpuinfo')
+  flags = told.read_text().split() if told.exists() else ()
+  fast = 'avx512_bf16' in flags and 'amx_bf16' not in flags
+  return fast and jax.__version_info__ >= (0, 11)
 
 
 @jax.custom_vjp

@@ -86,3 +86,33 @@ def test_named_matrices_are_turned_and_nothing_else():
   turned = matmul.turn(params, ('kernel',))['layers_0']['q']
   np.testing.assert_array_equal(turned['kernel'].kernel_FxD, kernel.T)
   assert turned['scale'] is kernel
+
+
+@pytest.mark.parametrize(
+  'flags, version, bfloat16, float32',
+  [
+    ('avx2', (0, 12, 0), {3, 16, 64}, {3, 16, 64}),
+    ('avx512_bf16', (0, 12, 0), {16}, {3, 16, 64}),
+    ('avx512_bf16', (0, 10, 2), {3, 16, 64}, {3, 16, 64}),
+    ('avx512_bf16 amx_bf16', (0, 12, 0), {3, 16, 64}, {3, 16, 64}),
+  ],
+)
+def test_the_machine_tells_which_factor_a_turned_kernel_is(
+  monkeypatch, flags, version, bfloat16, float32
+):
+  monkeypatch.setattr(
+    matmul.Path, 'read_text', lambda path: f'flags : sse {flags}'
+  )
+  monkeypatch.setattr(matmul.Path, 'exists', lambda path: True)
+  monkeypatch.setattr(jax, '__version_info__', version)
+  matmul._multiplies_by_avx512.cache_clear()
+  turned = matmul.Turned(jnp.ones((8, 4)))
+  try:
+    for dtype, wanted in (('bfloat16', bfloat16), ('float32', float32)):
+      x = {n: jnp.ones((n, 1, 4), dtype) for n in (3, 16, 64, 65)}
+      product = lambda x: matmul.matmul(x, turned)  # New, so traced anew.
+      jaxprs = {n: str(jax.make_jaxpr(product)(x[n])) for n in x}
+      barred = {n for n in x if 'optimization_barrier' in jaxprs[n]}
+      assert barred == wanted
+  finally:
+    matmul._multiplies_by_avx512.cache_clear()
