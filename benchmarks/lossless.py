@@ -47,7 +47,8 @@ def main(_):
   lossless = Engine(model, lossless=True, lanes=FLAGS.lanes, **both)
   figures: dict = {
     'machine': common.machine(1), 'model': FLAGS.model, 'prompts': count,
-    'new_tokens': FLAGS.new_tokens, 'dtype': FLAGS.dtype,
+    'prompt_tokens': length, 'new_tokens': FLAGS.new_tokens,
+    'dtype': FLAGS.dtype, 'slots': FLAGS.slots, 'lanes': lossless.plan.lanes,
   }  # fmt: skip
   table = []
   for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):

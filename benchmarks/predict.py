@@ -30,6 +30,12 @@ flags.DEFINE_string(
   'predictions', 'benchmarks/results/predict.json', 'JSON file.'
 )
 _ROUNDS = 16
+# Seconds of a pass over one page of the cache, and of a call.
+_ONE_PAGE = {
+  'block': lambda t: t.block(1), 'draw': lambda t: t.draw(1),
+  'fill': lambda t: t.fill, 'enter': lambda t: t.enter(1),
+  'call': lambda t: t.call,
+}  # fmt: skip
 
 
 class Clock:
@@ -210,15 +216,19 @@ class Contender:
       [(len(p), n) for p, n in work], loops_SxT if 'gate' in options else None,
     )  # fmt: skip
     self._found: list[tuple[float, float]] = []
+    self._times: list[simulate.Times] = []
 
   def compare(self) -> None:
     """Foretells a run and times it."""
-    before = simulate.seconds(self._passes, self._clock.read())
+    before = self._foretell()
     began = time.perf_counter()
     self._run()
     measured = time.perf_counter() - began
-    after = simulate.seconds(self._passes, self._clock.read())
-    self._found.append(((before + after) / 2, measured))
+    self._found.append(((before + self._foretell()) / 2, measured))
+
+  def _foretell(self) -> float:
+    self._times.append(self._clock.read())
+    return simulate.seconds(self._passes, self._times[-1])
 
   def figures(self) -> dict:
     """Medians, and whether the counts are the engine's."""
@@ -232,6 +242,10 @@ class Contender:
       'predicted': np.median(predicted), 'measured': np.median(measured),
       'error': np.median(predicted / measured) - 1,
       'errors': (predicted / measured - 1).tolist(),
+      'passes': {
+        name: float(np.median([time(t) for t in self._times]))
+        for name, time in _ONE_PAGE.items()
+      },
       'counts_equal': all(
         self._run.figures[k] == n for k, n in counted.items()
       ),

@@ -141,7 +141,7 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
     arrays: of the replayed gate.
     depth: mean loops of its exits.
   """
-  exits = dict(gate='replay', threshold=1.0, kv='write_ahead', arrays=arrays)
+  exits = dict(gate='replay', threshold=1.0, kv='propagate', arrays=arrays)
   slots = FLAGS.slots
   # Lanes for guesses only where there are few sequences.
   guessing = dict(lossless=True, lanes=min(max(slots, 8), slots * config.loops))
@@ -151,6 +151,7 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
     'depth-wise': {},
     'in step': dict(draws=slots, pool=slots, **exits),
     'depth-wise exits': dict(mean_loops=depth, **exits),
+    'copied exits': dict(mean_loops=depth, **exits | {'kv': 'write_ahead'}),
     'lossless': guessing,
     'without lookup': dict(lookup=0, **guessing),
   }

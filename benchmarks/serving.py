@@ -19,6 +19,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
+  copied exits      the same, skipped loops keep copies of keys and values
   live gate         the same with the gate that is kept with the model
   lossless          guesses after every loop but the last, at full depth
   without lookup    the same, no guess taken from the text before
@@ -29,8 +30,9 @@ loss that was promised when it was fitted (`promised`, nats a token), and what
 it loses on other text is what `rrt.evaluate --exits` tells. The bound on "times
 tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
-mode, by launches: those of tied over its own. Compilation is left
-out: each contender runs once before it is timed. "times tied" is the median of
+mode, by launches: those of tied over its own. "roof" is the bound on the
+tokens a second themselves (`roofline.py`), and under load on the two waits.
+Compilation is left out: each contender runs once before it is timed. "times tied" is the median of
 the rounds' own ratios.
 
 With `--rates` the same requests also arrive one by one (`arrivals.py`), at
@@ -43,6 +45,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import arrivals, common, hugging_face, pictures, rungs
+from benchmarks.roofline import Costs, Roof
 from rrt import cli
 from rrt.errors import InputError
 
@@ -58,11 +61,8 @@ flags.DEFINE_string('out', 'benchmarks/results/serving.json', 'JSON file.')
 
 def bound(config, depth: float) -> float:
   """What a token costs at full depth over its cost at a mean depth."""
-  layer = sum(a * b for a, b in config.shapes().values())
-  once = layer * (config.prelude_layers + config.coda_layers)
-  once += config.vocab_size * config.d_model
-  block = layer * config.block_layers
-  return (once + config.loops * block) / (once + depth * block)
+  costs = Costs.of(config)
+  return costs.passed(config.loops) / costs.passed(depth)
 
 
 def bounds(name: str, device: dict, figures: dict, config) -> dict:
@@ -77,8 +77,17 @@ def bounds(name: str, device: dict, figures: dict, config) -> dict:
   return found
 
 
-def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
-  """Runs the contenders under load; a row for each and each rate."""
+def open_loop(
+  contenders: dict, work, tied: list[float], least: dict
+) -> list[dict]:
+  """Runs the contenders under load; a row for each and each rate.
+
+  Args:
+    contenders: by name.
+    work: the requests.
+    tied: seconds in which `tied` drained them.
+    least: of each contender, least seconds to a first and to a further token.
+  """
   batches = lambda run: arrivals.static_batches(run.generate, FLAGS.slots)
   makers = {
     'transformers': batches, 'dynamic': batches, 'compiled': batches,
@@ -95,6 +104,7 @@ def open_loop(contenders: dict, work, tied: list[float]) -> list[dict]:
       found.append(
         {'rung': name, 'rate': rate}
         | arrivals.summary(seen, at, FLAGS.ttft, FLAGS.tpot)
+        | least[name]
       )
   fields = list(found[0])
   cli.table([tuple(row[f] for f in fields) for row in found], fields)
@@ -160,6 +170,10 @@ def main(_):
   figures |= {
     'tokens': tokens, 'mean_loops': depth, 'bound': bound(model.config, depth)
   }  # fmt: skip
+  roof = Roof.measure(FLAGS.dtype)
+  figures |= {'flops': roof.flops, 'bandwidth': roof.bandwidth}
+  least: dict[str, dict] = {}
+  prompt = int(np.median([len(p) for p, _ in work]))
   rows, base = [], seconds.get('tied')
   reference = contenders.get('transformers') or contenders.get('tied')
   for name, run in contenders.items():
@@ -185,17 +199,23 @@ def main(_):
         'lane_share': device['lanes']
         / (device['steps'] * run.engine.plan.lanes),
       }
+    costs = Costs.of(model.config, tied='mean_loops' in found)
+    depth_run = found.get('mean_loops', R)
+    found['roof'] = FLAGS.slots / roof.seconds(costs, depth_run, FLAGS.slots)
+    least[name] = {
+      'ttft_bound': roof.seconds(costs, R, prompt),
+      'tpot_bound': roof.seconds(costs, depth_run, 1),
+    }
     figures[name] = found
     rows.append((
-      name, found['tokens_per_second'], found['seconds'],
-      found['seconds_iqr'], found.get('over_tied'), found.get('bound'),
-      found.get('stall_share'), found.get('lane_share'), found.get('same'),
-      found.get('promised_loss'),
+      name, found['tokens_per_second'], found['roof'], found['seconds_iqr'],
+      found.get('over_tied'), found.get('bound'), found.get('stall_share'),
+      found.get('lane_share'), found.get('same'), found.get('promised_loss'),
     ))  # fmt: skip
   cli.table(
     rows,
     (
-      'rung', 'tokens/s', 'seconds', 'iqr', 'times tied', 'bound', 'stalls',
+      'rung', 'tokens/s', 'roof', 'iqr, s', 'times tied', 'bound', 'stalls',
       'lanes', 'same', 'promised',
     ),
   )  # fmt: skip
@@ -204,7 +224,7 @@ def main(_):
     f'{figures["bound"]:.3f} times full depth by parameters'
   )
   if FLAGS.rates:
-    figures['arrivals'] = open_loop(contenders, work, seconds['tied'])
+    figures['arrivals'] = open_loop(contenders, work, seconds['tied'], least)
   common.save(FLAGS.out, figures)
   pictures.draw(figures, Path(FLAGS.out).with_suffix('.svg'))
   cli.finish(figures)

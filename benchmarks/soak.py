@@ -244,6 +244,7 @@ def main(_):
   tenth = max(len(settled) // 10, 1)
   growth = float(np.mean(settled[-tenth:]) / np.mean(settled[:tenth]) - 1)
   figures = {
+    'machine': common.machine(1),
     'minutes': FLAGS.minutes, 'clients': FLAGS.clients, 'slots': FLAGS.slots,
     'model': FLAGS.model, 'answers': dict(sorted(seen.items())),
     'texts_checked': checked, 'wrong_texts': len(wrong),

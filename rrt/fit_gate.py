@@ -79,6 +79,8 @@ def main(argv) -> None:
     raise InputError(f'agreement={_AGREEMENT.value}: must lie in 0 to 1.')
   if _LOSS.value is not None and not _LOSS.value > 0:
     raise InputError(f'loss={_LOSS.value}: must be above 0.')
+  if _BATCH.value < 1:
+    raise InputError(f'batch={_BATCH.value}: must be 1 or more.')
   if _LENS_EPOCHS.value < 0:
     raise InputError(f'lens_epochs={_LENS_EPOCHS.value}: must be 0 or more.')
   if _LENS_EPOCHS.value and not _LENS.value:

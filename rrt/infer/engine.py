@@ -109,15 +109,15 @@ class Engine:
     config = self.plan.config
     if request.finish or request.tokens:
       raise InputError('This request has run, or was cancelled.')
+    request.check(self.plan)
+    if not request.prompt:
+      raise InputError('A request needs a prompt of a token or more.')
     total = len(request.prompt) + request.room
-    if not request.prompt or request.room < 1:
-      raise InputError('A request needs a prompt and room for a token.')
     if total > self.context:
       raise InputError(
         f'A prompt of {len(request.prompt)} tokens and {request.room} new '
         f'ones exceed the context of {self.context}; shorten one of them.'
       )
-    request.check(self.plan)
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
 
@@ -168,11 +168,14 @@ class Engine:
     """Runs requests to their ends.
 
     Args:
-      requests: to submit; raises as `check` does.
+      requests: to submit; raises as `check` does, before any is.
       progress: called after each turn with the tokens drawn and the most that
         there will be.
     """
-    done = [self.submit(r) for r in requests]
+    done = list(requests)
+    for request in done:
+      self.check(request)
+    self.waiting += done
     while self.busy:
       self.turn()
       if progress is not None:
@@ -274,10 +277,10 @@ class Engine:
     for slot, running in enumerate(self.running):
       if running is None and self.waiting:
         request = self.waiting.popleft()
-        self.running[slot] = request
         self._table = with_request(
           self._table, slot, request, self._threshold, self.plan.lossless
         )
+        self.running[slot] = request
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
         if self.plan.penalties or self.plan.lookup:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
+from numbers import Integral, Real
 
 import numpy as np
 
 from rrt.errors import InputError
 from rrt.infer import flights, rules
+from rrt.infer.sample import Settings
 from rrt.infer.text import Text
 
 
@@ -59,6 +62,20 @@ class Request:
 
   def check(self, plan: flights.Plan) -> None:
     """Raises InputError for what this engine cannot do."""
+    if not isinstance(self.room, Integral) or self.room < 1:
+      raise InputError(f'room={self.room!r}: must be whole, 1 or more.')
+    Settings(
+      temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+      min_p=self.min_p, seed=self.seed,
+    ).check()  # fmt: skip
+    for field in 'presence', 'frequency', 'repetition':
+      value = getattr(self, field)
+      if not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f'{field}={value!r}: must be a finite number.')
+    if self.threshold is not None and not (
+      isinstance(self.threshold, Real) and not math.isnan(self.threshold)
+    ):
+      raise InputError(f'threshold={self.threshold!r}: must be a number.')
     penal = self.presence, self.frequency, self.repetition
     if penal != (0, 0, 1) and not plan.penalties:
       raise InputError('Penalties need an engine with penalties=True.')

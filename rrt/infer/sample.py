@@ -123,8 +123,11 @@ class Settings:
     )  # fmt: skip
     need(number('min_p', 0, 1), 'min_p', 'from 0 (all tokens) to 1')
     need(all(self.stop), 'stop', 'texts of at least one character')
-    seeds = [self.seed] if isinstance(self.seed, int) else self.seed
-    need(all(0 <= s < 2**32 for s in seeds), 'seed', 'from 0 to 2**32 - 1')
+    seeds = list(np.atleast_1d(self.seed))
+    need(
+        all(isinstance(s, Integral) and 0 <= int(s) < 2**32 for s in seeds),
+        'seed', 'whole, from 0 to 2**32 - 1',
+    )  # fmt: skip
 
   def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
     """Raises InputError for what these prompts or this model cannot have."""

@@ -615,12 +615,22 @@ def test_sequence_order_is_refused():
     (Request([53], 5), '0..52'),
     (Request([1], 5, presence=0.5), 'penalties=True'),
     (Request([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
+    (Request([1], '5'), 'room'),
+    (Request([1], 5, 'hot'), 'temperature'),
+    (Request([1], 5, 0.7, top_k=2**40), 'top_k'),
+    (Request([1], 5, 0.7, top_p=-1), 'top_p'),
+    (Request([1], 5, 0.7, min_p=float('nan')), 'min_p'),
+    (Request([1], 5, seed=-1), 'seed'),
+    (Request([1], 5, seed='a'), 'seed'),
+    (Request([1], 5, presence=float('inf')), 'presence'),
+    (Request([1], 5, threshold=float('nan')), 'threshold'),
   ],
 )
 def test_requests_that_do_not_fit_are_refused(request_, message):
   engine = Engine(model('llama'), slots=1, page=8)
   with pytest.raises(InputError, match=message):
-    engine.submit(request_)
+    engine.run([Request([1], 5), request_])
+  assert not engine.busy
 
 
 @pytest.fixture(scope='module')

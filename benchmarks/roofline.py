@@ -1,0 +1,99 @@
+"""What the machine could do at most: bounds on a rung's speed and its waits.
+
+A pass takes no less than its multiplications at the rate of a large product, and
+no less than reading its weights once at the rate of a large copy. Both rates are
+measured; keys, values, activations and low-rank terms are left out, so a bound
+is kind to the contender.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import torch
+
+_SIZE = 2048  # Of the product's sides.
+_COPIED = 2**28  # Bytes.
+_RUNS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+  """Parameters that a token passes, the embedding's table apart.
+
+  Attributes:
+    once: in prelude, coda and head.
+    block: in each loop.
+    loops: R.
+    tied: whether the loops share them.
+  """
+
+  once: int
+  block: int
+  loops: int
+  tied: bool = True
+
+  @classmethod
+  def of(cls, config, tied: bool = True) -> 'Costs':
+    """Those of a recursive model, or of its untied export."""
+    layer = sum(a * b for a, b in config.shapes().values())
+    ends = layer * (config.prelude_layers + config.coda_layers)
+    head = config.vocab_size * config.d_model
+    return cls(ends + head, layer * config.block_layers, config.loops, tied)
+
+  def passed(self, depth: float) -> float:
+    """Parameters that a token meets at a mean depth."""
+    return self.once + depth * self.block
+
+  @property
+  def held(self) -> int:
+    """Parameters that a pass reads."""
+    return self.once + self.block * (1 if self.tied else self.loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+  """The machine's two rates.
+
+  Attributes:
+    flops: additions and multiplications a second.
+    bandwidth: bytes a second.
+    width: bytes of a parameter.
+  """
+
+  flops: float
+  bandwidth: float
+  width: int
+
+  @classmethod
+  def measure(cls, dtype: str) -> 'Roof':
+    """The best of some runs, of jax and, for products on a CPU, of torch."""
+    a = jnp.ones((_SIZE, _SIZE), dtype)
+    product = jax.jit(lambda a: a @ a)
+    seconds = [_best(lambda: jax.block_until_ready(product(a)))]
+    if jax.default_backend() == 'cpu':
+      b = torch.ones(_SIZE, _SIZE, dtype=getattr(torch, dtype))
+      seconds.append(_best(lambda: b @ b))
+    data = jnp.ones(_COPIED // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copied = _best(lambda: jax.block_until_ready(copy(data)))
+    return cls(
+      2 * _SIZE**3 / min(seconds), 2 * _COPIED / copied,
+      jnp.dtype(dtype).itemsize,
+    )  # fmt: skip
+
+  def seconds(self, costs: Costs, depth: float, rows: int) -> float:
+    """Least time of a token each in some rows, or of some tokens of one."""
+    multiplied = 2 * rows * costs.passed(depth) / self.flops
+    return max(multiplied, self.width * costs.held / self.bandwidth)
+
+
+def _best(run) -> float:
+  run()
+  seconds = []
+  for _ in range(_RUNS):
+    began = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - began)
+  return min(seconds)
