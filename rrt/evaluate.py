@@ -70,7 +70,7 @@ _EXITS = flags.DEFINE_string(
     'exits', None,
     'With --text: what leaving early costs, gate by gate; all, or some of '
     'learned (needs a gate from rrt.fit_gate), change, margin, entropy, '
-    'oracle. With --tasks also their scores, by the first two.',
+    'oracle. With --tasks also their scores, by all but the oracle.',
 )  # fmt: skip
 _KV = flags.DEFINE_list(
     'kv', ['propagate'],

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
+from rrt.evals import every_loop
 from rrt.evals.endings import Pair, fit
 from rrt.evals.perplexity import token_losses
 from rrt.infer import exits
 from rrt.infer.decode import bucket
 from rrt.infer.gates import Gate
+from rrt.models import transformer
 from rrt.models.early import forward_early
 
 
@@ -39,7 +41,8 @@ def score_endings(
     config: the model's shape.
     params: its parameters, stacked, on the device.
     pairs: contexts and endings, token ids.
-    gate: when tokens leave, and what the loops that they skip keep.
+    gate: when tokens leave, and what the loops that they skip keep; also by
+      margin or entropy, which an engine has no head for.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
     progress: called with the number of pairs after each pass.
@@ -100,8 +103,17 @@ def _score(
   """Loss, whether greedy, and loops of every token."""
   may_BxL = jnp.arange(fed_BxL.shape[1])[None, :] >= start_B[:, None]
 
+  context = transformer.make_context(config, fed_BxL)
+
   def leaves(loops, before_BxLxD, after_BxLxD):
-    score_BxL = exits.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
+    if kind in every_loop.WITH_HEAD:
+      score_BxL = every_loop.confidence(
+        kind, config, params, arrays, context, after_BxLxD, loops, dtype
+      )
+    else:
+      score_BxL = exits.score_rows(
+        kind, arrays, before_BxLxD, after_BxLxD, loops
+      )
     return (score_BxL >= threshold) & may_BxL
 
   lens = functools.partial(exits.through_lens, arrays)

@@ -145,22 +145,16 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
   scores: dict[str, list] = {k: [] for k in ('margin', 'entropy', *kinds)}
   right, apart = [], []
   for r, (before_BxLxD, after_BxLxD) in enumerate(met):
-    read_BxLxD = exits.through_lens(
-      gate, after_BxLxD, jnp.full(tokens_BxL.shape, r + 1)
-    )
-    hidden_BxLxD, _ = passes.leave(
-      config, params, read_BxLxD, context, None, scan=True
-    )
+    hidden_BxLxD = _leave(config, params, gate, context, after_BxLxD, r + 1)
     _, r_top_BxL, margin_BxL, entropy_BxL = read(hidden_BxLxD, targets_BxL)
     right.append(r_top_BxL == top_BxL)
     if fitting:
       apart.append(
         divergence(config, params, dtype, out.hidden_BxLxD, hidden_BxLxD)
       )
-    # As for live gates, the first position is never sure.
-    sure_BxL = 1 - entropy_BxL / math.log(config.vocab_size)
-    scores['margin'].append(margin_BxL.at[:, 0].set(0))
-    scores['entropy'].append(sure_BxL.at[:, 0].set(0))
+    sure = _confidences(config, margin_BxL, entropy_BxL)
+    for kind in sure:
+      scores[kind].append(sure[kind])
     for kind in kinds:
       scores[kind].append(
         exits.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
@@ -172,6 +166,42 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
   stacked = {k: jnp.stack(v) for k, v in scores.items()}
   apart_RxBxL = jnp.stack(apart) if fitting else None
   return nll_BxL, top_BxL, jnp.stack(right), stacked, apart_RxBxL, kept
+
+
+def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
+  """How sure the head is of what it would say after some loops, [B, L].
+
+  Args:
+    kind: 'margin', of the two likeliest tokens, or 'entropy', 1 less its share
+      of the most that the vocabulary allows.
+    config: the model's shape.
+    params: of the whole model, stacked.
+    gate: arrays with the lens, if any.
+    context: from `transformer.make_context`.
+    after_BxLxD: the block's output.
+    loops: int, how many it has run.
+    dtype: of the computation.
+  """
+  hidden_BxLxD = _leave(config, params, gate, context, after_BxLxD, loops)
+  zero_BxL = jnp.zeros(hidden_BxLxD.shape[:2], jnp.int32)
+  _, _, margin_BxL, entropy_BxL = read_hidden(
+    config, params, dtype, hidden_BxLxD, zero_BxL
+  )
+  return _confidences(config, margin_BxL, entropy_BxL)[kind]
+
+
+def _leave(config, params, gate, context, after_BxLxD, loops):
+  """What the head would read of tokens that left after some loops."""
+  loops_BxL = jnp.full(after_BxLxD.shape[:2], loops)
+  read_BxLxD = exits.through_lens(gate, after_BxLxD, loops_BxL)
+  return passes.leave(config, params, read_BxLxD, context, None, scan=True)[0]
+
+
+def _confidences(config, margin_BxL, entropy_BxL):
+  # As for live gates, the first position is never sure.
+  sure_BxL = 1 - entropy_BxL / math.log(config.vocab_size)
+  first = lambda score_BxL: score_BxL.at[:, 0].set(0)
+  return {'margin': first(margin_BxL), 'entropy': first(sure_BxL)}
 
 
 def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):

@@ -98,11 +98,11 @@ def measure(
 
 
 def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
-  """Asks the tasks at each point of a live gate, and prints the scores.
+  """Asks the tasks at each point, and prints the scores.
 
   Args:
     model: as for `measure`.
-    points: from `measure`; gates that need the head are left out.
+    points: from `measure`; the oracle, which knows full depth, is left out.
     **settings: of `harness.run`.
 
   Returns:
@@ -115,7 +115,7 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
   arrays = gate.arrays if gate else None
   found: list[dict[str, Any]] = []
   for p in points:
-    if p.gate not in depth.LIVE:
+    if p.gate == 'oracle':
       continue
     results = harness.run(
       model, gate=gates.Gate(p.gate, p.threshold, arrays, p.kv), **settings

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rrt.evals import early_endings, endings
+from rrt.evals import depth, early_endings, endings, every_loop
 from rrt.infer.engine import Engine, Request
 from rrt.infer.gates import NEVER, Gate
 from tests.infer.engine_test import PROMPTS, learned_gate, model
@@ -40,3 +40,18 @@ def test_without_exits_they_are_those_of_full_depth():
     [s for s, _ in found], [s for s, _ in want], atol=1e-4
   )
   assert [g for _, g in found] == [g for _, g in want]
+
+
+@pytest.mark.parametrize('kind', ['margin', 'entropy'])
+def test_confident_heads_let_tokens_leave(kind):
+  m = model('llama')
+  rows = [p for p in PROMPTS if len(p) > 4]
+  static = every_loop.read_static(m, rows)
+  threshold = float(np.median(static.scores[kind][0][static.scored_NxL]))
+  pairs = [(row[:1], row[1:]) for row in rows]
+  gate = Gate(kind, threshold, kv='exact_fill')
+  found, loops = early_endings.score_endings(m.config, m.params, pairs, gate)
+  point = depth.measure(m, static, kind, threshold, kv='exact_fill')
+  assert loops == pytest.approx(point.mean_loops) and 1 < loops < 3
+  scores = [score for score, _ in found]
+  assert -sum(scores) / point.tokens == pytest.approx(point.nll_nats, abs=1e-4)
