@@ -119,7 +119,7 @@ def run(**options):
 
 
 exits = dict(
-  gate='replay', threshold=1.0, kv='write_ahead', arrays={'loops': table}
+  gate='replay', threshold=1.0, kv='propagate', arrays={'loops': table}
 )
 found = {
   'full depth': run(),

@@ -8,14 +8,17 @@ machine alone unless --host says otherwise, which needs an API key. SIGTERM
 lets the running requests end and takes no new ones.
 """
 
+import math
 import os
 from pathlib import Path
 import signal
+import socket
 
 from absl import flags
 
 from rrt import cli
 from rrt.errors import InputError
+from rrt.infer.decode import bucket
 
 _MODEL = flags.DEFINE_string('model', None, 'As `rrt.generate` takes it.')
 _NAME = flags.DEFINE_string(
@@ -70,11 +73,20 @@ _MAX_WAITING = flags.DEFINE_integer(
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'Of one answer.')
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'Bytes of a request.')
 _SECONDS = flags.DEFINE_float('seconds', 600.0, 'For one answer.')
+_WARM = flags.DEFINE_integer(
+  'warm', 64,
+  'Compile at the start for prompts of up to so many tokens; the first of '
+  'each greater size (96, 128, 192, 256, ...) compiles when it comes, and all '
+  'streams wait meanwhile.',
+)  # fmt: skip
 _LOG_REQUESTS = flags.DEFINE_bool(
   'log_requests', False, 'Print a line (method, path, status) a request.'
 )
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+# Connections beside those that the engine has room for: for /health, /metrics,
+# refusals with a reason, and those kept for a next request.
+_SPARE = 256
 
 
 def read_key(path: str | None) -> str | None:
@@ -94,11 +106,48 @@ def read_key(path: str | None) -> str | None:
   return key.strip() if key else None
 
 
+def check_ranges() -> None:
+  """Raises InputError for a flag with which nothing could be served."""
+  for flag, least, most in (
+    (_PORT, 0, 65535), (_MAX_WAITING, 0, 10**6), (_MAX_TOKENS, 1, math.inf),
+    (_MAX_BODY, 1, math.inf), (_SECONDS, 0.001, 10**6), (_WARM, 0, math.inf),
+  ):  # fmt: skip
+    if not least <= flag.value <= most:
+      bounds = f'{least} to {most}' if most < math.inf else f'{least} or more'
+      raise InputError(f'--{flag.name}={flag.value}: must be {bounds}.')
+
+
+def bind(host: str, port: int, seconds: float) -> socket.socket:
+  """A socket at an address, which does not listen yet.
+
+  Args:
+    host: its name or number.
+    port: 0 takes a free one.
+    seconds: until a connection ends whose client reads nothing of what waits
+      for it, where the system can do that.
+
+  Raises:
+    InputError: the address cannot be had.
+  """
+  sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+  sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  if hasattr(socket, 'TCP_USER_TIMEOUT'):
+    limit = max(int(seconds * 1000), 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
+  try:
+    sock.bind((host, port))
+  except (OSError, UnicodeError) as e:
+    sock.close()
+    raise InputError(f'--host={host} --port={port}: no address ({e}).') from e
+  return sock
+
+
 def main(argv) -> None:
-  """Loads, compiles, listens."""
+  """Binds, loads, compiles, listens."""
   del argv
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')
+  check_ranges()
   key = read_key(_KEY_FILE.value)
   if _HOST.value not in LOOPBACK and key is None:
     raise InputError(
@@ -118,6 +167,7 @@ def main(argv) -> None:
   from rrt.server.app import Limits, Server
   from rrt.server.worker import Worker
 
+  sock = bind(_HOST.value, _PORT.value, _SECONDS.value)
   model = pretrained.load(_MODEL.value)
   if model.tokenizer is None:
     raise InputError('The model has no tokenizer, so it cannot be served.')
@@ -134,7 +184,7 @@ def main(argv) -> None:
   )  # fmt: skip
   engine = Engine(model, options)
   print('compiling ...', flush=True)
-  engine.generate([[1, 1]], max_new_tokens=2, ignore_end=True)
+  warm(engine, _WARM.value)
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)
   limits = Limits(
     _MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value
@@ -142,19 +192,31 @@ def main(argv) -> None:
   name = _NAME.value or Path(_MODEL.value).name
   server = Server(worker, model.tokenizer, name, limits, key)
   config = uvicorn.Config(
-    server.app(), _HOST.value, _PORT.value, access_log=_LOG_REQUESTS.value,
+    server.app(), access_log=_LOG_REQUESTS.value,
+    limit_concurrency=options.slots + _MAX_WAITING.value + _SPARE,
     log_level='info' if _LOG_REQUESTS.value else 'warning',
-    timeout_graceful_shutdown=int(_SECONDS.value),
+    timeout_graceful_shutdown=math.ceil(_SECONDS.value),
     h11_max_incomplete_event_size=1 << 16,
   )  # fmt: skip
-  run(uvicorn.Server(config), name)
+  run(uvicorn.Server(config), sock, name)
 
 
-def run(server, name: str) -> None:
+def warm(engine, longest: int) -> None:
+  """Compiles the steps, and prefills of prompts of up to `longest` tokens."""
+  most = min(longest, engine.context - 2)
+  sizes = {2, *(bucket(n, most) for n in range(2, most + 1))}
+  # One token more than a size: its first ones still fill just that.
+  prompts = [[1] * n for size in sizes for n in (size, size + 1)]
+  engine.generate(prompts, max_new_tokens=1, ignore_end=True)
+
+
+def run(server, sock: socket.socket, name: str) -> None:
   """Listens until SIGTERM or SIGINT; says where."""
-  sock = server.config.bind_socket()
-  sock.listen()  # Who reads the address below may call at once.
   host, port = sock.getsockname()[:2]
+  try:
+    sock.listen()  # Who reads the address below may call at once.
+  except OSError as e:  # Another took the port at the same time.
+    raise InputError(f'--host={host} --port={port}: no address ({e}).') from e
   print(f'{name} at http://{host}:{port}/', flush=True)
   # uvicorn lets the running requests end, then raises the signal once more.
   for number in (signal.SIGTERM, signal.SIGINT):

@@ -45,6 +45,9 @@ class Answer:
       choice['text'] = text
     if self._job.pieces:
       choice['loops'] = [list(p) for p in event.pieces]
+      # A piece may be the text of several tokens; this has one entry a token.
+      loops = self._job.requests[index].loops[event.first :]
+      choice['token_loops'] = loops[: event.tokens]
     choice['finish_reason'] = FINISH.get(event.finish)
     return self._shell([choice], chunk=True)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 import contextlib
 import dataclasses
+import functools
 import hmac
 import importlib.resources
 import json
@@ -33,6 +34,8 @@ except ImportError as e:
     'Serving needs starlette and uvicorn: pip install '
     '"relaxed-recursive-transformers[serve]".'
   ) from e
+
+_LAST_WORD = 1.0  # Seconds to tell a client that its time is over.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +164,7 @@ class Server:
       if kind.lower() != 'application/json':
         raise Refused('Send the body as application/json.', 415)
       raw = await self._read_in_time(request)
+      self.worker.check_room()  # Before a long prompt is tokenized.
       engine = self.worker.engine
       # Tokenizing a long prompt would hold up the other handlers.
       job = await asyncio.to_thread(
@@ -176,10 +180,9 @@ class Server:
         raise Refused(str(e)) from None
       answer = Answer(job, self.name, self._tokenizer)
       if job.stream:
-        return StreamingResponse(
-          self._stream(job, tickets, answer), media_type='text/event-stream',
-          headers={'Cache-Control': 'no-cache'},
-        )  # fmt: skip
+        events = self._stream(job, tickets, answer)
+        leave = functools.partial(self._leave, tickets)
+        return Events(events, self.limits.seconds, leave)
       return await self._wait(request, tickets, answer)
 
     return complete
@@ -232,7 +235,7 @@ class Server:
         return JSONResponse(await asyncio.to_thread(answer.whole, texts))
       if gone in done:
         return PlainTextResponse('', 499)
-      raise Refused(f'No answer within {self.limits.seconds:.0f} s.', 504)
+      raise _late(self.limits.seconds)
     finally:
       gone.cancel()
       for reader in readers:
@@ -241,7 +244,7 @@ class Server:
 
   async def _stream(
     self, job: protocol.Job, tickets: list[Ticket], answer
-  ) -> AsyncIterator[bytes]:
+  ) -> AsyncGenerator[bytes, None]:
     """Server-sent events of all choices as they come."""
     merged: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
@@ -254,35 +257,66 @@ class Server:
 
     readers = [asyncio.ensure_future(read(i, t)) for i, t in enumerate(tickets)]
     begun, open_ = set(), len(tickets)
-    loop = asyncio.get_running_loop()
-    end = loop.time() + self.limits.seconds
     try:
       while open_:
-        index, event = await asyncio.wait_for(merged.get(), end - loop.time())
+        index, event = await merged.get()
         if isinstance(event, Exception):
           yield _sse(Refused(f'The engine has stopped: {event}', 503).body())
           return
         begin = index not in begun
         begun.add(index)
         open_ -= bool(event.finish)
-        if event.pieces or event.finish or begin:
-          yield _sse(answer.chunk(index, event, begin))
+        yield _sse(answer.chunk(index, event, begin))
       if job.usage:
         yield _sse(answer.usage_chunk())
       yield b'data: [DONE]\n\n'
-    except TimeoutError:
-      text = f'No answer within {self.limits.seconds:.0f} s.'
-      yield _sse(Refused(text, 504).body())
     finally:
       for reader in readers:
         reader.cancel()
       await asyncio.gather(*readers, return_exceptions=True)
+
+  def _leave(self, tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+      self.worker.cancel(ticket)
+
+
+class Events(StreamingResponse):
+  """Server-sent events that end in time, read or not."""
+
+  def __init__(
+    self, events: AsyncGenerator[bytes, None], seconds: float,
+    leave: Callable[[], None],
+  ):  # fmt: skip
+    """`leave`: called at the end; the events may not have begun."""
+    super().__init__(
+      events, media_type='text/event-stream',
+      headers={'Cache-Control': 'no-cache'},
+    )  # fmt: skip
+    self._events, self._seconds, self._leave = events, seconds, leave
+
+  async def stream_response(self, send) -> None:
+    """Sends them; a client that stops reading holds up `send` itself."""
+    try:
+      async with asyncio.timeout(self._seconds):
+        await super().stream_response(send)
+    except TimeoutError:
+      body = _sse(_late(self._seconds).body())
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORD):
+          await send({'type': 'http.response.body', 'body': body})
+    finally:
+      self._leave()
+      await self._events.aclose()
 
 
 async def _disconnected(request: Request) -> None:
   """Returns when the client has gone away."""
   while (await request.receive())['type'] != 'http.disconnect':
     pass
+
+
+def _late(seconds: float) -> Refused:
+  return Refused(f'No answer within {seconds:g} s.', 504)
 
 
 def _sse(value: dict[str, Any]) -> bytes:

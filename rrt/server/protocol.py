@@ -27,8 +27,10 @@ class Refused(Exception):
   def body(self) -> dict[str, Any]:
     """As OpenAI's clients read it."""
     kind = 'invalid_request_error' if self.status < 500 else 'server_error'
+    # A reason may quote the request, lone surrogates and all.
+    message = str(self).encode('utf-8', 'backslashreplace').decode()
     error = {
-      'message': str(self), 'type': kind, 'param': self.param, 'code': None,
+      'message': message, 'type': kind, 'param': self.param, 'code': None,
     }  # fmt: skip
     return {'error': error}
 
@@ -43,7 +45,7 @@ class Job:
     stream: whether the answer comes in pieces.
     usage: whether the last piece counts the tokens.
     chat: whether it is a chat.
-    pieces: whether each token's text comes with its loops (our page asks).
+    pieces: whether texts and tokens come with their loops (our page asks).
     choices: choices a prompt.
   """
 

@@ -129,6 +129,18 @@ class Worker:
     if self._thread.is_alive():
       self._thread.join(timeout=30)
 
+  def check_room(self) -> None:
+    """Raises Busy or Failed where `submit` would for any request."""
+    with self._lock:
+      self._check_room(1)
+
+  def _check_room(self, count: int) -> None:
+    if self._closed:
+      raise Failed(self._closed)
+    if self._open + count > self._most:
+      self.metrics.refused += count
+      raise Busy
+
   def submit(self, requests: list[Request], stops=()) -> list[Ticket]:
     """Queues requests, all or none.
 
@@ -148,11 +160,7 @@ class Worker:
     ends = tuple(self.engine.ends)
     tickets = [Ticket(r, self._tokenizer, stops, ends) for r in requests]
     with self._lock:
-      if self._closed:
-        raise Failed(self._closed)
-      if self._open + len(requests) > self._most:
-        self.metrics.refused += len(requests)
-        raise Busy
+      self._check_room(len(requests))
       self._open += len(requests)
       for ticket in tickets:
         self._commands.put(('submit', ticket))
