@@ -18,7 +18,6 @@ from absl import flags
 
 from rrt import cli
 from rrt.errors import InputError
-from rrt.infer.decode import bucket
 
 _MODEL = flags.DEFINE_string('model', None, 'As `rrt.generate` takes it.')
 _NAME = flags.DEFINE_string(
@@ -74,10 +73,10 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'Of one answer.')
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'Bytes of a request.')
 _SECONDS = flags.DEFINE_float('seconds', 600.0, 'For one answer.')
 _WARM = flags.DEFINE_integer(
-  'warm', 64,
-  'Compile at the start for prompts of up to so many tokens; the first of '
-  'each greater size (96, 128, 192, 256, ...) compiles when it comes, and all '
-  'streams wait meanwhile.',
+  'warm', 32,
+  'Compile at the start for prompts of up to so many tokens, some seconds for '
+  'each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
+  'greater size compiles when it comes, and all streams wait meanwhile.',
 )  # fmt: skip
 _LOG_REQUESTS = flags.DEFINE_bool(
   'log_requests', False, 'Print a line (method, path, status) a request.'
@@ -203,11 +202,12 @@ def main(argv) -> None:
 
 def warm(engine, longest: int) -> None:
   """Compiles the steps, and prefills of prompts of up to `longest` tokens."""
-  most = min(longest, engine.context - 2)
-  sizes = {2, *(bucket(n, most) for n in range(2, most + 1))}
-  # One token more than a size: its first ones still fill just that.
-  prompts = [[1] * n for size in sizes for n in (size, size + 1)]
-  engine.generate(prompts, max_new_tokens=1, ignore_end=True)
+  from rrt.infer.decode import bucket
+
+  most = min(longest, engine.context - 1)
+  sizes = {2} | {bucket(n, most) for n in range(3, most + 1)}
+  prompts = [[1] * size for size in sorted(sizes)]
+  engine.generate(prompts, max_new_tokens=2, ignore_end=True)
 
 
 def run(server, sock: socket.socket, name: str) -> None:

@@ -63,10 +63,11 @@ class Options:
       suits the machine: as many as a block step, but on a CPU with many slots
       and a gate about those that a step sends out.
     pool: draw when so many tokens are due, or all; None likewise: all slots at
-      full depth and 1 with a gate, but on a CPU with many slots those that a
-      step sends out at full depth, and where prelude, coda and head cost more
-      than the block all at full depth and half of the draws with a gate. The
-      lossless mode does not wait.
+      full depth, with a gate 1, or where prelude, coda and head are larger than
+      the block three in four. On a CPU with many slots, where rows cost and not
+      weights, those that a step sends out at full depth, and with large ends
+      all at full depth and half of the draws with a gate. The lossless mode
+      does not wait.
     mean_loops: of a token, as expected, by which a CPU's draws are sized where
       there are many slots of one token each; None is the stored gate's own,
       or all.
@@ -246,15 +247,18 @@ class Options:
     """Rows of a draw, and how many it waits for."""
     loops = config.loops
     draws, pool = lanes, self.slots
-    if self.lossless or self.gate != 'none':
+    layer = sum(a * b for a, b in config.shapes().values())
+    ends = config.prelude_layers + config.coda_layers
+    ends += config.vocab_size * config.d_model / layer
+    large_ends = ends > config.block_layers
+    if self.several:
       pool = 1
+    elif self.gate != 'none':
+      # By weights read, as many as a draw has tokens: what is large, seldom.
+      pool = 3 * self.slots // 4 if large_ends else 1
     by_rows = jax.default_backend() == 'cpu' and self.slots >= _MANY
     if by_rows and loops > 1 and self.kv != 'exact_fill':
       mean = loops if self.several else self.mean_loops or loops
-      layer = sum(a * b for a, b in config.shapes().values())
-      ends = config.prelude_layers + config.coda_layers
-      ends += config.vocab_size * config.d_model / layer
-      large_ends = ends > config.block_layers
       if self.gate == 'none':
         # A head of all slots costs little more than one of few: it waits for
         # the tokens that a step sends out. Layers beside it: all in step.

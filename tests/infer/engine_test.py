@@ -139,11 +139,11 @@ def test_a_step_without_a_draw_computes_no_head():
   assert head and block and not set(head) & set(block)
 
 
-def test_draws_are_sized_by_the_expected_depth():
+def test_draws_are_sized_by_the_expected_depth(monkeypatch):
   config = dataclasses.replace(
     model('llama').config, prelude_layers=0, coda_layers=0
   )
-  sized = lambda **options: Options(slots=32, **options).plan(config)
+  sized = lambda slots=32, **more: Options(slots=slots, **more).plan(config)
   shape = lambda plan: (plan.draws, plan.pool)
   # A draw of all costs little more than one of few, and waits for a third.
   assert shape(sized()) == (32, 10)
@@ -152,16 +152,22 @@ def test_draws_are_sized_by_the_expected_depth():
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
   # An unknown depth: no token that leaves early waits for others.
   assert shape(sized(**exits)) == (16, 1)
+  # Few slots pay for weights, and small ends are read in every step.
+  assert shape(sized(**exits, slots=8)) == (8, 1)
   # The ends cost more: few rows, well filled, in tiles of 8; all in step where
   # no token leaves early.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
   assert shape(sized(mean_loops=2.1, **exits)) == (16, 6)
   assert shape(sized(draws=32, pool=32)) == (32, 32)
   assert shape(sized()) == (32, 32)
+  assert shape(sized(**exits, slots=8)) == (8, 6)
   many = sized(mean_loops=2.1, dtype='bfloat16', **exits)
   assert shape(many) == (32, 16)
   assert shape(sized(lossless=True)) == (32, 32)
   assert sized(lossless=True).lanes == 32
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert shape(sized(**exits)) == (32, 24)
+  assert shape(sized()) == (32, 32)
   with pytest.raises(InputError, match='mean_loops'):
     sized(mean_loops=0.5)
 
