@@ -84,7 +84,6 @@ class Clock:
     }
 
     found.setdefault(('fill', 1), 0.0)
-    skipped = max(self._engine.plan.config.loops - 1, 1)
 
     def by_pages(kind):
       at = [found[kind, n] for n in self._pages]
@@ -93,7 +92,7 @@ class Clock:
     return simulate.Times(
       by_pages('block'), by_pages('draw'), by_pages('enter'),
       lambda n: prefill[self._bucket(n)],
-      max(found['fill', 1] - found['draw', 1], 0.0) / skipped, call,
+      max(found['fill', 1] - found['draw', 1], 0.0), call,
     )  # fmt: skip
 
   def _run(self, run):

@@ -109,7 +109,7 @@ def check_ranges() -> None:
   """Raises InputError for a flag with which nothing could be served."""
   for flag, least, most in (
     (_PORT, 0, 65535), (_MAX_WAITING, 0, 10**6), (_MAX_TOKENS, 1, math.inf),
-    (_MAX_BODY, 1, math.inf), (_SECONDS, 0.001, 10**6), (_WARM, 0, math.inf),
+    (_MAX_BODY, 1, math.inf), (_SECONDS, 1, 10**6), (_WARM, 0, math.inf),
   ):  # fmt: skip
     if not least <= flag.value <= most:
       bounds = f'{least} to {most}' if most < math.inf else f'{least} or more'
@@ -131,13 +131,13 @@ def bind(host: str, port: int, seconds: float) -> socket.socket:
   sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
   sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   if hasattr(socket, 'TCP_USER_TIMEOUT'):
-    limit = max(int(seconds * 1000), 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
+    option = socket.TCP_USER_TIMEOUT
+    sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
   try:
     sock.bind((host, port))
   except (OSError, UnicodeError) as e:
     sock.close()
-    raise InputError(f'--host={host} --port={port}: no address ({e}).') from e
+    raise InputError(f'--host={host} --port={port}: not free ({e}).') from e
   return sock
 
 
@@ -216,7 +216,7 @@ def run(server, sock: socket.socket, name: str) -> None:
   try:
     sock.listen()  # Who reads the address below may call at once.
   except OSError as e:  # Another took the port at the same time.
-    raise InputError(f'--host={host} --port={port}: no address ({e}).') from e
+    raise InputError(f'--host={host} --port={port}: not free ({e}).') from e
   print(f'{name} at http://{host}:{port}/', flush=True)
   # uvicorn lets the running requests end, then raises the signal once more.
   for number in (signal.SIGTERM, signal.SIGINT):

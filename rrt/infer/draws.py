@@ -92,22 +92,24 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   context = context_of(plan, position_B)
   stores, counters = state.stores, state.counters
   if plan.fills:
-    loop_B = rows.of(f.loop_SxK)
-    block_kvs = stores.block
-    for r in range(1, R):
-      skipped = rows._replace(live_B=final_B & (loop_B <= r))
+    # In one pass: each row once for every loop but the first.
+    again = lambda t_B: jnp.tile(t_B, R - 1)
+    fills = Rows(again(rows.slot_B), again(rows.k_B), again(final_B))
+    loop_B = jnp.repeat(jnp.arange(1, R, dtype=jnp.int32), len(final_B))
+    fills = fills._replace(
+      live_B=fills.live_B & (fills.of(f.loop_SxK) <= loop_B)
+    )
 
-      def fill(block_kvs, r=r, skipped=skipped):
-        loop_Bx1 = jnp.full_like(loop_B, r)[:, None]
-        kvs = paged(block_kvs, plan.layout.block, skipped, loop_Bx1)
-        return stores_of(passes.fill_pass(c, params, x_Bx1xD, r, context, kvs))
+    def fill(block_kvs):
+      kvs = paged(block_kvs, plan.layout.block, fills, loop_B[:, None])
+      return stores_of(passes.fill_pass(
+        c, params, fills.of(f.x_SxKxD)[:, None], loop_B,
+        context_of(plan, again(position_B)), kvs,
+      ))  # fmt: skip
 
-      any_skipped = jnp.any(skipped.live_B)
-      block_kvs = once(any_skipped, fill, block_kvs)
-      counters = counters._replace(
-        fill_passes=counters.fill_passes + any_skipped
-      )
-    stores = stores._replace(block=block_kvs)
+    any_fills = jnp.any(fills.live_B)
+    stores = stores._replace(block=once(any_fills, fill, stores.block))
+    counters = counters._replace(fill_passes=counters.fill_passes + any_fills)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
   x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])

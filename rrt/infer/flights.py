@@ -153,7 +153,7 @@ class Counters(NamedTuple):
       oldest. Flights without a lane are not counted.
     draws: rows drawn from, guesses included.
     draw_steps: steps in which tokens or guesses were drawn.
-    fill_passes: loops filled for tokens of a step that skipped them
+    fill_passes: steps that filled the loops which their tokens skipped
       (`propagate`).
     guesses: guesses that were verified.
     right: of those, the ones that full depth confirmed.

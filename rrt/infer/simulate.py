@@ -74,7 +74,7 @@ class Passes:
     block_pages: the same by the pages that attention walked over, [pages + 1].
     draw_pages, enter_pages: passes of coda and head and of the prelude,
       likewise.
-    fill_passes: loops filled for tokens of a draw that skipped them.
+    fill_passes: draws that filled the loops which their tokens skipped.
     lanes: lanes that ran a token.
     stalls: tokens that waited a step for a pass of coda and head or of the
       prelude.
@@ -100,7 +100,7 @@ class Times:
   Attributes:
     block, draw, enter: of one pass, given the pages that it walks over.
     prefill: of a prompt, given its tokens.
-    fill: of filling one loop.
+    fill: of filling what the tokens of a draw skipped.
     call: that a call takes besides.
   """
 
@@ -181,7 +181,7 @@ def schedule(
         if len(rows):
           found.draw_pages.append(pages(rows))
           if policy.fills:
-            found.fill_passes += R - int(loop[rows].min())
+            found.fill_passes += bool((loop[rows] < R).any())
           found.tokens += len(rows)
           count[rows] += 1
           position[rows] += 1

@@ -117,7 +117,7 @@ def block_places(config: ModelConfig, loop) -> Place:
 
 
 def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
-  """Writes a loop's keys and values of x and computes nothing else of it.
+  """Writes keys and values of x in some loop and computes nothing else of it.
 
   What CALM calls state propagation: a token that left early gives the loops
   that it skipped the projections of the state in which it left.
@@ -126,9 +126,9 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
     config: the model's shape.
     params: of the whole model, from `unstack`.
     x_BxLxD: the block's output at the exit.
-    loop: int scalar: the loop to write.
+    loop: int scalar, or int [B]: the loop that each row writes.
     context: from `make_context`.
-    kvs: the rows' KVs of that loop by layer.
+    kvs: the rows' KVs of these loops by layer.
 
   Returns:
     The written KVs.

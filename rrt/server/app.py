@@ -240,7 +240,7 @@ class Server:
       gone.cancel()
       for reader in readers:
         reader.cancel()
-      await asyncio.gather(*readers, gone, return_exceptions=True)
+      await asyncio.gather(*readers, everything, gone, return_exceptions=True)
 
   async def _stream(
     self, job: protocol.Job, tickets: list[Ticket], answer

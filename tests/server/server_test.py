@@ -1,8 +1,12 @@
 """The server: answers of the engine, refusals with a reason, nothing lost."""
 
 import asyncio
+import dataclasses
+import errno
+import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +15,7 @@ import types
 
 import pytest
 
-from rrt import pretrained
+from rrt import pretrained, serve
 from rrt.infer import sample
 from rrt.infer.engine import Engine
 from tests import command, runs
@@ -19,8 +23,10 @@ from tests import command, runs
 pytest.importorskip('starlette')
 pytest.importorskip('httpx')
 
+import httpx
 from starlette.testclient import TestClient
 
+from rrt.server.answer import Answer
 from rrt.server.app import Limits, Server
 from rrt.server.protocol import Refused
 from rrt.server.worker import Worker
@@ -85,6 +91,9 @@ def test_a_stream_holds_the_same_text(client):
   assert choices[-1]['finish_reason'] == whole['choices'][0]['finish_reason']
   pieces = [p for c in choices for p in c['loops']]
   assert {depth for _, depth in pieces} == {2}
+  # One for each token, with or without a text of its own.
+  depths = [n for c in choices for n in c['token_loops']]
+  assert depths == [2] * whole['usage']['completion_tokens']
 
 
 def test_chats_stops_seeds_and_several_choices(client):
@@ -143,6 +152,20 @@ def test_log_probabilities_and_penalties(client):
   # '\ufffd' stands for every byte that is no character alone.
   most = lambda tokens: max(tokens.count(t) for t in tokens if t != '\ufffd')
   assert most(other) < most(told['tokens'])
+
+
+def test_parts_of_characters_have_their_bytes():
+  tokenizer = runs.tokenizer()
+  job = types.SimpleNamespace(chat=True)
+  answer = Answer(job, 'tiny', tokenizer)
+  text = ''.join(map(chr, range(0x800))) + '\u20ac\U0001f600'
+  told = [b for t in tokenizer.encode(text) for b in answer._bytes(t)]
+  assert bytes(told) == text.encode()
+  for written, want in (('<0xE2>', [0xE2]), ('\ufffd', None), (None, None)):
+    fake = types.SimpleNamespace(
+      decode=lambda *_, **__: '\ufffd', token=lambda _, w=written: w
+    )
+    assert Answer(job, 'tiny', fake)._bytes(0) == want
 
 
 @pytest.mark.parametrize(
@@ -345,6 +368,142 @@ def test_a_key_is_asked_for(child):
     assert client.get('/health').status_code == 200
 
 
+def slow(child, seconds=60.0):
+  """A worker and its application, which takes two seconds for 25 tokens."""
+  engine = Engine(child, slots=2, page=8, steps=2, penalties=True, logprobs=20)
+  worker = Worker(engine, child.tokenizer, max_waiting=3)
+  turn = engine.turn
+
+  def slowly():
+    time.sleep(0.15)
+    return turn()
+
+  engine.turn = slowly
+  limits = Limits(max_tokens=30, seconds=seconds)
+  return worker, Server(worker, child.tokenizer, 'tiny', limits).app()
+
+
+def wait_until(ready):
+  end = time.monotonic() + 60
+  while not ready():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+
+
+def metric(worker, name):
+  lines = [x.rsplit(' ', 1) for x in worker.metrics.text().splitlines()]
+  return next((float(v) for n, v in lines if n == name), 0)
+
+
+def cancelled(worker):
+  return metric(
+    worker, 'vllm:request_success_total{finished_reason="cancelled"}'
+  )
+
+
+LONG = ask(max_tokens=25, ignore_eos=True)  # 7 tokens before, 32 in all
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_client_that_goes_away_ends_its_request(child, stream):
+  uvicorn = pytest.importorskip('uvicorn')
+  worker, app = slow(child)
+  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  wait_until(lambda: server.started)
+  address = server.servers[0].sockets[0].getsockname()
+  body = json.dumps(LONG | {'stream': stream})
+  kind = {'Content-Type': 'application/json'}
+  connection = http.client.HTTPConnection(*address)
+  connection.request('POST', '/v1/completions', body, kind)
+  if stream:
+    with connection.getresponse() as reply:
+      assert reply.readline().startswith(b'data: ')
+  else:
+    wait_until(lambda: metric(worker, 'vllm:num_requests_running'))
+  connection.close()
+  wait_until(lambda: not worker._tickets)
+  server.should_exit = True
+  thread.join()
+  assert cancelled(worker) == 1
+  assert metric(worker, 'vllm:generation_tokens_total') < 25
+
+
+def test_an_answer_that_takes_too_long_ends(child):
+  worker, app = slow(child, seconds=1)
+  with TestClient(app) as client:
+    reply = client.post('/v1/completions', json=LONG)
+    assert reply.status_code == 504
+    assert 'within 1 s' in reply.json()['error']['message']
+    wait_until(lambda: cancelled(worker) == 1)
+    reply = client.post('/v1/completions', json=LONG | {'stream': True})
+    *pieces, last = filter(None, reply.text.split('\n\n'))
+    assert len(pieces) > 1 and 'within 1 s' in last
+    assert json.loads(last.removeprefix('data: '))['error']
+    wait_until(lambda: cancelled(worker) == 2)
+    assert metric(worker, 'vllm:generation_tokens_total') < 40
+
+
+def test_a_client_that_stops_reading_is_left(child):
+  async def post(app):
+    body = json.dumps(LONG | {'stream': True}).encode()
+    sent = [{'type': 'http.request', 'body': body}]
+    never = asyncio.Event()
+
+    async def receive():
+      if not sent:
+        await never.wait()
+      return sent.pop()
+
+    async def send(message):
+      if message['type'] == 'http.response.body':
+        await never.wait()
+
+    scope = {
+      'type': 'http', 'method': 'POST', 'path': '/v1/completions',
+      'headers': [(b'content-type', b'application/json')],
+      'query_string': b'',
+    }  # fmt: skip
+    await asyncio.wait_for(app(scope, receive, send), 30)
+    await asyncio.to_thread(wait_until, lambda: not worker._tickets)
+
+  worker, app = slow(child, seconds=0.5)
+  worker.start()
+  asyncio.run(post(app))
+  worker.stop()
+  assert cancelled(worker) == 1
+
+
+def test_a_full_server_refuses_before_it_tokenizes(client, monkeypatch):
+  worker = client.worker
+  monkeypatch.setattr(worker, '_open', worker._most)
+  parse = lambda *_, **__: pytest.fail('read a prompt')
+  monkeypatch.setattr('rrt.server.protocol.parse', parse)
+  reply = client.post('/v1/completions', json=ask())
+  assert reply.status_code == 429 and reply.headers['retry-after'] == '1'
+
+
+def test_a_reason_may_quote_what_is_no_text(client, child, monkeypatch):
+  template = '{{ raise_exception(messages[0].role) }}'
+  monkeypatch.setattr(child.tokenizer, 'chat_template', template)
+  reply = client.post(
+    '/v1/chat/completions',
+    content=b'{"messages": [{"role": "\\ud800", "content": "a"}]}',
+    headers={'Content-Type': 'application/json'},
+  )
+  assert reply.status_code == 400
+  assert '\\ud800' in reply.json()['error']['message']
+
+
+def listens(url):
+  try:
+    httpx.get(url + 'health')
+  except httpx.TransportError:
+    return False
+  return True
+
+
 def start(place, *more, **environment):
   """A served tiny model and its address."""
   process = subprocess.Popen(
@@ -362,11 +521,13 @@ def start(place, *more, **environment):
 def test_openais_client_then_sigterm(tmp_path):
   openai = pytest.importorskip('openai')
   pytest.importorskip('uvicorn')
-  pretrained.save(runs.child(), tmp_path / 'child')
+  child = runs.child()
+  long = dataclasses.replace(child.config, max_context=2048)
+  pretrained.save(dataclasses.replace(child, config=long), tmp_path / 'child')
   process, url = start(tmp_path, RRT_API_KEY='k')
   try:
     client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
-    want = sample.complete(runs.child(), 'The sea', max_new_tokens=12)[0].text
+    want = sample.complete(child, 'The sea', max_new_tokens=12)[0].text
     got = client.completions.create(
       model='child', prompt='The sea', max_tokens=12, temperature=0
     )
@@ -379,26 +540,20 @@ def test_openais_client_then_sigterm(tmp_path):
       client.completions.create(model='child', prompt='a', temperature=9)
     with pytest.raises(openai.AuthenticationError):
       openai.OpenAI(base_url=url + 'v1', api_key='x').models.list()
-    # A client that goes away in mid-stream frees its slot.
-    for _ in range(4):
-      stream = client.completions.create(
-        model='child', prompt='a', max_tokens=30, stream=True,
-        extra_body={'ignore_eos': True},
-      )  # fmt: skip
-      next(iter(stream))
-      stream.close()
-    assert client.completions.create(
-      model='child', prompt='b', max_tokens=3
-    ).choices
-    # What runs at SIGTERM is answered to its end.
-    last = client.completions.create(
-      model='child', prompt='a', max_tokens=30, stream=True,
-      extra_body={'ignore_eos': True},
+    # What runs at SIGTERM is answered to its end; nothing new is taken.
+    pieces = client.completions.create(
+      model='child', prompt='a', max_tokens=2000, stream=True,
+      stream_options={'include_usage': True}, extra_body={'ignore_eos': True},
     )  # fmt: skip
-    pieces = iter(last)
-    next(pieces)
+    got = [next(pieces)]
+    reader = threading.Thread(target=lambda: got.extend(pieces))
+    reader.start()
     process.send_signal(signal.SIGTERM)
-    assert list(pieces)[-1].choices[0].finish_reason == 'length'
+    wait_until(lambda: not listens(url))
+    assert reader.is_alive()
+    reader.join(timeout=60)
+    assert got[-2].choices[0].finish_reason == 'length'
+    assert got[-1].usage.completion_tokens == 2000
     assert process.wait(timeout=30) == 0
   finally:
     process.kill()
@@ -414,6 +569,10 @@ def test_openais_client_then_sigterm(tmp_path):
     (['--gate=stored'], 'rrt.fit_gate'),
     (['--gate=change'], 'needs a --threshold'),
     (['--api_key_file=none'], 'api_key_file'),
+    (['--port=70000'], '--port=70000'),
+    (['--max_tokens=0'], '--max_tokens=0'),
+    (['--max_waiting=-99'], '--max_waiting=-99'),
+    (['--seconds=nan'], '--seconds=nan'),
   ],
 )
 def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
@@ -425,6 +584,29 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
     env=command.environment(),
   )  # fmt: skip
   assert done.returncode == 2 and word in done.stderr, done.stderr
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
+  pytest.importorskip('uvicorn')
+  with serve.bind('127.0.0.1', 0, 1) as sock:
+    sock.listen()
+    flags = '--model=none', f'--port={sock.getsockname()[1]}'
+    status, _, error = command.run('rrt.serve', *flags, cwd=tmp_path)
+  assert status == 2 and 'not free' in error
+
+
+@pytest.mark.skipif(
+  not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='needs TCP_USER_TIMEOUT'
+)
+def test_the_connection_of_a_stalled_reader_ends():
+  with serve.bind('127.0.0.1', 0, 1) as sock:
+    sock.listen()
+    with socket.create_connection(sock.getsockname()):
+      connection, _ = sock.accept()
+      with connection, pytest.raises(TimeoutError) as ended:
+        connection.settimeout(30)
+        connection.sendall(bytes(1 << 26))  # More than all buffers hold.
+  assert ended.value.errno == errno.ETIMEDOUT  # No limit of this test's.
 
 
 def test_a_body_that_stops_half_way_is_refused():
