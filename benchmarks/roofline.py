@@ -1,7 +1,7 @@
 """What the machine could do at most: bounds on a rung's speed and its waits.
 
 A pass takes no less than its multiplications at the rate of a large product, and
-no less than reading its weights once at the rate of a large copy. Both rates are
+no less than reading its weights once at the rate of a large sum. Both rates are
 measured; keys, values, activations and low-rank terms are left out, so a bound
 is kind to the contender.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import torch
 
 _SIZE = 2048  # Of the product's sides.
-_COPIED = 2**28  # Bytes.
+_READ = 2**28  # Bytes.
 _RUNS = 5
 
 
@@ -58,7 +58,7 @@ class Roof:
 
   Attributes:
     flops: additions and multiplications a second.
-    bandwidth: bytes a second.
+    bandwidth: bytes read a second.
     width: bytes of a parameter.
   """
 
@@ -68,18 +68,18 @@ class Roof:
 
   @classmethod
   def measure(cls, dtype: str) -> 'Roof':
-    """The best of some runs, of jax and, for products on a CPU, of torch."""
-    a = jnp.ones((_SIZE, _SIZE), dtype)
-    product = jax.jit(lambda a: a @ a)
-    seconds = [_best(lambda: jax.block_until_ready(product(a)))]
+    """The best of some runs of jax and, on a CPU, of torch."""
+    a, data = jnp.ones((_SIZE, _SIZE), dtype), jnp.ones(_READ // 4, jnp.float32)
+    product, add = jax.jit(lambda a: a @ a), jax.jit(jnp.sum)
+    multiplied = [_best(lambda: jax.block_until_ready(product(a)))]
+    read = [_best(lambda: jax.block_until_ready(add(data)))]
     if jax.default_backend() == 'cpu':
       b = torch.ones(_SIZE, _SIZE, dtype=getattr(torch, dtype))
-      seconds.append(_best(lambda: b @ b))
-    data = jnp.ones(_COPIED // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    copied = _best(lambda: jax.block_until_ready(copy(data)))
+      floats = torch.ones(_READ // 4)
+      multiplied.append(_best(lambda: b @ b))
+      read.append(_best(floats.sum))
     return cls(
-      2 * _SIZE**3 / min(seconds), 2 * _COPIED / copied,
+      2 * _SIZE**3 / min(multiplied), _READ / min(read),
       jnp.dtype(dtype).itemsize,
     )  # fmt: skip
 

@@ -100,15 +100,18 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
       live_B=fills.live_B & (fills.of(f.loop_SxK) <= loop_B)
     )
 
-    def fill(block_kvs):
+    def fill(carry):
+      # Of what is carried, nothing is computed before it is wanted.
+      block_kvs, x_Bx1xD = carry
       kvs = paged(block_kvs, plan.layout.block, fills, loop_B[:, None])
-      return stores_of(passes.fill_pass(
-        c, params, fills.of(f.x_SxKxD)[:, None], loop_B,
-        context_of(plan, again(position_B)), kvs,
-      ))  # fmt: skip
+      kvs = passes.fill_pass(
+        c, params, x_Bx1xD, loop_B, context_of(plan, again(position_B)), kvs
+      )
+      return stores_of(kvs), x_Bx1xD
 
     any_fills = jnp.any(fills.live_B)
-    stores = stores._replace(block=once(any_fills, fill, stores.block))
+    carry = stores.block, fills.of(f.x_SxKxD)[:, None]
+    stores = stores._replace(block=once(any_fills, fill, carry)[0])
     counters = counters._replace(fill_passes=counters.fill_passes + any_fills)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)

@@ -13,7 +13,7 @@ on a CPU are cut into short pieces, at a price of 15 % in time.
 The right factor is packed anew there in each product. For few rows it takes 0.5 to
 1.2 of the time, by dtype, shape and machine, when the kernel is the left factor and
 lies as [F, D] (`benchmarks.products`): decoding holds its kernels as `Turned`. On
-cores that have AVX-512's bfloat16 but no AMX that holds for 16 and 32 rows alone.
+cores with AVX-512 and no AMX that holds for bfloat16 and 16 or 32 rows alone.
 
 N rows, D in, F out.
 """
@@ -38,7 +38,7 @@ NAME = 'matmul'
 LONGEST = 192
 # Rows up to which a turned kernel is the left factor.
 FEW = 64
-# And those of bfloat16 on AVX-512.
+# And those of bfloat16 on AVX-512 without AMX.
 FEW_AVX512 = (16, 32)
 
 
@@ -69,9 +69,11 @@ def turn(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   return {name: one(name, value) for name, value in params.items()}
 
 
-def pays_to_turn() -> bool:
-  """Whether products of few rows want `Turned` kernels."""
-  return jax.default_backend() == 'cpu'
+def pays_to_turn(dtype) -> bool:
+  """Whether products of few rows want `Turned` kernels in this dtype."""
+  if jax.default_backend() != 'cpu':
+    return False
+  return jnp.dtype(dtype) != jnp.float32 or not _avx512_alone()
 
 
 def slice_columns(kernel, start, count: int):
@@ -124,18 +126,19 @@ def _matmul_turned(x, kernel_FxD):
 
 def _from_left(rows: int, dtype) -> bool:
   """Whether a turned kernel is the left factor, on this machine."""
-  if dtype == jnp.bfloat16 and _multiplies_by_avx512():
+  # Before 0.11 XLA's bfloat16 products were float32 ones.
+  by_halves = dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11)
+  if by_halves and _avx512_alone():
     return rows in FEW_AVX512
   return rows <= FEW
 
 
 @functools.cache
-def _multiplies_by_avx512() -> bool:
-  """Whether XLA has AVX-512 multiply bfloat16; older ones use float32."""
+def _avx512_alone() -> bool:
+  """Whether these cores have AVX-512 and no AMX."""
   told = Path('/proc/cpuinfo')
   flags = told.read_text().split() if told.exists() else ()
-  fast = 'avx512_bf16' in flags and 'amx_bf16' not in flags
-  return fast and jax.__version_info__ >= (0, 11)
+  return 'avx512f' in flags and 'amx_bf16' not in flags
 
 
 @jax.custom_vjp

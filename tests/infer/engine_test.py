@@ -18,7 +18,7 @@ from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
 from rrt.infer.requests import empty_table
 from rrt.infer.rows import Rows
-from rrt.models.matmul import Turned
+from rrt.models import matmul
 from rrt.models.stack import unstack
 from tests import runs
 from tests.infer import oracle
@@ -101,16 +101,27 @@ def test_many_slots_go_out_of_step(name):
   assert written(engine) == expected(name)
 
 
-@pytest.mark.parametrize('backend, turned', [('cpu', True), ('gpu', False)])
-def test_kernels_are_turned_on_a_cpu_alone(monkeypatch, backend, turned):
+@pytest.mark.parametrize(
+  'backend, dtype, alone, turned',
+  [
+    ('cpu', 'bfloat16', True, True),
+    ('cpu', 'float32', False, True),
+    ('cpu', 'float32', True, False),
+    ('gpu', 'bfloat16', False, False),
+  ],
+)
+def test_kernels_are_turned_where_it_pays(
+  monkeypatch, backend, dtype, alone, turned
+):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
   lens = gates.fit_lens(np.ones((2, 4, 8), np.float32))
-  params = decode.turned(unstack(model('llama').params))
+  params = decode.turned(unstack(model('llama').params), dtype)
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
-  is_turned = lambda x: isinstance(x, Turned)
+  is_turned = lambda x: isinstance(x, matmul.Turned)
   leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
   kernels = [x for path, x in leaves if path[-1].key == 'kernel']
-  lenses = list(exits.on_device(lens)['lens_kernel'])
+  lenses = list(exits.on_device(lens, dtype)['lens_kernel'])
   assert kernels and lenses
   assert {is_turned(x) for x in kernels + lenses} == {turned}
 
