@@ -3,11 +3,12 @@
     python -m benchmarks.predict --model=runs/smollm2_10x3
 
 Each kind of pass is timed by itself (block, coda and head, prelude, keys and
-values of a skipped loop, a prompt's way into its slot, an empty call), `rrt.infer.simulate` counts the passes of a
-drain under four policies, and the engine runs the same requests. The counts
-must be the engine's own exactly. The seconds are compared repeat by repeat, the
-passes timed right before and right after the run that they foretell, because
-the speed of a shared machine drifts; the error is the median of the repeats.
+values of skipped loops, a prompt's way into its slot, an empty call),
+`rrt.infer.simulate` counts the passes of a drain under five policies, and the
+engine runs the same requests. The counts must be the engine's own exactly. The
+seconds are compared repeat by repeat, the passes timed right before and right
+after the run that they foretell, because the speed of a shared machine drifts;
+the error is the median of the repeats.
 """
 
 import functools

@@ -4,7 +4,7 @@
 
 Each figure is of one product of `rrt.models.matmul.matmul` with a kernel as
 training holds it and with a `Turned` one, as decoding does; two dozen kernels
-in turn, so that they come from memory as a model's do. With more rows than pay
+in turn, so that they come from memory as a model's do. With other rows than pay
 on this machine a `Turned` kernel is the right factor all the same.
 """
 

@@ -20,7 +20,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
   copied exits      the same, skipped loops keep copies of keys and values
-  live gate         the same with the gate that is kept with the model
+  live gate         depth-wise, with the gate that is kept with the model
   lossless          guesses after every loop but the last, at full depth
   without lookup    the same, no guess taken from the text before
 
@@ -32,8 +32,8 @@ tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
 mode, by launches: those of tied over its own. "roof" is the bound on the
 tokens a second themselves (`roofline.py`), and under load on the two waits.
-Compilation is left out: each contender runs once before it is timed. "times tied" is the median of
-the rounds' own ratios.
+Compilation is left out: each contender runs once before it is timed. "times
+tied" is the median of the rounds' own ratios.
 
 With `--rates` the same requests also arrive one by one (`arrivals.py`), at
 these fractions of the requests a second that `tied` drained.
@@ -203,7 +203,7 @@ def main(_):
     depth_run = found.get('mean_loops', R)
     found['roof'] = FLAGS.slots / roof.seconds(costs, depth_run, FLAGS.slots)
     least[name] = {
-      'ttft_bound': roof.seconds(costs, R, prompt),
+      'ttft_bound': roof.prompt_seconds(costs, prompt),
       'tpot_bound': roof.seconds(costs, depth_run, 1),
     }
     figures[name] = found

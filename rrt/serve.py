@@ -205,7 +205,9 @@ def warm(engine, longest: int) -> None:
   from rrt.infer.decode import bucket
 
   most = min(longest, engine.context - 1)
-  sizes = {2} | {bucket(n, most) for n in range(3, most + 1)}
+  sizes = {bucket(n, most) for n in range(2, most + 1)}
+  # A prompt goes in without its last token, which may begin the next size.
+  sizes |= {1} | {n + 1 for n in sizes if n < most}
   prompts = [[1] * size for size in sorted(sizes)]
   engine.generate(prompts, max_new_tokens=2, ignore_end=True)
 

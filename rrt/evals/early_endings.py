@@ -42,7 +42,8 @@ def score_endings(
     params: its parameters, stacked, on the device.
     pairs: contexts and endings, token ids.
     gate: when tokens leave, and what the loops that they skip keep; also by
-      margin or entropy, which an engine has no head for.
+      margin or entropy, which an engine has no head for. Their coda reads
+      every token before as if it had left after the same loop.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
     progress: called with the number of pairs after each pass.

@@ -171,6 +171,8 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
 def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
   """How sure the head is of what it would say after some loops, [B, L].
 
+  All tokens are read as if they had left after these loops.
+
   Args:
     kind: 'margin', of the two likeliest tokens, or 'entropy', 1 less its share
       of the most that the vocabulary allows.

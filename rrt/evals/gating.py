@@ -141,7 +141,7 @@ def continued(
   rng = np.random.default_rng(0)
   requests = {}
   for half in split(range(len(rows))):
-    for i in rng.permutation(half)[: math.ceil(share * len(half))]:
+    for i in rng.permutation(half)[: math.ceil(round(share * len(half), 6))]:
       kept = max(len(rows[i]) // 4, 1)
       if kept < len(rows[i]):
         prompt = list(map(int, rows[i][:kept]))

@@ -15,6 +15,8 @@ from rrt.infer import flights, rules
 from rrt.infer.sample import Settings
 from rrt.infer.text import Text
 
+_LARGE = 1e30  # Far from where float32 ends.
+
 
 @dataclasses.dataclass(eq=False)
 class Request:
@@ -64,13 +66,15 @@ class Request:
     """Raises InputError for what this engine cannot do."""
     if not isinstance(self.room, Integral) or self.room < 1:
       raise InputError(f'room={self.room!r}: must be whole, 1 or more.')
+    if not isinstance(self.seed, Integral):
+      raise InputError(f'seed={self.seed!r}: must be whole.')
     Settings(
       temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
       min_p=self.min_p, seed=self.seed,
     ).check()  # fmt: skip
     for field in 'presence', 'frequency', 'repetition':
       value = getattr(self, field)
-      if not isinstance(value, Real) or not math.isfinite(value):
+      if not isinstance(value, Real) or not abs(value) < _LARGE:
         raise InputError(f'{field}={value!r}: must be a finite number.')
     if self.threshold is not None and not (
       isinstance(self.threshold, Real) and not math.isnan(self.threshold)
@@ -87,7 +91,10 @@ class Request:
       raise InputError('threshold: needs an engine with a gate.')
     if self.lossless and not plan.lossless:
       raise InputError('lossless: needs an engine with lossless=True.')
-    if self.logprobs is not None and not (0 <= self.logprobs <= plan.logprobs):
+    if self.logprobs is not None and not (
+      isinstance(self.logprobs, Integral)
+      and 0 <= self.logprobs <= plan.logprobs
+    ):
       raise InputError(
         f'logprobs={self.logprobs}: this engine tells up to '
         f'{plan.logprobs} (-1: none).'

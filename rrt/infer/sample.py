@@ -131,7 +131,9 @@ class Settings:
 
   def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
     """Raises InputError for what these prompts or this model cannot have."""
-    if not isinstance(self.seed, int) and len(self.seed) != prompts:
+    if (
+      not isinstance(self.seed, int | np.integer) and len(self.seed) != prompts
+    ):
       raise InputError(
         f'seed has {len(self.seed)} values for {prompts} prompts; '
         'give one for each, or one in all.'
@@ -154,10 +156,9 @@ class Settings:
 
   def seeds(self, rows: range) -> list[int]:
     """The seed of some of the prompts."""
-    return [
-      (self.seed + i) % 2**32 if isinstance(self.seed, int) else self.seed[i]
-      for i in rows
-    ]
+    if isinstance(self.seed, int | np.integer):
+      return [(int(self.seed) + i) % 2**32 for i in rows]
+    return [self.seed[i] for i in rows]
 
 
 class Writer:

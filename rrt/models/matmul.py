@@ -10,10 +10,11 @@ libraries add up a few sums side by side, and rounding errors grow with the
 length of a sum. So under `jax.default_matmul_precision('highest')` float32 sums
 on a CPU are cut into short pieces, at a price of 15 % in time.
 
-The right factor is packed anew there in each product. For few rows it takes 0.5 to
-1.2 of the time, by dtype, shape and machine, when the kernel is the left factor and
-lies as [F, D] (`benchmarks.products`): decoding holds its kernels as `Turned`. On
-cores with AVX-512 and no AMX that holds for bfloat16 and 16 or 32 rows alone.
+The right factor is packed anew there in each product. For few rows it takes 0.5
+to 1.2 of the time, by dtype, shape and machine, when the kernel is the left
+factor and lies as [F, D] (`benchmarks.products`): decoding holds its kernels as
+`Turned`. On cores with AVX-512 and no AMX that pays for bfloat16 and 16 or 32
+rows alone.
 
 N rows, D in, F out.
 """
@@ -71,9 +72,10 @@ def turn(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def pays_to_turn(dtype) -> bool:
   """Whether products of few rows want `Turned` kernels in this dtype."""
-  if jax.default_backend() != 'cpu':
-    return False
-  return jnp.dtype(dtype) != jnp.float32 or not _avx512_alone()
+  if jax.default_backend() != 'cpu' or not _avx512_alone():
+    return jax.default_backend() == 'cpu'
+  # Before 0.11 XLA's bfloat16 products were float32 ones.
+  return jnp.dtype(dtype) == jnp.bfloat16 and jax.__version_info__ >= (0, 11)
 
 
 def slice_columns(kernel, start, count: int):
@@ -126,9 +128,7 @@ def _matmul_turned(x, kernel_FxD):
 
 def _from_left(rows: int, dtype) -> bool:
   """Whether a turned kernel is the left factor, on this machine."""
-  # Before 0.11 XLA's bfloat16 products were float32 ones.
-  by_halves = dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11)
-  if by_halves and _avx512_alone():
+  if dtype == jnp.bfloat16 and _avx512_alone():
     return rows in FEW_AVX512
   return rows <= FEW
 

@@ -56,8 +56,8 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
 
   Rows at different loops share two dense matmuls: all loops' products are
   computed and the other loops' masked out, with no gather of factors by row. A
-  scalar loop takes its own columns of A alone, and its own rows of B where these
-  are not `Turned`.
+  scalar loop takes its own columns of A alone, and its own rows of B where
+  these are not `Turned`.
 
   Args:
     x_BxLxD: the linear's input.

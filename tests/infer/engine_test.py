@@ -115,6 +115,7 @@ def test_kernels_are_turned_where_it_pays(
 ):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
+  monkeypatch.setattr(jax, '__version_info__', (0, 12, 0))
   lens = gates.fit_lens(np.ones((2, 4, 8), np.float32))
   params = decode.turned(unstack(model('llama').params), dtype)
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
@@ -639,6 +640,9 @@ def test_sequence_order_is_refused():
     (Request([1], 5, 0.7, min_p=float('nan')), 'min_p'),
     (Request([1], 5, seed=-1), 'seed'),
     (Request([1], 5, seed='a'), 'seed'),
+    (Request([1], 5, seed=[1, 2]), 'seed'),
+    (Request([1], 5, logprobs=-0.5), 'logprobs'),
+    (Request([1], 5, presence=1e300), 'presence'),
     (Request([1], 5, presence=float('inf')), 'presence'),
     (Request([1], 5, threshold=float('nan')), 'threshold'),
   ],
