@@ -4,8 +4,8 @@
 
 Each figure is of one product of `rrt.models.matmul.matmul` with a kernel as
 training holds it and with a `Turned` one, as decoding does; two dozen kernels
-in turn, so that they come from memory as a model's do. With other rows than pay
-on this machine a `Turned` kernel is the right factor all the same.
+in turn, so that they come from memory as a model's do. Decoding has none on
+cores with AVX-512 and no AMX (`matmul.pays_to_turn`).
 """
 
 from absl import flags

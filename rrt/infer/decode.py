@@ -184,7 +184,7 @@ class Decoder:
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
-    self.params = turned(cast(unstack(params), dtype), dtype)
+    self.params = turned(cast(unstack(params), dtype))
     self.clock = Clock()
 
   def run(
@@ -308,9 +308,9 @@ def cast(params, dtype: str):
   )
 
 
-def turned(params, dtype):
+def turned(params):
   """Unstacked parameters with matrices as decoding multiplies them fastest."""
-  if not matmul.pays_to_turn(dtype):
+  if not matmul.pays_to_turn():
     return params
   names = 'kernel', 'lora_a_wide', 'lora_b_wide'
   parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}

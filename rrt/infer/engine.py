@@ -80,7 +80,7 @@ class Engine:
     params = decode.cast(params, options.dtype)
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
-    params = decode.turned(params, options.dtype)
+    params = decode.turned(params)
     self._params = guesses.with_draft_head(self.plan, params)
     self._gate = exits.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids

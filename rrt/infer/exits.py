@@ -112,7 +112,7 @@ def on_device(gate: Any, dtype: str = 'float32') -> Any:
     if not name.startswith('lens_'):
       return jnp.asarray(value)
     loops = tuple(jnp.asarray(v, dtype) for v in value)
-    if name == 'lens_bias' or not pays_to_turn(dtype):
+    if name == 'lens_bias' or not pays_to_turn():
       return loops
     return tuple(Turned(v.T) for v in loops)
 

@@ -13,8 +13,9 @@ on a CPU are cut into short pieces, at a price of 15 % in time.
 The right factor is packed anew there in each product. For few rows it takes 0.5
 to 1.2 of the time, by dtype, shape and machine, when the kernel is the left
 factor and lies as [F, D] (`benchmarks.products`): decoding holds its kernels as
-`Turned`. On cores with AVX-512 and no AMX that pays for bfloat16 and 16 or 32
-rows alone.
+`Turned`. Not so on cores with AVX-512 and no AMX: it pays there for 16 or 32
+rows of bfloat16 alone, and a sum of 1,536 terms from the left is not that from
+the right, so that what is written would depend on the number of lanes.
 
 N rows, D in, F out.
 """
@@ -37,10 +38,8 @@ import jax.numpy as jnp
 NAME = 'matmul'
 # Terms of one float32 sum on a CPU with precision 'highest'.
 LONGEST = 192
-# Rows up to which a turned kernel is the left factor.
+# Rows of a prompt up to which a turned kernel is the left factor.
 FEW = 64
-# And those of bfloat16 on AVX-512 without AMX.
-FEW_AVX512 = (16, 32)
 
 
 @struct.dataclass
@@ -70,12 +69,9 @@ def turn(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   return {name: one(name, value) for name, value in params.items()}
 
 
-def pays_to_turn(dtype) -> bool:
-  """Whether products of few rows want `Turned` kernels in this dtype."""
-  if jax.default_backend() != 'cpu' or not _avx512_alone():
-    return jax.default_backend() == 'cpu'
-  # Before 0.11 XLA's bfloat16 products were float32 ones.
-  return jnp.dtype(dtype) == jnp.bfloat16 and jax.__version_info__ >= (0, 11)
+def pays_to_turn() -> bool:
+  """Whether products of few rows want `Turned` kernels on this machine."""
+  return jax.default_backend() == 'cpu' and not _avx512_alone()
 
 
 def slice_columns(kernel, start, count: int):
@@ -117,20 +113,15 @@ def _matmul_turned(x, kernel_FxD):
   F, D = kernel_FxD.shape
   *lead, _ = x.shape
   N = math.prod(lead)
-  if not _from_left(N, x.dtype) or _pieces(D, x.dtype) > 1:
+  # One token a row, or a short prompt.
+  few = lead[1:] in ([], [1]) or N <= FEW
+  if not few or _pieces(D, x.dtype) > 1:
     return _matmul(x, kernel_FxD.T)
   # A product of another layout would run in float32, on kernels converted anew.
   x_NxD = with_layout_constraint(x.reshape(N, D), Layout((0, 1)))
   y_FxN = jax.lax.dot_general(kernel_FxD, x_NxD, (((1,), (1,)), ((), ())))
   # XLA would turn the product itself, into the slow one.
   return jax.lax.optimization_barrier(y_FxN).T.reshape(*lead, F)
-
-
-def _from_left(rows: int, dtype) -> bool:
-  """Whether a turned kernel is the left factor, on this machine."""
-  if dtype == jnp.bfloat16 and _avx512_alone():
-    return rows in FEW_AVX512
-  return rows <= FEW
 
 
 @functools.cache
