@@ -15,7 +15,7 @@ import types
 
 import pytest
 
-from rrt import pretrained, serve
+from rrt import pretrained
 from rrt.infer import sample
 from rrt.infer.engine import Engine
 from tests import command, runs
@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 from rrt.server.answer import Answer
 from rrt.server.app import Limits, Server
+from rrt.server.listen import bind
 from rrt.server.protocol import Refused
 from rrt.server.worker import Worker
 
@@ -588,7 +589,7 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
   pytest.importorskip('uvicorn')
-  with serve.bind('127.0.0.1', 0, 1) as sock:
+  with bind('127.0.0.1', 0, 1) as sock:
     sock.listen()
     flags = '--model=none', f'--port={sock.getsockname()[1]}'
     status, _, error = command.run('rrt.serve', *flags, cwd=tmp_path)
@@ -599,7 +600,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
   not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='needs TCP_USER_TIMEOUT'
 )
 def test_the_connection_of_a_stalled_reader_ends():
-  with serve.bind('127.0.0.1', 0, 1) as sock:
+  with bind('127.0.0.1', 0, 1) as sock:
     sock.listen()
     with socket.create_connection(sock.getsockname()):
       connection, _ = sock.accept()
