@@ -84,8 +84,6 @@ class Clock:
       for key, run in self._passes.items()
     }
 
-    found.setdefault(('fill', 1), 0.0)
-
     def by_pages(kind):
       at = [found[kind, n] for n in self._pages]
       return lambda n: float(np.interp(n, self._pages, at))
@@ -93,7 +91,7 @@ class Clock:
     return simulate.Times(
       by_pages('block'), by_pages('draw'), by_pages('enter'),
       lambda n: prefill[self._bucket(n)],
-      max(found['fill', 1] - found['draw', 1], 0.0), call,
+      max(found.get(('fill', 1), 0.0) - found['draw', 1], 0.0), call,
     )  # fmt: skip
 
   def _run(self, run):

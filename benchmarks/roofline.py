@@ -7,11 +7,13 @@ bound is kind to the contender.
 """
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
 import torch
+
+from benchmarks import common
+from rrt.models import count
 
 _SIZE = 2048  # Of the product's sides.
 _READ = 2**28  # Bytes.
@@ -39,7 +41,7 @@ class Costs:
   @classmethod
   def of(cls, config, tied: bool = True) -> 'Costs':
     """Those of a recursive model, or of its untied export."""
-    layer = sum(a * b for a, b in config.shapes().values())
+    layer = count.linears(config)
     ends = layer * (config.prelude_layers + config.coda_layers)
     head = config.vocab_size * config.d_model
     return cls(ends, head, layer * config.block_layers, config.loops, tied)
@@ -105,10 +107,4 @@ class Roof:
 
 
 def _best(run) -> float:
-  run()
-  seconds = []
-  for _ in range(_RUNS):
-    began = time.perf_counter()
-    run()
-    seconds.append(time.perf_counter() - began)
-  return min(seconds)
+  return min(common.take_turns({'': run}, _RUNS)[''])

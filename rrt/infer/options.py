@@ -11,7 +11,7 @@ import jax
 from rrt.errors import InputError
 from rrt.infer import decode, exits, gates
 from rrt.infer.flights import Plan
-from rrt.models import pages
+from rrt.models import count, pages
 
 if TYPE_CHECKING:
   from rrt.pretrained import LanguageModel
@@ -247,7 +247,7 @@ class Options:
     """Rows of a draw, and how many it waits for."""
     loops = config.loops
     draws, pool = lanes, self.slots
-    layer = sum(a * b for a, b in config.shapes().values())
+    layer = count.linears(config)
     ends = config.prelude_layers + config.coda_layers
     ends += config.vocab_size * config.d_model / layer
     large_ends = ends > config.block_layers

@@ -13,9 +13,9 @@ on a CPU are cut into short pieces, at a price of 15 % in time.
 The right factor is packed anew there in each product. For few rows it takes 0.5
 to 1.2 of the time, by dtype, shape and machine, when the kernel is the left
 factor and lies as [F, D] (`benchmarks.products`): decoding holds its kernels as
-`Turned`. Not so on cores with AVX-512 and no AMX: it pays there for 16 or 32
-rows of bfloat16 alone, and a sum of 1,536 terms from the left is not that from
-the right, so that what is written would depend on the number of lanes.
+`Turned`. Not so on cores with AVX-512 and no AMX: it pays there for 32 rows of
+bfloat16 alone, and a sum of 1,536 terms from the left is not that from the
+right, so that what is written would depend on the number of lanes.
 
 N rows, D in, F out.
 """

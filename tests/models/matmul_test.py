@@ -75,7 +75,7 @@ def test_turned_kernels_give_the_same_products(lead, dtype):
 
 @pytest.mark.parametrize('rows', [3, matmul.FEW + 1])
 def test_turned_kernels_round_alike_from_either_side(rows):
-  """XLA would hand on float32 to what follows a product, unless it is barred.
+  """What follows a product reads bfloat16, whichever factor the kernel is.
 
   All sums are whole and exact in float32, and bfloat16 cannot hold them.
   """
