@@ -139,7 +139,7 @@ def main(argv) -> None:
   from rrt.infer.engine import Engine
   from rrt.infer.options import Options
   from rrt.server.app import Limits, Server
-  from rrt.server.listen import bind
+  from rrt.server.listen import Connection, bind
   from rrt.server.worker import Worker
 
   sock = bind(_HOST.value, _PORT.value, _SECONDS.value)
@@ -167,7 +167,7 @@ def main(argv) -> None:
   name = _NAME.value or Path(_MODEL.value).name
   server = Server(worker, model.tokenizer, name, limits, key)
   config = uvicorn.Config(
-    server.app(), access_log=_LOG_REQUESTS.value,
+    server.app(), http=Connection, access_log=_LOG_REQUESTS.value,
     limit_concurrency=options.slots + _MAX_WAITING.value + _SPARE,
     log_level='info' if _LOG_REQUESTS.value else 'warning',
     timeout_graceful_shutdown=math.ceil(_SECONDS.value),

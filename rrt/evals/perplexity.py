@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rrt.data.token_bytes import token_bytes
 from rrt.errors import InputError
 from rrt.infer.decode import cast
 from rrt.models import transformer
@@ -251,21 +252,6 @@ def token_losses(
 
 def byte_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
   """How many bytes of text each token stands for, int [N]."""
-  # Byte-level vocabularies write each byte as one character, a space as
-  # U+0120; SentencePiece ones, which may have that letter too, write a space as
-  # U+2581 and a lone byte as <0x0A>.
-  byte_level = (
-    tokenizer.token_id('\u0120') is not None
-    and tokenizer.token_id('\u2581') is None
-  )
-
-  def length(token_id) -> int:
-    token = tokenizer.token(token_id) or ''
-    if byte_level and not token.startswith('<|'):
-      return len(token)
-    if len(token) == 6 and token.startswith('<0x') and token.endswith('>'):
-      return 1
-    return len(token.replace('\u2581', ' ').encode())
-
   distinct, where = np.unique(np.asarray(ids, np.int64), return_inverse=True)
-  return np.array([length(i) for i in distinct], np.int64)[where]
+  lengths = [len(token_bytes(tokenizer, i) or b'') for i in distinct]
+  return np.array(lengths, np.int64)[where]

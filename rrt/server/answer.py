@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import itertools
-import re
 import secrets
 import time
 from typing import Any
 
+from rrt.data.token_bytes import token_bytes
 from rrt.infer.requests import Request
 from rrt.server.protocol import Job
 
 FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
-
-# How vocabularies over bytes write each: by itself where it prints, else by
-# the letters from U+0100 on (GPT-2's table).
-_PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
-_OTHERS = (b for b in range(256) if b not in _PLAIN)
-_BYTES = {chr(b): b for b in _PLAIN}
-_BYTES |= {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 
 class Answer:
@@ -99,11 +92,8 @@ class Answer:
     """A token's bytes, also where they are a part of a character."""
     if '\ufffd' not in self._name(token):
       return list(self._name(token).encode())
-    written = self._tokenizer.token(token) or ''
-    if re.fullmatch('<0x[0-9A-F]{2}>', written):
-      return [int(written[3:5], 16)]
-    known = bool(written) and all(c in _BYTES for c in written)
-    return [_BYTES[c] for c in written] if known else None
+    known = token_bytes(self._tokenizer, token)
+    return None if known is None else list(known)
 
   def _told(
     self, request: Request, first: int, count: int

@@ -14,6 +14,7 @@ from tokenizers import (
   trainers,
 )
 
+from rrt.data.token_bytes import token_bytes
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
 from rrt.infer.text import StreamDecoder
@@ -78,6 +79,16 @@ def test_byte_level_from_gguf_equals_the_original(byte_level):
   assert not ours.add_bos
   assert ours.encode('a', bos=True)[0] == 1
   assert ours.encode_batch(list(TEXTS)) == [ours.encode(t) for t in TEXTS]
+
+
+def test_bytes_of_tokens_are_those_of_the_text(byte_level):
+  tokenizer = Tokenizer(byte_level)
+  # Each byte of two, then parts of longer characters.
+  text = ''.join(map(chr, range(0x800))) + '\u20ac\U0001f600<|im_end|>'
+  told = [token_bytes(tokenizer, t) for t in tokenizer.encode(text)]
+  assert b''.join(told) == text.encode()
+  assert told[-1] == b'<|im_end|>'
+  assert token_bytes(tokenizer, tokenizer.vocab_size) is None
 
 
 def sentencepiece_metadata(**fields):

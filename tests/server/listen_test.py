@@ -1,0 +1,88 @@
+"""The server's connections: none is held for ever by who asks nothing."""
+
+import asyncio
+import errno
+import functools
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip('uvicorn')
+
+import uvicorn
+
+from rrt.server.listen import Connection, bind
+
+
+@pytest.mark.skipif(
+  not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='needs TCP_USER_TIMEOUT'
+)
+def test_the_connection_of_a_stalled_reader_ends():
+  with bind('127.0.0.1', 0, 1) as sock:
+    sock.listen()
+    with socket.create_connection(sock.getsockname()):
+      connection, _ = sock.accept()
+      with connection, pytest.raises(TimeoutError) as ended:
+        connection.settimeout(30)
+        connection.sendall(bytes(1 << 26))  # More than all buffers hold.
+  assert ended.value.errno == errno.ETIMEDOUT  # No limit of this test's.
+
+
+@pytest.fixture
+def address():
+  """Where a server answers after a second, with quick ends of connections."""
+
+  class Quick(Connection):
+    idle_seconds = 0.3
+
+  async def slow(scope, receive, send):
+    del scope, receive
+    await asyncio.sleep(1)
+    headers = [(b'content-length', b'4')]
+    await send(
+      {'type': 'http.response.start', 'status': 413, 'headers': headers}
+    )
+    await send({'type': 'http.response.body', 'body': b'done'})
+
+  config = uvicorn.Config(
+    slow, http=Quick, lifespan='off', timeout_keep_alive=60, log_level='error'
+  )
+  server = uvicorn.Server(config)
+  with bind('127.0.0.1', 0, 60) as sock:
+    sock.listen()
+    run = functools.partial(server.run, sockets=[sock])
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield sock.getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def head(size: int) -> bytes:
+  return f'POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}'.encode()
+
+
+@pytest.mark.parametrize('sent', [b'', head(3)])
+def test_a_connection_without_a_whole_request_ends(address, sent):
+  with socket.create_connection(address, timeout=30) as client:
+    client.sendall(sent)
+    assert client.recv(1) == b''
+
+
+def test_a_connection_lasts_while_requests_are_answered(address):
+  with socket.create_connection(address, timeout=30) as client:
+    # Each answer takes longer than a connection may idle.
+    for size in (3, 1000):
+      client.sendall(head(size) + b'\r\n\r\n123')
+      answer = b''
+      while not answer.endswith(b'done'):
+        part = client.recv(1000)
+        assert part
+        answer += part
+    # The rest of a body whose request has been refused, in small parts.
+    with pytest.raises(OSError):
+      for _ in range(50):
+        client.sendall(b'4')
+        time.sleep(0.1)
