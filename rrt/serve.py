@@ -5,7 +5,8 @@ python -m rrt.serve --model=gated --gate=stored --slots=16 --context=1024
 Endpoints: /v1/completions, /v1/chat/completions (both also as a stream),
 /v1/models, /health, /metrics, and a page to try it at /. It listens on this
 machine alone unless --host says otherwise, which needs an API key. SIGTERM
-lets the running requests end and takes no new ones.
+lets the running requests end and takes no new ones. A connection whose client
+sends no whole request within 30 s ends.
 """
 
 import math
@@ -83,9 +84,6 @@ _LOG_REQUESTS = flags.DEFINE_bool(
 )
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-# Connections beside those that the engine has room for: for /health, /metrics,
-# refusals with a reason, and those kept for a next request.
-_SPARE = 256
 
 
 def read_key(path: str | None) -> str | None:
@@ -128,18 +126,12 @@ def main(argv) -> None:
       f'--host={_HOST.value}: other machines may call; give them a key with '
       '--api_key_file or RRT_API_KEY.'
     )
-  try:
-    import uvicorn
-  except ImportError as e:
-    raise InputError(
-      'Serving needs starlette and uvicorn: pip install '
-      '"relaxed-recursive-transformers[serve]".'
-    ) from e
   from rrt import pretrained
   from rrt.infer.engine import Engine
   from rrt.infer.options import Options
   from rrt.server.app import Limits, Server
-  from rrt.server.listen import Connection, bind
+  from rrt.server.connection import http_server
+  from rrt.server.listen import bind
   from rrt.server.worker import Worker
 
   sock = bind(_HOST.value, _PORT.value, _SECONDS.value)
@@ -166,14 +158,9 @@ def main(argv) -> None:
   )
   name = _NAME.value or Path(_MODEL.value).name
   server = Server(worker, model.tokenizer, name, limits, key)
-  config = uvicorn.Config(
-    server.app(), http=Connection, access_log=_LOG_REQUESTS.value,
-    limit_concurrency=options.slots + _MAX_WAITING.value + _SPARE,
-    log_level='info' if _LOG_REQUESTS.value else 'warning',
-    timeout_graceful_shutdown=math.ceil(_SECONDS.value),
-    h11_max_incomplete_event_size=1 << 16,
-  )  # fmt: skip
-  run(uvicorn.Server(config), sock, name)
+  places = options.slots + _MAX_WAITING.value
+  http = http_server(server.app(), places, _SECONDS.value, _LOG_REQUESTS.value)
+  run(http, sock, name)
 
 
 def warm(engine, longest: int) -> None:

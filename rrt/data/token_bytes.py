@@ -14,27 +14,21 @@ _PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (b for b in range(256) if b not in _PLAIN)
 _BYTES = {chr(b): b for b in _PLAIN}
 _BYTES |= {chr(256 + i): b for i, b in enumerate(_OTHERS)}
-_SPACE = '\u2581'  # As SentencePiece writes it.
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes | None:
   """A token's bytes; None where the vocabulary has no such token.
 
   Byte-level vocabularies write each byte as one character; SentencePiece ones
-  write a lone byte as `<0x0A>`. Special tokens are the bytes of their names.
+  write a lone byte as `<0x0A>`. Added tokens stand for the bytes of their names.
   """
   written = tokenizer.token(token_id)
   if written is None:
     return None
-  # SentencePiece vocabularies may have the letter of the byte 0x20 too.
-  byte_level = (
-    tokenizer.token_id('\u0120') is not None
-    and tokenizer.token_id(_SPACE) is None
-  )
-  if byte_level:
-    if written.startswith('<|') or any(c not in _BYTES for c in written):
+  if tokenizer.byte_level:
+    if token_id in tokenizer.added_ids or any(c not in _BYTES for c in written):
       return written.encode()
     return bytes(_BYTES[c] for c in written)
   if re.fullmatch('<0x[0-9A-F]{2}>', written):
     return bytes([int(written[3:5], 16)])
-  return written.replace(_SPACE, ' ').encode()
+  return written.replace('\u2581', ' ').encode()

@@ -228,6 +228,19 @@ class Tokenizer:
     ids = self._core.get_vocab(with_added_tokens=True).values()
     return max((i for i in ids if i not in special), default=-1) + 1
 
+  @functools.cached_property
+  def added_ids(self) -> frozenset[int]:
+    """Ids of special and other added tokens, which are written as they read."""
+    return frozenset(self._core.get_added_tokens_decoder())
+
+  @functools.cached_property
+  def byte_level(self) -> bool:
+    """Whether the vocabulary writes each byte as one character."""
+    # That of a space is U+0120. SentencePiece vocabularies may have it too, and
+    # write a space as U+2581.
+    spaces = self.token_id('\u0120'), self.token_id('\u2581')
+    return spaces[0] is not None and spaces[1] is None
+
   def check_same_ids(self, other: Tokenizer) -> None:
     """Raises InputError unless both have the same token at each id."""
     ours, theirs = self._core.get_vocab(), other._core.get_vocab()

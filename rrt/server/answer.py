@@ -88,12 +88,11 @@ class Answer:
       self._names[token] = self._tokenizer.decode([token], skip_special=False)
     return self._names[token]
 
-  def _bytes(self, token: int) -> list[int] | None:
+  def _bytes(self, token: int) -> list[int]:
     """A token's bytes, also where they are a part of a character."""
     if '\ufffd' not in self._name(token):
       return list(self._name(token).encode())
-    known = token_bytes(self._tokenizer, token)
-    return None if known is None else list(known)
+    return list(token_bytes(self._tokenizer, token) or b'')
 
   def _told(
     self, request: Request, first: int, count: int

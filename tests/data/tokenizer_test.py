@@ -83,7 +83,7 @@ def test_byte_level_from_gguf_equals_the_original(byte_level):
 
 def test_bytes_of_tokens_are_those_of_the_text(byte_level):
   tokenizer = Tokenizer(byte_level)
-  # Each byte of two, then parts of longer characters.
+  # All characters of one and two bytes, then longer ones.
   text = ''.join(map(chr, range(0x800))) + '\u20ac\U0001f600<|im_end|>'
   told = [token_bytes(tokenizer, t) for t in tokenizer.encode(text)]
   assert b''.join(told) == text.encode()
@@ -114,6 +114,15 @@ def sentencepiece_metadata(**fields):
 
 def pieces_of(tokenizer, text):
   return [tokenizer.token(i) for i in tokenizer.encode(text, bos=False)]
+
+
+def test_bytes_of_sentencepiece_tokens():
+  tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
+  text = ' there \u20ac'  # The last is written by its bytes.
+  told = [token_bytes(tokenizer, t) for t in tokenizer.encode(text, bos=False)]
+  assert b''.join(told).strip() == text.strip().encode()
+  assert told[-3:] == [b'\xe2', b'\x82', b'\xac']
+  assert token_bytes(tokenizer, tokenizer.token_id('</s>')) == b'</s>'
 
 
 def test_sentencepiece_from_gguf():

@@ -21,11 +21,9 @@ from tests import command, runs
 
 pytest.importorskip('starlette')
 pytest.importorskip('httpx')
-pytest.importorskip('uvicorn')
 
 import httpx
 from starlette.testclient import TestClient
-import uvicorn
 
 from rrt.server.answer import Answer
 from rrt.server.app import Limits, Server
@@ -404,6 +402,7 @@ LONG = ask(max_tokens=25, ignore_eos=True)  # 7 tokens before, 32 in all
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_a_client_that_goes_away_ends_its_request(child, stream):
+  uvicorn = pytest.importorskip('uvicorn')
   worker, app = slow(child)
   server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
   thread = threading.Thread(target=server.run, daemon=True)
@@ -517,6 +516,7 @@ def start(place, *more, **environment):
 
 def test_openais_client_then_sigterm(tmp_path):
   openai = pytest.importorskip('openai')
+  pytest.importorskip('uvicorn')
   child = runs.child()
   long = dataclasses.replace(child.config, max_context=2048)
   pretrained.save(dataclasses.replace(child, config=long), tmp_path / 'child')
@@ -572,6 +572,7 @@ def test_openais_client_then_sigterm(tmp_path):
   ],
 )
 def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
+  pytest.importorskip('uvicorn')
   pretrained.save(runs.child(), tmp_path / 'child')
   done = subprocess.run(
     [sys.executable, '-m', 'rrt.serve', '--model=child', '--port=0', *more],
@@ -582,6 +583,7 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
+  pytest.importorskip('uvicorn')
   with bind('127.0.0.1', 0, 1) as sock:
     sock.listen()
     flags = '--model=none', f'--port={sock.getsockname()[1]}'

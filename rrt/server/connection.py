@@ -1,0 +1,86 @@
+"""How uvicorn listens for the server: its connections and their limits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from rrt.errors import InputError
+
+try:
+  import uvicorn
+  from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as e:
+  raise InputError(
+    'Serving needs starlette and uvicorn: pip install '
+    '"relaxed-recursive-transformers[serve]".'
+  ) from e
+
+# Places beside those that the engine has room for: for /health, /metrics,
+# refusals with a reason, and connections kept for a next request.
+_SPARE = 256
+
+
+class Connection(H11Protocol):
+  """A connection that ends when its client sends no whole request.
+
+  uvicorn alone waits for ever: for a first request, for the rest of one that
+  has begun, and for the rest of a body after the answer. Each connection takes
+  one of `limit_concurrency` places.
+
+  Attributes:
+    idle_seconds: how long nothing may be asked, from the connection on, or
+      from the first byte after an answer; a body that is still on its way when
+      it has been refused has as long.
+  """
+
+  idle_seconds = 30.0
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._end: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport) -> None:
+    super().connection_made(transport)
+    self._look()
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    self._look()
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    super().connection_lost(exc)
+    self._stop()
+
+  def _look(self) -> None:
+    if self.cycle is not None and not self.cycle.response_complete:
+      self._stop()  # A request is being answered.
+    elif self._end is None:
+      end = self.transport.close
+      self._end = self.loop.call_later(self.idle_seconds, end)
+
+  def _stop(self) -> None:
+    if self._end is not None:
+      self._end.cancel()
+      self._end = None
+
+
+def http_server(
+  app, requests: int, seconds: float, log_requests: bool
+) -> uvicorn.Server:
+  """The HTTP server of an application.
+
+  Args:
+    app: the ASGI application.
+    requests: that it holds at once.
+    seconds: for one answer, which SIGTERM lets end.
+    log_requests: whether to print a line for each.
+  """
+  config = uvicorn.Config(
+    app, http=Connection, ws='none', access_log=log_requests,
+    limit_concurrency=requests + _SPARE,
+    log_level='info' if log_requests else 'warning',
+    timeout_graceful_shutdown=math.ceil(seconds),
+    h11_max_incomplete_event_size=1 << 16,
+  )  # fmt: skip
+  return uvicorn.Server(config)
