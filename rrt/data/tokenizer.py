@@ -12,12 +12,11 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-import time
 from typing import Any
 
 import tokenizers
 
-from rrt.data import gguf_tokenizer
+from rrt.data import chat, gguf_tokenizer
 from rrt.errors import InputError
 
 # Tokens that end a turn or a document in the supported families, for files
@@ -279,37 +278,13 @@ class Tokenizer:
       raise InputError(
         'This tokenizer has no chat template; give a plain prompt instead.'
       )
-    try:
-      import jinja2
-      import jinja2.sandbox
-    except ImportError as e:
-      raise InputError(
-        'Chat templates need jinja2: pip install '
-        '"relaxed-recursive-transformers[convert]".'
-      ) from e
-
-    def refuse(message):
-      raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True,
-      lstrip_blocks=True,
-      extensions=['jinja2.ext.loopcontrols'],
-    )
-    environment.globals['raise_exception'] = refuse
-    environment.globals['strftime_now'] = time.strftime
     end = self.eos_ids[0] if self.eos_ids else None
-    try:
-      return environment.from_string(self.chat_template).render(
-        messages=list(messages),
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        bos_token='' if self.bos_id is None else self.token(self.bos_id),
-        eos_token='' if end is None else self.token(end),
-      )
-    except Exception as e:  # Templates are code of the model's author.
-      raise InputError(f'The chat template refuses the messages: {e}') from e
+    return chat.render(
+      self.chat_template, messages,
+      add_generation_prompt=add_generation_prompt,
+      bos='' if self.bos_id is None else self.token(self.bos_id),
+      eos='' if end is None else self.token(end),
+    )  # fmt: skip
 
   def save(self, directory: str | Path) -> None:
     """Writes the tokenizer files that Hugging Face reads too."""

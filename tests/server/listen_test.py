@@ -2,17 +2,16 @@
 
 import asyncio
 import errno
-import functools
 import socket
-import threading
 import time
 
 import pytest
 
 pytest.importorskip('uvicorn')
 
-from rrt.server.connection import Connection, http_server
+from rrt.server.connection import Connection
 from rrt.server.listen import bind
+from tests.serving import serving
 
 IDLE = 0.5  # Seconds.
 
@@ -33,7 +32,7 @@ def test_the_connection_of_a_stalled_reader_ends():
 
 @pytest.fixture
 def address(monkeypatch):
-  """Where a server answers after a second, with quick ends of connections."""
+  """Where answers take longer than a connection may idle."""
   monkeypatch.setattr(Connection, 'idle_seconds', IDLE)
 
   async def slow(scope, receive, send):
@@ -46,15 +45,8 @@ def address(monkeypatch):
     )
     await send({'type': 'http.response.body', 'body': b'done'})
 
-  server = http_server(slow, requests=1, seconds=5, log_requests=False)
-  with bind('127.0.0.1', 0, 60) as sock:
-    sock.listen()
-    run = functools.partial(server.run, sockets=[sock])
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield sock.getsockname()
-    server.should_exit = True
-    thread.join()
+  with serving(slow) as address:
+    yield address
 
 
 def head(size: int) -> bytes:
@@ -71,7 +63,7 @@ def test_a_connection_without_a_whole_request_ends(address, sent):
 def test_a_connection_lasts_while_requests_are_answered(address):
   with socket.create_connection(address, timeout=30) as client:
     # Each answer takes longer than a connection may idle, and half a head comes
-    # in time.
+    # Half a head comes in time.
     for size in (3, 1000):
       client.sendall(head(size))
       time.sleep(IDLE / 5)

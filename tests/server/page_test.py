@@ -1,8 +1,6 @@
 """The page, in a real browser: type, watch, turn, stop."""
 
 import shutil
-import threading
-import time
 
 import pytest
 
@@ -15,10 +13,10 @@ pytest.importorskip('selenium')
 
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
-import uvicorn
 
 from rrt.server.app import Limits, Server
 from rrt.server.worker import Worker
+from tests.serving import serving
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
@@ -39,15 +37,8 @@ def address():
   app = Server(
     worker, model.tokenizer, 'tiny', Limits(4000, max_tokens=40)
   ).app()
-  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
-  thread = threading.Thread(target=server.run)
-  thread.start()
-  while not server.started:
-    time.sleep(0.05)
-  port = server.servers[0].sockets[0].getsockname()[1]
-  yield f'http://127.0.0.1:{port}/'
-  server.should_exit = True
-  thread.join()
+  with serving(app) as (host, port):
+    yield f'http://{host}:{port}/'
 
 
 @pytest.fixture(scope='module')

@@ -402,26 +402,22 @@ LONG = ask(max_tokens=25, ignore_eos=True)  # 7 tokens before, 32 in all
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_a_client_that_goes_away_ends_its_request(child, stream):
-  uvicorn = pytest.importorskip('uvicorn')
+  pytest.importorskip('uvicorn')
+  from tests.serving import serving
+
   worker, app = slow(child)
-  server = uvicorn.Server(uvicorn.Config(app, port=0, log_level='warning'))
-  thread = threading.Thread(target=server.run, daemon=True)
-  thread.start()
-  wait_until(lambda: server.started)
-  address = server.servers[0].sockets[0].getsockname()
   body = json.dumps(LONG | {'stream': stream})
   kind = {'Content-Type': 'application/json'}
-  connection = http.client.HTTPConnection(*address)
-  connection.request('POST', '/v1/completions', body, kind)
-  if stream:
-    with connection.getresponse() as reply:
-      assert reply.readline().startswith(b'data: ')
-  else:
-    wait_until(lambda: metric(worker, 'vllm:num_requests_running'))
-  connection.close()
-  wait_until(lambda: not worker._tickets)
-  server.should_exit = True
-  thread.join()
+  with serving(app) as address:
+    connection = http.client.HTTPConnection(*address)
+    connection.request('POST', '/v1/completions', body, kind)
+    if stream:
+      with connection.getresponse() as reply:
+        assert reply.readline().startswith(b'data: ')
+    else:
+      wait_until(lambda: metric(worker, 'vllm:num_requests_running'))
+    connection.close()
+    wait_until(lambda: not worker._tickets)
   assert cancelled(worker) == 1
   assert metric(worker, 'vllm:generation_tokens_total') < 25
 
