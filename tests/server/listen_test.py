@@ -62,8 +62,7 @@ def test_a_connection_without_a_whole_request_ends(address, sent):
 
 def test_a_connection_lasts_while_requests_are_answered(address):
   with socket.create_connection(address, timeout=30) as client:
-    # Each answer takes longer than a connection may idle, and half a head comes
-    # Half a head comes in time.
+    # Half a head comes in time, and the answer later than that.
     for size in (3, 1000):
       client.sendall(head(size))
       time.sleep(IDLE / 5)
