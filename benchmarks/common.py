@@ -16,8 +16,9 @@ import time
 
 import numpy as np
 
-from rrt import pretrained
-from rrt.convert import export
+from rrt.checkpoints import load as checkpoints
+from rrt.checkpoints.save_hf import save_hf
+from rrt.models.untie import to_untied
 
 
 def use_huge_pages() -> None:
@@ -37,10 +38,10 @@ def load(source: str, threads: int):
 
   torch.set_num_threads(threads)
   transformers.logging.set_verbosity_error()
-  model = pretrained.load(source)
+  model = checkpoints.load(source)
   directory = tempfile.TemporaryDirectory()
   with contextlib.redirect_stdout(None):
-    export.save_hf(export.to_untied(model), Path(directory.name) / 'hf')
+    save_hf(to_untied(model), Path(directory.name) / 'hf')
 
   def peer(dtype: str, attention: str = 'sdpa'):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(

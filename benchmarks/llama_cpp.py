@@ -11,7 +11,7 @@ import urllib.request
 
 import numpy as np
 
-from rrt.convert.family import interleaved_rows
+from rrt.checkpoints.reader import interleaved_rows
 
 _NAMES = {
   'input_layernorm': 'attn_norm',

@@ -12,7 +12,8 @@ import sys
 from absl import flags
 
 from benchmarks import common
-from rrt import cli, pretrained
+from rrt import cli
+from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import perplexity
 from rrt.infer.engine import Engine, Request
@@ -32,7 +33,7 @@ flags.DEFINE_string('out', 'benchmarks/results/lossless.json', 'JSON file.')
 def main(_):
   if not FLAGS.model or not FLAGS.text:
     raise InputError('--model and --text are needed.')
-  model = pretrained.load(FLAGS.model)
+  model = load(FLAGS.model)
   length, count = FLAGS.prompt_tokens, FLAGS.prompts
   text = perplexity.read_text(FLAGS.text, count * length)
   rows = perplexity.make_rows(model, text, length, count * length)

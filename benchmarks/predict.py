@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, rungs
-from rrt import cli, pretrained
+from rrt import cli
+from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.infer import decode, draws, flights, lanes, simulate
 from rrt.infer import engine as engines
@@ -167,7 +168,7 @@ def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
-  model = pretrained.load(FLAGS.model)
+  model = load(FLAGS.model)
   work = rungs.workload(model)
   arrays, depth = rungs.replay(model.config.loops, FLAGS.depth)
   figures: dict = {'machine': common.machine(FLAGS.threads)} | {

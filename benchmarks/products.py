@@ -2,7 +2,7 @@
 
     python -m benchmarks.products
 
-Each figure is of one product of `rrt.models.matmul.matmul` with a kernel as
+Each figure is of one product of `rrt.ops.matmul.matmul` with a kernel as
 training holds it and with a `Turned` one, as decoding does; two dozen kernels
 in turn, so that they come from memory as a model's do. Decoding has none on
 cores with AVX-512 and no AMX (`matmul.pays_to_turn`).
@@ -13,7 +13,7 @@ import jax
 
 from benchmarks import common
 from rrt import cli
-from rrt.models import matmul
+from rrt.ops import matmul
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('dtype', 'float32', 'Precision of both.')

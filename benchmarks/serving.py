@@ -115,7 +115,7 @@ def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
-  from rrt import pretrained
+  from rrt.checkpoints.load import load
   from rrt.infer import gates
 
   model, peer = common.load(FLAGS.model, FLAGS.threads)
@@ -125,7 +125,7 @@ def main(_):
   work = rungs.workload(model)
   arrays, depth = rungs.replay(R, FLAGS.depth)
   directory = Path(peer.directory.name)
-  untied = pretrained.load(directory / 'hf')
+  untied = load(directory / 'hf')
   makers = {
     'transformers': lambda: hugging_face.static_batches(
       peer(FLAGS.dtype), work, FLAGS.slots

@@ -185,12 +185,12 @@ class Client:
 def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing.')
-  from rrt import pretrained
+  from rrt.checkpoints.load import load
   from rrt.infer import sample
   from rrt.infer.engine import Engine
 
   want = {}
-  model = pretrained.load(FLAGS.model)
+  model = load(FLAGS.model)
   write: dict = {False: functools.partial(sample.complete, model)}
   if FLAGS.early:
     write[True] = Engine(model, gate='stored', context=FLAGS.context).generate

@@ -60,6 +60,6 @@ def reduced(parent, layers: int = 15):
 
 
 if __name__ == '__main__':
-  from rrt import pretrained
+  from rrt.checkpoints.load import load, save
 
-  pretrained.save(reduced(pretrained.load('smollm2-135m')), sys.argv[1])
+  save(reduced(load('smollm2-135m')), sys.argv[1])

@@ -89,7 +89,8 @@ import time
 
 from absl import flags
 
-from rrt import cli, pretrained
+from rrt import cli
+from rrt.checkpoints.load import load
 from rrt.convert import recursive
 from rrt.convert.calibrate import ALL_STEPS
 from rrt.convert.sample import calibration_text
@@ -175,7 +176,7 @@ def main(_) -> None:
   """Runs the cells, one conversion each."""
   if not _CALIBRATION.value or not _TEXT.value:
     raise InputError('--calibration and --text are both needed; see --help.')
-  parent = pretrained.load(_SOURCE.value)
+  parent = load(_SOURCE.value)
   calibration = calibration_text(_CALIBRATION.value, _TOKENS.value)
   tokens = pipeline.read_tokens(
     _TEXT.value, parent.tokenizer, _MAX_TOKENS.value

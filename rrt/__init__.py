@@ -13,16 +13,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from rrt.checkpoints.load import load, save
+  from rrt.checkpoints.save_hf import save_hf
   from rrt.config import LoraConfig, ModelConfig
-  from rrt.convert.export import save_hf, to_untied
   from rrt.convert.recursive import to_recursive
   from rrt.errors import InputError
   from rrt.evals.perplexity import score
   from rrt.infer.engine import Engine
   from rrt.infer.requests import Request
   from rrt.infer.sample import complete
+  from rrt.model import LanguageModel
   from rrt.models.count import count_params
-  from rrt.pretrained import LanguageModel, load, save
+  from rrt.models.untie import to_untied
   from rrt.train import uptrain
 
 __version__ = '0.1.0'
@@ -30,18 +32,18 @@ __version__ = '0.1.0'
 _HOMES = {
   'Engine': 'rrt.infer.engine',
   'InputError': 'rrt.errors',
-  'LanguageModel': 'rrt.pretrained',
+  'LanguageModel': 'rrt.checkpoints.load',
   'LoraConfig': 'rrt.config',
   'ModelConfig': 'rrt.config',
   'Request': 'rrt.infer.requests',
   'complete': 'rrt.infer.sample',
   'count_params': 'rrt.models.count',
-  'load': 'rrt.pretrained',
-  'save': 'rrt.pretrained',
-  'save_hf': 'rrt.convert.export',
+  'load': 'rrt.checkpoints.load',
+  'save': 'rrt.checkpoints.load',
+  'save_hf': 'rrt.checkpoints.save_hf',
   'score': 'rrt.evals.perplexity',
   'to_recursive': 'rrt.convert.recursive',
-  'to_untied': 'rrt.convert.export',
+  'to_untied': 'rrt.checkpoints.save_hf',
   'uptrain': 'rrt.train',
 }
 

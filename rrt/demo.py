@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from rrt import cli, plots
+from rrt.checkpoints.load import check_save, load, save
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
@@ -31,8 +32,8 @@ from rrt.files import check_writable
 from rrt.infer import gates
 from rrt.infer.engine import Engine, Request
 from rrt.infer.sample import complete
+from rrt.model import LanguageModel
 from rrt.models.count import count_params
-from rrt.pretrained import LanguageModel, check_save, load, save
 
 _MODEL = flags.DEFINE_string(
   'model', 'smollm2-135m', 'The parent: whatever rrt.load takes.'

@@ -155,7 +155,7 @@ def main(argv) -> None:
     raise InputError('--model is missing; try --model=smollm2-135m.')
   if not (_TEXT.value or _TASKS.value):
     raise InputError('Nothing to measure; give --text, --tasks or both.')
-  from rrt import pretrained
+  from rrt.checkpoints.load import load
   from rrt.evals import exit_report, perplexity
 
   if _EXITS.value:
@@ -174,12 +174,12 @@ def main(argv) -> None:
   measured: list[tuple[str, dict]] = []
   context = None
   if _PARENT.value:
-    parent = pretrained.load(_PARENT.value)
+    parent = load(_PARENT.value)
     context = _context(parent)
     figures = measure(parent, text, context, parent.config.loops, 'parent')
     measured.append(('parent', figures))
     del parent
-  model = pretrained.load(_MODEL.value)
+  model = load(_MODEL.value)
   if _EXITS.value:
     exit_report.check_model(model, _EXITS.value)
   context = _context(model, context)

@@ -7,10 +7,12 @@ import time
 
 from absl import flags
 
-from rrt import cli, pretrained
-from rrt.convert import export
+from rrt import cli
+from rrt.checkpoints.load import check_apart, load
+from rrt.checkpoints.save_hf import check_save_hf, save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
+from rrt.models.untie import to_untied
 
 _MODEL = flags.DEFINE_string(
   'model', None,
@@ -30,12 +32,12 @@ def main(_) -> None:
   """Loads, unties, writes, and reports."""
   if not _MODEL.value or not _OUT.value:
     raise InputError('--model and --out are both needed; see --help.')
-  export.check_save_hf(_OUT.value)
-  pretrained.check_apart(_MODEL.value, _OUT.value)
+  check_save_hf(_OUT.value)
+  check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
-  model = pretrained.load(_MODEL.value, dtype=_DTYPE.value)
-  untied = export.to_untied(model)
-  out = export.save_hf(untied, _OUT.value)
+  model = load(_MODEL.value, dtype=_DTYPE.value)
+  untied = to_untied(model)
+  out = save_hf(untied, _OUT.value)
   c = model.config
   counts, written = count_params(c), count_params(untied.config)
   size = sum(f.stat().st_size for f in out.iterdir())

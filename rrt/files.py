@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import fcntl
+import json
 import os
 from pathlib import Path
 import platform
 import re
 import secrets
 import shutil
+from typing import Any
 
 from rrt.errors import InputError
 
@@ -202,3 +204,20 @@ def check_file_writable(path: Path) -> None:
     pass
   if new:
     path.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    InputError: the file is missing, unreadable or not an object.
+  """
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as e:
+    raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
+  except ValueError as e:
+    raise InputError(f'{path} is not valid JSON: {e}.') from e
+  if not isinstance(value, dict):
+    raise InputError(f'{path} must hold a JSON object.')
+  return value

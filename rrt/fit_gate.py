@@ -90,13 +90,13 @@ def main(argv) -> None:
   agreement = _AGREEMENT.value
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
-  from rrt import pretrained
+  from rrt.checkpoints.load import load, save
   from rrt.evals import depth, every_loop, gating, perplexity
   from rrt.files import check_writable
   from rrt.infer import gates
 
   check_writable(out)
-  model = pretrained.load(source)
+  model = load(source)
   every_loop.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
@@ -124,9 +124,7 @@ def main(argv) -> None:
       'No threshold keeps the promise on this text: all tokens will run all '
       'loops.'
     )
-  pretrained.save(
-    dataclasses.replace(model, meta=gates.store(model.meta, gate)), out
-  )
+  save(dataclasses.replace(model, meta=gates.store(model.meta, gate)), out)
   cli.finish(
     {
       'model': out, 'gate': _GATE.value, 'kv': _KV.value,

@@ -104,7 +104,7 @@ def main(argv) -> None:
     raise InputError('--model is missing; try --model=smollm2-135m.')
   if not _PROMPT.value:
     raise InputError("--prompt is missing; try --prompt='The sea is'.")
-  from rrt import pretrained
+  from rrt.checkpoints.load import load
   from rrt.infer import sample
 
   prompts = _PROMPT.value
@@ -114,7 +114,7 @@ def main(argv) -> None:
   )  # fmt: skip
   settings.check()
   sample.check_texts(prompts)
-  model = pretrained.load(_MODEL.value)
+  model = load(_MODEL.value)
   writer = sample.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
   screen = _Screen(heads, live=_STREAM.value)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.models.matmul import float32_is_float32
+from rrt.ops.matmul import float32_is_float32
 from rrt.sharding import constrain
 
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')

@@ -18,15 +18,16 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from rrt import checkpoint as checkpoint_lib
-from rrt import cli, optim, pretrained, sharding, state
+from rrt import cli, optim, sharding, state
 from rrt import metrics as metrics_lib
+from rrt.checkpoints import native
+from rrt.checkpoints.load import check_save, load, save
 from rrt.config import ModelConfig
-from rrt.convert import own
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.heldout import read_heldout
+from rrt.model import LanguageModel
 from rrt.models.init import init_params
-from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe
 
 
@@ -135,18 +136,18 @@ def prepare(
       checkpoint_lib.check_same(workdir, saved, config, Recipe.FREE)
     same = all(saved.get(k) == config[k] for k in (*origin, 'seed'))
 
-  parent = pretrained.load(recipe.parent)
+  parent = load(recipe.parent)
   kept = workdir / 'child'
   if jax.process_index() == 0:
     if not (same and kept.is_dir()):
       if recipe.child:
-        child = pretrained.load(recipe.child)
+        child = load(recipe.child)
       else:
         check_all(recipe, parent, mesh)
         child = convert(recipe, parent)
       check(recipe, parent.config, child.config, mesh)
       shutil.rmtree(kept, ignore_errors=True)
-      pretrained.save(child, kept)
+      save(child, kept)
     # Also where the child is there: until a checkpoint is, the rest may change.
     _write_json(
       settings,
@@ -159,7 +160,7 @@ def prepare(
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('child')
-  return parent, pretrained.load(kept)
+  return parent, load(kept)
 
 
 def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
@@ -207,12 +208,12 @@ def check_workdir(workdir: Path) -> None:
     foreign = 'model_type' in json.loads((workdir / 'config.json').read_text())
   except (OSError, ValueError, TypeError):
     foreign = False
-  if foreign or own.is_own(workdir):
+  if foreign or native.is_own(workdir):
     raise InputError(
       f'--workdir={workdir}: holds a model; choose a new directory, and name '
       'the model in config.child or config.parent.'
     )
-  pretrained.check_save(workdir / 'model')
+  check_save(workdir / 'model')
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def main(argv) -> None:
       f'--host={_HOST.value}: other machines may call; give them a key with '
       '--api_key_file or RRT_API_KEY.'
     )
-  from rrt import pretrained
+  from rrt.checkpoints.load import load
   from rrt.infer.engine import Engine
   from rrt.infer.options import Options
   from rrt.server.app import Limits, Server
@@ -135,7 +135,7 @@ def main(argv) -> None:
   from rrt.server.worker import Worker
 
   sock = bind(_HOST.value, _PORT.value, _SECONDS.value)
-  model = pretrained.load(_MODEL.value)
+  model = load(_MODEL.value)
   if model.tokenizer is None:
     raise InputError('The model has no tokenizer, so it cannot be served.')
   if _GATE.value == 'change' and _THRESHOLD.value is None:

@@ -29,16 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt import checkpoint as checkpoint_lib
-from rrt import cli, optim, pretrained, sharding
+from rrt import cli, optim, sharding
 from rrt import metrics as metrics_lib
 from rrt import state as state_lib
+from rrt.checkpoints.load import save
 from rrt.config_file import config_error, define_config_flag
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
 from rrt.heldout import open_heldout
+from rrt.model import LanguageModel
 from rrt.models.count import count_params
 from rrt.prepare import check, check_workdir, next_batch, open_data, prepare
-from rrt.pretrained import LanguageModel
 from rrt.recipe import Recipe
 from rrt.teacher import with_teacher
 
@@ -215,7 +216,7 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
     )
     return 143
   if jax.process_index() == 0:
-    pretrained.save(run.model, workdir / 'model')
+    save(run.model, workdir / 'model')
     summarize(recipe, run, workdir, time.monotonic() - begin)
   return 0
 

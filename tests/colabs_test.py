@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rrt.pretrained import save
+from rrt.checkpoints.load import save
 from tests import runs
 
 COLABS = Path(__file__).parent.parent / 'colabs'

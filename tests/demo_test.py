@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from rrt.pretrained import load, save
+from rrt.checkpoints.load import load, save
 from tests import runs
 
 

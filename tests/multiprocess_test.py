@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import load
 from tests import runs
 from tests.resume_test import until
 
@@ -43,7 +43,7 @@ def test_two_processes_equal_one(tmp_path):
   got, want = runs.losses(tmp_path / 'two'), runs.losses(tmp_path / 'one')
   assert [s for s, _ in got] == list(range(1, 9))
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  a, b = (pretrained.load(tmp_path / x) for x in ('two', 'one'))
+  a, b = (load(tmp_path / x) for x in ('two', 'one'))
   table = lambda m: m.params['embed']['table']
   np.testing.assert_allclose(table(a), table(b), atol=1e-4)
 

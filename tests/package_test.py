@@ -11,8 +11,8 @@ OPTIONAL = (
 CORE = (
     'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.losses',
     'rrt.state', 'rrt.optim', 'rrt.checkpoint', 'rrt.sharding',
-    'rrt.infer.sample', 'rrt.convert.recursive', 'rrt.convert.export',
-    'rrt.evals.perplexity', 'rrt.pretrained',
+    'rrt.infer.sample', 'rrt.convert.recursive', 'rrt.checkpoints.save_hf',
+    'rrt.evals.perplexity', 'rrt.checkpoints.load',
 )  # fmt: skip
 
 

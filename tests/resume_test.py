@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import load
 from rrt.train import uptrain
 from tests import runs
 
@@ -112,7 +112,7 @@ def kill_and_finish(tmp_path, kills, steps, seed):
   got, want = (json.loads(x.splitlines()[-1]) for x in (got, want))
   assert got['loss'] == want['loss']
   assert runs.losses(run) == runs.losses(tmp_path / 'whole')
-  a, b = (pretrained.load(tmp_path / x) for x in ('killed', 'whole'))
+  a, b = (load(tmp_path / x) for x in ('killed', 'whole'))
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
 
 

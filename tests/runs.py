@@ -13,11 +13,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from rrt import pretrained
+from rrt.checkpoints.load import save
 from rrt.config import LoraConfig, ModelConfig
 from rrt.data.tokenizer import Tokenizer
+from rrt.model import LanguageModel
 from rrt.models.init import clear_padding, init_params
-from rrt.pretrained import LanguageModel
 
 PARENT = ModelConfig(
   family='llama',
@@ -140,8 +140,8 @@ def get_config():
 
 def write_experiment(folder: Path) -> Path:
   """A config file, and the models and the text that it names."""
-  pretrained.save(parent(), folder / 'parent')
-  pretrained.save(child(), folder / 'child')
+  save(parent(), folder / 'parent')
+  save(child(), folder / 'child')
   text = write_text(folder / 'text.jsonl')
   file = folder / 'experiment.py'
   file.write_text(

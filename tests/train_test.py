@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import prepare, pretrained, recipe, sharding
-from rrt.convert.export import save_hf
+from rrt import prepare, recipe, sharding
+from rrt.checkpoints.load import load, save
+from rrt.checkpoints.save_hf import save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.train import uptrain
@@ -63,8 +64,8 @@ def test_a_child_learns(text, tmp_path):
   before = jax.tree.leaves(runs.child().params)
   assert all(isinstance(x, np.ndarray) for x in before)
   assert held(model.config, model.params) == count_params(model.config).unique
-  pretrained.save(model, tmp_path / 'model')
-  again = pretrained.load(tmp_path / 'model')
+  save(model, tmp_path / 'model')
+  again = load(tmp_path / 'model')
   assert held(again.config, again.params) == count_params(model.config).unique
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
@@ -157,7 +158,7 @@ def test_command(experiment, tmp_path):
   figures = json.loads(out.splitlines()[-1])
   assert figures['steps'] == 4 and figures['tokens'] == 4 * 8 * 16
   assert figures['params_unique'] == count_params(runs.CHILD).unique
-  model = pretrained.load(tmp_path / 'run')
+  model = load(tmp_path / 'run')
   assert model.config == runs.CHILD
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 4 and saved['versions']['jax']
@@ -182,7 +183,7 @@ def test_command_converts(experiment, tmp_path):
     '--config.convert.calibration_tokens=256',
   ]  # fmt: skip
   out, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
-  model = pretrained.load(tmp_path / 'run')
+  model = load(tmp_path / 'run')
   assert (model.config.block_layers, model.config.loops) == (2, 2)
   figures = json.loads(out.splitlines()[-1])
   assert figures['params_unique'] == count_params(model.config).unique
@@ -253,7 +254,7 @@ def test_what_would_fail_later_is_told_before_the_conversion(
 
 def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
   for name in ('parent', 'child'):
-    pretrained.save(getattr(runs, name)(), tmp_path / name)
+    save(getattr(runs, name)(), tmp_path / name)
   models = {n: str(tmp_path / n) for n in ('parent', 'child')}
 
   def settings(rate):
@@ -323,7 +324,7 @@ def test_a_parent_that_reads_otherwise_is_told(text):
 
 
 def test_a_model_is_no_work_directory(tmp_path):
-  pretrained.save(runs.child(), tmp_path / 'own')
+  save(runs.child(), tmp_path / 'own')
   save_hf(runs.parent(), tmp_path / 'hf')
   for name in ('own', 'hf'):
     with pytest.raises(InputError, match='holds a model'):

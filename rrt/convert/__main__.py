@@ -12,7 +12,14 @@ from typing import Any
 
 from absl import flags
 
-from rrt import cli, pretrained
+from rrt import cli
+from rrt.checkpoints.load import (
+  check_apart,
+  check_save,
+  load,
+  load_config,
+  save,
+)
 from rrt.config import ORDERS
 from rrt.convert import recursive
 from rrt.convert.arrange import LoopRanks
@@ -116,14 +123,14 @@ def main(_) -> None:
       lora_init=_LORA_INIT.value, loop_norms=_LOOP_NORMS.value,
       calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
   )  # fmt: skip
-  pretrained.check_save(_OUT.value)
-  pretrained.check_apart(_SOURCE.value, _OUT.value)
+  check_save(_OUT.value)
+  check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: what cannot work is told before.
-  recursive.plan(pretrained.load_config(_SOURCE.value), **arguments)
+  recursive.plan(load_config(_SOURCE.value), **arguments)
   text = None
   if _CALIBRATION.value is not None:
     text = calibration_text(_CALIBRATION.value, _CALIBRATION_TOKENS.value)
-  parent = pretrained.load(_SOURCE.value, dtype=_DTYPE.value)
+  parent = load(_SOURCE.value, dtype=_DTYPE.value)
   if text is None and parent.tokenizer is not None:
     text = calibration_text(None, _CALIBRATION_TOKENS.value)
   bar = cli.Progress(0, 'convert', 'layers')
@@ -132,7 +139,7 @@ def main(_) -> None:
   )
   if bar.done:
     bar.__exit__()
-  out = pretrained.save(child, _OUT.value)
+  out = save(child, _OUT.value)
   report.show()
   print(f'written to {out}')
   cli.finish(

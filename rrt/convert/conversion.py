@@ -16,10 +16,10 @@ from rrt.config import ModelConfig
 from rrt.convert import budgets, fit
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert.arrange import is_full_rank, source_layers
-from rrt.convert.family import flatten, set_path
 from rrt.convert.walk import Walk, part_of
-from rrt.models.matmul import float32_is_float32
-from rrt.pretrained import LanguageModel
+from rrt.model import LanguageModel
+from rrt.ops.matmul import float32_is_float32
+from rrt.tree import flatten, set_path
 
 
 def is_exact(config: ModelConfig, init: str, lora_init: str) -> bool:

@@ -19,8 +19,6 @@ from rrt.convert import budgets, sample
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert.arrange import LoopRanks, arrange, with_ranks
 from rrt.convert.conversion import Conversion, is_exact, one_blas_thread
-from rrt.convert.export import to_untied
-from rrt.convert.family import flatten
 from rrt.convert.report import (
   Report,
   count_arrays,
@@ -29,7 +27,9 @@ from rrt.convert.report import (
   start_report,
 )
 from rrt.errors import InputError
-from rrt.pretrained import LanguageModel
+from rrt.model import LanguageModel
+from rrt.models.untie import to_untied
+from rrt.tree import flatten
 
 INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
 ROW = 1024  # Tokens of a calibration row.

@@ -10,9 +10,9 @@ import numpy as np
 from rrt import cli
 from rrt.config import ModelConfig
 from rrt.evals import perplexity
+from rrt.model import LanguageModel
 from rrt.models import transformer
 from rrt.models.count import ParamCount, count_params
-from rrt.pretrained import LanguageModel
 
 
 @dataclasses.dataclass

@@ -30,7 +30,7 @@ from rrt.infer.gates import check_arrays
 from rrt.models.early import forward_early
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 HEADERS = (

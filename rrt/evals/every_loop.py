@@ -26,7 +26,7 @@ from rrt.models import passes, transformer
 from rrt.models.early import forward_early
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 LIVE = ('learned', 'change')
 WITH_HEAD = ('margin', 'entropy', 'oracle')

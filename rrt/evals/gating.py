@@ -16,7 +16,7 @@ from rrt.infer import gates
 from rrt.infer.engine import Engine, Request
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 _T = TypeVar('_T')
 SHARES = tuple(i / 20 for i in range(1, 20))

@@ -33,7 +33,7 @@ from rrt.evals import tasks
 
 if TYPE_CHECKING:
   from rrt.infer import gates
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 _COUNTS = ('sample_len', 'sample_count')  # among lm-eval's scores
 

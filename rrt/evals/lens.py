@@ -23,7 +23,7 @@ from rrt.infer import exits, gates
 from rrt.models import passes, transformer
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 VOCAB = 8192  # V. A whole one takes six times as long.
 STEP_TOKENS = 512

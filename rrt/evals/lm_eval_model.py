@@ -12,7 +12,9 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from rrt import cli, pretrained
+from rrt import cli
+from rrt.checkpoints import load as checkpoints
+from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import early_endings, endings
 from rrt.infer import decode, gates, sample
@@ -49,9 +51,9 @@ class RrtLM(TemplateLM):
   ):
     super().__init__()
     del max_batch_size, device  # lm-eval passes them to every model.
-    if pretrained is None:
+    if checkpoints is None:
       raise InputError('pretrained= is missing, such as smollm2-135m.')
-    self.model = _loaded(pretrained)
+    self.model = _loaded(checkpoints)
     self.tokenizer = self.model.tokenizer
     if self.tokenizer is None:
       raise InputError('Tasks need a model with a tokenizer.')
@@ -214,7 +216,7 @@ class RrtLM(TemplateLM):
 
 
 def _loaded(source):
-  return source if hasattr(source, 'params') else pretrained.load(source)
+  return source if hasattr(source, 'params') else load(source)
 
 
 def _settings(arguments: dict[str, Any]) -> sample.Settings:

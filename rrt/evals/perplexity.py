@@ -29,7 +29,7 @@ from rrt.models import transformer
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 HEAD_CHUNK = 256  # tokens whose logits exist at a time
 _CHARACTERS = 16  # more than the tokens of ordinary text have

@@ -21,9 +21,10 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.infer import rules
-from rrt.models import matmul, transformer
+from rrt.models import transformer
 from rrt.models.cache import Cache, as_empty, init_cache
 from rrt.models.stack import unstack
+from rrt.ops import matmul
 
 DTYPES = ('float32', 'bfloat16')
 CALL = 32  # tokens that one call of `advance` can hold

@@ -32,7 +32,7 @@ from rrt.models.stack import unstack
 from rrt.relax import lora
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 _CHUNK = 512  # Tokens of one prefill.
 

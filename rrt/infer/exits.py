@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.models.matmul import Turned, matmul, pays_to_turn
+from rrt.ops.matmul import Turned, matmul, pays_to_turn
 
 KINDS = ('none', 'learned', 'change', 'replay')
 

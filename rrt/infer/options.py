@@ -14,7 +14,7 @@ from rrt.infer.flights import Plan
 from rrt.models import count, pages
 
 if TYPE_CHECKING:
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
 LORA = ('auto', 'wide', 'grouped')

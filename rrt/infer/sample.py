@@ -20,7 +20,7 @@ from rrt.infer.text import Completion, Text
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
-  from rrt.pretrained import LanguageModel
+  from rrt.model import LanguageModel
 
 BATCH = 32  # prompts that are decoded together
 _GLANCE = 8  # tokens between looks of the host, where text is watched

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
-from rrt.models.matmul import Turned, matmul
+from rrt.ops.matmul import Turned, matmul
 from rrt.relax import lora
 
 

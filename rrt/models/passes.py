@@ -13,9 +13,9 @@ from flax import linen as nn
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context, Place
 from rrt.models.layers import Norm
-from rrt.models.matmul import float32_is_float32
 from rrt.models.stack import Stack, unstack
 from rrt.models.transformer import embed, places
+from rrt.ops.matmul import float32_is_float32
 
 
 def enter(

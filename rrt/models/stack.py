@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.models import matmul
 from rrt.models.attention import Attention, Context
 from rrt.models.layers import Mlp, Norm
+from rrt.ops import matmul
 from rrt.sharding import constrain
 
 REMAT = {

@@ -24,8 +24,8 @@ from rrt.errors import InputError
 from rrt.models.attention import Context, Place
 from rrt.models.cache import Cache
 from rrt.models.layers import Norm, rope_tables
-from rrt.models.matmul import float32_is_float32
 from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
+from rrt.ops.matmul import float32_is_float32
 from rrt.sharding import constrain
 
 

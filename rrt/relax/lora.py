@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rrt.models.matmul import Turned, matmul, slice_columns
+from rrt.ops.matmul import Turned, matmul, slice_columns
 
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):

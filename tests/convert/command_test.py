@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import rrt
-from rrt import pretrained
-from rrt.convert import export
+from rrt.checkpoints.load import load, save
+from rrt.checkpoints.save_hf import MARK
 from rrt.convert.report import identity_error
 from tests import command
 
@@ -77,13 +77,13 @@ def test_arguments_are_checked_before_weights_are_read(tmp_path):
   )  # fmt: skip
   assert status == 2 and 'The parent has 4 layers' in error, error
   (source / 'config.json').write_text(
-    json.dumps(json.loads(config) | {export.MARK: 'rrt'})
+    json.dumps(json.loads(config) | {MARK: 'rrt'})
   )
   status, _, error = command.run(
     'rrt.export', f'--model={source}', f'--out={source}'
   )
   assert status == 2 and 'would replace the source' in error, error
-  model = pretrained.save(pretrained.load(GOLDEN / 'llama3'), tmp_path / 'own')
+  model = save(load(GOLDEN / 'llama3'), tmp_path / 'own')
   status, _, error = command.run(
     'rrt.convert', f'--source={model}', f'--out={model}', '--init=average'
   )

@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints import safetensors
+from rrt.checkpoints import save_hf as save_hf_lib
+from rrt.checkpoints.load import load
+from rrt.checkpoints.save_hf import save_hf
 from rrt.config import LoraConfig
-from rrt.convert import export, family, tensorfile
 from rrt.errors import InputError
+from rrt.model import LanguageModel
 from rrt.models import transformer
 from rrt.models.init import init_params
-from rrt.pretrained import LanguageModel
+from rrt.models.untie import to_untied
+from rrt.tree import flatten
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
@@ -59,7 +63,7 @@ def clear_padding(config, params):
 
 
 def family_config(name):
-  config = pretrained.load(GOLDEN / name).config
+  config = load(GOLDEN / name).config
   if name == 'llama3':  # Six layers divide in more ways than four.
     config = dataclasses.replace(config, block_layers=6)
   return config
@@ -83,7 +87,7 @@ def test_untied_computes_the_same(name, order, loop_norms):
     loop_norms=loop_norms,
     lora=lora,
   )
-  untied = export.to_untied(model)
+  untied = to_untied(model)
   assert untied.config.depth == untied.config.block_layers == 6
   assert untied.config.lora is None and untied.config.loops == 1
   tokens = np.random.default_rng(2).integers(0, 61, (2, 20))
@@ -93,56 +97,56 @@ def test_untied_computes_the_same(name, order, loop_norms):
 
 
 def test_untied_model_is_left_as_it_is():
-  model = pretrained.load(GOLDEN / 'llama3')
-  assert export.to_untied(model) is model
+  model = load(GOLDEN / 'llama3')
+  assert to_untied(model) is model
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_round_trip_is_bit_exact(name, tmp_path):
-  model = pretrained.load(GOLDEN / name)
-  out = export.save_hf(model, tmp_path / 'out')
-  ours = tensorfile.SafetensorsFile(out / 'model.safetensors')
-  theirs = tensorfile.SafetensorsFile(GOLDEN / name / 'model.safetensors')
+  model = load(GOLDEN / name)
+  out = save_hf(model, tmp_path / 'out')
+  ours = safetensors.SafetensorsFile(out / 'model.safetensors')
+  theirs = safetensors.SafetensorsFile(GOLDEN / name / 'model.safetensors')
   assert ours.infos == theirs.infos
   for tensor in theirs.infos:
     for (_, a), (_, b) in zip(ours.chunks(tensor), theirs.chunks(tensor)):
       np.testing.assert_array_equal(a, b)
-  again = pretrained.load(out)
+  again = load(out)
   assert again.config == model.config
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
 def test_bfloat16_round_trip(tmp_path):
-  model = pretrained.load(GOLDEN / 'gemma3', dtype='bfloat16')
-  out = export.save_hf(model, tmp_path / 'out')
+  model = load(GOLDEN / 'gemma3', dtype='bfloat16')
+  out = save_hf(model, tmp_path / 'out')
   assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
-  again = pretrained.load(out, dtype='bfloat16')
+  again = load(out, dtype='bfloat16')
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
 def test_shards_have_an_index_and_load(tmp_path, monkeypatch):
-  monkeypatch.setattr(export, 'SHARD_BYTES', 20_000)
-  model = pretrained.load(GOLDEN / 'llama3')
-  out = export.save_hf(model, tmp_path / 'out')
+  monkeypatch.setattr(save_hf, 'SHARD_BYTES', 20_000)
+  model = load(GOLDEN / 'llama3')
+  out = save_hf(model, tmp_path / 'out')
   index = json.loads((out / 'model.safetensors.index.json').read_text())
   assert len(set(index['weight_map'].values())) > 2
   assert not (out / 'model.safetensors').exists()
   assert index['metadata']['total_size'] == sum(
-    leaf.nbytes for leaf in family.flatten(model.params).values()
+    leaf.nbytes for leaf in flatten(model.params).values()
   )
-  again = pretrained.load(out)
+  again = load(out)
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
 def test_an_export_is_replaced_but_nothing_else(tmp_path):
-  model = pretrained.load(GOLDEN / 'gemma')
-  out = export.save_hf(model, tmp_path / 'out')
-  export.save_hf(model, out)
+  model = load(GOLDEN / 'gemma')
+  out = save_hf(model, tmp_path / 'out')
+  save_hf(model, out)
   (tmp_path / 'mine').mkdir()
   (tmp_path / 'mine' / 'notes.txt').write_text('keep me')
   with pytest.raises(InputError, match='left alone'):
-    export.save_hf(model, tmp_path / 'mine')
+    save_hf(model, tmp_path / 'mine')
   assert (tmp_path / 'mine' / 'notes.txt').read_text() == 'keep me'
   with pytest.raises(InputError, match='left alone'):
-    export.save_hf(model, GOLDEN / 'gemma')
+    save_hf(model, GOLDEN / 'gemma')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['mine', 'out']

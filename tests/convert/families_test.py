@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints import hf, safetensors
+from rrt.checkpoints.load import load
 from rrt.config import Rope
-from rrt.convert import family, hf, tensorfile
 from rrt.errors import InputError
+from rrt.families.registry import family_of
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
@@ -183,8 +184,8 @@ def test_unsupported_configs_name_the_field(fields, says):
 
 def test_config_twin_round_trips():
   for name in ('llama3', 'mistral', 'gemma', 'gemma3'):
-    config = pretrained.load(GOLDEN / name).config
-    fields = family.family_of(config).to_hf(config)
+    config = load(GOLDEN / name).config
+    fields = family_of(config).to_hf(config)
     assert hf.config_from_hf(fields) == config
     del fields['rope_parameters']  # What transformers 4 reads.
     assert hf.config_from_hf(fields) == config
@@ -192,7 +193,7 @@ def test_config_twin_round_trips():
 
 def test_gemma3_exports_what_its_layers_have():
   config = hf.config_from_hf(GEMMA3)
-  to_hf = family.family_of(config).to_hf
+  to_hf = family_of(config).to_hf
   swapped = dataclasses.replace(
     config, ropes=config.ropes[::-1],
     rope_index=tuple(1 - i for i in config.rope_index),
@@ -211,7 +212,7 @@ def test_gemma3_exports_what_its_layers_have():
 
 
 def tensors_of(name):
-  file = tensorfile.SafetensorsFile(GOLDEN / name / 'model.safetensors')
+  file = safetensors.SafetensorsFile(GOLDEN / name / 'model.safetensors')
   return {n: np.concatenate([r for _, r in file.chunks(n)]) for n in file.infos}
 
 
@@ -219,7 +220,7 @@ def write(directory, name, tensors, **fields):
   directory.mkdir(exist_ok=True)
   config = json.loads((GOLDEN / name / 'config.json').read_text()) | fields
   (directory / 'config.json').write_text(json.dumps(config))
-  tensorfile.write(directory / 'model.safetensors', tensors)
+  safetensors.write(directory / 'model.safetensors', tensors)
   return directory
 
 
@@ -229,7 +230,7 @@ def test_all_faults_of_a_checkpoint_come_together(tmp_path):
   tensors['model.layers.0.self_attn.q_proj.bias'] = np.zeros(24, np.float32)
   tensors['model.norm.weight'] = np.zeros(23, np.float32)
   with pytest.raises(InputError) as error:
-    pretrained.load(write(tmp_path / 'm', 'llama3', tensors))
+    load(write(tmp_path / 'm', 'llama3', tensors))
   text = str(error.value)
   assert '1 missing (model.layers.2.mlp.up_proj.weight)' in text
   assert '1 unexpected (model.layers.0.self_attn.q_proj.bias)' in text
@@ -247,7 +248,7 @@ def test_values_that_are_not_finite(tmp_path):
     tensors[name] = tensors[name].copy()
     tensors[name][3] = value
   with pytest.raises(InputError, match='2 with NaN or Inf') as error:
-    pretrained.load(write(tmp_path / 'm', 'gemma3', tensors))
+    load(write(tmp_path / 'm', 'gemma3', tensors))
   assert 'model.norm.weight' in str(error.value)
 
 
@@ -257,25 +258,21 @@ def test_integer_tensors_are_refused(tmp_path):
   data = path.read_bytes()
   path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
   with pytest.raises(InputError, match=r'unsupported dtype.* I32'):
-    pretrained.load(directory)
+    load(directory)
 
 
 def test_wrong_config_for_the_weights(tmp_path):
   tensors = tensors_of('llama3')
   with pytest.raises(InputError, match='shape'):
-    pretrained.load(write(tmp_path / 'a', 'llama3', tensors, vocab_size=60))
+    load(write(tmp_path / 'a', 'llama3', tensors, vocab_size=60))
   with pytest.raises(InputError, match='9 missing'):
-    pretrained.load(
-      write(tmp_path / 'b', 'llama3', tensors, num_hidden_layers=5)
-    )
+    load(write(tmp_path / 'b', 'llama3', tensors, num_hidden_layers=5))
   with pytest.raises(InputError, match=r'9 unexpected .*layers.3'):
-    pretrained.load(
-      write(tmp_path / 'c', 'llama3', tensors, num_hidden_layers=3)
-    )
+    load(write(tmp_path / 'c', 'llama3', tensors, num_hidden_layers=3))
 
 
 def test_other_names_for_the_same_tensors(tmp_path):
-  plain = pretrained.load(GOLDEN / 'gemma3').params
+  plain = load(GOLDEN / 'gemma3').params
   tensors = tensors_of('gemma3')
   vision = {'vision_tower.patch.weight': np.zeros((2, 2), np.float32)}
   for i, prefix in enumerate(
@@ -290,14 +287,14 @@ def test_other_names_for_the_same_tensors(tmp_path):
       renamed | (vision if prefix else {}),
       **extra,
     )
-    params = pretrained.load(directory).params
+    params = load(directory).params
     jax.tree.map(np.testing.assert_array_equal, params, plain)
 
 
 def test_head_of_a_tied_checkpoint_is_ignored(tmp_path):
   tensors = tensors_of('mistral')
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
-  model = pretrained.load(write(tmp_path / 'm', 'mistral', tensors))
+  model = load(write(tmp_path / 'm', 'mistral', tensors))
   assert 'head' not in model.params
 
 
@@ -307,11 +304,11 @@ def test_missing_shard_and_pickles(tmp_path):
   path = directory / 'model.safetensors.index.json'
   path.write_text(json.dumps(index))
   with pytest.raises(InputError, match='lacks 1 of the 1 files'):
-    pretrained.load(directory)
+    load(directory)
   for value in (3, None):
     path.write_text(json.dumps({'weight_map': {'b': 'model-1', 'a': value}}))
     with pytest.raises(InputError, match=f"weight_map has {value} for 'a'"):
-      pretrained.load(directory)
+      load(directory)
   weight_map = {name: f'model-{name}.safetensors' for name in 'abc'}
   path.write_text(json.dumps({'weight_map': weight_map}))
   for name in 'ab':
@@ -319,10 +316,10 @@ def test_missing_shard_and_pickles(tmp_path):
   with pytest.raises(
     InputError, match=r'lacks 1 of the 3 .*-a.* not.*-b.* not'
   ):
-    pretrained.load(directory)
+    load(directory)
   path.unlink()
   for name in 'ab':
     (directory / f'model-{name}.safetensors').unlink()
   shutil.move(directory / 'model.safetensors', directory / 'model.bin')
   with pytest.raises(InputError, match=r'model.bin is a pickle'):
-    pretrained.load(directory)
+    load(directory)

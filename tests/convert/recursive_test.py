@@ -10,11 +10,11 @@ import pytest
 from rrt.config import LoraConfig
 from rrt.convert import arrange, fit, sample
 from rrt.convert.__main__ import parse_rank
-from rrt.convert.export import to_untied
 from rrt.convert.recursive import INITS, plan, to_recursive
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.init import init_params
+from rrt.models.untie import to_untied
 from tests.convert import tiny
 
 TOKENS = tiny.tokens(40).reshape(2, 20)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
+from rrt.model import LanguageModel
 from rrt.models import transformer
 from rrt.models.init import init_params
-from rrt.pretrained import LanguageModel
 
 VOCAB = 61
 

@@ -308,10 +308,10 @@ def test_tokenizers_of_installed_models(name):
   package, wanted = INSTALLED[name]
   if importlib.util.find_spec(package) is None:
     pytest.skip(f'{package} is not installed')
-  from rrt import pretrained
-  from rrt.convert import gguf
+  from rrt.checkpoints import gguf
+  from rrt.checkpoints.load import packaged_files
 
-  metadata, _ = gguf.open_gguf(pretrained.packaged_files(name))
+  metadata, _ = gguf.open_gguf(packaged_files(name))
   ours = Tokenizer.from_gguf(metadata)
   assert [ours.encode(text) for text in TEXTS[:3]] == wanted
 

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import load, save
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop, gating, lens, perplexity
 from rrt.infer import gates, sample
+from rrt.model import LanguageModel
 from rrt.models import transformer
-from rrt.pretrained import LanguageModel
 from tests import command, runs
 from tests.evals import tasks_test
 from tests.models.configs import llama, perturbed
@@ -166,7 +166,7 @@ def test_a_model_without_loops_is_refused(rows):
 
 def test_fit_gate_then_evaluate(tmp_path):
   pytest.importorskip('matplotlib')
-  pretrained.save(runs.child(), tmp_path / 'child')
+  save(runs.child(), tmp_path / 'child')
   runs.write_text(tmp_path / 'text.jsonl')
   status, printed, error = command.run(
     'rrt.fit_gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
@@ -177,7 +177,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert status == 0, error
   fitted = command.final(printed)
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
-  gate = gates.stored(pretrained.load(tmp_path / 'gated'))
+  gate = gates.stored(load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
   assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import save
 from tests import command, runs
 from tests.evals import tasks_test
 
@@ -13,8 +13,8 @@ from tests.evals import tasks_test
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
   place = tmp_path_factory.mktemp('models')
-  pretrained.save(runs.parent(), place / 'parent')
-  pretrained.save(runs.child(), place / 'child')
+  save(runs.parent(), place / 'parent')
+  save(runs.child(), place / 'child')
   runs.write_text(place / 'text.jsonl')
   tasks_test.write(place / 'arc_easy.jsonl', tasks_test.ARC)
   return place

@@ -18,8 +18,8 @@ from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
 from rrt.infer.requests import empty_table
 from rrt.infer.rows import Rows
-from rrt.models import matmul
 from rrt.models.stack import unstack
+from rrt.ops import matmul
 from tests import runs
 from tests.infer import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import save
 from rrt.infer.sample import complete
 from tests import command, runs
 
@@ -12,7 +12,7 @@ PROMPTS = ['the sea', 'a', 'ships']
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
   place = tmp_path_factory.mktemp('models')
-  pretrained.save(runs.child(), place / 'child')
+  save(runs.child(), place / 'child')
   return place
 
 

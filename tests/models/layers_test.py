@@ -8,7 +8,7 @@ import pytest
 from rrt.config import Rope
 from rrt.models.attention import attend, visible
 from rrt.models.layers import Linear, apply_rope, rms_norm, rope_frequencies
-from rrt.models.matmul import FEW, Turned
+from rrt.ops.matmul import FEW, Turned
 from rrt.relax.lora import low_rank, low_rank_wide, merge, widen
 from tests.models.configs import llama
 

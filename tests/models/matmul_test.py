@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.models import matmul
+from rrt.ops import matmul
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

@@ -208,14 +208,14 @@ def test_real_weights(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['smollm2-135m', 'gemma3-270m'])
 def test_gguf_weights_are_those_of_hugging_faces_reader(name, tmp_path):
-  from rrt import pretrained
-  from rrt.convert import export
+  from rrt.checkpoints.load import packaged_files
+  from rrt.checkpoints.save_hf import hf_tensors
 
   with open(tmp_path / 'model.gguf', 'wb') as whole:
-    for piece in pretrained.packaged_files(name):
+    for piece in packaged_files(name):
       whole.write(piece.read_bytes())
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, gguf_file='model.gguf', dtype=torch.float32
   ).state_dict()
-  for tensor, value in export.hf_tensors(rrt.load(name)).items():
+  for tensor, value in hf_tensors(rrt.load(name)).items():
     np.testing.assert_array_equal(value, theirs[tensor].numpy())

@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from rrt import pretrained
+from rrt.checkpoints.load import save
 from rrt.infer import sample
 from rrt.infer.engine import Engine
 from tests import command, runs
@@ -515,7 +515,7 @@ def test_openais_client_then_sigterm(tmp_path):
   pytest.importorskip('uvicorn')
   child = runs.child()
   long = dataclasses.replace(child.config, max_context=2048)
-  pretrained.save(dataclasses.replace(child, config=long), tmp_path / 'child')
+  save(dataclasses.replace(child, config=long), tmp_path / 'child')
   process, url = start(tmp_path, RRT_API_KEY='k')
   try:
     client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
@@ -569,7 +569,7 @@ def test_openais_client_then_sigterm(tmp_path):
 )
 def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
   pytest.importorskip('uvicorn')
-  pretrained.save(runs.child(), tmp_path / 'child')
+  save(runs.child(), tmp_path / 'child')
   done = subprocess.run(
     [sys.executable, '-m', 'rrt.serve', '--model=child', '--port=0', *more],
     cwd=tmp_path, capture_output=True, text=True,

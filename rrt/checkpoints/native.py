@@ -14,11 +14,13 @@ import zlib
 
 import numpy as np
 
+from rrt.checkpoints import reader, safetensors
 from rrt.config import ModelConfig
-from rrt.convert import family, hf, tensorfile
 from rrt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from rrt.errors import InputError
+from rrt.files import read_json
 from rrt.models.init import init_params
+from rrt.tree import flatten, set_path
 
 FORMAT = 1
 MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
@@ -49,13 +51,13 @@ def write(
   if tokenizer is not None:
     tokenizer.save(folder)
   others = {p.name: zlib.crc32(p.read_bytes()) for p in folder.iterdir()}
-  leaves = family.flatten(params)
+  leaves = flatten(params)
   manifest = {
     'format': FORMAT,
     'config': config.to_json(),
     'meta': meta,
     'files_crc32': others,
-    'tensors': tensorfile.write(folder / WEIGHTS, leaves, {'format': 'rrt'}),
+    'tensors': safetensors.write(folder / WEIGHTS, leaves, {'format': 'rrt'}),
   }
   manifest = json.loads(json.dumps(manifest))  # As it will be read.
   manifest['manifest_crc32'] = _crc(manifest)
@@ -70,7 +72,7 @@ def read_manifest(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     InputError: it is damaged, or of another version.
   """
   path = directory / MANIFEST
-  manifest = hf.read_json(path)
+  manifest = read_json(path)
   if manifest.get('format') != FORMAT:
     raise InputError(
       f'{path} has format={manifest.get("format")!r}; this version reads '
@@ -130,7 +132,7 @@ def _read_params(
   directory: Path, listed: dict[str, int], dtype: str
 ) -> dict[str, Any]:
   """The parameter tree, cast, if its checksums are as listed."""
-  file = tensorfile.SafetensorsFile(directory / WEIGHTS)
+  file = safetensors.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
     odd = sorted(set(file.infos) ^ set(listed))
     raise InputError(
@@ -140,7 +142,7 @@ def _read_params(
   params: dict[str, Any] = {}
   damaged = []
   for name, info in file.infos.items():
-    array = np.empty(info.shape, family.DTYPES[dtype])
+    array = np.empty(info.shape, reader.DTYPES[dtype])
     crc = 0
     for start, rows in file.chunks(name):
       crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
@@ -150,11 +152,11 @@ def _read_params(
         array[...] = rows
     if crc != listed[name]:
       damaged.append(name)
-    family.set_path(params, name, array)
+    set_path(params, name, array)
   if damaged:
     raise InputError(
       f'{directory / WEIGHTS} is damaged: the checksums of {len(damaged)} '
-      f'tensors are wrong ({", ".join(damaged[: family.MAX_LISTED])}); copy it '
+      f'tensors are wrong ({", ".join(damaged[: reader.MAX_LISTED])}); copy it '
       'again.'
     )
   return params
@@ -184,8 +186,8 @@ def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   shapes = jax.eval_shape(
     lambda key: init_params(config, key), jax.random.key(0)
   )
-  wanted = {k: tuple(v.shape) for k, v in family.flatten(shapes).items()}
-  found = {k: tuple(v.shape) for k, v in family.flatten(params).items()}
+  wanted = {k: tuple(v.shape) for k, v in flatten(shapes).items()}
+  found = {k: tuple(v.shape) for k, v in flatten(params).items()}
   faults = [
     f'{name} {found.get(name, "missing")} instead of {wanted.get(name, "none")}'
     for name in sorted(wanted | found)
@@ -194,5 +196,5 @@ def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   if faults:
     raise InputError(
       f'{where}: {len(faults)} tensors do not fit the configuration '
-      f'({"; ".join(faults[: family.MAX_LISTED])}).'
+      f'({"; ".join(faults[: reader.MAX_LISTED])}).'
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from rrt.config import ModelConfig
-from rrt.convert import hf
-from rrt.convert.family import Family, Row
+from rrt.families import fields as fields_lib
+from rrt.families.base import Family, Row
 
 ROWS = (
     Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
@@ -31,36 +31,39 @@ ROWS = (
 def from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Llama or Mistral config.json, 4.x or 5.x style."""
   mistral = c.get('model_type') == 'mistral'
-  hf.refuse(c, 'attention_bias', False)
-  hf.refuse(c, 'mlp_bias', False)
-  hf.refuse(c, 'hidden_act', 'silu', 'swish')
-  hf.refuse(c, 'num_local_experts', 0, 1)
-  layers = hf.whole(c, 'num_hidden_layers')
-  max_context = hf.whole(c, 'max_position_embeddings', 2048)
+  fields_lib.refuse(c, 'attention_bias', False)
+  fields_lib.refuse(c, 'mlp_bias', False)
+  fields_lib.refuse(c, 'hidden_act', 'silu', 'swish')
+  fields_lib.refuse(c, 'num_local_experts', 0, 1)
+  layers = fields_lib.whole(c, 'num_hidden_layers')
+  max_context = fields_lib.whole(c, 'max_position_embeddings', 2048)
   window = 0
   if mistral and 'sliding_window' not in c:
     window = 4096  # The default of the original.
   elif mistral:
-    window = hf.whole(c, 'sliding_window', 0, least=0)
-  heads = hf.whole(c, 'num_attention_heads')
-  d_model = hf.whole(c, 'hidden_size')
+    window = fields_lib.whole(c, 'sliding_window', 0, least=0)
+  heads = fields_lib.whole(c, 'num_attention_heads')
+  d_model = fields_lib.whole(c, 'hidden_size')
   return ModelConfig(
     family='llama',
-    vocab_size=hf.whole(c, 'vocab_size'),
+    vocab_size=fields_lib.whole(c, 'vocab_size'),
     d_model=d_model,
-    d_ff=hf.whole(c, 'intermediate_size'),
+    d_ff=fields_lib.whole(c, 'intermediate_size'),
     num_heads=heads,
-    num_kv_heads=hf.whole(c, 'num_key_value_heads', 8 if mistral else heads),
-    head_dim=hf.whole(c, 'head_dim', d_model // heads),
+    num_kv_heads=fields_lib.whole(
+      c, 'num_key_value_heads', 8 if mistral else heads
+    ),
+    head_dim=fields_lib.whole(c, 'head_dim', d_model // heads),
     block_layers=layers,
     max_context=max_context,
-    norm_eps=hf.number(c, 'rms_norm_eps', 1e-6, least=0),
-    tie_embeddings=hf.flag(c, 'tie_word_embeddings', False),
+    norm_eps=fields_lib.number(c, 'rms_norm_eps', 1e-6, least=0),
+    tie_embeddings=fields_lib.flag(c, 'tie_word_embeddings', False),
     windows=(window,) * layers if window else (),
     ropes=(
-      hf.rope_from_hf(
-        hf.table(c, 'rope_scaling') or hf.table(c, 'rope_parameters'),
-        hf.number(c, 'rope_theta', 10_000.0),
+      fields_lib.rope_from_hf(
+        fields_lib.table(c, 'rope_scaling')
+        or fields_lib.table(c, 'rope_parameters'),
+        fields_lib.number(c, 'rope_theta', 10_000.0),
         max_context,
       ),
     ),
@@ -73,7 +76,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
   Its layers are all alike; families in which they differ replace the fields.
   """
   rope = config.ropes[0]
-  scaling = hf.rope_to_hf(rope)
+  scaling = fields_lib.rope_to_hf(rope)
   fields = {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from rrt.config import ModelConfig, Rope
-from rrt.convert import hf, llama
-from rrt.convert.family import Family, Row
 from rrt.errors import InputError
+from rrt.families import fields as fields_lib
+from rrt.families import llama
+from rrt.families.base import Family, Row
 
 GEMMA3_ROWS = (
     Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
@@ -58,17 +59,18 @@ LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
 def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Gemma 1 config.json, 4.x or 5.x style."""
   c = GEMMA_DEFAULTS | c
-  hf.refuse(c, 'attention_bias', False)
+  fields_lib.refuse(c, 'attention_bias', False)
   # Early files say 'gelu' and mean its tanh approximation.
-  hf.refuse(c, 'hidden_act', 'gelu_pytorch_tanh', 'gelu')
-  hf.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh', 'gelu')
+  fields_lib.refuse(c, 'hidden_act', 'gelu_pytorch_tanh', 'gelu')
+  fields_lib.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh', 'gelu')
   return ModelConfig(
     **_common(c, 'gemma'),
     ropes=(
-      hf.rope_from_hf(
-        hf.table(c, 'rope_scaling') or hf.table(c, 'rope_parameters'),
-        hf.number(c, 'rope_theta', 10_000.0),
-        hf.whole(c, 'max_position_embeddings'),
+      fields_lib.rope_from_hf(
+        fields_lib.table(c, 'rope_scaling')
+        or fields_lib.table(c, 'rope_parameters'),
+        fields_lib.number(c, 'rope_theta', 10_000.0),
+        fields_lib.whole(c, 'max_position_embeddings'),
       ),
     ),
   )
@@ -77,12 +79,12 @@ def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
 def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Gemma 3 text config, 4.x or 5.x style."""
   c = GEMMA3_DEFAULTS | c
-  hf.refuse(c, 'attention_bias', False)
-  hf.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh')
-  hf.refuse(c, 'attn_logit_softcapping')
-  hf.refuse(c, 'final_logit_softcapping')
+  fields_lib.refuse(c, 'attention_bias', False)
+  fields_lib.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh')
+  fields_lib.refuse(c, 'attn_logit_softcapping')
+  fields_lib.refuse(c, 'final_logit_softcapping')
   kinds = _layer_kinds(c)
-  window = hf.whole(c, 'sliding_window', 0, least=0)
+  window = fields_lib.whole(c, 'sliding_window', 0, least=0)
   if LOCAL in kinds and not window:
     raise InputError(
       f'config.json: sliding_window={window!r} with layers of type '
@@ -93,7 +95,7 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
     **_common(c, 'gemma3'),
     post_norms=True,
     qk_norm=True,
-    query_scale=hf.number(c, 'query_pre_attn_scalar') ** -0.5,
+    query_scale=fields_lib.number(c, 'query_pre_attn_scalar') ** -0.5,
     windows=tuple(window * local for local in is_local),
     ropes=_ropes_from_hf(c),
     rope_index=is_local,
@@ -101,33 +103,33 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
 
 
 def _common(c: dict[str, Any], family: str) -> dict[str, Any]:
-  hf.refuse(c, 'use_bidirectional_attention', False)
-  heads = hf.whole(c, 'num_attention_heads')
+  fields_lib.refuse(c, 'use_bidirectional_attention', False)
+  heads = fields_lib.whole(c, 'num_attention_heads')
   return {
     'family': family,
-    'vocab_size': hf.whole(c, 'vocab_size'),
-    'd_model': hf.whole(c, 'hidden_size'),
-    'd_ff': hf.whole(c, 'intermediate_size'),
+    'vocab_size': fields_lib.whole(c, 'vocab_size'),
+    'd_model': fields_lib.whole(c, 'hidden_size'),
+    'd_ff': fields_lib.whole(c, 'intermediate_size'),
     'num_heads': heads,
-    'num_kv_heads': hf.whole(c, 'num_key_value_heads', heads),
-    'head_dim': hf.whole(c, 'head_dim'),
-    'block_layers': hf.whole(c, 'num_hidden_layers'),
-    'max_context': hf.whole(c, 'max_position_embeddings'),
-    'norm_eps': hf.number(c, 'rms_norm_eps', 1e-6, least=0),
+    'num_kv_heads': fields_lib.whole(c, 'num_key_value_heads', heads),
+    'head_dim': fields_lib.whole(c, 'head_dim'),
+    'block_layers': fields_lib.whole(c, 'num_hidden_layers'),
+    'max_context': fields_lib.whole(c, 'max_position_embeddings'),
+    'norm_eps': fields_lib.number(c, 'rms_norm_eps', 1e-6, least=0),
     'unit_offset_norm': True,
     'activation': 'gelu_tanh',
     'scale_embeddings': True,
-    'tie_embeddings': hf.flag(c, 'tie_word_embeddings', True),
+    'tie_embeddings': fields_lib.flag(c, 'tie_word_embeddings', True),
   }
 
 
 def _layer_kinds(c: dict[str, Any]) -> list[str]:
   """LOCAL or GLOBAL for every layer."""
-  layers = hf.whole(c, 'num_hidden_layers')
+  layers = fields_lib.whole(c, 'num_hidden_layers')
   kinds = c.get('layer_types')
   if kinds is None:
-    every = hf.whole(c, '_sliding_window_pattern', 6)
-    every = hf.whole(c, 'sliding_window_pattern', every)
+    every = fields_lib.whole(c, '_sliding_window_pattern', 6)
+    every = fields_lib.whole(c, 'sliding_window_pattern', every)
     kinds = [LOCAL if (i + 1) % every else GLOBAL for i in range(layers)]
   if not isinstance(kinds, list):
     raise InputError(f'config.json: layer_types={kinds!r} must be a list.')
@@ -147,15 +149,19 @@ def _layer_kinds(c: dict[str, Any]) -> list[str]:
 
 def _ropes_from_hf(c: dict[str, Any]) -> tuple[Rope, Rope]:
   """(global, local) rotary tables; a scaling outside is the global one's."""
-  nested = hf.table(c, 'rope_parameters')
+  nested = fields_lib.table(c, 'rope_parameters')
   if nested and not (GLOBAL in nested or LOCAL in nested):
     nested = {GLOBAL: nested}
-  far = hf.table(nested, GLOBAL) | hf.table(c, 'rope_scaling')
-  near = hf.table(nested, LOCAL)
-  context = hf.whole(c, 'max_position_embeddings')
+  far = fields_lib.table(nested, GLOBAL) | fields_lib.table(c, 'rope_scaling')
+  near = fields_lib.table(nested, LOCAL)
+  context = fields_lib.whole(c, 'max_position_embeddings')
   return (
-    hf.rope_from_hf(far, hf.number(c, 'rope_theta', 1e6), context),
-    hf.rope_from_hf(near, hf.number(c, 'rope_local_base_freq', 1e4), context),
+    fields_lib.rope_from_hf(
+      far, fields_lib.number(c, 'rope_theta', 1e6), context
+    ),
+    fields_lib.rope_from_hf(
+      near, fields_lib.number(c, 'rope_local_base_freq', 1e4), context
+    ),
   )
 
 
@@ -188,7 +194,7 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     'sliding_window': window or GEMMA3_DEFAULTS['sliding_window'],
     'layer_types': [LOCAL if w else GLOBAL for w in windows],
     'rope_theta': far.base,
-    'rope_scaling': hf.rope_to_hf(far),
+    'rope_scaling': fields_lib.rope_to_hf(far),
     'rope_local_base_freq': near.base,
     'rope_parameters': {
       GLOBAL: _rope_parameters(far),
@@ -228,7 +234,7 @@ def _kinds_of_layers(
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:
-  fields = hf.rope_to_hf(rope) or {'rope_type': 'default'}
+  fields = fields_lib.rope_to_hf(rope) or {'rope_type': 'default'}
   return fields | {'rope_theta': rope.base}
 
 

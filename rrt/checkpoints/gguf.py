@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from rrt.checkpoints import gguf_parts, hf, reader, safetensors
+from rrt.checkpoints.gguf_file import GgufFile
 from rrt.config import ModelConfig
-from rrt.convert import family, gguf_parts, hf, tensorfile
-from rrt.convert.gguf_file import GgufFile
 from rrt.errors import InputError
+from rrt.families import fields as fields_lib
+from rrt.families.registry import family_of
 
 # Fields of config.json by llama.cpp's keys (after the architecture's name).
 _FIELDS = {
@@ -47,9 +49,9 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
   if first is None or not first.is_split:
     file = GgufFile(paths)
     return file.metadata, file
-  files = tensorfile.open_all(paths, lambda path: GgufFile([path]), [])
+  files = safetensors.open_all(paths, lambda path: GgufFile([path]), [])
   dtypes = set().union(*(file.dtypes for file in files))
-  return files[0].metadata, tensorfile.ShardedTensors(files, dtypes)
+  return files[0].metadata, safetensors.ShardedTensors(files, dtypes)
 
 
 def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
@@ -132,8 +134,8 @@ def _gemma3_fields(metadata, fields) -> dict[str, Any]:
     out['sliding_window_pattern'] = pattern
   out['query_pre_attn_scalar'] = fields.get('head_dim', 256)
   if layers == 62:  # The 27B model alone scales by the width of a head slice.
-    width = hf.whole(fields, 'hidden_size')
-    heads = hf.whole(fields, 'num_attention_heads')
+    width = fields_lib.whole(fields, 'hidden_size')
+    heads = fields_lib.whole(fields, 'num_attention_heads')
     out['query_pre_attn_scalar'] = width // heads
   return out
 
@@ -171,9 +173,9 @@ def read_params(
   config: ModelConfig, tensors: Any, dtype: str, where: str
 ) -> dict[str, Any]:
   """The parameters of an open GGUF file; see `family.read_params`."""
-  return family.read_params(
+  return reader.read_params(
     config,
-    family.family_of(config),
+    family_of(config),
     tensors,
     dtype=dtype,
     style='gguf',

@@ -9,17 +9,19 @@ checkpoint is collected and raised in one error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from rrt.checkpoints import safetensors
+from rrt.checkpoints.safetensors import Tensors
 from rrt.config import ModelConfig
-from rrt.convert import tensorfile
-from rrt.convert.tensorfile import Tensors
 from rrt.errors import InputError
+from rrt.families.base import Family, Row, row_shape, wanted_rows
+from rrt.tree import set_path
 
 DTYPES = {
   'float32': np.dtype(np.float32),
@@ -29,117 +31,6 @@ DTYPES = {
 
 # How many names of a kind an error lists before it counts the others.
 MAX_LISTED = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of a family's table.
-
-  Attributes:
-    path: place in our tree; of a layer when the names have a `{}`.
-    hf: Hugging Face's name; `{}` stands for the depth.
-    gguf: llama.cpp's name.
-    kind: 'table' and 'gain' are stored as they are, 'linear' is transposed;
-      'q' and 'k' are linears whose rows GGUF files of Llama interleave.
-  """
-
-  path: str
-  hf: str
-  gguf: str
-  kind: str = 'linear'
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A checkpoint family.
-
-  Attributes:
-    name: `ModelConfig.family`.
-    model_types: values of `model_type` in config.json.
-    rows: the table of names.
-    from_hf: config.json as a dict -> ModelConfig.
-    to_hf: ModelConfig of an untied model -> config.json as a dict.
-    gguf_permuted: GGUF interleaves q and k rows (llama.cpp's RoPE pairs).
-    gguf_gain_offset: what GGUF adds to norm gains.
-  """
-
-  name: str
-  model_types: tuple[str, ...]
-  rows: tuple[Row, ...]
-  from_hf: Callable[[dict[str, Any]], ModelConfig]
-  to_hf: Callable[[ModelConfig], dict[str, Any]]
-  gguf_permuted: bool = False
-  gguf_gain_offset: float = 0.0
-
-
-def families() -> tuple[Family, ...]:
-  """All families, in the order in which errors list them."""
-  from rrt.convert import gemma, llama  # They import this module's types.
-
-  return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3)
-
-
-def family_of(config: ModelConfig) -> Family:
-  """The family that a model came from."""
-  return next(f for f in families() if f.name == config.family)
-
-
-def family_for(model_type: str | None) -> Family:
-  """The family of a config.json.
-
-  Raises:
-    InputError: no family has this model type.
-  """
-  known: list[str] = []
-  for family in families():
-    known += family.model_types
-    if model_type in family.model_types:
-      return family
-  raise InputError(
-    f'model_type={model_type!r} is not supported; this version reads '
-    f'{", ".join(known)}.'
-  )
-
-
-def set_path(tree: dict, path: str, leaf: Any) -> None:
-  """Puts a leaf at a '/'-joined path of nested dicts."""
-  *parents, last = path.split('/')
-  for key in parents:
-    tree = tree.setdefault(key, {})
-  tree[last] = leaf
-
-
-def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
-  """Leaves of nested dicts by '/'-joined path, in a fixed order."""
-  leaves: dict[str, Any] = {}
-  for key in sorted(tree):
-    path = f'{prefix}{key}'
-    if isinstance(tree[key], dict):
-      leaves |= flatten(tree[key], path + '/')
-    else:
-      leaves[path] = tree[key]
-  return leaves
-
-
-def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
-  """Shape of a row's leaf in our tree, without the layers axis."""
-  parts = path.split('/')
-  if parts[-1] == 'table':
-    return (config.vocab_size, config.d_model)
-  if parts[0] == 'head':
-    return (config.d_model, config.vocab_size)
-  if parts[-1] == 'kernel':
-    return config.shapes()[parts[-2]]
-  if parts[-2] in ('q_norm', 'k_norm'):
-    return (config.head_dim,)
-  return (config.d_model,)
-
-
-def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
-  """The rows of a table that a model has tensors for."""
-  for row in family.rows:
-    if not (row.path.startswith('head/') and config.tie_embeddings):
-      yield row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +141,7 @@ class _Faults:
 def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
   info = tensors.infos.get(job.name)
   shape = job.shape[::-1] if job.transposed else job.shape
-  supported = getattr(tensors, 'dtypes', tensorfile.DTYPES)
+  supported = getattr(tensors, 'dtypes', safetensors.DTYPES)
   if info is None:
     faults.add('missing', job.name)
   elif info.shape != shape:

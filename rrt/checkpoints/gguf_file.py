@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from rrt.convert import tensorfile
-from rrt.convert.tensorfile import TensorInfo
+from rrt.checkpoints import safetensors
+from rrt.checkpoints.safetensors import TensorInfo
 from rrt.errors import InputError
 
 MAGIC = b'GGUF'
@@ -209,7 +209,7 @@ class GgufFile:
     kind, offset, row_bytes = self._places[name]
     n_rows = math.prod(shape[:-1])
     # Decoding makes several float32 copies of a chunk.
-    step = max(1, tensorfile.CHUNK // 16 // max(1, shape[-1]))
+    step = max(1, safetensors.CHUNK // 16 // max(1, shape[-1]))
     for start in range(0, n_rows, step):
       count = min(step, n_rows - start)
       data = self._pieces.read(

@@ -1,0 +1,158 @@
+"""Hugging Face directories: config.json and its safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+import re
+from typing import Any
+
+import numpy as np
+
+from rrt.checkpoints import reader, safetensors
+from rrt.checkpoints.safetensors import Tensors
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.families.fields import refuse, table, whole
+from rrt.families.registry import family_for, family_of
+from rrt.files import read_json
+
+# More than any model has: a larger number is damage.
+MAX_LAYERS = 10_000
+
+
+def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
+  """The config twin of a config.json; see `Family.from_hf`.
+
+  Raises:
+    InputError: names the field that is missing or not supported.
+  """
+  text = table(fields, 'text_config')
+  if text:  # A multimodal model: its text half.
+    outer, fields = fields, dict(text)
+    fields.setdefault('model_type', outer.get('model_type'))
+    for key in ('quantization_config', 'tie_word_embeddings'):
+      if outer.get(key) is not None:
+        fields.setdefault(key, outer[key])
+  kind = family_for(fields.get('model_type'))
+  layers = whole(fields, 'num_hidden_layers', 1)  # Families know the default.
+  if layers > MAX_LAYERS:
+    raise InputError(
+      f'config.json: num_hidden_layers={layers} cannot be right.'
+    )
+  refuse(fields, 'quantization_config', None, mend='dequantize it first')
+  try:
+    return kind.from_hf(fields)
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
+    if isinstance(e, InputError):
+      raise
+    raise InputError(f'config.json has a value of a wrong type: {e}.') from e
+
+
+_PREFIXES = (
+  (re.compile(r'^(model\.)?language_model\.(model\.)?'), 'model.'),
+  (re.compile(r'^(?=embed_tokens\.|layers\.|norm\.)'), 'model.'),
+)
+_HEADLESS = re.compile(r'^(model\.)?language_model\.lm_head\.')
+
+
+def canonical_name(name: str) -> str:
+  """A tensor's name as a text-only `...ForCausalLM` would save it."""
+  if _HEADLESS.match(name):
+    return _HEADLESS.sub('lm_head.', name)
+  for pattern, prefix in _PREFIXES:
+    if pattern.match(name):
+      return pattern.sub(prefix, name)
+  return name
+
+
+class _Renamed:
+  """A checkpoint under canonical names."""
+
+  def __init__(self, tensors: Tensors):
+    self._names = {canonical_name(name): name for name in tensors.infos}
+    self._tensors = tensors
+    self.infos = {new: tensors.infos[n] for new, n in self._names.items()}
+
+  def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    return self._tensors.chunks(self._names[name])
+
+
+def open_directory(directory: Path) -> Tensors:
+  """The safetensors of a Hugging Face directory, one file or sharded.
+
+  Raises:
+    InputError: there are none, shards are missing, or files are broken; all
+      of these in one.
+  """
+  index = directory / 'model.safetensors.index.json'
+  faults = []
+  if index.exists():
+    weight_map = read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+      raise InputError(f'{index} has no weight_map; copy it again.')
+    for tensor, name in weight_map.items():
+      if not isinstance(name, str):
+        raise InputError(
+          f'{index}: weight_map has {name!r} for {tensor!r} instead of a '
+          "file's name; copy it again."
+        )
+    names = sorted(set(weight_map.values()))
+    absent = [n for n in names if not (directory / n).is_file()]
+    if absent:
+      faults.append(
+        f'{directory} lacks {len(absent)} of the {len(names)} files that '
+        f'its index names ({", ".join(absent[: reader.MAX_LISTED])}); copy '
+        'them too.'
+      )
+    names = [n for n in names if n not in absent]
+  else:
+    names = sorted(p.name for p in directory.glob('*.safetensors'))
+    if 'model.safetensors' in names:
+      names = ['model.safetensors']
+  if not names and not faults:
+    other = [p.name for p in directory.glob('*.bin')]
+    other += [p.name for p in directory.glob('*.pth')]
+    pickled = f' ({other[0]} is a pickle, which is never read)' if other else ''
+    raise InputError(
+      f'{directory} has a config.json but no *.safetensors{pickled}; '
+      'save the model as safetensors.'
+    )
+  shards = safetensors.open_all(
+    [directory / n for n in names], safetensors.SafetensorsFile, faults
+  )
+  return _Renamed(safetensors.ShardedTensors(shards))
+
+
+def load_directory(
+  directory: Path, dtype: str
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+  """(config, parameters, special token ids) of a Hugging Face directory.
+
+  Raises:
+    InputError: anything about it is wrong or not supported.
+  """
+  fields = read_json(directory / 'config.json')
+  config = config_from_hf(fields)
+  generation = {}
+  if (directory / 'generation_config.json').is_file():
+    generation = read_json(directory / 'generation_config.json')
+  ignored = ['rotary_emb.inv_freq']
+  if config.tie_embeddings:
+    ignored.append('lm_head.weight')
+  if fields.get('text_config'):
+    ignored += ['vision_tower.', 'multi_modal_projector.']
+  params = reader.read_params(
+    config,
+    family_of(config),
+    open_directory(directory),
+    dtype=dtype,
+    ignore=lambda name: any(part in name for part in ignored),
+    where=str(directory),
+  )
+  ids = {}
+  for source in (fields.get('text_config') or {}, fields, generation):
+    for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+      if source.get(name) is not None:
+        ids[name] = source[name]
+  return config, params, ids

@@ -1,0 +1,1 @@
+"""Checkpoint families: tables of tensor names and config translations."""

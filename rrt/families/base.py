@@ -1,0 +1,71 @@
+"""What a checkpoint family is: a table of tensor names and a config translation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import dataclasses
+from typing import Any
+
+from rrt.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of a family's table.
+
+  Attributes:
+    path: place in our tree; of a layer when the names have a `{}`.
+    hf: Hugging Face's name; `{}` stands for the depth.
+    gguf: llama.cpp's name.
+    kind: 'table' and 'gain' are stored as they are, 'linear' is transposed;
+      'q' and 'k' are linears whose rows GGUF files of Llama interleave.
+  """
+
+  path: str
+  hf: str
+  gguf: str
+  kind: str = 'linear'
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A checkpoint family.
+
+  Attributes:
+    name: `ModelConfig.family`.
+    model_types: values of `model_type` in config.json.
+    rows: the table of names.
+    from_hf: config.json as a dict -> ModelConfig.
+    to_hf: ModelConfig of an untied model -> config.json as a dict.
+    gguf_permuted: GGUF interleaves q and k rows (llama.cpp's RoPE pairs).
+    gguf_gain_offset: what GGUF adds to norm gains.
+  """
+
+  name: str
+  model_types: tuple[str, ...]
+  rows: tuple[Row, ...]
+  from_hf: Callable[[dict[str, Any]], ModelConfig]
+  to_hf: Callable[[ModelConfig], dict[str, Any]]
+  gguf_permuted: bool = False
+  gguf_gain_offset: float = 0.0
+
+
+def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
+  """Shape of a row's leaf in our tree, without the layers axis."""
+  parts = path.split('/')
+  if parts[-1] == 'table':
+    return (config.vocab_size, config.d_model)
+  if parts[0] == 'head':
+    return (config.d_model, config.vocab_size)
+  if parts[-1] == 'kernel':
+    return config.shapes()[parts[-2]]
+  if parts[-2] in ('q_norm', 'k_norm'):
+    return (config.head_dim,)
+  return (config.d_model,)
+
+
+def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
+  """The rows of a table that a model has tensors for."""
+  for row in family.rows:
+    if not (row.path.startswith('head/') and config.tie_embeddings):
+      yield row

@@ -1,0 +1,35 @@
+"""The supported checkpoint families, and which one a checkpoint belongs to."""
+
+from __future__ import annotations
+
+from rrt.config import ModelConfig
+from rrt.errors import InputError
+from rrt.families import gemma, llama
+from rrt.families.base import Family
+
+
+def families() -> tuple[Family, ...]:
+  """All families, in the order in which errors list them."""
+  return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3)
+
+
+def family_of(config: ModelConfig) -> Family:
+  """The family that a model came from."""
+  return next(f for f in families() if f.name == config.family)
+
+
+def family_for(model_type: str | None) -> Family:
+  """The family of a config.json.
+
+  Raises:
+    InputError: no family has this model type.
+  """
+  known: list[str] = []
+  for family in families():
+    known += family.model_types
+    if model_type in family.model_types:
+      return family
+  raise InputError(
+    f'model_type={model_type!r} is not supported; this version reads '
+    f'{", ".join(known)}.'
+  )

@@ -1,0 +1,1 @@
+"""Array operations below all models: matrix products, least squares."""
