@@ -116,7 +116,7 @@ def main(_):
     raise InputError('--model is missing: a model of two loops or more.')
   common.use_huge_pages()
   from rrt.checkpoints.load import load
-  from rrt.infer import gates
+  from rrt.exits import gate as gate_lib
 
   model, peer = common.load(FLAGS.model, FLAGS.threads)
   R = model.config.loops
@@ -144,7 +144,7 @@ def main(_):
   }
   if model.config.lora:
     makers['without LoRA'] = lambda: rungs.ours(rungs.without_lora(model), work)
-  if gates.stored(model):
+  if gate_lib.stored(model):
     makers['live gate'] = lambda: rungs.ours(model, work, gate='stored')
   if hugging_face.device() == 'cuda':
     makers['compiled'] = lambda: hugging_face.static_batches(
@@ -179,7 +179,7 @@ def main(_):
   for name, run in contenders.items():
     found = common.summary(seconds[name], tokens)
     if name == 'live gate':
-      found['promised_loss'] = gates.stored(model).promise.get('loss')
+      found['promised_loss'] = gate_lib.stored(model).promise.get('loss')
     if base:
       # Round by round: the machine's speed may change from one to the next.
       found['over_tied'] = float(

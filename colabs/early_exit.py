@@ -35,7 +35,9 @@ import rrt
 from rrt import cli, plots
 from rrt.data import corpus
 from rrt.evals import depth, every_loop, perplexity
-from rrt.infer import gates
+from rrt.evals.threshold import choose
+from rrt.exits import fit as fit_lib
+from rrt.exits import gate as gate_lib
 
 MODEL = os.environ.get('RRT_MODEL', 'smollm2-135m')
 STEPS = int(os.environ.get('RRT_STEPS', 30))
@@ -113,7 +115,7 @@ by_loop(run.model)
 # %%
 rows = perplexity.make_rows(run.model, heldout, ROW, 32 * ROW)
 seen = every_loop.read_static(run.model, rows[::2], fitting=True)
-lens = gates.fit_lens(seen.states_RxNxLxD[:, seen.scored_NxL])
+lens = fit_lib.fit_lens(seen.states_RxNxLxD[:, seen.scored_NxL])
 for name, arrays in (('without', None), ('with', lens)):
   static = every_loop.read_static(run.model, rows[1::2], arrays)
   first = depth.measure(
@@ -133,7 +135,7 @@ for name, arrays in (('without', None), ('with', lens)):
 
 # %%
 through = every_loop.read_static(run.model, rows[::2], lens, fitting=True)
-arrays = lens | gates.fit(
+arrays = lens | fit_lib.fit(
   seen.states_RxNxLxD[:-1, seen.scored_NxL],
   np.exp(-through.divergence_RxNxL[:, through.scored_NxL]),
 )
@@ -161,14 +163,14 @@ SVG(plots.depth_curve(points, run.model.config.loops))
 tried = depth.curve(
   run.model, static, ['learned'], arrays, shares=[i / 10 for i in range(1, 10)]
 )
-chosen = gates.choose(tried, loss=0.05)
-threshold = chosen[0].threshold if chosen else gates.NEVER
-gate = gates.Gate('learned', threshold, arrays)
+chosen = choose(tried, loss=0.05)
+threshold = chosen[0].threshold if chosen else gate_lib.NEVER
+gate = gate_lib.Gate('learned', threshold, arrays)
 gated = rrt.LanguageModel(
   run.model.config,
   run.model.params,
   run.model.tokenizer,
-  gates.store(run.model.meta, gate),
+  gate_lib.store(run.model.meta, gate),
 )
 print(chosen and (chosen[0].mean_loops, chosen[1]))
 

@@ -93,7 +93,7 @@ from rrt import cli
 from rrt.checkpoints.load import load
 from rrt.convert import recursive
 from rrt.convert.calibrate import ALL_STEPS
-from rrt.convert.sample import calibration_text
+from rrt.convert.calibration_data import calibration_text
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.evals import perplexity

@@ -28,8 +28,8 @@ from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop, gating, perplexity
+from rrt.exits import gate as gate_lib
 from rrt.files import check_writable
-from rrt.infer import gates
 from rrt.infer.engine import Engine, Request
 from rrt.infer.sample import complete
 from rrt.model import LanguageModel
@@ -269,7 +269,7 @@ def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
   static = every_loop.read_static(model, rows, gate.arrays)
   held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)
   first = depth.measure(model, static, 'change', -2.0)
-  gated = dataclasses.replace(model, meta=gates.store(model.meta, gate))
+  gated = dataclasses.replace(model, meta=gate_lib.store(model.meta, gate))
   return gated, {
     'held': held, 'first': first, 'promise': _PROMISE.value,
     'loops': model.config.loops,

@@ -92,8 +92,9 @@ def main(argv) -> None:
     agreement = 0.95
   from rrt.checkpoints.load import load, save
   from rrt.evals import depth, every_loop, gating, perplexity
+  from rrt.exits import fit as fit_lib
+  from rrt.exits import gate as gate_lib
   from rrt.files import check_writable
-  from rrt.infer import gates
 
   check_writable(out)
   model = load(source)
@@ -113,18 +114,18 @@ def main(argv) -> None:
       model, rows, kind=_GATE.value, lens=_LENS.value,
       lens_epochs=_LENS_EPOCHS.value, kv=_KV.value,
       agreement=agreement, loss=_LOSS.value, confidence=_CONFIDENCE.value,
-      ridge=gates.RIDGE if _RIDGE.value is None else _RIDGE.value,
+      ridge=fit_lib.RIDGE if _RIDGE.value is None else _RIDGE.value,
       batch=_BATCH.value, progress=progress.update,
     )  # fmt: skip
   about = {'text': path, 'own': _OWN.value}
   gate = dataclasses.replace(gate, promise=gate.promise | about)
   cli.table(depth.table(points), depth.HEADERS)
-  if gate.threshold == gates.NEVER:
+  if gate.threshold == gate_lib.NEVER:
     print(
       'No threshold keeps the promise on this text: all tokens will run all '
       'loops.'
     )
-  save(dataclasses.replace(model, meta=gates.store(model.meta, gate)), out)
+  save(dataclasses.replace(model, meta=gate_lib.store(model.meta, gate)), out)
   cli.finish(
     {
       'model': out, 'gate': _GATE.value, 'kv': _KV.value,

@@ -166,8 +166,8 @@ def prepare(
 def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   """The parent as the recipe's recursive child, with a report on stdout."""
   # Here, so that training a converted child needs no converter.
+  from rrt.convert.calibration_data import calibration_text
   from rrt.convert.recursive import to_recursive
-  from rrt.convert.sample import calibration_text
 
   fields = dataclasses.asdict(recipe.convert)
   fields['calibration'] = calibration_text(
@@ -191,7 +191,7 @@ def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
     InputError: no such child can be made of the parent.
   """
   # Here, so that training a converted child needs no converter.
-  from rrt.convert.arrange import with_ranks
+  from rrt.convert.plan import with_ranks
   from rrt.convert.recursive import plan
 
   fields = dataclasses.asdict(recipe.convert)

@@ -22,8 +22,8 @@ from rrt.checkpoints.load import (
 )
 from rrt.config import ORDERS
 from rrt.convert import recursive
-from rrt.convert.arrange import LoopRanks
-from rrt.convert.sample import calibration_text
+from rrt.convert.calibration_data import calibration_text
+from rrt.convert.plan import LoopRanks
 from rrt.errors import InputError
 
 _SOURCE = flags.DEFINE_string(

@@ -5,7 +5,7 @@ which treats every direction of a layer's input alike. Here the parent reads a
 few thousand tokens, and each linear of the child is fitted by least squares:
 
 1. Errors count by what they do to the inputs a linear really gets, so means
-   and SVDs are weighted with covariances (`rrt.convert.fit`).
+   and SVDs are weighted with covariances (`rrt.ops.least_squares`).
 2. The shared weight is chosen together with the low-rank terms of all loops,
    not before them (`fit.tie`).
 3. Layer after layer, the child's own inputs are used, with the errors that
@@ -32,8 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert import fit
-from rrt.convert.walk import (
+from rrt.convert.activations import (
   CHECKED,
   SITES,
   Stream,
@@ -44,6 +43,7 @@ from rrt.convert.walk import (
   set_kernel,
   with_norms,
 )
+from rrt.ops import least_squares
 
 TINY = 1e-30  # What sizes that may be zero are divided by at least.
 
@@ -162,15 +162,19 @@ def spectra(
     for site, names in SITES.items():
       cs_RxIxI = jnp.stack(
         [
-          fit.damp(walk.covariance(site, layer, d, streams[d]), steps.ridge)
+          least_squares.damp(
+            walk.covariance(site, layer, d, streams[d]), steps.ridge
+          )
           for d, layer in zip(depths, layers, strict=True)
         ]
       )
       for name in names:
         ws_RxIxO = jnp.stack([kernel_of(layer, name) for layer in layers])
-        mean_IxO = fit.weighted_mean(cs_RxIxI, ws_RxIxO)
+        mean_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
         for r in range(R):
-          sigma_K = fit.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[0]
+          sigma_K = least_squares.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[
+            0
+          ]
           power = jnp.sum((cs_RxIxI[r] @ ws_RxIxO[r]) * ws_RxIxO[r])
           size = jnp.sqrt(jnp.maximum(power, TINY))
           found[name][r, n] = np.asarray(sigma_K / size)
@@ -225,12 +229,14 @@ def _fit_layer(
     found = _targets(
       walk, site, parent, layer, depth, streams[depth], stream, xs
     )
-    c_IxI = fit.damp(found[0][0] + found[1][0], steps.ridge)
+    c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
     cs_RxIxI = jnp.stack(
       [
         c_IxI,
         *(
-          fit.damp(walk.covariance(site, other, d, streams[d]), steps.ridge)
+          least_squares.damp(
+            walk.covariance(site, other, d, streams[d]), steps.ridge
+          )
           for d, other in later.items()
         ),
       ]
@@ -239,7 +245,7 @@ def _fit_layer(
       target_IxO = kernel_of(layer, name)
       if refits:
         (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
-        target_IxO = fit.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
+        target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack(
           [target_IxO, *(kernel_of(other, name) for other in later.values())]
@@ -313,13 +319,15 @@ def _relax(
   if child.lora:
     ranks_R = child.lora.table(name, child.loops, child.block_layers)[:, n]
   if r == 0 and steps.tie_with_lora:
-    fitted.shared[name][n] = fit.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
+    fitted.shared[name][n] = least_squares.tie(
+      cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R)
+    )
   elif r == 0:
-    fitted.shared[name][n] = fit.weighted_mean(cs_RxIxI, ws_RxIxO)
+    fitted.shared[name][n] = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
   shared_IxO = jnp.asarray(fitted.shared[name][n])
   rest_IxO = ws_RxIxO[0] - shared_IxO
   width = child.lora.width(name) if child.lora else 0
-  a_Ixw, b_wxO, kept = fit.low_rank(
+  a_Ixw, b_wxO, kept = least_squares.low_rank(
     cs_RxIxI[0], rest_IxO, int(ranks_R[r]), width
   )
   fitted.kept[name][r, n] = kept

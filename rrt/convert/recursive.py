@@ -5,7 +5,7 @@ coda, finds weights for the shared block (paper, section 2: stepwise, average,
 lower, upper, random; or ours, calibrated) and low-rank relaxations that take
 the block back towards the parent at each position (eq. 4).
 
-The work itself is `rrt.convert.conversion`.
+The work itself is `rrt.convert.select`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,9 @@ import numpy as np
 
 from rrt import cli
 from rrt.config import ModelConfig
-from rrt.convert import budgets, sample
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert.arrange import LoopRanks, arrange, with_ranks
-from rrt.convert.conversion import Conversion, is_exact, one_blas_thread
+from rrt.convert import calibration_data, rank_budget
+from rrt.convert.plan import LoopRanks, arrange, with_ranks
 from rrt.convert.report import (
   Report,
   count_arrays,
@@ -26,6 +25,7 @@ from rrt.convert.report import (
   identity_error,
   start_report,
 )
+from rrt.convert.select import Conversion, is_exact, one_blas_thread
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.untie import to_untied
@@ -74,8 +74,8 @@ def plan(
       parent, prelude=prelude, block=block, loops=loops, coda=coda,
       order=order, loop_norms=loop_norms,
   )  # fmt: skip
-  budgets.check(budget, rank)
-  sample.check_tokens(calibration_tokens)
+  rank_budget.check(budget, rank)
+  calibration_data.check_tokens(calibration_tokens)
   return with_ranks(config, rank, alpha)
 
 
@@ -149,13 +149,13 @@ def to_recursive(
   fit_BxL = held_out_BxL = np.zeros((0, 0), np.int32)
   if fits or calibration is not None:
     if calibration is None:
-      calibration = sample.calibration_text(None, calibration_tokens)
+      calibration = calibration_data.calibration_text(None, calibration_tokens)
     try:
-      fit_BxL, held_out_BxL = sample.split_rows(
+      fit_BxL, held_out_BxL = calibration_data.split_rows(
           calibration, parent.tokenizer, tokens=calibration_tokens,
           length=min(ROW, config.max_context), vocab_size=config.vocab_size,
       )  # fmt: skip
-    except sample.TooLittleText:
+    except calibration_data.TooLittleText:
       if fits:
         raise
   untied = to_untied(parent)

@@ -1,6 +1,6 @@
 """The quality-depth curve: what leaving early costs, gate by gate.
 
-A text is read with exits, all tokens at once (`rrt.models.early`), as the
+A text is read with exits, all tokens at once (`rrt.exits.forward`), as the
 engine would write it token by token, and compared with the same model at full
 depth: mean loops, agreement of the most likely tokens, nats lost.
 
@@ -24,10 +24,10 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.evals.every_loop import LIVE, WITH_HEAD, EveryLoop, read_hidden
-from rrt.infer import exits
+from rrt.exits import score as score_lib
+from rrt.exits.forward import forward_early
+from rrt.exits.gate import check_arrays
 from rrt.infer.decode import cast
-from rrt.infer.gates import check_arrays
-from rrt.models.early import forward_early
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
@@ -216,10 +216,12 @@ def _early(
   def leaves(loops, before_BxLxD, after_BxLxD):
     if kind == 'replay':
       return depth_BxL <= loops
-    score_BxL = exits.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
+    score_BxL = score_lib.score_rows(
+      kind, arrays, before_BxLxD, after_BxLxD, loops
+    )
     return score_BxL >= threshold
 
-  lens = functools.partial(exits.through_lens, arrays)
+  lens = functools.partial(score_lib.through_lens, arrays)
   out = forward_early(config, params, tokens_BxL, leaves, kv, dtype, lens)
   nll_BxL, top_BxL, _, _ = read_hidden(
     config, params, dtype, out.hidden_BxLxD, jnp.roll(tokens_BxL, -1, 1)

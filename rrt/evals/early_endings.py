@@ -18,11 +18,11 @@ from rrt.config import ModelConfig
 from rrt.evals import every_loop
 from rrt.evals.endings import Pair, fit
 from rrt.evals.perplexity import token_losses
-from rrt.infer import exits
+from rrt.exits import score as score_lib
+from rrt.exits.forward import forward_early
+from rrt.exits.gate import Gate
 from rrt.infer.decode import bucket
-from rrt.infer.gates import Gate
 from rrt.models import transformer
-from rrt.models.early import forward_early
 
 
 def score_endings(
@@ -112,12 +112,12 @@ def _score(
         kind, config, params, arrays, context, after_BxLxD, loops, dtype
       )
     else:
-      score_BxL = exits.score_rows(
+      score_BxL = score_lib.score_rows(
         kind, arrays, before_BxLxD, after_BxLxD, loops
       )
     return (score_BxL >= threshold) & may_BxL
 
-  lens = functools.partial(exits.through_lens, arrays)
+  lens = functools.partial(score_lib.through_lens, arrays)
   out = forward_early(config, params, fed_BxL, leaves, kv, dtype, lens)
   D = out.hidden_BxLxD.shape[-1]
   nll_N, greedy_N = token_losses(

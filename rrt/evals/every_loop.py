@@ -20,10 +20,10 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.evals.perplexity import HEAD_CHUNK
-from rrt.infer import exits
+from rrt.exits import score as score_lib
+from rrt.exits.forward import forward_early
 from rrt.infer.decode import cast
 from rrt.models import passes, transformer
-from rrt.models.early import forward_early
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
@@ -157,7 +157,7 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
       scores[kind].append(sure[kind])
     for kind in kinds:
       scores[kind].append(
-        exits.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
+        score_lib.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
       )
   kept = None
   if fitting:
@@ -195,7 +195,7 @@ def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
 def _leave(config, params, gate, context, after_BxLxD, loops):
   """What the head would read of tokens that left after some loops."""
   loops_BxL = jnp.full(after_BxLxD.shape[:2], loops)
-  read_BxLxD = exits.through_lens(gate, after_BxLxD, loops_BxL)
+  read_BxLxD = score_lib.through_lens(gate, after_BxLxD, loops_BxL)
   return passes.leave(config, params, read_BxLxD, context, None, scan=True)[0]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from rrt import cli, plots
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
+from rrt.exits import gate as gate_lib
 from rrt.files import check_file_writable
-from rrt.infer import gates
 from rrt.infer.options import KV_POLICIES
 
 
@@ -32,10 +32,10 @@ def check(
 def check_model(model, kinds: str) -> None:
   """Raises InputError for a model without exits, or a gate that it lacks."""
   every_loop.check(model.config)
-  gate = gates.stored(model)
+  gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
   if kinds != 'all' and 'learned' in depth.parse_gates(kinds):
-    gates.check_arrays('learned', arrays, model.config)
+    gate_lib.check_arrays('learned', arrays, model.config)
 
 
 def _check_picture(path: Path) -> None:
@@ -67,7 +67,7 @@ def measure(
     dtype: of the computation.
   """
   names = depth.parse_gates(kinds)
-  gate = gates.stored(model)
+  gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
   if 'kernel' not in (arrays or {}) and kinds == 'all':
     names.remove('learned')
@@ -111,14 +111,14 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
   """
   from rrt.evals import harness
 
-  gate = gates.stored(model)
+  gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
   found: list[dict[str, Any]] = []
   for p in points:
     if p.gate == 'oracle':
       continue
     results = harness.run(
-      model, gate=gates.Gate(p.gate, p.threshold, arrays, p.kv), **settings
+      model, gate=gate_lib.Gate(p.gate, p.threshold, arrays, p.kv), **settings
     )
     found.append({
       'gate': p.gate, 'kv': p.kv, 'threshold': p.threshold,

@@ -11,8 +11,10 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
-from rrt.evals import lens as lenses
-from rrt.infer import gates
+from rrt.evals.threshold import choose
+from rrt.exits import fit as fit_lib
+from rrt.exits import gate as gate_lib
+from rrt.exits import tune_lens
 from rrt.infer.engine import Engine, Request
 
 if TYPE_CHECKING:
@@ -33,11 +35,11 @@ def fit_gate(
   agreement: float | None = None,
   loss: float | None = None,
   confidence: float = 0.95,
-  ridge: float = gates.RIDGE,
+  ridge: float = fit_lib.RIDGE,
   batch: int = 4,
   shares: Sequence[float] = SHARES,
   progress: Callable[[int], None] | None = None,
-) -> tuple[gates.Gate, list[depth.Point]]:
+) -> tuple[gate_lib.Gate, list[depth.Point]]:
   """A gate that keeps a promise on half of some rows, fitted on the others.
 
   Thresholds are tried from the most careful on, until one fails.
@@ -96,9 +98,7 @@ def fit_gate(
       model, static, [kind], arrays, kv=kv, shares=[share], batch=batch,
       progress=progress,
     )  # fmt: skip
-    best = gates.choose(
-      points, agreement=agreement, loss=loss, confidence=confidence
-    )
+    best = choose(points, agreement=agreement, loss=loss, confidence=confidence)
     if best is None or best[0] is not points[-1]:
       break
     chosen = best
@@ -108,8 +108,8 @@ def fit_gate(
     'bound': chosen and chosen[1],
     'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
   }  # fmt: skip
-  threshold = chosen[0].threshold if chosen else gates.NEVER
-  return gates.Gate(kind, threshold, arrays, kv, promise), points
+  threshold = chosen[0].threshold if chosen else gate_lib.NEVER
+  return gate_lib.Gate(kind, threshold, arrays, kv, promise), points
 
 
 def continued(
@@ -191,7 +191,7 @@ def _fit(
       ]
       for h in halves
     ]
-    arrays |= gates.fit(
+    arrays |= fit_lib.fit(
       np.concatenate(states, 1)[:-1], np.concatenate(target, 1), ridge
     )
   return arrays
@@ -202,12 +202,12 @@ def _fit_lens(model, halves, *, epochs: int, progress) -> dict[str, Any]:
   scored = [h.scored_NxL for h in halves]
   states = [h.states_RxNxLxD for h in halves]
   pairs = zip(states, scored, strict=True)
-  arrays: dict[str, Any] = gates.fit_lens(
+  arrays: dict[str, Any] = fit_lib.fit_lens(
     np.concatenate([x[:, s] for x, s in pairs], 1)
   )
   if not epochs:
     return arrays
-  return lenses.tune_lens(
+  return tune_lens.tune_lens(
     model, arrays, np.concatenate(states, 1), np.concatenate(scored),
     epochs=epochs, progress=progress,
   )  # fmt: skip

@@ -32,7 +32,7 @@ except ImportError as e:
 from rrt.evals import tasks
 
 if TYPE_CHECKING:
-  from rrt.infer import gates
+  from rrt.exits import gate as gate_lib
   from rrt.model import LanguageModel
 
 _COUNTS = ('sample_len', 'sample_count')  # among lm-eval's scores
@@ -72,7 +72,7 @@ def run(
   loops: int | None = None,
   dtype: str = 'float32',
   batch_tokens: int | None = None,
-  gate: gates.Gate | None = None,
+  gate: gate_lib.Gate | None = None,
   seed: int = 1234,
 ) -> list[Result]:
   """Asks a model the questions of some tasks.

@@ -17,7 +17,8 @@ from rrt.checkpoints import load as checkpoints
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import early_endings, endings
-from rrt.infer import decode, gates, sample
+from rrt.exits import gate as gate_lib
+from rrt.infer import decode, sample
 
 _NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
 _ROW_TOKENS = 512  # what one row of lm-eval's batch_size stands for
@@ -47,7 +48,7 @@ class RrtLM(TemplateLM):
     batch_size: int | str | None = None,
     max_batch_size: int | None = None,
     device: str | None = None,
-    gate: gates.Gate | None = None,
+    gate: gate_lib.Gate | None = None,
   ):
     super().__init__()
     del max_batch_size, device  # lm-eval passes them to every model.

@@ -11,7 +11,8 @@ A alternatives, E end tokens.
 import jax
 import jax.numpy as jnp
 
-from rrt.infer import exits, guesses, rules
+from rrt.exits import score as score_lib
+from rrt.infer import guesses, rules
 from rrt.infer.flights import (
   DUE,
   EMPTY,
@@ -115,7 +116,7 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
     counters = counters._replace(fill_passes=counters.fill_passes + any_fills)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
   kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
-  x_Bx1xD = exits.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
+  x_Bx1xD = score_lib.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
   hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
   stores = stores._replace(coda=stores_of(kvs))
   state = state._replace(stores=stores, counters=counters)

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, exits, flights, gates, guesses, lanes, sample
+from rrt.exits import gate as gate_lib
+from rrt.exits import score as score_lib
+from rrt.infer import decode, flights, guesses, lanes, sample
 from rrt.infer.options import Options, check_fit
 from rrt.infer.requests import Request, empty_table, told, with_request
 from rrt.infer.sample import Settings
@@ -58,7 +60,7 @@ class Engine:
       model: what `rrt.load` gives.
       options: how to run; keyword arguments change single fields. The gate
         'stored' is the one kept with the model, with its threshold.
-      arrays: of another gate; see `rrt.infer.exits.score`.
+      arrays: of another gate; see `rrt.exits.score.score`.
 
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
@@ -68,8 +70,8 @@ class Engine:
       options, arrays = options.with_stored_gate(model)
     self.options = options
     if arrays is None and (options.lossless or options.gate == 'change'):
-      arrays = gates.stored_lens(model)
-    gates.check_arrays(options.gate, arrays, model.config)
+      arrays = gate_lib.stored_lens(model)
+    gate_lib.check_arrays(options.gate, arrays, model.config)
     self.plan = options.plan(model.config)
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
@@ -82,7 +84,7 @@ class Engine:
       params = lora.widen_all(params)
     params = decode.turned(params)
     self._params = guesses.with_draft_head(self.plan, params)
-    self._gate = exits.on_device(arrays, options.dtype)
+    self._gate = score_lib.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
@@ -91,7 +93,7 @@ class Engine:
     self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
     self._threshold = (
-      gates.NEVER if options.threshold is None else options.threshold
+      gate_lib.NEVER if options.threshold is None else options.threshold
     )
     self._table = empty_table(options.slots)
     self._cancelled = np.zeros(options.slots, bool)

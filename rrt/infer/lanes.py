@@ -18,7 +18,7 @@ call, E end tokens.
 import jax
 import jax.numpy as jnp
 
-from rrt.infer import exits
+from rrt.exits import score as score_lib
 from rrt.infer.draws import draw
 from rrt.infer.flights import (
   DUE,
@@ -97,7 +97,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
   leaves_B = loop_B == R
   if plan.gate != 'none':
-    sure_B = exits.score(
+    sure_B = score_lib.score(
       plan.gate, gate, before_BxD, after_BxD, loop_B, position_B, rows.slot_B,
       state.count_S[rows.slot_B],
     )  # fmt: skip

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from rrt.errors import InputError
-from rrt.infer import decode, exits, gates
+from rrt.exits import gate as gate_lib
+from rrt.exits import score as score_lib
+from rrt.infer import decode
 from rrt.infer.flights import Plan
 from rrt.models import count, pages
 
@@ -40,7 +42,7 @@ class Options:
         which it left (CALM).
       'exact_fill': the token goes on through the skipped loops beside its
         successors, so that nothing is missing and no work is saved.
-    gate: 'none', 'learned', 'change' or 'replay' (see `rrt.infer.exits`), or
+    gate: 'none', 'learned', 'change' or 'replay' (see `rrt.exits.score`), or
       'stored': the one kept with the model.
     threshold: of the gate, for requests that name none; above 1 no token
       leaves early. None is the stored gate's own, and for others needed.
@@ -133,7 +135,7 @@ class Options:
       'must lie in -1 (none) to 100',
     )  # fmt: skip
     need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
-    exits.check_kind(self.gate)
+    score_lib.check_kind(self.gate)
     for field in ('dtype', 'kv_dtype', 'weight_dtype'):
       value = getattr(self, field) or self.dtype
       need(value in decode.DTYPES, field, f'must be one of {decode.DTYPES}')
@@ -188,7 +190,7 @@ class Options:
     Raises:
       InputError: the model has none.
     """
-    gate = gates.stored(model)
+    gate = gate_lib.stored(model)
     if gate is None:
       raise InputError(
         "gate='stored': this model has no gate; python -m rrt.fit_gate fits "

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.convert import align, fit
-from rrt.convert import walk as walk_lib
+from rrt.convert import activations, permute
 from rrt.convert.recursive import to_recursive
 from rrt.models import transformer
+from rrt.ops import least_squares
 from tests.convert import tiny
 
 
@@ -26,8 +26,8 @@ def error(c, m):
 def test_low_rank_is_optimal_in_the_norm_of_the_inputs(shape):
   rng = np.random.default_rng(0)
   c, m = covariance(rng, shape[0]), rng.normal(size=shape).astype(np.float32)
-  sigma, _, _ = fit.spectrum(c, m)
-  a, b, kept = fit.low_rank(c, m, 3, 5)
+  sigma, _, _ = least_squares.spectrum(c, m)
+  a, b, kept = least_squares.low_rank(c, m, 3, 5)
   assert a.shape == (shape[0], 5) and not a[:, 3:].any() and not b[3:].any()
   tail = float(np.sum(np.asarray(sigma)[3:] ** 2))
   np.testing.assert_allclose(error(c, m - a @ b), tail, rtol=1e-3)
@@ -40,7 +40,7 @@ def test_low_rank_is_optimal_in_the_norm_of_the_inputs(shape):
 def tied_error(cs, ws, shared, ranks):
   total = 0.0
   for c, w, r in zip(cs, ws, ranks, strict=True):
-    a, b, _ = fit.low_rank(c, w - shared, r, max(r, 1))
+    a, b, _ = least_squares.low_rank(c, w - shared, r, max(r, 1))
     total += error(c, np.asarray(w - shared - a @ b))
   return total
 
@@ -50,14 +50,14 @@ def test_two_loops_are_tied_optimally(ranks):
   rng = np.random.default_rng(1)
   cs = np.stack([covariance(rng, 8) for _ in range(2)])
   ws = rng.normal(size=(2, 8, 7)).astype(np.float32)
-  shared = fit.tie(cs, ws, jnp.asarray(ranks))
+  shared = least_squares.tie(cs, ws, jnp.asarray(ranks))
   # What is left is the tail of the difference in the parallel norm.
   parallel = cs[0] @ np.linalg.solve(cs[0] + cs[1], cs[1])
-  sigma, _, _ = fit.spectrum(parallel, ws[1] - ws[0])
+  sigma, _, _ = least_squares.spectrum(parallel, ws[1] - ws[0])
   tail = float(np.sum(np.asarray(sigma)[sum(ranks) :] ** 2))
   found = tied_error(cs, ws, shared, ranks)
   np.testing.assert_allclose(found, tail, rtol=2e-3)
-  mean = fit.weighted_mean(cs, ws)
+  mean = least_squares.weighted_mean(cs, ws)
   assert found <= tied_error(cs, ws, mean, ranks) * 1.001
 
 
@@ -66,8 +66,8 @@ def test_more_loops_are_tied_better_than_around_their_mean():
   cs = np.stack([covariance(rng, 10) for _ in range(3)])
   ws = rng.normal(size=(3, 10, 8)).astype(np.float32)
   ranks = (2, 2, 2)
-  shared = fit.tie(cs, ws, jnp.asarray(ranks))
-  mean = fit.weighted_mean(cs, ws)
+  shared = least_squares.tie(cs, ws, jnp.asarray(ranks))
+  mean = least_squares.weighted_mean(cs, ws)
   assert tied_error(cs, ws, shared, ranks) < 0.8 * tied_error(
     cs, ws, mean, ranks
   )
@@ -85,7 +85,7 @@ def test_refit_finds_the_weight_and_stays_near_it_without_evidence():
       (part.T @ part / 400, part.T @ (want - part @ center) / 400)
       for part, want in ((x, y), (x[300:], y[300:]))
     ]
-    return np.asarray(fit.refit(*sums[0], *sums[1], center))
+    return np.asarray(least_squares.refit(*sums[0], *sums[1], center))
 
   found = refit(x @ truth)
   wrong = np.abs(center - truth)[:5].max()
@@ -104,21 +104,23 @@ def test_units_are_found_again_in_another_order():
   }
   order = rng.permutation(9)
   sign = rng.choice([-1.0, 1.0], 9).astype(np.float32)
-  other = align.reorder(mlp, order, sign)
+  other = permute.reorder(mlp, order, sign)
   kernels = lambda tree: {k: jnp.asarray(v['kernel']) for k, v in tree.items()}
-  found = align.match_units(
+  found = permute.match_units(
     kernels(mlp), kernels(other), jnp.eye(6), np.ones(9), np.ones(9)
   )
-  back = align.reorder(other, *found)
+  back = permute.reorder(other, *found)
   jax.tree.map(np.testing.assert_array_equal, mlp, back)
 
 
 def test_damping_makes_few_tokens_safe():
   rng = np.random.default_rng(4)
   x = rng.normal(size=(3, 20)).astype(np.float32)
-  c = fit.damp(x.T @ x / 3, 1e-2)
+  c = least_squares.damp(x.T @ x / 3, 1e-2)
   assert np.isfinite(np.linalg.cholesky(np.asarray(c))).all()
-  assert np.isfinite(np.asarray(fit.damp(jnp.zeros((4, 4)), 1e-2))).all()
+  assert np.isfinite(
+    np.asarray(least_squares.damp(jnp.zeros((4, 4)), 1e-2))
+  ).all()
 
 
 # ------------------------------------------------------------------- the whole
@@ -196,9 +198,9 @@ def test_changed_gains_are_made_up_for(family):
     for k, v in layer.items()
     if k in ('attn_norm', 'mlp_norm')
   }
-  other = walk_lib.with_norms(c, layer, norms)
+  other = activations.with_norms(c, layer, norms)
   tokens_BxL = tiny.tokens(40).reshape(2, 20)
-  walk = walk_lib.Walk(c, lambda d: layer, tokens_BxL)
+  walk = activations.Walk(c, lambda d: layer, tokens_BxL)
   x_BxLxD = np.random.default_rng(0).normal(size=(2, 20, 12))
   x_BxLxD = x_BxLxD.astype(np.float32)
   np.testing.assert_allclose(
@@ -211,7 +213,7 @@ def test_the_walk_is_the_forward_pass():
   parent = tiny.parent('gemma3', layers=4)
   tokens_BxL = tiny.tokens(60).reshape(3, 20)
   layers = parent.params['block']['layers']
-  walk = walk_lib.Walk(
+  walk = activations.Walk(
     parent.config, lambda d: jax.tree.map(lambda t: t[d], layers), tokens_BxL
   )
   embedded = parent.params['embed']['table'][tokens_BxL] * 12**0.5

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from rrt.checkpoints import safetensors
-from rrt.checkpoints import save_hf as save_hf_lib
 from rrt.checkpoints.load import load
 from rrt.checkpoints.save_hf import save_hf
 from rrt.config import LoraConfig
@@ -125,7 +124,7 @@ def test_bfloat16_round_trip(tmp_path):
 
 
 def test_shards_have_an_index_and_load(tmp_path, monkeypatch):
-  monkeypatch.setattr(save_hf, 'SHARD_BYTES', 20_000)
+  monkeypatch.setattr(save_hf_lib, 'SHARD_BYTES', 20_000)
   model = load(GOLDEN / 'llama3')
   out = save_hf(model, tmp_path / 'out')
   index = json.loads((out / 'model.safetensors.index.json').read_text())

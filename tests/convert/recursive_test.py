@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from rrt.config import LoraConfig
-from rrt.convert import arrange, fit, sample
+from rrt.convert import calibration_data
+from rrt.convert import plan as plan_lib
 from rrt.convert.__main__ import parse_rank
+from rrt.convert.plan import source_layers
 from rrt.convert.recursive import INITS, plan, to_recursive
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.init import init_params
 from rrt.models.untie import to_untied
+from rrt.ops import least_squares
 from tests.convert import tiny
 
 TOKENS = tiny.tokens(40).reshape(2, 20)
@@ -77,7 +80,7 @@ def test_full_rank_is_the_parent_from_any_start(init, order):
 def test_stepwise_takes_the_layers_of_the_paper(depth, block, expected):
   config = tiny.parent(layers=2).config
   config = dataclasses.replace(config, block_layers=block, loops=depth // block)
-  assert arrange.source_layers(config, 'stepwise').tolist() == expected
+  assert source_layers(config, 'stepwise').tolist() == expected
 
 
 def test_selection_stays_inside_the_block():
@@ -85,7 +88,7 @@ def test_selection_stays_inside_the_block():
   config = dataclasses.replace(
     config, prelude_layers=1, block_layers=3, loops=2, coda_layers=1
   )
-  sources = lambda init: arrange.source_layers(config, init).tolist()
+  sources = lambda init: source_layers(config, init).tolist()
   assert sources('stepwise') == [1, 3, 6]
   assert sources('lower') == [1, 2, 3]
   assert sources('upper') == [4, 5, 6]
@@ -262,7 +265,7 @@ def test_a_child_that_is_not_finite_is_refused():
 
 def test_svd_factors_are_balanced():
   matrix = np.random.default_rng(0).normal(size=(9, 7)).astype(np.float32)
-  a, b, kept = fit.truncated_svd(matrix, 7)
+  a, b, kept = least_squares.truncated_svd(matrix, 7)
   np.testing.assert_allclose(a @ b, matrix, atol=1e-5)
   np.testing.assert_allclose(
     np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5
@@ -323,7 +326,7 @@ def test_choices_add_up():
   config = tiny.parent(layers=4).config
   config = dataclasses.replace(config, block_layers=30)
   with pytest.raises(InputError) as error:
-    arrange.arrange(
+    plan_lib.arrange(
         config, prelude=8, block=None, loops=2, coda=7, order='cycle',
         loop_norms=True,
     )  # fmt: skip
@@ -365,7 +368,7 @@ def test_no_text_is_asked_for_where_nothing_is_fitted():
 
 def test_an_empty_path_is_no_text():
   with pytest.raises(InputError, match="calibration='': give"):
-    sample.calibration_text('', 500)
+    calibration_data.calibration_text('', 500)
 
 
 def test_rank_flag():
@@ -416,7 +419,7 @@ class Letters:
 
 def test_rows_come_from_all_over_a_long_text():
   text = ''.join(chr(ord('a') + i % 26) for i in range(100_000))
-  rows = sample.split_rows(
+  rows = calibration_data.split_rows(
     text, Letters(), tokens=700, length=64, vocab_size=61
   )
   assert rows[0].shape[1] == rows[1].shape[1] == 64

@@ -9,8 +9,11 @@ import pytest
 
 from rrt.checkpoints.load import load, save
 from rrt.errors import InputError
-from rrt.evals import depth, every_loop, gating, lens, perplexity
-from rrt.infer import gates, sample
+from rrt.evals import depth, every_loop, gating, perplexity
+from rrt.exits import fit as fit_lib
+from rrt.exits import gate as gate_lib
+from rrt.exits import tune_lens
+from rrt.infer import sample
 from rrt.model import LanguageModel
 from rrt.models import transformer
 from tests import command, runs
@@ -35,7 +38,7 @@ def test_full_depth_is_the_models_score(model, rows):
   want = perplexity.score(model, flat, context=16).nll_nats
   got = static.nll_NxL[static.scored_NxL].mean()
   assert got == pytest.approx(want, abs=1e-5)
-  point = depth.measure(model, static, 'change', gates.NEVER, batch=3)
+  point = depth.measure(model, static, 'change', gate_lib.NEVER, batch=3)
   assert point.agreement == 1 and abs(point.lost_nats) < 1e-5
   assert point.mean_loops == model.config.loops
 
@@ -101,7 +104,7 @@ def test_a_gate_learns_what_is_promised(model, rows, promise):
   # `fit_gate` reads its half of the rows in two halves.
   order = [0, 2, 1, 3]
   flat = lambda t: np.concatenate([t[:, [i]][:, scored[[i]]] for i in order], 1)
-  want = gates.fit(flat(read.states_RxNxLxD[:-1]), flat(target), 30.0)
+  want = fit_lib.fit(flat(read.states_RxNxLxD[:-1]), flat(target), 30.0)
   np.testing.assert_allclose(gate.arrays['kernel'], want['kernel'], atol=1e-4)
   assert gate.threshold == points[-1].threshold
 
@@ -113,8 +116,8 @@ def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
   apart = lambda seen: seen.divergence_RxNxL[:, seen.scored_NxL].mean(1)
   plain = read(None)
   scored, seen = plain.scored_NxL, []
-  fitted = gates.fit_lens(plain.states_RxNxLxD[:, scored])
-  tuned = lens.tune_lens(
+  fitted = fit_lib.fit_lens(plain.states_RxNxLxD[:, scored])
+  tuned = tune_lens.tune_lens(
     model, fitted, plain.states_RxNxLxD, scored, epochs=40,
     progress=seen.append,
   )  # fmt: skip
@@ -177,7 +180,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert status == 0, error
   fitted = command.final(printed)
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
-  gate = gates.stored(load(tmp_path / 'gated'))
+  gate = gate_lib.stored(load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
   assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays

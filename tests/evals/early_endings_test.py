@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rrt.evals import depth, early_endings, endings, every_loop
+from rrt.exits.gate import NEVER, Gate
 from rrt.infer.engine import Engine, Request
-from rrt.infer.gates import NEVER, Gate
 from tests.infer.engine_test import PROMPTS, learned_gate, model
 
 

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import decode, exits, flights, gates, guesses, rules, sample
+from rrt.exits import fit as fit_lib
+from rrt.exits import gate as gate_lib
+from rrt.exits import score as score_lib
+from rrt.infer import decode, flights, guesses, rules, sample
 from rrt.infer import engine as engines
 from rrt.infer.engine import Engine, Request
 from rrt.infer.options import Options
@@ -108,13 +111,13 @@ def test_many_slots_go_out_of_step(name):
 def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, turned):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
-  lens = gates.fit_lens(np.ones((2, 4, 8), np.float32))
+  lens = fit_lib.fit_lens(np.ones((2, 4, 8), np.float32))
   params = decode.turned(unstack(model('llama').params))
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
   is_turned = lambda x: isinstance(x, matmul.Turned)
   leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
   kernels = [x for path, x in leaves if path[-1].key == 'kernel']
-  lenses = list(exits.on_device(lens)['lens_kernel'])
+  lenses = list(score_lib.on_device(lens)['lens_kernel'])
   assert kernels and lenses
   assert {is_turned(x) for x in kernels + lenses} == {turned}
 
@@ -151,26 +154,26 @@ def test_draws_are_sized_by_the_expected_depth(monkeypatch):
   shape = lambda plan: (plan.draws, plan.pool)
   # A draw of all costs little more than one of few, and waits for a third.
   assert shape(sized()) == (32, 10)
-  exits = dict(gate='learned', threshold=0.5, kv='propagate')
+  score_lib = dict(gate='learned', threshold=0.5, kv='propagate')
   # The block costs more than the ends: room for all that leave a step.
-  assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
+  assert shape(sized(mean_loops=2.1, **score_lib)) == (16, 1)
   # An unknown depth: no token that leaves early waits for others.
-  assert shape(sized(**exits)) == (16, 1)
+  assert shape(sized(**score_lib)) == (16, 1)
   # Few slots pay for weights, and small ends are read in every step.
-  assert shape(sized(**exits, slots=8)) == (8, 1)
+  assert shape(sized(**score_lib, slots=8)) == (8, 1)
   # The ends cost more: few rows, well filled, in tiles of 8; all in step where
   # no token leaves early.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
-  assert shape(sized(mean_loops=2.1, **exits)) == (16, 6)
+  assert shape(sized(mean_loops=2.1, **score_lib)) == (16, 6)
   assert shape(sized(draws=32, pool=32)) == (32, 32)
   assert shape(sized()) == (32, 32)
-  assert shape(sized(**exits, slots=8)) == (8, 6)
-  many = sized(mean_loops=2.1, dtype='bfloat16', **exits)
+  assert shape(sized(**score_lib, slots=8)) == (8, 6)
+  many = sized(mean_loops=2.1, dtype='bfloat16', **score_lib)
   assert shape(many) == (32, 16)
   assert shape(sized(lossless=True)) == (32, 32)
   assert sized(lossless=True).lanes == 32
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert shape(sized(**exits)) == (32, 24)
+  assert shape(sized(**score_lib)) == (32, 24)
   assert shape(sized()) == (32, 32)
   with pytest.raises(InputError, match='mean_loops'):
     sized(mean_loops=0.5)
@@ -244,7 +247,7 @@ def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
     'lens_bias': rng.normal(0, 0.3, shape),
   }
   if tuned:
-    H = gates.LENS_WIDTH
+    H = gate_lib.LENS_WIDTH
     lens |= {
       'lens_in': rng.normal(0, 0.2, (*shape, H)),
       'lens_out': rng.normal(0, 0.05, (shape[0], H, shape[1])),
@@ -693,8 +696,8 @@ def test_the_gate_kept_with_a_model_is_used(child):
     'kernel': np.zeros((1, config.d_model), np.float32),
     'bias': np.ones(1, np.float32),
   }
-  gate = gates.Gate('learned', 0.5, arrays, 'propagate')
-  gated = dataclasses.replace(child, meta=gates.store(child.meta, gate))
+  gate = gate_lib.Gate('learned', 0.5, arrays, 'propagate')
+  gated = dataclasses.replace(child, meta=gate_lib.store(child.meta, gate))
   engine = Engine(gated, slots=1, page=8, gate='stored')
   engine.generate('The sea', max_new_tokens=6, ignore_end=True)
   assert engine.figures()['depths_R'] == [6, 0]
@@ -782,11 +785,11 @@ def test_a_tuned_lens_is_whole(names):
   config = model('llama').config
   shape = config.loops - 1, config.d_model
   arrays = {
-    'lens_in': np.zeros((*shape, gates.LENS_WIDTH)),
-    'lens_out': np.zeros((shape[0], gates.LENS_WIDTH, shape[1])),
+    'lens_in': np.zeros((*shape, gate_lib.LENS_WIDTH)),
+    'lens_out': np.zeros((shape[0], gate_lib.LENS_WIDTH, shape[1])),
   }
   with pytest.raises(InputError, match='A tuned lens needs'):
-    gates.check_arrays('none', {n: arrays[n] for n in names.split()}, config)
+    gate_lib.check_arrays('none', {n: arrays[n] for n in names.split()}, config)
 
 
 def test_a_threshold_needs_a_gate():

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rrt.infer import exits, rules
+from rrt.exits import score as score_lib
+from rrt.infer import rules
 from rrt.models import passes
 from rrt.models.attention import Attention
 from rrt.models.cache import init_cache
@@ -54,7 +55,7 @@ def decode(
       before = x
       x, block[r] = _block(config, params, x, r, context, block[r], scan=False)
       one = lambda v: jnp.asarray([v])
-      sure = exits.score(
+      sure = score_lib.score(
         gate,
         arrays,
         before[:, 0],

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.infer import exits
-from rrt.models.early import forward_early
+from rrt.exits import score as score_lib
+from rrt.exits.forward import forward_early
 from rrt.models.transformer import forward, greedy_token
 from tests.infer import oracle
 from tests.models.configs import gemma3, llama, perturbed, tokens
@@ -16,7 +16,9 @@ each_model = pytest.mark.parametrize('name', MODELS)
 
 def leaves_by(kind, arrays, threshold):
   def leaves(loops, before_BxLxD, after_BxLxD):
-    score_BxL = exits.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
+    score_BxL = score_lib.score_rows(
+      kind, arrays, before_BxLxD, after_BxLxD, loops
+    )
     return score_BxL >= threshold
 
   return leaves

@@ -56,7 +56,7 @@ def forward_early(
       see `rrt.infer.options.Options`.
     dtype: of the computation.
     lens: (block's output, depth_BxL) to what the coda reads; see
-      `rrt.infer.exits.through_lens`.
+      `rrt.exits.score.through_lens`.
   """
   B, L = tokens_BxL.shape
   G, Dh, R = config.num_kv_heads, config.head_dim, config.loops

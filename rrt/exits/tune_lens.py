@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rrt.infer import exits, gates
+from rrt.exits import gate as gate_lib
+from rrt.exits import score as score_lib
 from rrt.models import passes, transformer
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def tune_lens(
   def loss(trained, params, few, x_BxLxD, last_BxLxD, scored_BxL):
     lens = trained | {'lens_out': trained['lens_out'] * scale}
     full_BxLxV = log_p(params, few, last_BxLxD)
-    early_BxLxV = log_p(params, few, exits.apply_lens(lens, x_BxLxD))
+    early_BxLxV = log_p(params, few, score_lib.apply_lens(lens, x_BxLxD))
     nats_BxL = jnp.sum(jnp.exp(full_BxLxV) * (full_BxLxV - early_BxLxV), -1)
     return jnp.sum(nats_BxL * scored_BxL) / jnp.maximum(jnp.sum(scored_BxL), 1)
 
@@ -111,7 +112,7 @@ def tune_lens(
 
 def _hidden_layer(d_model: int, seed: int):
   """It adds nothing at first."""
-  H = gates.LENS_WIDTH
+  H = gate_lib.LENS_WIDTH
   start_DxH = jax.random.normal(jax.random.key(seed), (d_model, H))
   return {
     'lens_in': start_DxH / d_model**0.5,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert import align
+from rrt.convert import permute
 from rrt.models.attention import Attention, Context, Place
 from rrt.models.layers import Mlp, rms_norm
 from rrt.models.transformer import make_context
@@ -194,7 +194,10 @@ class Walk:
     """The parent's layer tree at a depth, its hidden units lined up."""
     layer = self._layers(depth)
     if depth in self.orders:
-      layer = {**layer, 'mlp': align.reorder(layer['mlp'], *self.orders[depth])}
+      layer = {
+        **layer,
+        'mlp': permute.reorder(layer['mlp'], *self.orders[depth]),
+      }
     return layer
 
   def context(self, rows: slice) -> Context:
@@ -287,7 +290,7 @@ class Walk:
     mlp, c_IxI, power_F = look(first)
     for depth in others:
       other, c2_IxI, power2_F = look(depth)
-      self.orders[depth] = align.match_units(
+      self.orders[depth] = permute.match_units(
         mlp, other, c_IxI + c2_IxI, power_F, power2_F
       )
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert import budgets, fit
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert.arrange import is_full_rank, source_layers
-from rrt.convert.walk import Walk, part_of
+from rrt.convert import rank_budget
+from rrt.convert.activations import Walk, part_of
+from rrt.convert.plan import is_full_rank, source_layers
 from rrt.model import LanguageModel
+from rrt.ops import least_squares
 from rrt.ops.matmul import float32_is_float32
 from rrt.tree import flatten, set_path
 
@@ -160,7 +161,7 @@ class Conversion:
       self.shared[name] = shared_NxIxO
     if budget is not None:
       spectra = {name: self._spectra(name, count) for name in c.shapes()}
-      self.config = budgets.spend(c, spectra, budget, alpha)
+      self.config = rank_budget.spend(c, spectra, budget, alpha)
     for name in c.shapes():
       self._relax(name, count)
 
@@ -217,7 +218,9 @@ class Conversion:
         )
         self.kept[name][r, n] = 0.0 if rest_IxO.any() else 1.0
         continue
-      a_Ixr, b_rxO, self.kept[name][r, n] = fit.truncated_svd(rest_IxO, rank)
+      a_Ixr, b_rxO, self.kept[name][r, n] = least_squares.truncated_svd(
+        rest_IxO, rank
+      )
       a_NxRxIxr[n, r, :, :rank], b_NxRxrxO[n, r, :rank] = a_Ixr, b_rxO
     self.low_a[name], self.low_b[name] = a_NxRxIxr, b_NxRxrxO
 
@@ -242,7 +245,7 @@ class Conversion:
     streams = walk.run(self._embed(tokens_BxL), c.prelude_layers, count)
     if budget is not None:
       spectra = calibrate_lib.spectra(walk, c, streams, self._norms_at, steps)
-      self.config = budgets.spend(c, spectra, budget, alpha)
+      self.config = rank_budget.spend(c, spectra, budget, alpha)
       if is_exact(self.config, self.init, self.lora_init):
         self.select(None, alpha)  # Any shared weight will do.
         return

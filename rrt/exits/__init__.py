@@ -1,0 +1,1 @@
+"""Early exits: scores, gates kept with a model, lenses, masked forward."""
