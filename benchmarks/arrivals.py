@@ -31,7 +31,7 @@ def times_of(count: int, rate: float) -> np.ndarray:
 
 def engine(runner) -> Contender:
   """Our engine."""
-  from rrt.infer.engine import Request
+  from rrt.infer.engine.engine import Request
 
   def run(work, at):
     requests = [Request(p, n, ignore_end=True) for p, n in work]

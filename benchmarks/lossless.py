@@ -16,7 +16,7 @@ from rrt import cli
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import perplexity
-from rrt.infer.engine import Engine, Request
+from rrt.infer.engine.engine import Engine, Request
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')

@@ -19,7 +19,7 @@ import dataclasses
 import numpy as np
 
 from rrt import cli
-from rrt.infer.simulate import paper_rate
+from rrt.infer.engine.simulate import paper_rate
 
 CORPORA = ('SlimPajama', 'RedPajama', 'PG19')
 

@@ -4,7 +4,7 @@
 
 Each kind of pass is timed by itself (block, coda and head, prelude, keys and
 values of skipped loops, a prompt's way into its slot, an empty call),
-`rrt.infer.simulate` counts the passes of a drain under five policies, and the
+`rrt.infer.engine.simulate` counts the passes of a drain under five policies, and the
 engine runs the same requests. The counts must be the engine's own exactly. The
 seconds are compared repeat by repeat, the passes timed right before and right
 after the run that they foretell, because the speed of a shared machine drifts;
@@ -23,9 +23,12 @@ from benchmarks import common, rungs
 from rrt import cli
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
-from rrt.infer import decode, draws, flights, lanes, simulate
-from rrt.infer import engine as engines
-from rrt.infer.engine import Engine
+from rrt.infer.engine import engine as engines
+from rrt.infer.engine import sampler, simulate
+from rrt.infer.engine.engine import Engine
+from rrt.infer.engine.state import DUE, ENTER, RUN
+from rrt.infer.engine.step import enter, run_block
+from rrt.models.params import bucket
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -56,7 +59,7 @@ class Clock:
     )
     rng = np.random.default_rng(0)
     vocab = engine.plan.config.vocab_size
-    self._bucket = lambda n: decode.bucket(n, engine.context)
+    self._bucket = lambda n: bucket(n, engine.context)
     self._prompts = {
       n: rng.integers(5, vocab, n).tolist()
       for n in sorted(set(map(self._bucket, prompts)))
@@ -104,13 +107,13 @@ class Clock:
     """A run of one pass again and again, on all slots at a position."""
     plan, gate = self._engine.plan, self._engine._gate
     end_E = jnp.asarray([-1])
-    draw = lambda p, t, s: draws.draw(plan, p, gate, t, end_E, s)[0]
+    draw = lambda p, t, s: sampler.draw(plan, p, gate, t, end_E, s)[0]
     stage, loops, body = {
-      'block': (flights.RUN, 0, lambda p, t, s: lanes.run_block(
+      'block': (RUN, 0, lambda p, t, s: run_block(
         plan, p, gate, t, s)),
-      'draw': (flights.DUE, plan.config.loops, draw),
-      'fill': (flights.DUE, 1, draw),
-      'enter': (flights.ENTER, 0, lambda p, t, s: lanes.enter(plan, p, s)),
+      'draw': (DUE, plan.config.loops, draw),
+      'fill': (DUE, 1, draw),
+      'enter': (ENTER, 0, lambda p, t, s: enter(plan, p, s)),
     }[kind]  # fmt: skip
 
     def once(params, table, i, state):

@@ -79,7 +79,7 @@ def replay(loops: int, depth: float) -> tuple[dict, float]:
 
 def new_engine(model, work, **options):
   """An engine for these requests."""
-  from rrt.infer.engine import Engine
+  from rrt.infer.engine.engine import Engine
 
   rounded = {}
   if FLAGS.round_weights:
@@ -102,7 +102,7 @@ def ours(model, work, batch: int | None = None, **options):
     batch: how many requests are asked at once; None for all.
     **options: of the engine.
   """
-  from rrt.infer.engine import Request
+  from rrt.infer.engine.engine import Request
 
   engine = new_engine(model, work, **options)
 

@@ -186,12 +186,12 @@ def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing.')
   from rrt.checkpoints.load import load
-  from rrt.infer import sample
-  from rrt.infer.engine import Engine
+  from rrt.infer import generate
+  from rrt.infer.engine.engine import Engine
 
   want = {}
   model = load(FLAGS.model)
-  write: dict = {False: functools.partial(sample.complete, model)}
+  write: dict = {False: functools.partial(generate.complete, model)}
   if FLAGS.early:
     write[True] = Engine(model, gate='stored', context=FLAGS.context).generate
   for early, complete in write.items():

@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import rrt
-from rrt.infer import simulate
+from rrt.infer.engine import simulate
 
 MODEL = os.environ.get('RRT_MODEL', 'smollm2-135m')
 ROW = int(os.environ.get('RRT_ROW', 256))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
   from rrt.convert.recursive import to_recursive
   from rrt.errors import InputError
   from rrt.evals.perplexity import score
-  from rrt.infer.engine import Engine
-  from rrt.infer.requests import Request
-  from rrt.infer.sample import complete
+  from rrt.infer.engine.engine import Engine
+  from rrt.infer.engine.request import Request
+  from rrt.infer.generate import complete
   from rrt.model import LanguageModel
   from rrt.models.count import count_params
   from rrt.models.untie import to_untied
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 _HOMES = {
-  'Engine': 'rrt.infer.engine',
+  'Engine': 'rrt.infer.engine.engine',
   'InputError': 'rrt.errors',
   'LanguageModel': 'rrt.checkpoints.load',
   'LoraConfig': 'rrt.config',
   'ModelConfig': 'rrt.config',
-  'Request': 'rrt.infer.requests',
-  'complete': 'rrt.infer.sample',
+  'Request': 'rrt.infer.engine.request',
+  'complete': 'rrt.infer.generate',
   'count_params': 'rrt.models.count',
   'load': 'rrt.checkpoints.load',
   'save': 'rrt.checkpoints.load',

@@ -30,8 +30,8 @@ from rrt.errors import InputError
 from rrt.evals import depth, every_loop, gating, perplexity
 from rrt.exits import gate as gate_lib
 from rrt.files import check_writable
-from rrt.infer.engine import Engine, Request
-from rrt.infer.sample import complete
+from rrt.infer.engine.engine import Engine, Request
+from rrt.infer.generate import complete
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
 

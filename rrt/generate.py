@@ -105,17 +105,17 @@ def main(argv) -> None:
   if not _PROMPT.value:
     raise InputError("--prompt is missing; try --prompt='The sea is'.")
   from rrt.checkpoints.load import load
-  from rrt.infer import sample
+  from rrt.infer import generate
 
   prompts = _PROMPT.value
-  settings = sample.Settings(
+  settings = generate.Settings(
       _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
       _MIN_P.value, _SEED.value, tuple(_STOP.value), _CHAT.value,
   )  # fmt: skip
   settings.check()
-  sample.check_texts(prompts)
+  generate.check_texts(prompts)
   model = load(_MODEL.value)
-  writer = sample.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
+  writer = generate.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
   screen = _Screen(heads, live=_STREAM.value)
   done = writer.complete(prompts, settings, screen.show)

@@ -48,7 +48,7 @@ _THRESHOLD = flags.DEFINE_float(
   "Of the gate; the stored one's own by default; 2 never leaves early.",
 )
 _LANES = flags.DEFINE_integer(
-  'lanes', None, 'Tokens that one block step runs; see rrt.infer.options.'
+  'lanes', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
 )
 _LOSSLESS = flags.DEFINE_bool(
   'lossless',
@@ -127,8 +127,8 @@ def main(argv) -> None:
       '--api_key_file or RRT_API_KEY.'
     )
   from rrt.checkpoints.load import load
-  from rrt.infer.engine import Engine
-  from rrt.infer.options import Options
+  from rrt.infer.engine.config import Options
+  from rrt.infer.engine.engine import Engine
   from rrt.server.app import Limits, Server
   from rrt.server.connection import http_server
   from rrt.server.listen import bind
@@ -165,7 +165,7 @@ def main(argv) -> None:
 
 def warm(engine, longest: int) -> None:
   """Compiles the steps, and prefills of prompts of up to `longest` tokens."""
-  from rrt.infer.decode import bucket
+  from rrt.models.params import bucket
 
   most = min(longest, engine.context - 1)
   sizes = {bucket(n, most) for n in range(2, most + 1)}

@@ -11,7 +11,7 @@ OPTIONAL = (
 CORE = (
     'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.losses',
     'rrt.state', 'rrt.optim', 'rrt.checkpoint', 'rrt.sharding',
-    'rrt.infer.sample', 'rrt.convert.recursive', 'rrt.checkpoints.save_hf',
+    'rrt.infer.generate', 'rrt.convert.recursive', 'rrt.checkpoints.save_hf',
     'rrt.evals.perplexity', 'rrt.checkpoints.load',
 )  # fmt: skip
 

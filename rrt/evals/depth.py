@@ -27,7 +27,7 @@ from rrt.evals.every_loop import LIVE, WITH_HEAD, EveryLoop, read_hidden
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
 from rrt.exits.gate import check_arrays
-from rrt.infer.decode import cast
+from rrt.models.params import cast
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel

@@ -21,8 +21,8 @@ from rrt.evals.perplexity import token_losses
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
 from rrt.exits.gate import Gate
-from rrt.infer.decode import bucket
 from rrt.models import transformer
+from rrt.models.params import bucket
 
 
 def score_endings(

@@ -20,9 +20,9 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.evals.perplexity import token_losses
-from rrt.infer.decode import bucket
 from rrt.models import transformer
 from rrt.models.cache import init_cache
+from rrt.models.params import bucket
 
 _COMPILE_TOKENS = 4096  # rather pad this many tokens than compile once more
 

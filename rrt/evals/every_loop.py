@@ -22,8 +22,8 @@ from rrt.errors import InputError
 from rrt.evals.perplexity import HEAD_CHUNK
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
-from rrt.infer.decode import cast
 from rrt.models import passes, transformer
+from rrt.models.params import cast
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel

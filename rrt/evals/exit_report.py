@@ -11,7 +11,7 @@ from rrt.errors import InputError
 from rrt.evals import depth, every_loop
 from rrt.exits import gate as gate_lib
 from rrt.files import check_file_writable
-from rrt.infer.options import KV_POLICIES
+from rrt.infer.engine.config import KV_POLICIES
 
 
 def check(

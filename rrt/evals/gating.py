@@ -15,7 +15,7 @@ from rrt.evals.threshold import choose
 from rrt.exits import fit as fit_lib
 from rrt.exits import gate as gate_lib
 from rrt.exits import tune_lens
-from rrt.infer.engine import Engine, Request
+from rrt.infer.engine.engine import Engine, Request
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel

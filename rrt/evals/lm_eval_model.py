@@ -18,7 +18,8 @@ from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import early_endings, endings
 from rrt.exits import gate as gate_lib
-from rrt.infer import decode, sample
+from rrt.infer import generate
+from rrt.models.params import cast
 
 _NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
 _ROW_TOKENS = 512  # what one row of lm-eval's batch_size stands for
@@ -72,8 +73,8 @@ class RrtLM(TemplateLM):
       rows = 8 if batch_size in (None, 'auto') else int(batch_size)
       batch_tokens = _ROW_TOKENS * rows
     self.batch_tokens = batch_tokens
-    self._params = decode.cast(self.model.params, dtype)
-    self._writer: sample.Writer | None = None
+    self._params = cast(self.model.params, dtype)
+    self._writer: generate.Writer | None = None
 
   @property
   def max_length(self) -> int:
@@ -182,8 +183,10 @@ class RrtLM(TemplateLM):
     """What the model writes after each context."""
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
-      self._writer = sample.Writer(limited, loops=self.loops, dtype=self.dtype)
-    by_settings: dict[sample.Settings, list[int]] = {}
+      self._writer = generate.Writer(
+        limited, loops=self.loops, dtype=self.dtype
+      )
+    by_settings: dict[generate.Settings, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)
     texts = [''] * len(requests)
@@ -203,8 +206,8 @@ class RrtLM(TemplateLM):
         }
         # Rows of like length share a batch and waste little padding.
         indices.sort(key=lambda i: -len(prompts[i]))
-        for first in range(0, len(indices), sample.BATCH):
-          part = indices[first : first + sample.BATCH]
+        for first in range(0, len(indices), generate.BATCH):
+          part = indices[first : first + generate.BATCH]
           done = self._writer.complete([prompts[i] for i in part], settings)
           for i, completion in zip(part, done, strict=True):
             texts[i] = completion.text
@@ -220,13 +223,13 @@ def _loaded(source):
   return source if hasattr(source, 'params') else load(source)
 
 
-def _settings(arguments: dict[str, Any]) -> sample.Settings:
+def _settings(arguments: dict[str, Any]) -> generate.Settings:
   """lm-eval's generation arguments as ours."""
   until = arguments.get('until') or ()
   temperature = float(arguments.get('temperature') or 0.0)
   if not arguments.get('do_sample', temperature > 0):
     temperature = 0.0
-  return sample.Settings(
+  return generate.Settings(
     max_new_tokens=int(
       arguments.get('max_gen_toks')
       or arguments.get('max_new_tokens')

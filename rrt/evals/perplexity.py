@@ -24,8 +24,8 @@ import numpy as np
 
 from rrt.data.token_bytes import token_bytes
 from rrt.errors import InputError
-from rrt.infer.decode import cast
 from rrt.models import transformer
+from rrt.models.params import cast
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer

@@ -53,7 +53,7 @@ def forward_early(
     leaves: (loops run, x before the last of them, x after it), both
       [B, L, D], to bool [B, L]: which tokens leave.
     kv: what skipped loops keep: 'write_ahead', 'propagate' or 'exact_fill';
-      see `rrt.infer.options.Options`.
+      see `rrt.infer.engine.config.Options`.
     dtype: of the computation.
     lens: (block's output, depth_BxL) to what the coda reads; see
       `rrt.exits.score.through_lens`.

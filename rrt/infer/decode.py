@@ -19,14 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.errors import InputError
-from rrt.infer import rules
+from rrt.infer.sampling import Array, Sampling, sample
 from rrt.models import transformer
 from rrt.models.cache import Cache, as_empty, init_cache
+from rrt.models.params import bucket, cast, turned
 from rrt.models.stack import unstack
-from rrt.ops import matmul
 
-DTYPES = ('float32', 'bfloat16')
 CALL = 32  # tokens that one call of `advance` can hold
 CHUNK_TOKENS = 8192  # of all rows in one prefill call; bounds the memory
 _SOON = 256  # tokens that the first cache has room for behind the prompts
@@ -43,11 +41,11 @@ class Rows(NamedTuple):
     done_B: whether it has ended.
   """
 
-  token_B: rules.Array
-  position_B: rules.Array
-  count_B: rules.Array
-  room_B: rules.Array
-  done_B: rules.Array
+  token_B: Array
+  position_B: Array
+  count_B: Array
+  room_B: Array
+  done_B: Array
 
 
 class Static(NamedTuple):
@@ -136,7 +134,7 @@ def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
     token_B = transformer.greedy_token(*head)
   else:
     logits_BxV = transformer.logits(*head)
-    token_B = rules.sample(logits_BxV, sampling, rows.count_B)
+    token_B = sample(logits_BxV, sampling, rows.count_B)
   token_B = jnp.where(rows.done_B, rows.token_B, token_B)
   count_B = rows.count_B + jnp.where(rows.done_B, 0, 1)
   ended_B = jnp.any(token_B[:, None] == eos_E[None, :], -1)
@@ -193,7 +191,7 @@ class Decoder:
     prompts: Sequence[Sequence[int]],
     room: Sequence[int],
     *,
-    sampling: rules.Sampling | None = None,
+    sampling: Sampling | None = None,
     eos: Sequence[int] = (),
     call: int = CALL,
   ):
@@ -291,43 +289,3 @@ _COMPILED: dict[Any, Any] = {}
 def forget_programs() -> None:
   """Frees the compiled steps of all decoders; they are compiled again."""
   _COMPILED.clear()
-
-
-def cast(params, dtype: str):
-  """Parameters on the device, matrices in `dtype`.
-
-  Gains of norms keep their dtype: they are small, and multiply in it.
-
-  Raises:
-    InputError: a dtype that is not supported.
-  """
-  if dtype not in DTYPES:
-    raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
-  is_gain = lambda path: getattr(path[-1], 'key', None) == 'scale'
-  return jax.tree_util.tree_map_with_path(
-    lambda path, w: jnp.asarray(w, None if is_gain(path) else dtype), params
-  )
-
-
-def turned(params):
-  """Unstacked parameters with matrices as decoding multiplies them fastest."""
-  if not matmul.pays_to_turn():
-    return params
-  names = 'kernel', 'lora_a_wide', 'lora_b_wide'
-  parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
-  return params | matmul.turn(parts, names)
-
-
-def bucket(n: int, most: int | None = None, least: int = 16) -> int:
-  """N rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
-
-  Args:
-    n: what has to fit.
-    most: never more than this.
-    least: the smallest bucket, a power of 2.
-  """
-  size = least
-  while size < n:
-    power = size & (size - 1) == 0
-    size = (size * 3 // 2 if size > 1 else 2) if power else size * 4 // 3
-  return size if most is None else min(size, most)

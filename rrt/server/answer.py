@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from rrt.data.token_bytes import token_bytes
-from rrt.infer.requests import Request
+from rrt.infer.engine.request import Request
 from rrt.server.protocol import Job
 
 FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}

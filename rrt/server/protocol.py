@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from rrt.errors import InputError
-from rrt.infer.requests import Request
+from rrt.infer.engine.request import Request
 
 MOST_CHOICES = 16
 MOST_REQUESTS = 128  # of one call: prompts times choices

@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 from rrt.errors import InputError
-from rrt.infer.engine import Engine
-from rrt.infer.requests import Request
-from rrt.infer.text import Text
+from rrt.infer.detokenize import Text
+from rrt.infer.engine.engine import Engine
+from rrt.infer.engine.request import Request
 from rrt.server.metrics import Metrics
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rrt.checkpoints import safetensors
+from rrt.checkpoints import save_hf as save_hf_lib
 from rrt.checkpoints.load import load
 from rrt.checkpoints.save_hf import save_hf
 from rrt.config import LoraConfig

@@ -17,7 +17,7 @@ from tokenizers import (
 from rrt.data.token_bytes import token_bytes
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
-from rrt.infer.text import StreamDecoder
+from rrt.infer.detokenize import StreamDecoder
 
 TEXTS = (
   'It cost 1,234.50 euros.',

@@ -13,7 +13,7 @@ from rrt.evals import depth, every_loop, gating, perplexity
 from rrt.exits import fit as fit_lib
 from rrt.exits import gate as gate_lib
 from rrt.exits import tune_lens
-from rrt.infer import sample
+from rrt.infer import generate
 from rrt.model import LanguageModel
 from rrt.models import transformer
 from tests import command, runs
@@ -141,7 +141,7 @@ def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows, share):
   for i in own[:2]:
     kept = len(rows[i]) // 4
     assert got[i][:kept] == list(rows[i][:kept])
-    want = sample.complete(
+    want = generate.complete(
       model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept,
       ignore_end=True,
     )  # fmt: skip

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import decode, rules
+from rrt.infer import decode
+from rrt.infer.sampling import Sampling
 from rrt.models import transformer
+from rrt.models.params import bucket
 from tests.models import configs
 
 PROMPTS = ([3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6])
@@ -70,7 +72,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_sampled_rows_do_not_depend_on_their_batch():
   def sampling(*seeds):
     n = len(seeds)
-    return rules.Sampling(
+    return Sampling(
         np.full(n, 1.5, np.float32), np.full(n, 20, np.int32),
         np.full(n, 0.9, np.float32), np.full(n, 0.01, np.float32),
         np.array(seeds, np.uint32),
@@ -171,10 +173,10 @@ def test_bfloat16_runs_and_bad_dtypes_do_not():
 
 
 def test_buckets_are_few_and_hold_what_they_should():
-  sizes = {decode.bucket(n) for n in range(1, 2049)}
+  sizes = {bucket(n) for n in range(1, 2049)}
   assert len(sizes) == 15
-  assert all(n <= decode.bucket(n) <= max(16, 1.5 * n) for n in range(1, 2049))
-  assert decode.bucket(100, 110) == 110
-  assert [decode.bucket(n, least=1) for n in range(1, 8)] == [
+  assert all(n <= bucket(n) <= max(16, 1.5 * n) for n in range(1, 2049))
+  assert bucket(100, 110) == 110
+  assert [bucket(n, least=1) for n in range(1, 8)] == [
     1, 2, 3, 4, 6, 6, 8
   ]  # fmt: skip

@@ -15,12 +15,17 @@ from rrt.errors import InputError
 from rrt.exits import fit as fit_lib
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer import decode, flights, guesses, rules, sample
-from rrt.infer import engine as engines
-from rrt.infer.engine import Engine, Request
-from rrt.infer.options import Options
-from rrt.infer.requests import empty_table
-from rrt.infer.rows import Rows
+from rrt.infer import generate
+from rrt.infer.engine import engine as engines
+from rrt.infer.engine import speculate
+from rrt.infer.engine.batch import Rows
+from rrt.infer.engine.config import Options
+from rrt.infer.engine.engine import Engine, Request
+from rrt.infer.engine.request import empty_table
+from rrt.infer.engine.state import EMPTY, ENTER, init_state
+from rrt.infer.sampling import Sampling
+from rrt.models import params as params_lib
+from rrt.models.params import cast
 from rrt.models.stack import unstack
 from rrt.ops import matmul
 from tests import runs
@@ -112,7 +117,7 @@ def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, turned):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
   lens = fit_lib.fit_lens(np.ones((2, 4, 8), np.float32))
-  params = decode.turned(unstack(model('llama').params))
+  params = params_lib.turned(unstack(model('llama').params))
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
   is_turned = lambda x: isinstance(x, matmul.Turned)
   leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
@@ -195,7 +200,7 @@ def test_weights_are_rounded_and_the_arithmetic_is_not():
   rounded = types.SimpleNamespace(
     config=m.config, tokenizer=None, meta={},
     params=jax.tree.map(
-      np.asarray, decode.cast(decode.cast(m.params, 'bfloat16'), 'float32')
+      np.asarray, cast(cast(m.params, 'bfloat16'), 'float32')
     ),
   )  # fmt: skip
   want = written(Engine(rounded, slots=3, page=8))
@@ -361,13 +366,13 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
         (int(f.position_SxK[slot, k]), int(f.stage_SxK[slot, k]),
          int(f.loop_SxK[slot, k]))
         for k in range(engine.plan.flights)
-        if f.stage_SxK[slot, k] != flights.EMPTY
+        if f.stage_SxK[slot, k] != EMPTY
       ]  # fmt: skip
       under_way.sort()
       for older, younger in itertools.pairwise(under_way):
         pairs += 1
         assert younger[0] == older[0] + 1
-        assert older[1] != flights.ENTER
+        assert older[1] != ENTER
         assert younger[2] < older[2]
       if under_way:
         assert under_way[0][0] == state.base_S[slot]
@@ -402,7 +407,7 @@ def test_what_followed_before_is_guessed(lookup):
   position_SxK = rng.integers(0, 24, (8, K))
   # What the one that draws at random would find anywhere.
   text_SxC[7], position_SxK[7] = 3, 20
-  state = flights.init_state(plan)
+  state = init_state(plan)
   state = state._replace(
     text_SxC=jax.numpy.asarray(text_SxC),
     flights=state.flights._replace(position_SxK=jax.numpy.asarray(position_SxK)),
@@ -412,7 +417,7 @@ def test_what_followed_before_is_guessed(lookup):
   rows = Rows(
     np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool)
   )
-  got = guesses.from_text(plan, table, state, rows)
+  got = speculate.from_text(plan, table, state, rows)
   want = []
   for slot, k in zip(rows.slot_B, rows.k_B, strict=True):
     text, p = text_SxC[slot].tolist(), position_SxK[slot, k]
@@ -421,9 +426,9 @@ def test_what_followed_before_is_guessed(lookup):
       if text[j - lookup + 1 : j + 1] == text[p - lookup + 1 : p + 1]
     ]  # fmt: skip
     found = ends and slot != 7
-    want.append(text[ends[-1] + 1] if found else guesses.UNKNOWN)
+    want.append(text[ends[-1] + 1] if found else speculate.UNKNOWN)
   assert got.tolist() == want
-  assert guesses.UNKNOWN in want[: 7 * K] and max(want) >= 0
+  assert speculate.UNKNOWN in want[: 7 * K] and max(want) >= 0
 
 
 def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
@@ -476,7 +481,7 @@ def test_speculation_ends_where_no_lane_is_free():
 
 def test_lossless_sampling_equals_full_depth_sampling():
   one = lambda v, kind: np.array([v], kind)
-  sampling = rules.Sampling(
+  sampling = Sampling(
     one(0.7, np.float32), one(9, np.int32), one(0.95, np.float32),
     one(0.01, np.float32), one(11, np.uint32),
   )  # fmt: skip
@@ -494,7 +499,7 @@ def test_lossless_sampling_equals_full_depth_sampling():
 def test_requests_keep_their_own_rules_side_by_side(lossless):
   m = model('llama')
   one = lambda v, kind: np.array([v], kind)
-  sampling = rules.Sampling(
+  sampling = Sampling(
     one(0.9, np.float32), one(0, np.int32), one(1, np.float32),
     one(0, np.float32), one(5, np.uint32),
   )  # fmt: skip
@@ -661,11 +666,11 @@ def _keep(parts):
 def test_texts_equal_those_of_complete(child):
   prompts = ['The sea', 'x', 'a b c d e']
   for settings in (
-    sample.Settings(max_new_tokens=12),
-    sample.Settings(max_new_tokens=40, ignore_end=True),
-    sample.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
+    generate.Settings(max_new_tokens=12),
+    generate.Settings(max_new_tokens=40, ignore_end=True),
+    generate.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
   ):
-    want = sample.Writer(child).complete(prompts, settings)
+    want = generate.Writer(child).complete(prompts, settings)
     engine = Engine(child, slots=2, page=8, steps=3)
     parts: list[tuple[int, str]] = []
     got = engine.generate(prompts, settings, _keep(parts))
@@ -679,7 +684,7 @@ def test_a_stop_string_frees_its_slot(child):
     'The sea', max_new_tokens=24, ignore_end=True
   )[0]
   stop = whole.text[3:5]
-  want = sample.complete(
+  want = generate.complete(
     child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True
   )
   engine = Engine(child, slots=1, page=8, steps=2)

@@ -3,7 +3,7 @@
 import pytest
 
 from rrt.checkpoints.load import save
-from rrt.infer.sample import complete
+from rrt.infer.generate import complete
 from tests import command, runs
 
 PROMPTS = ['the sea', 'a', 'ships']

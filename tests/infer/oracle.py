@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.exits import score as score_lib
-from rrt.infer import rules
+from rrt.infer.sampling import sample
 from rrt.models import passes
 from rrt.models.attention import Attention
 from rrt.models.cache import init_cache
@@ -96,7 +96,7 @@ def decode(
       token = int(greedy_token(config, params, hidden[:, 0])[0])
     else:
       token = int(
-        rules.sample(jnp.asarray(raw)[None], sampling, jnp.asarray([count]))[0]
+        sample(jnp.asarray(raw)[None], sampling, jnp.asarray([count]))[0]
       )
     tokens.append(token)
     position += 1

@@ -6,9 +6,9 @@ import functools
 import pytest
 
 from rrt.errors import InputError
-from rrt.infer import sample
-from rrt.infer.sample import complete
-from rrt.infer.text import Text
+from rrt.infer import generate
+from rrt.infer.detokenize import Text
+from rrt.infer.generate import complete
 from tests import runs
 
 
@@ -20,7 +20,7 @@ def model():
 
 @functools.cache
 def writer():
-  return sample.Writer(model())
+  return generate.Writer(model())
 
 
 def write(prompts, **kwargs):
@@ -45,8 +45,8 @@ def test_batches_do_not_change_completions():
   prompts = ['the sea', 'a', 'old ships sail', 'x' * 30]
   settings = dict(temperature=1.2, top_p=0.95, max_new_tokens=20)
   whole = complete(model(), prompts, seed=5, **settings)
-  small = sample.Writer(model(), batch=3)
-  split = small.complete(prompts, sample.Settings(seed=5, **settings))
+  small = generate.Writer(model(), batch=3)
+  split = small.complete(prompts, generate.Settings(seed=5, **settings))
   assert whole == split
   for i, prompt in enumerate(prompts):
     assert write([prompt], seed=5 + i, **settings) == [whole[i]]

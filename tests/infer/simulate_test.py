@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks import paper_tables
 from rrt.errors import InputError
-from rrt.infer import engine as engines
-from rrt.infer import simulate
-from rrt.infer.engine import Engine, Request
+from rrt.infer.engine import engine as engines
+from rrt.infer.engine import simulate
+from rrt.infer.engine.engine import Engine, Request
 from tests.infer.engine_test import PROMPTS, ROOMS, model
 
 

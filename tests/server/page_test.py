@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from rrt.infer import sample
-from rrt.infer.engine import Engine
+from rrt.infer import generate
+from rrt.infer.engine.engine import Engine
 from tests import runs
 
 pytest.importorskip('uvicorn')
@@ -94,7 +94,7 @@ def test_the_page_writes_coloured_tokens(browser, address):
   assert at(browser, 'gate').is_displayed()
   fill(browser, 'prompt', 'The sea')
   fill(browser, 'tokens', 12)
-  want = sample.complete(runs.child(), 'The sea', max_new_tokens=12)[0]
+  want = generate.complete(runs.child(), 'The sea', max_new_tokens=12)[0]
 
   # The lossless mode is on at first: full depth, whatever the slider says.
   assert at(browser, 'lossless').is_selected()

@@ -15,8 +15,8 @@ import types
 import pytest
 
 from rrt.checkpoints.load import save
-from rrt.infer import sample
-from rrt.infer.engine import Engine
+from rrt.infer import generate
+from rrt.infer.engine.engine import Engine
 from tests import command, runs
 
 pytest.importorskip('starlette')
@@ -64,7 +64,7 @@ def ask(**fields):
 
 
 def test_a_completion_is_that_of_generate(client, child):
-  want = sample.complete(child, 'The sea', max_new_tokens=12)[0]
+  want = generate.complete(child, 'The sea', max_new_tokens=12)[0]
   reply = client.post('/v1/completions', json=ask()).json()
   choice = reply['choices'][0]
   assert choice['text'] == want.text
@@ -285,7 +285,7 @@ def test_a_full_queue_asks_to_come_back(client):
 def test_many_clients_get_what_each_gets_alone(client, child):
   prompts = [chr(97 + i) * (1 + i) for i in range(8)]
   want = [
-    sample.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text
+    generate.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text
     for p in prompts
   ]
   got = [''] * len(prompts)
@@ -519,7 +519,7 @@ def test_openais_client_then_sigterm(tmp_path):
   process, url = start(tmp_path, RRT_API_KEY='k')
   try:
     client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
-    want = sample.complete(child, 'The sea', max_new_tokens=12)[0].text
+    want = generate.complete(child, 'The sea', max_new_tokens=12)[0].text
     got = client.completions.create(
       model='child', prompt='The sea', max_tokens=12, temperature=0
     )

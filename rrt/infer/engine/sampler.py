@@ -1,6 +1,6 @@
 """The end of a token's way: coda, head, the next token, and who flies on.
 
-In the lossless mode guesses are drawn too (`rrt.infer.guesses`). Draws share
+In the lossless mode guesses are drawn too (`rrt.infer.engine.speculate`). Draws share
 their random numbers by position, so a guess is right whenever the full depth
 would draw the same.
 
@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
-from rrt.infer import guesses, rules
-from rrt.infer.flights import (
+from rrt.infer.engine import speculate
+from rrt.infer.engine.batch import (
+  Rows,
+  context_of,
+  once,
+  paged,
+  pick,
+  stores_of,
+)
+from rrt.infer.engine.state import (
   DUE,
   EMPTY,
   ENTER,
@@ -22,9 +30,9 @@ from rrt.infer.flights import (
   Drawn,
   Plan,
   State,
-  nothing_drawn,
-)  # fmt: skip
-from rrt.infer.rows import Rows, context_of, once, paged, pick, stores_of
+  nothing_drawn,  # fmt: skip
+)
+from rrt.infer.sampling import penalize, sample
 from rrt.models import passes, transformer
 
 
@@ -38,7 +46,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     final_SxK &= next_SxK == EMPTY
   wanted_SxK = final_SxK
   if plan.lossless:
-    wanted_SxK |= guesses.wanted(plan, requests, state, final_SxK)
+    wanted_SxK |= speculate.wanted(plan, requests, state, final_SxK)
   order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
   finals = jnp.sum(final_SxK)
   enough = finals >= jnp.minimum(plan.pool, jnp.sum(state.live_S))
@@ -48,9 +56,9 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     state, _ = carry
     rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
     final_B = rows.live_B & rows.of(final_SxK)
-    known_B = guesses.from_text(plan, requests, state, rows)
-    known_B = jnp.where(final_B, guesses.UNKNOWN, known_B)
-    unknown_B = rows.live_B & (known_B == guesses.UNKNOWN)
+    known_B = speculate.from_text(plan, requests, state, rows)
+    known_B = jnp.where(final_B, speculate.UNKNOWN, known_B)
+    unknown_B = rows.live_B & (known_B == speculate.UNKNOWN)
 
     def read(carry):
       state, _ = carry
@@ -72,7 +80,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
-    state = guesses.remember(plan, state)
+    state = speculate.remember(plan, state)
     return state, Drawn(token_S, loops_S, *jax.tree.map(by_slot, told))
 
   state, drawn = once(go, body, (state, nothing_drawn(plan)))
@@ -171,8 +179,8 @@ def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
     if state.seen is not None:
       drawn_BxV = _drawn_before(state, rows)
       prompt_BxV = state.seen.prompt_SxV[slot_B]
-      logits_BxV = rules.penalize(logits_BxV, penalties, drawn_BxV, prompt_BxV)
-    return rules.sample(logits_BxV, sampling, count_B)
+      logits_BxV = penalize(logits_BxV, penalties, drawn_BxV, prompt_BxV)
+    return sample(logits_BxV, sampling, count_B)
 
   return jax.lax.cond(
     jnp.any(rows.live_B & wants_B), by_rules,
@@ -272,12 +280,12 @@ def _commit(
     ),
   )
   new = Rows(slots_S, next_S, wrong_S & ~ended_S)
-  f = guesses.start(f, new, token_S, base_S + 1)
+  f = speculate.start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
   if plan.lossless:
     # What was behind a wrong guess is gone, and so is what it would guess.
     kept = rows._replace(live_B=rows.live_B & ~wrong_S[rows.slot_B])
-    f, revised_S = guesses.take(plan, kept, final_B, token_B, f)
+    f, revised_S = speculate.take(plan, kept, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
   depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]

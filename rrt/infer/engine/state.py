@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.infer import rules
+from rrt.infer.sampling import Array, Penalties, Sampling
 from rrt.models import pages
 
 # Stages of a flight: none, waits for the prelude, in the block, waits for the
@@ -96,13 +96,13 @@ class Requests(NamedTuple):
     lossless_S: whether it speculates and takes no exits.
   """
 
-  room_S: rules.Array
-  ends_S: rules.Array
-  threshold_S: rules.Array
-  sampling: rules.Sampling
-  penalties: rules.Penalties
-  logprobs_S: rules.Array
-  lossless_S: rules.Array
+  room_S: Array
+  ends_S: Array
+  threshold_S: Array
+  sampling: Sampling
+  penalties: Penalties
+  logprobs_S: Array
+  lossless_S: Array
 
 
 class Seen(NamedTuple):

@@ -5,7 +5,7 @@ A step
   1. runs the shared block on up to N flights, each in its own loop with its
      own relaxation and its own keys and values (the *lanes*);
   2. lets flights leave by the gate or at the last loop, runs coda and head on
-     up to M of them and draws their tokens (`rrt.infer.draws`);
+     up to M of them and draws their tokens (`rrt.infer.engine.sampler`);
   3. runs embedding and prelude on the tokens that were drawn, which are the
      flights of the next step.
 
@@ -19,8 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
-from rrt.infer.draws import draw
-from rrt.infer.flights import (
+from rrt.infer.engine.batch import (
+  context_of,
+  once,
+  paged,
+  pick,
+  stores_of,
+)
+from rrt.infer.engine.sampler import draw
+from rrt.infer.engine.state import (
   DUE,
   EMPTY,
   ENTER,
@@ -29,9 +36,8 @@ from rrt.infer.flights import (
   Plan,
   Requests,
   State,
-  nothing_drawn,
-)  # fmt: skip
-from rrt.infer.rows import context_of, once, paged, pick, stores_of
+  nothing_drawn,  # fmt: skip
+)
 from rrt.models import passes
 
 

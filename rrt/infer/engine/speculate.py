@@ -16,8 +16,15 @@ S slots, K flights a slot, B rows of a pass, C context.
 
 import jax.numpy as jnp
 
-from rrt.infer.flights import EMPTY, ENTER, LAST, Flights, Plan, State
-from rrt.infer.rows import Rows
+from rrt.infer.engine.batch import Rows
+from rrt.infer.engine.state import (
+  EMPTY,
+  ENTER,
+  LAST,
+  Flights,
+  Plan,
+  State,
+)
 from rrt.models import transformer
 
 UNKNOWN = -1

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import decode, rules
-from rrt.infer.text import Completion, Text
+from rrt.infer import decode
+from rrt.infer.detokenize import Completion, Text
+from rrt.infer.sampling import Sampling
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
@@ -141,12 +142,12 @@ class Settings:
     if self.stop and tokenizer is None:
       raise InputError('stop needs a model with a tokenizer.')
 
-  def sampling(self, rows: range) -> rules.Sampling | None:
+  def sampling(self, rows: range) -> Sampling | None:
     """The rules for some of the prompts; None is greedy."""
     if not self.temperature:
       return None
     n = len(rows)
-    return rules.Sampling(
+    return Sampling(
       np.full(n, self.temperature, np.float32),
       np.full(n, self.top_k, np.int32),
       np.full(n, self.top_p, np.float32),

@@ -1,7 +1,7 @@
 """The engine's schedule without the model: how many passes a workload takes.
 
-`schedule` repeats what `rrt.infer.lanes` decides on the device and what
-`rrt.infer.engine` decides on the host, for one token a slot at a time, and
+`schedule` repeats what `rrt.infer.engine.step` decides on the device and what
+`rrt.infer.engine.engine` decides on the host, for one token a slot at a time, and
 counts the passes; `seconds` prices them with measured times. What a policy
 would gain on a machine is then known before anything is built for it.
 

@@ -11,9 +11,10 @@ from numbers import Integral, Real
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.infer import flights, rules
-from rrt.infer.sample import Settings
-from rrt.infer.text import Text
+from rrt.infer.detokenize import Text
+from rrt.infer.engine.state import Drawn, Plan, Requests
+from rrt.infer.generate import Settings
+from rrt.infer.sampling import Penalties, Sampling
 
 _LARGE = 1e30  # Far from where float32 ends.
 
@@ -62,7 +63,7 @@ class Request:
   text: Text | None = None
   finish: str = ''
 
-  def check(self, plan: flights.Plan) -> None:
+  def check(self, plan: Plan) -> None:
     """Raises InputError for what this engine cannot do."""
     if not isinstance(self.room, Integral) or self.room < 1:
       raise InputError(f'room={self.room!r}: must be whole, 1 or more.')
@@ -101,24 +102,24 @@ class Request:
       )
 
 
-def empty_table(slots: int) -> flights.Requests:
+def empty_table(slots: int) -> Requests:
   """The table of an engine without requests."""
   f = functools.partial(np.zeros, slots)
-  sampling = rules.Sampling(
+  sampling = Sampling(
     f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
   )
-  penalties = rules.Penalties(
+  penalties = Penalties(
     f(np.float32), f(np.float32), np.ones(slots, np.float32)
   )
-  return flights.Requests(
+  return Requests(
     f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool)
   )
 
 
 def with_request(
-  table: flights.Requests, slot: int, request: Request, threshold: float,
+  table: Requests, slot: int, request: Request, threshold: float,
   lossless: bool,
-) -> flights.Requests:  # fmt: skip
+) -> Requests:  # fmt: skip
   """A new table, as the old one may still be on its way to the device.
 
   Args:
@@ -138,16 +139,16 @@ def with_request(
     return array_S
 
   r, s = request, table.sampling
-  sampling = rules.Sampling(
+  sampling = Sampling(
     put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
     put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
   )  # fmt: skip
   p = table.penalties
-  penalties = rules.Penalties(
+  penalties = Penalties(
     put(p.presence_B, r.presence), put(p.frequency_B, r.frequency),
     put(p.repetition_B, r.repetition),
   )  # fmt: skip
-  return flights.Requests(
+  return Requests(
     put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
     put(table.threshold_S, threshold), sampling, penalties,
     put(table.logprobs_S, r.logprobs is not None),
@@ -155,7 +156,7 @@ def with_request(
   )  # fmt: skip
 
 
-def told(drawn: flights.Drawn, new_I, slot: int, count: int):
+def told(drawn: Drawn, new_I, slot: int, count: int):
   """Log-probabilities of one slot's new tokens."""
   own, top, top_own = (
     drawn.logprob_S,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rrt.infer.flights import LAST, Plan
+from rrt.infer.engine.state import LAST, Plan
 from rrt.models import pages, transformer
 from rrt.models.attention import Context
 

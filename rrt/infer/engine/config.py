@@ -11,9 +11,9 @@ import jax
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer import decode
-from rrt.infer.flights import Plan
+from rrt.infer.engine.state import Plan
 from rrt.models import count, pages
+from rrt.models.params import DTYPES
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
@@ -138,7 +138,7 @@ class Options:
     score_lib.check_kind(self.gate)
     for field in ('dtype', 'kv_dtype', 'weight_dtype'):
       value = getattr(self, field) or self.dtype
-      need(value in decode.DTYPES, field, f'must be one of {decode.DTYPES}')
+      need(value in DTYPES, field, f'must be one of {DTYPES}')
     need(self.lora in LORA, 'lora', f'must be one of {LORA}')
     longest = config.max_context
     need(

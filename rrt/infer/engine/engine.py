@@ -4,7 +4,7 @@
     for done in engine.generate(['The sea is', 'Once'], max_new_tokens=40):
       print(done.text)
 
-The device decides what runs (`rrt.infer.lanes`); the host admits sequences to
+The device decides what runs (`rrt.infer.engine.step`); the host admits sequences to
 free slots between two calls and reads what a call drew while the next one
 runs. The tokens of a sequence depend on its prompt and its settings alone, not
 on what shares the batch with it.
@@ -24,12 +24,22 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer import decode, flights, guesses, lanes, sample
-from rrt.infer.options import Options, check_fit
-from rrt.infer.requests import Request, empty_table, told, with_request
-from rrt.infer.sample import Settings
-from rrt.infer.text import Completion, Text
+from rrt.infer import decode
+from rrt.infer import generate as generate_lib
+from rrt.infer.detokenize import Completion, Text
+from rrt.infer.engine import speculate
+from rrt.infer.engine.config import Options, check_fit
+from rrt.infer.engine.request import (
+  Request,
+  empty_table,
+  told,
+  with_request,
+)
+from rrt.infer.engine.state import admit, drop, init_state
+from rrt.infer.engine.step import call
+from rrt.infer.generate import Settings
 from rrt.models.cache import init_cache
+from rrt.models.params import bucket, cast, turned
 from rrt.models.stack import unstack
 from rrt.relax import lora
 
@@ -78,12 +88,12 @@ class Engine:
     check_fit(self.plan)
     params = unstack(model.params)
     if options.weight_dtype:
-      params = decode.cast(params, options.weight_dtype)
-    params = decode.cast(params, options.dtype)
+      params = cast(params, options.weight_dtype)
+    params = cast(params, options.dtype)
     if not options.groups_lora(model.config):
       params = lora.widen_all(params)
-    params = decode.turned(params)
-    self._params = guesses.with_draft_head(self.plan, params)
+    params = turned(params)
+    self._params = speculate.with_draft_head(self.plan, params)
     self._gate = score_lib.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
@@ -205,9 +215,9 @@ class Engine:
       changes['stop'] = (changes['stop'],)
     settings = dataclasses.replace(settings or Settings(), **changes)
     settings.check()
-    ids = sample.encode_prompts(self._tokenizer, prompts, settings.chat)
+    ids = generate_lib.encode_prompts(self._tokenizer, prompts, settings.chat)
     shape = dataclasses.replace(self.plan.config, max_context=self.context)
-    sample.check_prompts(shape, ids)
+    generate_lib.check_prompts(shape, ids)
     settings.check_for(len(ids), self._tokenizer)
     seeds = settings.seeds(range(len(ids)))
     show = stream or (lambda i, text: None)
@@ -287,7 +297,7 @@ class Engine:
         prompt_L = None
         if self.plan.penalties or self.plan.lookup:
           vocab = self.plan.config.vocab_size
-          size = decode.bucket(len(request.prompt), self.context)
+          size = bucket(len(request.prompt), self.context)
           prompt_L = np.full(size, vocab, np.int32)
           prompt_L[: len(request.prompt)] = request.prompt
         self._state = _admit(
@@ -302,13 +312,13 @@ class Engine:
       return None
     plan = self.plan
     static = decode.Static(plan.config, plan.config.loops, plan.dtype)
-    size = decode.bucket(len(tokens), self.context)
+    size = bucket(len(tokens), self.context)
     cache = _init_cache(plan.config, 1, size, plan.dtype)
     last_1xD = jnp.zeros((1, plan.config.d_model), plan.dtype)
     length_1 = jnp.asarray([len(tokens)], jnp.int32)
     for start in range(0, len(tokens), _CHUNK):
       part = tokens[start : start + _CHUNK]
-      width = decode.bucket(len(part), size - start)
+      width = bucket(len(part), size - start)
       tokens_1xL = np.zeros((1, width), np.int32)
       tokens_1xL[0, : len(part)] = part
       last_1xD, cache = decode.extend(
@@ -318,12 +328,8 @@ class Engine:
     return cache
 
 
-_init = jax.jit(flights.init_state, static_argnames=('plan',))
+_init = jax.jit(init_state, static_argnames=('plan',))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
-_call = jax.jit(
-  lanes.call, static_argnames=('plan',), donate_argnames=('state',)
-)
-_admit = jax.jit(
-  flights.admit, static_argnames=('plan',), donate_argnames=('state',)
-)
-_drop = jax.jit(flights.drop, donate_argnames=('state',))
+_call = jax.jit(call, static_argnames=('plan',), donate_argnames=('state',))
+_admit = jax.jit(admit, static_argnames=('plan',), donate_argnames=('state',))
+_drop = jax.jit(drop, donate_argnames=('state',))

@@ -1,0 +1,49 @@
+"""Parameters made ready for inference: dtype, layout; bucketed lengths."""
+
+import jax
+import jax.numpy as jnp
+
+from rrt.errors import InputError
+from rrt.ops import matmul
+
+DTYPES = ('float32', 'bfloat16')
+
+
+def cast(params, dtype: str):
+  """Parameters on the device, matrices in `dtype`.
+
+  Gains of norms keep their dtype: they are small, and multiply in it.
+
+  Raises:
+    InputError: a dtype that is not supported.
+  """
+  if dtype not in DTYPES:
+    raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
+  is_gain = lambda path: getattr(path[-1], 'key', None) == 'scale'
+  return jax.tree_util.tree_map_with_path(
+    lambda path, w: jnp.asarray(w, None if is_gain(path) else dtype), params
+  )
+
+
+def turned(params):
+  """Unstacked parameters with matrices as decoding multiplies them fastest."""
+  if not matmul.pays_to_turn():
+    return params
+  names = 'kernel', 'lora_a_wide', 'lora_b_wide'
+  parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
+  return params | matmul.turn(parts, names)
+
+
+def bucket(n: int, most: int | None = None, least: int = 16) -> int:
+  """N rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
+
+  Args:
+    n: what has to fit.
+    most: never more than this.
+    least: the smallest bucket, a power of 2.
+  """
+  size = least
+  while size < n:
+    power = size & (size - 1) == 0
+    size = (size * 3 // 2 if size > 1 else 2) if power else size * 4 // 3
+  return size if most is None else min(size, most)
