@@ -14,7 +14,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -104,10 +104,12 @@ def main(_):
           dtype, name, f['seconds'], f['seconds_iqr'], f['tokens_per_second'],
           found[name]['seconds'] / found['rrt']['seconds'],
       ))  # fmt: skip
-  cli.table(rows, ('dtype', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'))
+  console.table(
+    rows, ('dtype', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours')
+  )
   common.save(FLAGS.out, figures)
-  cli.finish(figures)
+  console.finish(figures)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

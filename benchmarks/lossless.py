@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import perplexity
@@ -70,13 +70,13 @@ def main(_):
     figures[name] = {'same': same, 'guesses': guesses, 'right': right}
     share = f'{100 * right / max(guesses, 1):.0f} %'
     table.append((name, f'{same} of {count}', guesses, share))
-  cli.table(table, ('drawn', 'texts as full depth', 'guesses', 'right'))
+  console.table(table, ('drawn', 'texts as full depth', 'guesses', 'right'))
   differ = any(figures[n]['same'] < count for n in ('greedy', 'sampled'))
   common.save(FLAGS.out, figures)
-  cli.finish(figures | {'exit_status': int(differ)})
+  console.finish(figures | {'exit_status': int(differ)})
   if differ:
     sys.exit(1)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

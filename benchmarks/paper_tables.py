@@ -18,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from rrt import cli
+from rrt import console
 from rrt.infer.engine.simulate import paper_rate
 
 CORPORA = ('SlimPajama', 'RedPajama', 'PG19')
@@ -156,7 +156,7 @@ def rebuild() -> list[Found]:
 
 def main(_):
   found = rebuild()
-  cli.table(
+  console.table(
     [
       (
         f.row.family, f.row.loops, f.row.rank or '-', f.row.weight,
@@ -173,7 +173,7 @@ def main(_):
   )  # fmt: skip
   errors = [abs(f.error) for f in found if not f.fitted]
   ratios = [abs(f.short_ratio / f.row.short_ratio - 1) for f in found]
-  cli.finish({
+  console.finish({
     'rows': len(found), 'predicted': len(errors),
     'median_error': float(np.median(errors)), 'largest_error': max(errors),
     'median_short_error': float(np.median(ratios)),
@@ -182,4 +182,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

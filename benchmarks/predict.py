@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, rungs
-from rrt import cli
+from rrt import console
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
@@ -191,7 +191,7 @@ def main(_):
     for contender in contenders.values():
       contender.compare()
   figures |= {name: c.figures() for name, c in contenders.items()}
-  cli.table(
+  console.table(
     [
       (name, f['steps'], f['predicted'], f['measured'],
        f'{100 * f["error"]:+.1f} %', 'yes' if f['counts_equal'] else 'no')
@@ -200,7 +200,7 @@ def main(_):
     ('policy', 'block steps', 'predicted s', 'measured s', 'error', 'counts'),
   )  # fmt: skip
   common.save(FLAGS.predictions, figures)
-  cli.finish(figures)
+  console.finish(figures)
 
 
 class Contender:
@@ -255,4 +255,4 @@ class Contender:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -10,7 +10,7 @@ the second of which is timed; compilation is reported apart.
 from absl import flags
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -75,13 +75,13 @@ def main(_):
             dtype, shape, name, f['seconds'], f['seconds_iqr'],
             f['tokens_per_second'], f['seconds'] / found['rrt']['seconds'],
         ))  # fmt: skip
-  cli.table(
+  console.table(
     rows,
     ('dtype', 'shape', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'),
   )
   common.save(FLAGS.out, figures)
-  cli.finish(figures)
+  console.finish(figures)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -12,7 +12,7 @@ from absl import flags
 import jax
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 from rrt.ops import matmul
 
 FLAGS = flags.FLAGS
@@ -52,10 +52,12 @@ def main(_):
       name = f'{shape[0]} x {shape[1]}'
       figures[f'{name}, {rows} rows'] = micros
       table.append((name, rows, *micros.values()))
-  cli.table(table, ('kernel', 'rows', 'right, us', 'left, us', 'left / right'))
+  console.table(
+    table, ('kernel', 'rows', 'right, us', 'left, us', 'left / right')
+  )
   common.save(FLAGS.out, figures)
-  cli.finish(figures)
+  console.finish(figures)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

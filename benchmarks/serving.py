@@ -46,7 +46,7 @@ import numpy as np
 
 from benchmarks import arrivals, common, hugging_face, pictures, rungs
 from benchmarks.roofline import Costs, Roof
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -107,7 +107,7 @@ def open_loop(
         | least[name]
       )
   fields = list(found[0])
-  cli.table([tuple(row[f] for f in fields) for row in found], fields)
+  console.table([tuple(row[f] for f in fields) for row in found], fields)
   return found
 
 
@@ -212,7 +212,7 @@ def main(_):
       found.get('over_tied'), found.get('bound'), found.get('stall_share'),
       found.get('lane_share'), found.get('same'), found.get('promised_loss'),
     ))  # fmt: skip
-  cli.table(
+  console.table(
     rows,
     (
       'rung', 'tokens/s', 'roof', 'iqr, s', 'times tied', 'bound', 'stalls',
@@ -227,8 +227,8 @@ def main(_):
     figures['arrivals'] = open_loop(contenders, work, seconds['tied'], least)
   common.save(FLAGS.out, figures)
   pictures.draw(figures, Path(FLAGS.out).with_suffix('.svg'))
-  cli.finish(figures)
+  console.finish(figures)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -28,7 +28,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -253,7 +253,7 @@ def main(_):
     'health_p99': float(np.percentile(health, 99)),
     'left_running': running, 'exit_status': ended,
   }  # fmt: skip
-  cli.table(sorted(seen.items()), ('answer', 'times'))
+  console.table(sorted(seen.items()), ('answer', 'times'))
   print(
     f'{checked} texts checked, {len(wrong)} wrong; memory '
     f'{settled[0] / 2**20:.0f} to {settled[-1] / 2**20:.0f} MiB '
@@ -261,7 +261,7 @@ def main(_):
     f'{1000 * figures["health_p99"]:.0f} ms'
   )
   common.save(FLAGS.out, figures)
-  cli.finish(figures)
+  console.finish(figures)
   asked = ('whole', 'stream', 'left')
   bad = [
     k for k in seen
@@ -275,4 +275,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

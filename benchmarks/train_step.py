@@ -24,7 +24,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import cli
+from rrt import console
 from rrt.models.init import init_params
 
 FLAGS = flags.FLAGS
@@ -66,9 +66,10 @@ def our_step(config, params=None):
   import jax
   import jax.numpy as jnp
 
-  from rrt import optim, sharding
-  from rrt import state as state_lib
-  from rrt.losses import Objective
+  from rrt import sharding
+  from rrt.train import optim
+  from rrt.train import step as step_lib
+  from rrt.train.losses import Objective
 
   mesh = sharding.make_mesh()
   shapes = params or jax.eval_shape(
@@ -77,27 +78,27 @@ def our_step(config, params=None):
   settings = optim.Optimizer(
     learning_rate=LEARNING_RATE, schedule='constant', clip=1.0
   )
-  trained = state_lib.trained_paths(optim.trainable(settings, shapes))
-  spec = state_lib.Step(
+  trained = step_lib.trained_paths(optim.trainable(settings, shapes))
+  spec = step_lib.Step(
     config,
     Objective(distillation=0.0, chunk_tokens=FLAGS.chunk_tokens),
-    optim.make_optimizer(settings, state_lib.split(shapes, trained)[0], 100),
+    optim.make_optimizer(settings, step_lib.split(shapes, trained)[0], 100),
     trained,
     dtype=jnp.dtype(FLAGS.dtype),
     remat=FLAGS.remat,
   )
-  abstract = state_lib.abstract_state(spec, mesh)
-  step = state_lib.jit_step(
+  abstract = step_lib.abstract_state(spec, mesh)
+  step = step_lib.jit_step(
     spec, mesh, jax.tree.map(lambda x: x.sharding, abstract)
   )
-  batch = state_lib.to_mesh(batch_of(config.vocab_size), mesh)
+  batch = step_lib.to_mesh(batch_of(config.vocab_size), mesh)
   with jax.set_mesh(mesh):
     begin = time.perf_counter()
     compiled = step.lower(abstract, {}, batch).compile()
     seconds = time.perf_counter() - begin
   if params is None:
     return seconds, None
-  held = [state_lib.init_state(spec, params, mesh)]
+  held = [step_lib.init_state(spec, params, mesh)]
 
   def run():
     held[0], metrics = compiled(held[0], {}, batch)
@@ -151,7 +152,7 @@ def main(_):
   import dataclasses
 
   import rrt
-  from rrt.metrics import step_flops
+  from rrt.train.metrics import step_flops
 
   model = rrt.load(FLAGS.model)
   config = model.config
@@ -193,7 +194,7 @@ def main(_):
     figures[f'{name}_seconds'] = middle
     figures[f'{name}_quartiles'] = [low, high]
     rows.append([name, middle, low, high, flops / middle / 1e9, first[name]])
-  cli.table(
+  console.table(
     rows,
     ['', 'seconds a step', 'quartile 1', 'quartile 3', 'GFLOP/s', 'loss'],
   )
@@ -212,8 +213,8 @@ def main(_):
     'machine': common.machine(FLAGS.threads),
   }
   common.save(FLAGS.out, figures)
-  cli.finish(figures)
+  console.finish(figures)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

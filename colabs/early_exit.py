@@ -32,7 +32,7 @@ from IPython.display import HTML, SVG, display
 import numpy as np
 
 import rrt
-from rrt import cli, plots
+from rrt import console, plots
 from rrt.data import corpus
 from rrt.evals import depth, every_loop, perplexity
 from rrt.evals.threshold import choose
@@ -143,7 +143,7 @@ static = every_loop.read_static(run.model, rows[1::2], arrays)
 points = []
 for kv in ('write_ahead', 'propagate', 'exact_fill'):
   points += depth.curve(run.model, static, ['learned', 'oracle'], arrays, kv=kv)
-cli.table(depth.table(points), depth.HEADERS)
+console.table(depth.table(points), depth.HEADERS)
 SVG(plots.depth_curve(points, run.model.config.loops))
 
 # %% [markdown]

@@ -1,12 +1,12 @@
 """What the experiments of this folder share; not an experiment itself.
 
-A config of your own starts from here, or from `rrt.recipe.config()`, and sets
+A config of your own starts from here, or from `rrt.train.recipe.config()`, and sets
 the fields that differ; the command line sets more: --config.steps=200. What a
-field means is said in `rrt/recipe.py`.
+field means is said in `rrt/train/recipe.py`.
 """
 
-from rrt import recipe
 from rrt.errors import InputError
+from rrt.train import recipe as recipe_lib
 
 
 def get_config(arg: str = ''):
@@ -16,7 +16,7 @@ def get_config(arg: str = ''):
   """
   if arg not in ('', 'accelerator'):
     raise InputError(f'{arg!r} is no variant; the only one is accelerator.')
-  c = recipe.config()
+  c = recipe_lib.config()
   c.data.path = 'builtin:train'
   c.heldout.path = 'builtin:heldout'
   c.heldout.every = 20

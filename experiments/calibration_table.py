@@ -89,7 +89,7 @@ import time
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.checkpoints.load import load
 from rrt.convert import recursive
 from rrt.convert.calibrate import ALL_STEPS
@@ -202,8 +202,8 @@ def main(_) -> None:
     rows.append([name, measure(child), seconds, report.params.unique])
     print(json.dumps(rows[-1]), flush=True)
   headers = ['start', 'nats a token', 'seconds', 'parameters']
-  cli.table(rows, headers)
-  cli.finish({'rows': rows})
+  console.table(rows, headers)
+  console.finish({'rows': rows})
 
 
 def parent_count(parent) -> int:
@@ -214,4 +214,4 @@ def parent_count(parent) -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from rrt.model import LanguageModel
   from rrt.models.count import count_params
   from rrt.models.untie import to_untied
-  from rrt.train import uptrain
+  from rrt.train.loop import uptrain
 
 __version__ = '0.1.0'
 
@@ -44,7 +44,7 @@ _HOMES = {
   'score': 'rrt.evals.perplexity',
   'to_recursive': 'rrt.convert.recursive',
   'to_untied': 'rrt.checkpoints.save_hf',
-  'uptrain': 'rrt.train',
+  'uptrain': 'rrt.train.loop',
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from rrt import cli, plots
+from rrt import console, plots
 from rrt.checkpoints.load import check_save, load, save
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
@@ -153,7 +153,7 @@ def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
 def main(argv):
   """Runs the demo from the flags."""
   del argv
-  from rrt.train import uptrain  # needs the train extra
+  from rrt.train.loop import uptrain  # needs the train extra
 
   begin = time.monotonic()
   for flag, least in (
@@ -198,7 +198,7 @@ def main(argv):
   del plain
 
   say(4, 'the calibrated start')
-  with cli.Progress(parent.config.depth, 'calibrate', 'layers') as progress:
+  with console.Progress(parent.config.depth, 'calibrate', 'layers') as progress:
     child, report = to_recursive(
       parent, init='calibrated', progress=progress.to, **shape
     )
@@ -235,9 +235,9 @@ def main(argv):
     f'  python -m rrt.generate --model={out / "model"} --prompt="..."\n'
     f'  python -m rrt.serve --model={out / "model"} --gate=stored --lossless\n'
   )
-  cli.finish({
+  console.finish({
       'seconds': total,
-      'peak_memory_bytes': cli.peak_memory_bytes(),
+      'peak_memory_bytes': console.peak_memory_bytes(),
       'report': str(out / 'report.html'),
       'model': str(out / 'model'),
       **{f'{k}_{name.replace(" ", "_")}': row[k]
@@ -259,7 +259,7 @@ def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
     heldout: other text, to measure on.
   """
   shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-  with cli.Progress(
+  with console.Progress(
     gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
   ) as progress:
     gate, _ = gating.fit_gate(
@@ -326,7 +326,7 @@ def show_exits(exits: dict, ways: dict) -> None:
     f'The gate: {held.mean_loops:.2f} loops a token, {held.lost_nats:+.3f} '
     f'nats, {100 * held.agreement:.0f} % as at full depth.\n'
   )
-  cli.table(
+  console.table(
     [
       (name, w['tokens_per_second'], w['loops'], f'{w["same"]} of 8')
       for name, w in ways.items()
@@ -338,7 +338,7 @@ def show_exits(exits: dict, ways: dict) -> None:
 def show(rows: dict) -> None:
   """Prints the four models side by side, then what each wrote."""
   print()
-  cli.table(
+  console.table(
       [
           [name, r['params_unique'], r['nll_nats'], r['bits_per_byte'],
            round(r['seconds'])]
@@ -355,4 +355,4 @@ def show(rows: dict) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

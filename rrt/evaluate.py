@@ -17,7 +17,7 @@ import pathlib
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 from rrt.files import check_file_writable
 
@@ -116,7 +116,7 @@ def measure(
   if text is not None:
     rows = perplexity.make_rows(model, text, context, _MAX_TOKENS.value)
     total = sum(map(len, rows))
-    with cli.Progress(total, label, 'tokens') as progress:
+    with console.Progress(total, label, 'tokens') as progress:
       score = perplexity.score(
           model, text, context=context, loops=loops,
           batch=_BATCH.value, max_tokens=_MAX_TOKENS.value,
@@ -210,14 +210,14 @@ def main(argv) -> None:
     final['tasks_by_exits'] = by_exits
   if _PARENT.value:
     final['parent'] = {'model': _PARENT.value} | measured[0][1]
-  final['peak_memory_bytes'] = cli.peak_memory_bytes()
+  final['peak_memory_bytes'] = console.peak_memory_bytes()
   failed = None
   if _OUT.value:
     try:
       pathlib.Path(_OUT.value).write_text(json.dumps(final, indent=1) + '\n')
     except OSError as e:
       failed = e
-  cli.finish(final)  # Printed in any case: measuring may have taken hours.
+  console.finish(final)  # Printed in any case: measuring may have taken hours.
   if failed:
     raise InputError(_unwritable(failed)) from failed
 
@@ -268,7 +268,7 @@ def _unwritable(error: OSError) -> str:
 def _print(measured) -> None:
   """Tables of text scores and of tasks, a column or row a measurement."""
   if 'nll_nats' in measured[0][1]:
-    cli.table(
+    console.table(
         [
             (
                 name, f['nll_nats'], f['perplexity'],
@@ -291,7 +291,7 @@ def _print(measured) -> None:
   rows.append((
       'mean', '', None, *(f'{100 * f["mean_score"]:.1f}' for _, f in measured)
   ))  # fmt: skip
-  cli.table(rows, ('task', 'score', 'questions', *(n for n, _ in measured)))
+  console.table(rows, ('task', 'score', 'questions', *(n for n, _ in measured)))
 
 
 def _percent(share: float | None) -> str:
@@ -299,4 +299,4 @@ def _percent(share: float | None) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

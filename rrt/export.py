@@ -7,7 +7,7 @@ import time
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.checkpoints.load import check_apart, load
 from rrt.checkpoints.save_hf import check_save_hf, save_hf
 from rrt.errors import InputError
@@ -41,7 +41,7 @@ def main(_) -> None:
   c = model.config
   counts, written = count_params(c), count_params(untied.config)
   size = sum(f.stat().st_size for f in out.iterdir())
-  cli.table(
+  console.table(
     [
       ['model', c.family, c.depth, _shape(c), counts.unique],
       ['export', c.family, c.depth, str(c.depth), written.unique],
@@ -49,7 +49,7 @@ def main(_) -> None:
     ['', 'family', 'depth', 'layers', 'parameters'],
   )
   print(f'written to {out}')
-  cli.finish(
+  console.finish(
     {
       'out': str(out),
       'family': c.family,
@@ -58,7 +58,7 @@ def main(_) -> None:
       'params_exported': written.unique,
       'bytes': size,
       'seconds': time.monotonic() - start,
-      'peak_memory_bytes': cli.peak_memory_bytes(),
+      'peak_memory_bytes': console.peak_memory_bytes(),
     }
   )
 
@@ -73,4 +73,4 @@ def _shape(config) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

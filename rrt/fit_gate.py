@@ -15,7 +15,7 @@ import dataclasses
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 
 _MODEL = flags.DEFINE_string(
@@ -103,13 +103,13 @@ def main(argv) -> None:
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
   if _OWN.value:
     gating.split(rows)
-    with cli.Progress(0, 'writing', 'tokens') as progress:
+    with console.Progress(0, 'writing', 'tokens') as progress:
       rows = gating.continued(model, rows, _OWN.value, progress=progress.to)
   work = gating.work(
     rows, _GATE.value, _LENS.value,
     tuning=_LENS_EPOCHS.value * (model.config.loops - 1),
   )  # fmt: skip
-  with cli.Progress(work, 'calibrating', 'tokens') as progress:
+  with console.Progress(work, 'calibrating', 'tokens') as progress:
     gate, points = gating.fit_gate(
       model, rows, kind=_GATE.value, lens=_LENS.value,
       lens_epochs=_LENS_EPOCHS.value, kv=_KV.value,
@@ -119,19 +119,19 @@ def main(argv) -> None:
     )  # fmt: skip
   about = {'text': path, 'own': _OWN.value}
   gate = dataclasses.replace(gate, promise=gate.promise | about)
-  cli.table(depth.table(points), depth.HEADERS)
+  console.table(depth.table(points), depth.HEADERS)
   if gate.threshold == gate_lib.NEVER:
     print(
       'No threshold keeps the promise on this text: all tokens will run all '
       'loops.'
     )
   save(dataclasses.replace(model, meta=gate_lib.store(model.meta, gate)), out)
-  cli.finish(
+  console.finish(
     {
       'model': out, 'gate': _GATE.value, 'kv': _KV.value,
       'threshold': gate.threshold, **gate.promise,
       'points': [p.plain() for p in points],
-      'peak_memory_bytes': cli.peak_memory_bytes(),
+      'peak_memory_bytes': console.peak_memory_bytes(),
     }
   )  # fmt: skip
 
@@ -143,4 +143,4 @@ def _needed(flag) -> str:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -11,7 +11,7 @@ import dataclasses
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 
 _MODEL = flags.DEFINE_string(
@@ -124,7 +124,7 @@ def main(argv) -> None:
   clock = writer.clock
   prefill = clock.prefill_tokens / max(clock.prefill_seconds, 1e-9)
   decoded = clock.decode_tokens / max(clock.decode_seconds, 1e-9)
-  cli.table(
+  console.table(
     [
       ('prefill', clock.prefill_tokens, clock.prefill_seconds, prefill),
       ('decode', clock.decode_tokens, clock.decode_seconds, decoded),
@@ -132,7 +132,7 @@ def main(argv) -> None:
     ('phase', 'tokens', 'seconds', 'tokens/s'),
   )
   print(f'compilation took {clock.compile_seconds:.1f} s more')
-  cli.finish(
+  console.finish(
     {
       'model': _MODEL.value,
       'loops': writer.loops,
@@ -144,10 +144,10 @@ def main(argv) -> None:
       'prefill_tokens_per_second': prefill,
       'decode_tokens_per_second': decoded,
       **dataclasses.asdict(clock),
-      'peak_memory_bytes': cli.peak_memory_bytes(),
+      'peak_memory_bytes': console.peak_memory_bytes(),
     }
   )
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

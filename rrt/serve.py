@@ -17,7 +17,7 @@ import socket
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.errors import InputError
 
 _MODEL = flags.DEFINE_string('model', None, 'As `rrt.generate` takes it.')
@@ -192,4 +192,4 @@ def run(server, sock: socket.socket, name: str) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import checkpoint
 from rrt.errors import InputError
-from rrt.state import TrainState
+from rrt.train import checkpoint
+from rrt.train.step import TrainState
 
 CONFIG = {'steps': 9, 'seed': 0, 'loss': {'temperature': 1.0}, 'log_every': 1}
 

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import optim, prepare, sharding, state
+from rrt import sharding
 from rrt.errors import InputError
-from rrt.exit_losses import ExitObjective, exit_losses
-from rrt.losses import Objective
 from rrt.models.transformer import forward, head_kernel
-from rrt.recipe import Recipe
+from rrt.train import optim, setup
+from rrt.train import step as step_lib
+from rrt.train.exit_losses import ExitObjective, exit_losses
+from rrt.train.losses import Objective
+from rrt.train.recipe import Recipe
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed, tokens
 
 
@@ -86,13 +88,13 @@ def test_a_step_sums_the_losses_of_all_loops():
   params, batch = perturbed(config), batch_of(config)
   exits = ExitObjective('weighted', distillation=0.0)
   trained = frozenset(
-    state.trained_paths(optim.trainable(optim.Optimizer(), params))
+    step_lib.trained_paths(optim.trainable(optim.Optimizer(), params))
   )
-  spec = state.Step(
+  spec = step_lib.Step(
     config, Objective(distillation=0.0), None, trained, exits=exits
   )
   scale = 1 / batch['weights'].sum()
-  sums, _, exits_R = state.batch_losses(spec, params, {}, batch, scale)
+  sums, _, exits_R = step_lib.batch_losses(spec, params, {}, batch, scale)
 
   def entropy(loops):
     hidden = forward(config, params, batch['tokens'], loops=loops).hidden_BxLxD
@@ -116,7 +118,7 @@ def test_models_without_exits_are_refused(name):
     length=16, batch=8,
   )  # fmt: skip
   with pytest.raises(InputError, match='two loops or more'):
-    prepare.check(recipe, None, config, sharding.make_mesh(recipe.mesh))
+    setup.check(recipe, None, config, sharding.make_mesh(recipe.mesh))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import optim, prepare
-from rrt import recipe as recipe_lib
-from rrt import state as state_lib
 from rrt.config import ModelConfig, Rope
 from rrt.errors import InputError
 from rrt.models.init import init_params
-from rrt.recipe import Recipe
+from rrt.train import optim, setup
+from rrt.train import recipe as recipe_lib
+from rrt.train import step as step_lib
+from rrt.train.recipe import Recipe
 from tests import runs
 
 pytest.importorskip('ml_collections')
@@ -67,7 +67,7 @@ def test_builds(name):
   if recipe.child:  # Made by the experiment itself, of half the layers.
     child = dataclasses.replace(parent, block_layers=parent.depth // 2)
   else:
-    child = prepare.planned(recipe, parent)
+    child = setup.planned(recipe, parent)
     assert child.depth == parent.depth
     assert (child.loops > 1) == (name != 'baseline_parent')
   mesh = jax.make_mesh(
@@ -76,14 +76,14 @@ def test_builds(name):
     (jax.sharding.AxisType.Auto,) * 3,
     devices=jax.devices()[:1],
   )
-  prepare.check(recipe, parent, child, mesh)
+  setup.check(recipe, parent, child, mesh)
 
   shapes = lambda c: jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
-  trained = state_lib.trained_paths(
+  trained = step_lib.trained_paths(
     optim.trainable(recipe.optimizer, shapes(child))
   )
-  weights, _ = state_lib.split(shapes(child), trained)
-  spec = state_lib.Step(
+  weights, _ = step_lib.split(shapes(child), trained)
+  spec = step_lib.Step(
     child,
     dataclasses.replace(recipe.loss, chunk_tokens=64),
     optim.make_optimizer(recipe.optimizer, weights, recipe.steps),
@@ -92,13 +92,13 @@ def test_builds(name):
     dtype=recipe.dtype,
     remat=recipe.remat,
   )
-  state = state_lib.abstract_state(spec, mesh)
-  own = state_lib.split(shapes(parent), frozenset())[1]
+  state = step_lib.abstract_state(spec, mesh)
+  own = step_lib.split(shapes(parent), frozenset())[1]
   array = lambda dtype: jax.ShapeDtypeStruct((2, 64), dtype)
   batch = {k: array('int32') for k in ('tokens', 'targets', 'positions')}
   batch |= {'segment_ids': array('int32'), 'weights': array('float32')}
   after, metrics = jax.eval_shape(
-    lambda s, t, b: state_lib.train_step(spec, s, t, b), state, own, batch
+    lambda s, t, b: step_lib.train_step(spec, s, t, b), state, own, batch
   )
   assert metrics['loss'].shape == ()
   assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import losses as losses_lib
 from rrt.errors import InputError
 from rrt.sharding import make_mesh
+from rrt.train import losses as losses_lib
 
 B, L, D, V = 2, 13, 8, 40
 LOSSES = ('loss', 'cross_entropy', 'distillation', 'z_loss')

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import metrics
 from rrt.models import transformer
 from rrt.models.init import init_params
+from rrt.train import metrics
 from tests import runs
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from rrt import optim
 from rrt.errors import InputError
+from rrt.train import optim
 from tests import runs
 
 

@@ -9,8 +9,8 @@ OPTIONAL = (
     'matplotlib', 'gensim', 'torch', 'transformers', 'threadpoolctl',
 )  # fmt: skip
 CORE = (
-    'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.losses',
-    'rrt.state', 'rrt.optim', 'rrt.checkpoint', 'rrt.sharding',
+    'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.train.losses',
+    'rrt.train.step', 'rrt.train.optim', 'rrt.train.checkpoint', 'rrt.sharding',
     'rrt.infer.generate', 'rrt.convert.recursive', 'rrt.checkpoints.save_hf',
     'rrt.evals.perplexity', 'rrt.checkpoints.load',
 )  # fmt: skip

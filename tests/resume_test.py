@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rrt.checkpoints.load import load
-from rrt.train import uptrain
+from rrt.train.loop import uptrain
 from tests import runs
 
 

@@ -124,7 +124,7 @@ def recipe(text: str, **fields):
 
 
 CONFIG = """
-from rrt.recipe import config
+from rrt.train.recipe import config
 
 def get_config():
   c = config()

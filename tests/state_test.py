@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt import optim, sharding, teacher
-from rrt import state as state_lib
+from rrt import sharding
 from rrt.errors import InputError
-from rrt.losses import Objective
 from rrt.models import transformer
 from rrt.models.count import count_params
+from rrt.train import optim, teacher
+from rrt.train import step as step_lib
+from rrt.train.losses import Objective
 from tests import runs
 
 ONE = {'data': 1}
@@ -58,9 +59,9 @@ def build(sizes=ONE, train='all', optimizer=None, child=None, **fields):
   child, parent = child or runs.child(), runs.parent()
   mesh = make_mesh(sizes)
   o = optim.Optimizer(learning_rate=1e-2, train=train, **(optimizer or {}))
-  trained = state_lib.trained_paths(optim.trainable(o, child.params))
-  weights, _ = state_lib.split(child.params, trained)
-  spec = state_lib.Step(
+  trained = step_lib.trained_paths(optim.trainable(o, child.params))
+  weights, _ = step_lib.split(child.params, trained)
+  spec = step_lib.Step(
     child.config,
     fields.pop('objective', Objective(chunk_tokens=32)),
     optim.make_optimizer(o, weights, 100),
@@ -70,11 +71,11 @@ def build(sizes=ONE, train='all', optimizer=None, child=None, **fields):
   if not spec.objective.distillation:
     parent = None
   spec, own = teacher.with_teacher(spec, parent, child, mesh)
-  state = state_lib.init_state(spec, child.params, mesh)
+  state = step_lib.init_state(spec, child.params, mesh)
   shardings = jax.tree.map(
-    lambda x: x.sharding, state_lib.abstract_state(spec, mesh)
+    lambda x: x.sharding, step_lib.abstract_state(spec, mesh)
   )
-  return mesh, spec, state, own, state_lib.jit_step(spec, mesh, shardings)
+  return mesh, spec, state, own, step_lib.jit_step(spec, mesh, shardings)
 
 
 def run(steps=3, batches=None, **kwargs):
@@ -84,7 +85,7 @@ def run(steps=3, batches=None, **kwargs):
   with jax.set_mesh(mesh):
     for i in range(steps):
       b = batches[i] if batches else batch(seed=i)
-      state, metrics = step(state, own, state_lib.to_mesh(b, mesh))
+      state, metrics = step(state, own, step_lib.to_mesh(b, mesh))
       losses.append(float(metrics['loss']))
   return losses, jax.device_get(metrics), state
 
@@ -110,7 +111,7 @@ def test_sharded_equals_one_device(sizes):
 
 def test_parameters_and_moments_are_sharded():
   mesh, spec, state, _, _ = build({'fsdp': 4, 'tensor': 2})
-  abstract = state_lib.abstract_state(spec, mesh)
+  abstract = step_lib.abstract_state(spec, mesh)
   flat = lambda t: traverse_util.flatten_dict(t, sep='/')
   specs = {k: v.sharding.spec for k, v in flat(state.params).items()}
   P = jax.P
@@ -135,7 +136,7 @@ def test_state_keeps_its_shardings_through_a_step():
   mesh, _, state, own, step = build({'data': 2, 'fsdp': 2, 'tensor': 2})
   before = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
-    state, _ = step(state, own, state_lib.to_mesh(batch(), mesh))
+    state, _ = step(state, own, step_lib.to_mesh(batch(), mesh))
   assert before == jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -234,13 +235,13 @@ def test_sharing_changes_no_loss():
   config, params = runs.PARENT, runs.parent().params
   spec = dataclasses.replace(spec, teacher_config=config, shared=frozenset())
   own = traverse_util.flatten_dict(params, sep='/')
-  step = state_lib.jit_step(
+  step = step_lib.jit_step(
     spec, mesh, jax.tree.map(lambda x: x.sharding, state)
   )
   losses = []
   with jax.set_mesh(mesh):
     for i in range(3):
-      state, metrics = step(state, own, state_lib.to_mesh(batch(seed=i), mesh))
+      state, metrics = step(state, own, step_lib.to_mesh(batch(seed=i), mesh))
       losses.append(float(metrics['loss']))
   np.testing.assert_allclose(shared, losses, rtol=1e-6)
 
@@ -264,11 +265,11 @@ def test_steps_that_are_not_finite_change_nothing():
   bad['weights'] = bad['weights'] * np.float32('nan')
   mesh, _, state, own, step = build()
   with jax.set_mesh(mesh):
-    state, _ = step(state, own, state_lib.to_mesh(batch(), mesh))
+    state, _ = step(state, own, step_lib.to_mesh(batch(), mesh))
     before = jax.device_get((state.params, state.opt_state))
     counts = []
     for b in (bad, bad, batch(seed=2), bad):
-      state, metrics = step(state, own, state_lib.to_mesh(b, mesh))
+      state, metrics = step(state, own, step_lib.to_mesh(b, mesh))
       counts.append((int(state.skipped), int(state.skipped_in_a_row)))
       if len(counts) == 2:
         after = jax.device_get((state.params, state.opt_state))
@@ -279,8 +280,8 @@ def test_steps_that_are_not_finite_change_nothing():
 
 def test_loop_changes():
   h = jnp.stack([jnp.ones((1, 2, 4)), 3 * jnp.ones((1, 2, 4))])
-  np.testing.assert_allclose(state_lib.loop_changes(h), [2.0])
-  assert state_lib.loop_changes(None).shape == (0,)
+  np.testing.assert_allclose(step_lib.loop_changes(h), [2.0])
+  assert step_lib.loop_changes(None).shape == (0,)
 
 
 def test_sequence_order_trains():

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from rrt import prepare, recipe, sharding
+from rrt import sharding
 from rrt.checkpoints.load import load, save
 from rrt.checkpoints.save_hf import save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
-from rrt.train import uptrain
+from rrt.train import recipe as recipe_lib
+from rrt.train import setup
+from rrt.train.loop import uptrain
 from tests import runs
 
 
@@ -230,7 +232,7 @@ def test_command_tells_in_one_line(experiment, tmp_path, flags, message):
 )
 def test_wrong_conversions_are_told(fields, message):
   with pytest.raises(InputError, match=message):
-    prepare.planned(recipe.Recipe.from_dict({'convert': fields}), runs.PARENT)
+    setup.planned(recipe_lib.Recipe.from_dict({'convert': fields}), runs.PARENT)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_what_would_fail_later_is_told_before_the_conversion(
   settings = runs.recipe(text) | {'convert': shape, **fields}
   mesh = sharding.make_mesh({'data': -1})
   with pytest.raises(InputError, match=message):
-    prepare.check_all(recipe.Recipe.from_dict(settings), runs.parent(), mesh)
+    setup.check_all(recipe_lib.Recipe.from_dict(settings), runs.parent(), mesh)
 
 
 def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
@@ -260,19 +262,19 @@ def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
   def settings(rate):
     optimizer = {'learning_rate': rate, 'warmup_steps': 2}
     fields = runs.recipe(text) | models | {'optimizer': optimizer}
-    return recipe.Recipe.from_dict(fields)
+    return recipe_lib.Recipe.from_dict(fields)
 
   workdir = tmp_path / 'run'
   workdir.mkdir()
   for rate in (1e-3, 3e-3):
-    parent, child = prepare.prepare(settings(rate), workdir)
+    parent, child = setup.prepare(settings(rate), workdir)
   saved = json.loads((workdir / 'config.json').read_text())
   assert saved['config']['optimizer']['learning_rate'] == 3e-3
   assert saved['versions'] and saved['devices']
   uptrain(parent, child, settings(3e-3), workdir)
-  prepare.prepare(settings(3e-3), workdir)
+  setup.prepare(settings(3e-3), workdir)
   with pytest.raises(InputError, match=r'learning_rate=0\.001'):
-    prepare.prepare(settings(1e-3), workdir)
+    setup.prepare(settings(1e-3), workdir)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
 def test_damaged_settings_are_told(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(InputError, match=r'config\.json is damaged'):
-    prepare.prepare(recipe.Recipe(), tmp_path)
+    setup.prepare(recipe_lib.Recipe(), tmp_path)
 
 
 def test_heldout_rows_shrink_to_the_model(text):
@@ -291,10 +293,10 @@ def test_heldout_rows_shrink_to_the_model(text):
 
 
 def test_recipes_survive_json():
-  r = recipe.Recipe.from_dict(
+  r = recipe_lib.Recipe.from_dict(
     {'optimizer': {'rules': (('lora', {'multiplier': 2.0}),)}, 'steps': 5.0}
   )
-  assert recipe.Recipe.from_dict(r.to_dict()).to_dict() == r.to_dict()
+  assert recipe_lib.Recipe.from_dict(r.to_dict()).to_dict() == r.to_dict()
 
 
 def test_special_tokens_beyond_the_vocabulary_are_told(tmp_path):
@@ -328,5 +330,5 @@ def test_a_model_is_no_work_directory(tmp_path):
   save_hf(runs.parent(), tmp_path / 'hf')
   for name in ('own', 'hf'):
     with pytest.raises(InputError, match='holds a model'):
-      prepare.check_workdir(tmp_path / name)
-  prepare.check_workdir(tmp_path / 'new')
+      setup.check_workdir(tmp_path / name)
+  setup.check_workdir(tmp_path / 'new')

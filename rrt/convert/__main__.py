@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from rrt import cli
+from rrt import console
 from rrt.checkpoints.load import (
   check_apart,
   check_save,
@@ -133,7 +133,7 @@ def main(_) -> None:
   parent = load(_SOURCE.value, dtype=_DTYPE.value)
   if text is None and parent.tokenizer is not None:
     text = calibration_text(None, _CALIBRATION_TOKENS.value)
-  bar = cli.Progress(0, 'convert', 'layers')
+  bar = console.Progress(0, 'convert', 'layers')
   child, report = recursive.to_recursive(
     parent, calibration=text, progress=bar.to, **arguments
   )
@@ -142,7 +142,7 @@ def main(_) -> None:
   out = save(child, _OUT.value)
   report.show()
   print(f'written to {out}')
-  cli.finish(
+  console.finish(
     {
       'out': str(out),
       'params_unique': report.params.unique,
@@ -165,4 +165,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  console.run(main)

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from rrt import cli
+from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert import calibration_data, rank_budget
@@ -184,7 +184,7 @@ def to_recursive(
       tokens_BxL = ids.astype(np.int32)[None]
     report.identity_error = identity_error(untied, child, tokens_BxL[:1, :256])
   report.seconds = time.monotonic() - start
-  report.peak_memory_bytes = cli.peak_memory_bytes()
+  report.peak_memory_bytes = console.peak_memory_bytes()
   meta['conversion'] = report.to_json()
   return child, report
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rrt import cli
+from rrt import console
 from rrt.config import ModelConfig
 from rrt.evals import perplexity
 from rrt.model import LanguageModel
@@ -70,7 +70,7 @@ class Report:
   def show(self) -> None:
     """Prints the report as tables."""
     counts = [('parent', self.parent_params), ('child', self.params)]
-    cli.table(
+    console.table(
       [
         [who, c.unique, c.unique_non_embedding, c.total, c.total_non_embedding]
         for who, c in counts
@@ -84,7 +84,7 @@ class Report:
       'closed form\n'
     )
     if self.kept:
-      cli.table(
+      console.table(
         [
           [name, self.ranks[name], *(float(np.mean(row)) for row in table)]
           for name, table in self.kept.items()
@@ -109,7 +109,7 @@ class Report:
       ['seconds', f'{self.seconds:.1f}'],
       ['peak memory', f'{self.peak_memory_bytes / 2**30:.2f} GiB'],
     ]
-    cli.table(rows, ['', ''])
+    console.table(rows, ['', ''])
 
 
 def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:

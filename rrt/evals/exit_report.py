@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrt import cli, plots
+from rrt import console, plots
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
 from rrt.exits import gate as gate_lib
@@ -71,7 +71,9 @@ def measure(
   arrays = gate.arrays if gate else None
   if 'kernel' not in (arrays or {}) and kinds == 'all':
     names.remove('learned')
-  with cli.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
+  with console.Progress(
+    sum(map(len, rows)), 'every loop', 'tokens'
+  ) as progress:
     static = every_loop.read_static(
       model, rows, arrays, batch=batch, dtype=dtype, progress=progress.update
     )
@@ -79,7 +81,9 @@ def measure(
   points = []
   for kv in kvs:
     count = sum(len(depth.thresholds(static, n, depth.SHARES)) for n in names)
-    with cli.Progress((count + bool(gate)) * scored, kv, 'tokens') as progress:
+    with console.Progress(
+      (count + bool(gate)) * scored, kv, 'tokens'
+    ) as progress:
       settings: dict = {
         'kv': kv, 'batch': batch, 'dtype': dtype, 'progress': progress.update,
       }  # fmt: skip
@@ -90,7 +94,7 @@ def measure(
             model, static, gate.kind, gate.threshold, arrays, **settings
           )
         )
-  cli.table(depth.table(points), depth.HEADERS)
+  console.table(depth.table(points), depth.HEADERS)
   if curve:
     Path(curve).write_text(plots.depth_curve(points, model.config.loops))
     print(f'drawn to {curve}')
@@ -127,7 +131,7 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
       'tasks': {r.task: r.score for r in results},
     })  # fmt: skip
   names = list(found[0]['tasks']) if found else []
-  cli.table(
+  console.table(
     [
       (
         f['gate'], f['kv'], f['threshold'], f['mean_loops'],

@@ -12,7 +12,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from rrt import cli
+from rrt import console
 from rrt.checkpoints import load as checkpoints
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
@@ -135,7 +135,7 @@ class RrtLM(TemplateLM):
     if not pairs:
       return []
     if self.gate is not None:
-      with cli.Progress(len(pairs), label, 'endings') as progress:
+      with console.Progress(len(pairs), label, 'endings') as progress:
         found, self.mean_loops = early_endings.score_endings(
           self.config, self._params, pairs, self.gate, dtype=self.dtype,
           batch_tokens=self.batch_tokens, progress=progress.update,
@@ -149,7 +149,7 @@ class RrtLM(TemplateLM):
       return endings.score_endings(
         self.config, self._params, pairs, **arguments
       )
-    with cli.Progress(len(pairs), label, 'endings') as progress:
+    with console.Progress(len(pairs), label, 'endings') as progress:
       return endings.score_endings(
           self.config, self._params, pairs, progress=progress.update,
           **arguments,
@@ -190,7 +190,7 @@ class RrtLM(TemplateLM):
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)
     texts = [''] * len(requests)
-    with cli.Progress(len(requests), 'write', 'texts') as progress:
+    with console.Progress(len(requests), 'write', 'texts') as progress:
       for settings, indices in by_settings.items():
         settings.check()
         room = self.max_length - settings.max_new_tokens

@@ -17,18 +17,20 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from rrt import checkpoint as checkpoint_lib
-from rrt import cli, optim, sharding, state
-from rrt import metrics as metrics_lib
+from rrt import console, sharding
 from rrt.checkpoints import native
 from rrt.checkpoints.load import check_save, load, save
 from rrt.config import ModelConfig
 from rrt.data import pipeline
 from rrt.errors import InputError
-from rrt.heldout import read_heldout
 from rrt.model import LanguageModel
 from rrt.models.init import init_params
-from rrt.recipe import Recipe
+from rrt.train import checkpoint as checkpoint_lib
+from rrt.train import metrics as metrics_lib
+from rrt.train import optim
+from rrt.train import step as step_lib
+from rrt.train.heldout import read_heldout
+from rrt.train.recipe import Recipe
 
 
 def check(
@@ -102,8 +104,8 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
   shape = planned(recipe, parent.config)
   check(recipe, parent.config, shape, mesh)
   params = jax.eval_shape(lambda: init_params(shape, jax.random.key(0)))
-  trained = state.trained_paths(optim.trainable(recipe.optimizer, params))
-  weights, _ = state.split(params, trained)
+  trained = step_lib.trained_paths(optim.trainable(recipe.optimizer, params))
+  weights, _ = step_lib.split(params, trained)
   optim.make_optimizer(recipe.optimizer, weights, recipe.steps)
   open_data(recipe, parent.tokenizer, shape.vocab_size).close()
   if recipe.heldout.path:
@@ -173,7 +175,7 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   fields['calibration'] = calibration_text(
     fields['calibration'], fields['calibration_tokens'], recipe.data.field
   )
-  bar = cli.Progress(parent.config.depth, 'convert', 'layers')
+  bar = console.Progress(parent.config.depth, 'convert', 'layers')
   with bar:
     child, report = to_recursive(
       parent, seed=recipe.seed, progress=bar.to, **fields

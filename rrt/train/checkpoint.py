@@ -32,8 +32,8 @@ import orbax.checkpoint as ocp
 
 from rrt.errors import InputError
 from rrt.files import check_writable
-from rrt.optim import paths
-from rrt.state import TrainState
+from rrt.train.optim import paths
+from rrt.train.step import TrainState
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from rrt.errors import InputError
-from rrt.recipe import require_ml_collections
+from rrt.train.recipe import require_ml_collections
 
 
 def define_config_flag() -> None:
@@ -23,7 +23,7 @@ def define_config_flag() -> None:
     'config', None,
     'The recipe: a file of experiments/, or your own. --config.FIELD=VALUE '
     'changes a field, such as --config.steps=200 or '
-    '--config.optimizer.learning_rate=1e-3; rrt/recipe.py explains them all.',
+    '--config.optimizer.learning_rate=1e-3; rrt/train/recipe.py explains them all.',
   )  # fmt: skip
   parser: Any = flags.FLAGS[holder.name].parser
   parser.parse = functools.partial(_read_config, parser.parse)

@@ -23,11 +23,11 @@ import optax
 
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
-from rrt.exit_losses import ExitObjective, exit_losses
-from rrt.losses import Objective, losses
 from rrt.models import transformer
 from rrt.models.init import boxed_params, init_params
-from rrt.optim import paths
+from rrt.train.exit_losses import ExitObjective, exit_losses
+from rrt.train.losses import Objective, losses
+from rrt.train.optim import paths
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]

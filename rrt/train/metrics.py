@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rrt import cli, optim
+from rrt import console
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.models.count import linears, lora
+from rrt.train import optim
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -100,7 +101,7 @@ def peak_of(kind: str) -> float | None:
 def memory_bytes() -> int:
   """The most memory used so far: of the first device, or of the host."""
   stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get('peak_bytes_in_use') or cli.peak_memory_bytes()
+  return stats.get('peak_bytes_in_use') or console.peak_memory_bytes()
 
 
 @jax.jit
@@ -250,7 +251,7 @@ class Log:
     if workdir is not None:
       self._writer = Writer(workdir, start, recipe.tensorboard)
       self.rows = self._writer.rows
-    self._progress = cli.Progress(recipe.steps, 'uptrain', 'steps')
+    self._progress = console.Progress(recipe.steps, 'uptrain', 'steps')
     self._progress.done = start
 
   def __enter__(self):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.losses import Losses, Objective, check_weights, losses
+from rrt.train.losses import Losses, Objective, check_weights, losses
 
 COEFFICIENTS = ('none', 'weighted', 'aggressive')
 

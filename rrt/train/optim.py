@@ -172,7 +172,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """The gradient transformation for a tree of trained parameters.
 
-  Frozen ones are cut out before (`rrt.state`): they have no moments.
+  Frozen ones are cut out before (`rrt.train.step`): they have no moments.
 
   Args:
     o: the settings.

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.state import Params, Step, param_shardings, place, split
+from rrt.train.step import Params, Step, param_shardings, place, split
 
 
 def share_teacher(

@@ -18,9 +18,9 @@ from typing import Any, get_args, get_type_hints
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import Source
 from rrt.errors import InputError
-from rrt.exit_losses import ExitObjective
-from rrt.losses import Objective
-from rrt.optim import Optimizer
+from rrt.train.exit_losses import ExitObjective
+from rrt.train.losses import Objective
+from rrt.train.optim import Optimizer
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'full')

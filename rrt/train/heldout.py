@@ -12,10 +12,10 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.data import pipeline
 from rrt.errors import InputError
-from rrt.exit_losses import ExitObjective
-from rrt.losses import Objective
-from rrt.recipe import Heldout, Recipe
-from rrt.state import Step, batch_losses, to_mesh
+from rrt.train.exit_losses import ExitObjective
+from rrt.train.losses import Objective
+from rrt.train.recipe import Heldout, Recipe
+from rrt.train.step import Step, batch_losses, to_mesh
 
 
 def open_heldout(

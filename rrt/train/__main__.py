@@ -1,0 +1,163 @@
+"""The command line of a training run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+import signal
+import sys
+import time
+
+from absl import flags
+import jax
+
+from rrt import console
+from rrt.checkpoints.load import save
+from rrt.errors import InputError
+from rrt.files import check_writable, lock
+from rrt.models.count import count_params
+from rrt.train.config_file import config_error, define_config_flag
+from rrt.train.loop import Uptrained, uptrain
+from rrt.train.recipe import Recipe
+from rrt.train.setup import check_workdir, prepare
+
+
+def main(argv):
+  """Runs a recipe from the command line."""
+  del argv
+  begin = time.monotonic()
+  for flag in ('config', 'workdir'):
+    if not getattr(FLAGS, flag):
+      raise InputError(f'--{flag} is not given; see --help.')
+  if '://' in FLAGS.workdir:
+    raise InputError(
+      f'--workdir={FLAGS.workdir}: must be a directory of a file system that '
+      'all processes see; mount the bucket first.'
+    )
+  initialize_distributed()
+  recipe = Recipe.from_dict(FLAGS.config.to_dict())
+  workdir = Path(FLAGS.workdir).expanduser().absolute()
+  check_writable(workdir)
+  check_workdir(workdir)
+  signal.signal(signal.SIGTERM, leave)
+  # Process 0 stands for all processes of a run.
+  own = lock(workdir, 'run') if jax.process_index() == 0 else nullcontext()
+  with own:
+    return convert_and_uptrain(recipe, workdir, begin)
+
+
+def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
+  """Converts, uptrains, saves and prints; returns the exit status."""
+  parent, child = prepare(recipe, workdir)
+  run = uptrain(parent, child, recipe, workdir)
+  if run.stopped and run.step < recipe.steps:
+    print(
+      f'stopped by SIGTERM after step {run.step}, which is saved; the same '
+      'command goes on from there'
+    )
+    return 143
+  if jax.process_index() == 0:
+    save(run.model, workdir / 'model')
+    summarize(recipe, run, workdir, time.monotonic() - begin)
+  return 0
+
+
+def initialize_distributed() -> None:
+  """Joins the processes that the flags speak of.
+
+  Raises:
+    InputError: there are none to be found, or a flag is missing.
+  """
+  by_hand = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+  if FLAGS.distributed:
+    try:
+      jax.distributed.initialize()
+    except (ValueError, RuntimeError) as e:
+      raise InputError(
+        f'--distributed: the environment does not tell the processes ({e}); '
+        'name them with --coordinator, --processes and --process.'
+      ) from e
+  elif any(value is not None for value in by_hand):
+    if None in by_hand:
+      raise InputError(
+        '--coordinator, --processes and --process must be given together.'
+      )
+    jax.distributed.initialize(*by_hand)
+
+
+def leave(*_):
+  """Answers SIGTERM while no training step runs."""
+  print(
+    'stopped by SIGTERM; the same command goes on from what is saved',
+    flush=True,
+  )
+  sys.exit(143)
+
+
+def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
+  """Prints what a run has reached: a table and the last line."""
+  count = count_params(run.model.config)
+  rows = [r for r in run.history if 'loss' in r]
+  heldout = [r for r in run.history if 'heldout_nats' in r]
+  first, last = (rows[0], rows[-1]) if rows else ({}, {})
+  pick = lambda r, k: r.get(k)
+  console.table(
+    [
+      [k, pick(first, k), pick(last, k)]
+      for k in ('loss', 'cross_entropy', 'distillation', 'grad_norm')
+    ]
+    + [
+      [f'held-out nats, step {r["step"]}', None, r['heldout_nats']]
+      for r in heldout
+    ],
+    ['', 'first step', 'last step'],
+  )
+  console.finish(
+    {
+      'model': str(workdir / 'model'),
+      'steps': run.step,
+      'tokens': run.step * recipe.batch * recipe.length,
+      'params_unique': count.unique,
+      'params_total': count.total,
+      'loss': last.get('loss'),
+      'cross_entropy': last.get('cross_entropy'),
+      'distillation': last.get('distillation'),
+      'heldout_nats_first': heldout[0]['heldout_nats'] if heldout else None,
+      'heldout_nats_last': heldout[-1]['heldout_nats'] if heldout else None,
+      'skipped': last.get('skipped', 0),
+      'tokens_per_second': last.get('tokens_per_second'),
+      'mfu': last.get('mfu'),
+      'seconds': seconds,
+      'peak_memory_bytes': console.peak_memory_bytes(),
+    }
+  )
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """The command line's; importing `uptrain` defines none."""
+  define_config_flag()
+  flags.declare_key_flag('config')
+  flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; it goes on where it was.'
+  )
+  flags.DEFINE_bool(
+    'distributed', False,
+    'Several processes, found from the environment (TPU pods, Slurm, MPI).',
+  )  # fmt: skip
+  flags.DEFINE_string(
+    'coordinator', None, 'Several processes by hand: host:port of the first.'
+  )
+  flags.DEFINE_integer('processes', None, 'By hand: how many there are.')
+  flags.DEFINE_integer('process', None, 'By hand: which one this is, from 0.')
+
+
+if __name__ == '__main__':
+  try:
+    define_flags()
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  console.run(main, config_error)

@@ -1,0 +1,171 @@
+r"""Uptraining: a converted model learns to be its parent again.
+
+    python -m rrt.train --config=experiments/smollm2_8_7x2_8.py \
+        --workdir=runs/a --config.optimizer.learning_rate=1e-3
+
+The work directory holds the whole run: config.json (with versions and git
+revision), child/ (the converted model it starts from), checkpoints/,
+metrics.jsonl and, at the end, model/. The same command started again goes on
+where the last checkpoint was, bit for bit; SIGTERM saves one and leaves with
+status 143.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+from pathlib import Path
+import signal
+import threading
+from typing import Any, NamedTuple, cast
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from rrt import sharding
+from rrt.model import LanguageModel
+from rrt.train import checkpoint as checkpoint_lib
+from rrt.train import metrics as metrics_lib
+from rrt.train import optim
+from rrt.train import step as step_lib
+from rrt.train.heldout import open_heldout
+from rrt.train.recipe import Recipe
+from rrt.train.setup import check, next_batch, open_data
+from rrt.train.teacher import with_teacher
+
+
+class Uptrained(NamedTuple):
+  """What a run gives.
+
+  Attributes:
+    model: the trained model, its parameters on the host.
+    history: the rows of metrics, from step 1.
+    step: how many steps it has taken.
+    stopped: whether SIGTERM asked it to end.
+  """
+
+  model: LanguageModel
+  history: list[dict[str, Any]]
+  step: int
+  stopped: bool
+
+
+def uptrain(
+  parent: LanguageModel | None,
+  child: LanguageModel,
+  recipe: Recipe | dict[str, Any],
+  workdir: str | Path | None = None,
+  on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> Uptrained:
+  """Trains a child on text and on its parent's predictions.
+
+  Args:
+    parent: the model to distil from; not needed with loss.distillation=0.
+    child: the model to train; its arrays are left as they are.
+    recipe: the settings, as a `Recipe` or nested dicts of its fields.
+    workdir: where checkpoints and metrics go, and where a run is continued
+      from; None keeps the run in memory.
+    on_row: called with each new row of metrics.
+
+  Raises:
+    InputError: the settings, the data or the work directory are no good.
+  """
+  if not isinstance(recipe, Recipe):
+    recipe = Recipe.from_dict(recipe)
+  if not recipe.loss.distillation:
+    parent = None
+  mesh = sharding.make_mesh(recipe.mesh)
+  check(recipe, parent.config if parent else None, child.config, mesh)
+  if parent and parent.tokenizer and child.tokenizer:
+    parent.tokenizer.check_same_ids(child.tokenizer)
+  data = open_data(recipe, child.tokenizer, child.config.vocab_size)
+
+  # What is trained, by which optimizer; what the parent shares with it.
+  o = recipe.optimizer
+  trained = step_lib.trained_paths(optim.trainable(o, child.params))
+  weights, _ = step_lib.split(child.params, trained)
+  spec = step_lib.Step(
+    config=child.config,
+    objective=recipe.loss,
+    optimizer=optim.make_optimizer(o, weights, recipe.steps),
+    trained=trained,
+    clip=o.clip,
+    accumulate=recipe.accumulate,
+    dtype=jnp.dtype(recipe.dtype),
+    remat=recipe.remat,
+    exits=recipe.exits,
+  )
+  heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
+  spec, teacher = with_teacher(spec, parent, child, mesh)
+
+  # Go on from the newest checkpoint, or begin with the child as it is.
+  abstract = step_lib.abstract_state(spec, mesh, recipe.seed)
+  checkpoints = checkpoint_lib.open_checkpoints(workdir, recipe.keep)
+  restored = checkpoints.restore(abstract, recipe.to_dict(), Recipe.FREE)
+  if restored:
+    step, state, positions = restored
+    data.set_state(positions)
+  else:
+    step = 0
+    state = step_lib.init_state(spec, child.params, mesh, recipe.seed)
+  train_step = step_lib.jit_step(
+    spec, mesh, jax.tree.map(lambda x: x.sharding, abstract)
+  )
+
+  log = metrics_lib.Log(recipe, spec, workdir, step, on_row)
+  with jax.set_mesh(mesh), checkpoints, log, Stop(recipe.log_every) as stop:
+    if heldout and step == 0:
+      log.heldout(0, heldout(state.params))
+    while step < recipe.steps and not stop.requested(step):
+      batch = next_batch(data, recipe)
+      if batch is None:
+        log.say(f'the text is used up after {step} steps')
+        break
+      state, metrics = train_step(state, teacher, step_lib.to_mesh(batch, mesh))
+      step += 1
+      # The metrics of a step are fetched when the next one is on its way.
+      log.step(step, metrics, state.params)
+      if heldout and recipe.is_due(step, recipe.heldout.every):
+        log.heldout(step, heldout(state.params))
+      if recipe.is_due(step, recipe.checkpoint_every):
+        log.flush()
+        checkpoints.save(step, state, data.get_state(), recipe.to_dict())
+    log.flush()
+    checkpoints.save(step, state, data.get_state(), recipe.to_dict())
+    params = step_lib.to_host(state.params, mesh)
+  data.close()
+
+  meta = {**child.meta, 'uptraining': {**recipe.to_dict(), 'step': step}}
+  model = dataclasses.replace(child, params=params, meta=meta)
+  return Uptrained(model, log.rows, step, stop.asked)
+
+
+class Stop:
+  """Notes SIGTERM, so that the loop can save and leave between two steps."""
+
+  def __init__(self, every: int):
+    """`every`: steps between agreements, where there are many processes."""
+    self.asked, self._every, self._old = False, every, cast(Any, None)
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_):
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+
+  def _note(self, *_):
+    self.asked = True
+
+  def requested(self, step: int) -> bool:
+    """Whether any process was asked to stop: all answer alike."""
+    if jax.process_count() > 1:
+      if step % self._every:
+        return False
+      votes = multihost_utils.process_allgather(np.array(self.asked))
+      self.asked = bool(votes.any())
+    return self.asked
