@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rrt import plots
+from rrt.cli import plots
 
 
 def draw(figures: dict, out: Path) -> None:

@@ -27,7 +27,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
 speed is measured apart from a gate; the live gate leaves when it will, at the
 loss that was promised when it was fitted (`promised`, nats a token), and what
-it loses on other text is what `rrt.evaluate --exits` tells. The bound on "times
+it loses on other text is what `rrt.cli.evaluate --exits` tells. The bound on "times
 tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
 mode, by launches: those of tied over its own. "roof" is the bound on the

@@ -32,7 +32,8 @@ from IPython.display import HTML, SVG, display
 import numpy as np
 
 import rrt
-from rrt import console, plots
+from rrt import console
+from rrt.cli import plots
 from rrt.data import corpus
 from rrt.evals import depth, every_loop, perplexity
 from rrt.evals.threshold import choose
@@ -195,5 +196,5 @@ display(HTML(prompt + ''.join(spans)))
 print('loops a token:', np.mean(request.loops))
 
 # %% [markdown]
-# `rrt.save(gated, 'gated')` keeps model and gate; `python -m rrt.serve
+# `rrt.save(gated, 'gated')` keeps model and gate; `python -m rrt.cli.serve
 # --model=gated --gate=stored` serves them.

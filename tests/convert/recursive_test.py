@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from rrt.cli.convert import parse_rank
 from rrt.config import LoraConfig
 from rrt.convert import calibration_data
 from rrt.convert import plan as plan_lib
-from rrt.convert.__main__ import parse_rank
 from rrt.convert.plan import source_layers
 from rrt.convert.recursive import INITS, plan, to_recursive
 from rrt.errors import InputError

@@ -6,7 +6,7 @@ import pytest
 from rrt.evals import depth, early_endings, endings, every_loop
 from rrt.exits.gate import NEVER, Gate
 from rrt.infer.engine.engine import Engine, Request
-from tests.infer.engine_test import PROMPTS, learned_gate, model
+from tests.infer.engine.engine_test import PROMPTS, learned_gate, model
 
 
 @pytest.mark.parametrize('kv', ['write_ahead', 'propagate', 'exact_fill'])

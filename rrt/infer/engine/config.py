@@ -193,7 +193,7 @@ class Options:
     gate = gate_lib.stored(model)
     if gate is None:
       raise InputError(
-        "gate='stored': this model has no gate; python -m rrt.fit_gate fits "
+        "gate='stored': this model has no gate; python -m rrt.cli.fit_gate fits "
         'one.'
       )
     kv = gate.kv if self.kv == 'own' else self.kv

@@ -8,7 +8,7 @@ from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
 from rrt.infer.engine import simulate
 from rrt.infer.engine.engine import Engine, Request
-from tests.infer.engine_test import PROMPTS, ROOMS, model
+from tests.infer.engine.engine_test import PROMPTS, ROOMS, model
 
 
 def replayed(slots):

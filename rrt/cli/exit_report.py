@@ -1,4 +1,4 @@
-"""What `rrt.evaluate --exits` does: a table and a picture of the curve."""
+"""What `rrt.cli.evaluate --exits` does: a table and a picture of the curve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrt import console, plots
+from rrt import console
+from rrt.cli import plots
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
 from rrt.exits import gate as gate_lib

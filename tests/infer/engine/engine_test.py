@@ -29,7 +29,7 @@ from rrt.models.params import cast
 from rrt.models.stack import unstack
 from rrt.ops import matmul
 from tests import runs
-from tests.infer import oracle
+from tests.infer.engine import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
 
 RNG = np.random.default_rng(0)

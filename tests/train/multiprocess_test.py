@@ -8,7 +8,7 @@ import pytest
 
 from rrt.checkpoints.load import load
 from tests import runs
-from tests.resume_test import until
+from tests.train.resume_test import until
 
 pytest.importorskip('ml_collections')
 

@@ -1,13 +1,13 @@
 r"""Fits an exit gate to a model and calibrates its threshold to a promise.
 
-python -m rrt.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
+python -m rrt.cli.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
     --out=gated
 
 Half of the rows of the text fit the gate and a lens, which mends what a loop
 before the last gives; the other half choose the lowest threshold that keeps the
 promise with the asked confidence. With --own, some rows go on as the model
 itself would write, which is what the lossless mode guesses. Gate, threshold,
-promise and bound are written with the model to --out; `rrt.evaluate --exits`
+promise and bound are written with the model to --out; `rrt.cli.evaluate --exits`
 measures them on other text.
 """
 
@@ -19,10 +19,10 @@ from rrt import console
 from rrt.errors import InputError
 
 _MODEL = flags.DEFINE_string(
-  'model', None, 'A recursive model, as `rrt.generate` takes one.'
+  'model', None, 'A recursive model, as `rrt.cli.generate` takes one.'
 )
 _TEXT = flags.DEFINE_string(
-  'text', None, 'Text to fit and calibrate on, as `rrt.evaluate` takes it.'
+  'text', None, 'Text to fit and calibrate on, as `rrt.cli.evaluate` takes it.'
 )
 _OUT = flags.DEFINE_string(
   'out', None, 'Directory for the model with its gate.'

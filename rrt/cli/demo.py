@@ -1,7 +1,7 @@
 r"""A real model becomes a smaller one that still writes sentences.
 
-    python -m rrt.demo                      # English text that is installed
-    python -m rrt.demo --data=my_text.txt   # your own text
+    python -m rrt.cli.demo                      # English text that is installed
+    python -m rrt.cli.demo --data=my_text.txt   # your own text
 
 SmolLM2-135M is converted twice: by the paper's way (the mean of the tied
 layers, plain SVD) and calibrated. The calibrated child is then distilled from
@@ -22,8 +22,9 @@ from typing import Any
 
 from absl import flags
 
-from rrt import console, plots
+from rrt import console
 from rrt.checkpoints.load import check_save, load, save
+from rrt.cli import plots
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
@@ -232,8 +233,8 @@ def main(argv):
   (out / 'report.html').write_text(page, 'utf-8')
   print(
     f'The curves are in {out / "report.html"}. Go on with the model:\n'
-    f'  python -m rrt.generate --model={out / "model"} --prompt="..."\n'
-    f'  python -m rrt.serve --model={out / "model"} --gate=stored --lossless\n'
+    f'  python -m rrt.cli.generate --model={out / "model"} --prompt="..."\n'
+    f'  python -m rrt.cli.serve --model={out / "model"} --gate=stored --lossless\n'
   )
   console.finish({
       'seconds': total,

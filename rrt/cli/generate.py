@@ -1,6 +1,6 @@
 r"""Writes text after prompts, with any model that `rrt.load` takes.
 
-python -m rrt.generate --model=smollm2-135m --prompt='The sea is' \
+python -m rrt.cli.generate --model=smollm2-135m --prompt='The sea is' \
     --max_new_tokens=60 --temperature=0.8 --top_p=0.95
 
 The first prompt's text appears as it is written, the others' at the end; a

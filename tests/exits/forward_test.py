@@ -7,7 +7,7 @@ import pytest
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
 from rrt.models.transformer import forward, greedy_token
-from tests.infer import oracle
+from tests.infer.engine import oracle
 from tests.models.configs import gemma3, llama, perturbed, tokens
 
 MODELS = {'llama': llama(), 'gemma3': gemma3()}

@@ -40,7 +40,7 @@ def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
   assert figures['identity_error'] < 1e-4
   assert all(np.min(kept) > 0.9999 for kept in figures['kept'].values())
   status, printed, error = command.run(
-    'rrt.export', f'--model={child}', f'--out={out}'
+    'rrt.cli.export', f'--model={child}', f'--out={out}'
   )
   assert status == 0, error
   with np.load(GOLDEN / name / 'logits.npz') as stored:
@@ -80,7 +80,7 @@ def test_arguments_are_checked_before_weights_are_read(tmp_path):
     json.dumps(json.loads(config) | {MARK: 'rrt'})
   )
   status, _, error = command.run(
-    'rrt.export', f'--model={source}', f'--out={source}'
+    'rrt.cli.export', f'--model={source}', f'--out={source}'
   )
   assert status == 2 and 'would replace the source' in error, error
   model = save(load(GOLDEN / 'llama3'), tmp_path / 'own')

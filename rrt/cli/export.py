@@ -1,6 +1,6 @@
 """Writes a model as an untied checkpoint that Hugging Face loads.
 
-python -m rrt.export --model=child --out=child-hf
+python -m rrt.cli.export --model=child --out=child-hf
 """
 
 import time

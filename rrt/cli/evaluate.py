@@ -1,11 +1,11 @@
 r"""Measures a model: cross-entropy of a text, and few-shot tasks.
 
-python -m rrt.evaluate --model=child --parent=smollm2-135m \
+python -m rrt.cli.evaluate --model=child --parent=smollm2-135m \
     --text=news.jsonl.xz --max_tokens=8192 --context=1024 --loops=all
 
-python -m rrt.evaluate --model=child --tasks=paper --data=eval/ --limit=200
+python -m rrt.cli.evaluate --model=child --tasks=paper --data=eval/ --limit=200
 
-python -m rrt.evaluate --model=gated --text=news.jsonl.xz --exits=all \
+python -m rrt.cli.evaluate --model=gated --text=news.jsonl.xz --exits=all \
     --curve=curve.svg
 
 Prints tables and, as the last line, one JSON object.
@@ -69,7 +69,7 @@ _SHOTS = flags.DEFINE_integer('shots', 0, 'Solved questions before each one.')
 _EXITS = flags.DEFINE_string(
     'exits', None,
     'With --text: what leaving early costs, gate by gate; all, or some of '
-    'learned (needs a gate from rrt.fit_gate), change, margin, entropy, '
+    'learned (needs a gate from rrt.cli.fit_gate), change, margin, entropy, '
     'oracle. With --tasks also their scores, by all but the oracle.',
 )  # fmt: skip
 _KV = flags.DEFINE_list(
@@ -156,7 +156,8 @@ def main(argv) -> None:
   if not (_TEXT.value or _TASKS.value):
     raise InputError('Nothing to measure; give --text, --tasks or both.')
   from rrt.checkpoints.load import load
-  from rrt.evals import exit_report, perplexity
+  from rrt.cli import exit_report
+  from rrt.evals import perplexity
 
   if _EXITS.value:
     exit_report.check(_TEXT.value, _EXITS.value, _KV.value, _CURVE.value)

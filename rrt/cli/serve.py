@@ -1,6 +1,6 @@
 r"""Serves a model over HTTP, as OpenAI's clients expect.
 
-python -m rrt.serve --model=gated --gate=stored --slots=16 --context=1024
+python -m rrt.cli.serve --model=gated --gate=stored --slots=16 --context=1024
 
 Endpoints: /v1/completions, /v1/chat/completions (both also as a stream),
 /v1/models, /health, /metrics, and a page to try it at /. It listens on this
@@ -20,7 +20,7 @@ from absl import flags
 from rrt import console
 from rrt.errors import InputError
 
-_MODEL = flags.DEFINE_string('model', None, 'As `rrt.generate` takes it.')
+_MODEL = flags.DEFINE_string('model', None, 'As `rrt.cli.generate` takes it.')
 _NAME = flags.DEFINE_string(
   'name', None, "The model's name for clients; the last part of --model."
 )
@@ -40,7 +40,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _GATE = flags.DEFINE_enum(
   'gate', 'none', ['none', 'stored', 'change'],
-  "Exits: 'stored' is the gate that rrt.fit_gate kept with the model.",
+  "Exits: 'stored' is the gate that rrt.cli.fit_gate kept with the model.",
 )  # fmt: skip
 _THRESHOLD = flags.DEFINE_float(
   'threshold',
