@@ -34,7 +34,7 @@ WORKERS ?= 2
 	touch $@
 
 demo: .venv/demo
-	$(BIN)/python -m rrt.cli.demo $(ARGS)
+	$(BIN)/python -m rrt demo $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -112,4 +112,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

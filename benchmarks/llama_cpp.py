@@ -30,7 +30,7 @@ def write_gguf(directory: Path, out: Path, dtype: str) -> None:
   """A Hugging Face directory of a Llama as a GGUF file.
 
   Args:
-    directory: as `rrt.cli.export` writes it.
+    directory: as `rrt export` writes it.
     out: the file.
     dtype: 'float32' or 'bfloat16', of matrices; norms stay float32.
   """

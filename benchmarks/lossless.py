@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import perplexity
@@ -79,4 +79,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -18,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from rrt import console
+from rrt import command, console
 from rrt.infer.engine.simulate import paper_rate
 
 CORPORA = ('SlimPajama', 'RedPajama', 'PG19')
@@ -182,4 +182,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

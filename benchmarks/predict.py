@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, rungs
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
@@ -255,4 +255,4 @@ class Contender:
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -10,7 +10,7 @@ the second of which is timed; compilation is reported apart.
 from absl import flags
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -84,4 +84,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -12,7 +12,7 @@ from absl import flags
 import jax
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 from rrt.ops import matmul
 
 FLAGS = flags.FLAGS
@@ -60,4 +60,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

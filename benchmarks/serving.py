@@ -27,7 +27,7 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
 speed is measured apart from a gate; the live gate leaves when it will, at the
 loss that was promised when it was fitted (`promised`, nats a token), and what
-it loses on other text is what `rrt.cli.evaluate --exits` tells. The bound on "times
+it loses on other text is what `rrt evaluate --exits` tells. The bound on "times
 tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
 mode, by launches: those of tied over its own. "roof" is the bound on the
@@ -46,7 +46,7 @@ import numpy as np
 
 from benchmarks import arrivals, common, hugging_face, pictures, rungs
 from benchmarks.roofline import Costs, Roof
-from rrt import console
+from rrt import command, console
 from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -231,4 +231,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

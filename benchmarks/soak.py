@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --model=runs/smollm2_10x3 --minutes=10
 
-Starts `python -m rrt.cli.serve` and 64 clients that ask, greedily and in streams,
+Starts `rrt serve` and 64 clients that ask, greedily and in streams,
 for texts whose tokens are known; hang up in the middle; send broken, huge and
 over-long requests; and look at /health all the while. Reported: wrong texts
 (none may be), answers by status, the memory of the server's process over the
@@ -28,16 +28,16 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('model', None, 'As rrt.cli.serve takes it.')
+flags.DEFINE_string('model', None, 'As rrt serve takes it.')
 flags.DEFINE_float('minutes', 10.0, 'How long.')
 flags.DEFINE_integer('clients', 64, 'At once.')
 flags.DEFINE_integer('slots', 16, 'Of the server.')
 flags.DEFINE_integer('context', 256, 'Of the server.')
-flags.DEFINE_list('serve', [], 'Further flags of rrt.cli.serve.')
+flags.DEFINE_list('serve', [], 'Further flags of rrt serve.')
 flags.DEFINE_bool(
   'early', False,
   'Half of the requests take the exits of the gate kept with the model; for '
@@ -67,12 +67,12 @@ _BAD = (
 
 
 class Server:
-  """`rrt.cli.serve` in a process of its own."""
+  """`rrt serve` in a process of its own."""
 
   def __init__(self):
     self.process = subprocess.Popen(
       [
-        sys.executable, '-m', 'rrt.cli.serve', f'--model={FLAGS.model}',
+        sys.executable, '-m', 'rrt', 'serve', f'--model={FLAGS.model}',
         '--port=0', f'--slots={FLAGS.slots}', f'--context={FLAGS.context}',
         *FLAGS.serve,
       ],
@@ -275,4 +275,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -24,7 +24,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import console
+from rrt import command, console
 from rrt.models.init import init_params
 
 FLAGS = flags.FLAGS
@@ -217,4 +217,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -196,5 +196,5 @@ display(HTML(prompt + ''.join(spans)))
 print('loops a token:', np.mean(request.loops))
 
 # %% [markdown]
-# `rrt.save(gated, 'gated')` keeps model and gate; `python -m rrt.cli.serve
+# `rrt.save(gated, 'gated')` keeps model and gate; `rrt serve
 # --model=gated --gate=stored` serves them.

@@ -89,7 +89,7 @@ import time
 
 from absl import flags
 
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import load
 from rrt.convert import recursive
 from rrt.convert.calibrate import ALL_STEPS
@@ -214,4 +214,4 @@ def parent_count(parent) -> int:
 
 
 if __name__ == '__main__':
-  console.run(main)
+  command.run(main)

@@ -20,7 +20,7 @@ RESULT
     before, with a lens      6.1      5.7     4.497
 
   The first loops begin so far off that their losses rule the step, and the last
-  loop pays. The lens (`rrt.cli.fit_gate`; least squares on 16,384 tokens, rows of
+  loop pays. The lens (`rrt fit-gate`; least squares on 16,384 tokens, rows of
   512) is better than the training and costs the last loop nothing; its most
   likely token after loop 1 is that of full depth for 38 % of the tokens. Tuned
   (`--lens_epochs=4`, 65,280 tokens, rows of 256) it is for 48 %.

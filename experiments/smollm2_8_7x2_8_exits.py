@@ -40,8 +40,8 @@ RESULT
   Tuning the lens after that (--lens_epochs=4 --max_tokens=65536) gains nothing:
   at --loss=0.037 the gate still runs 1.85 loops a token.
 
-  With `rrt.cli.fit_gate --loss=0.037 --context=512 --max_tokens=32768` on news
-  (threshold 0.851), measured by `rrt.cli.evaluate --exits=learned,oracle
+  With `rrt fit-gate --loss=0.037 --context=512 --max_tokens=32768` on news
+  (threshold 0.851), measured by `rrt evaluate --exits=learned,oracle
   --kv=write_ahead,propagate,exact_fill --context=512 --max_tokens=8192` on
   others (full depth 3.601). Nats lost, and share of tokens that are as at full
   depth, by what the skipped loop keeps of a token:

@@ -1,75 +1,12 @@
-"""What the command lines share: errors, tables, progress, the last line."""
+"""Terminal output of commands: tables, progress, the last line of JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import json
-import logging
 import math
-import os
 import resource
 import sys
 import time
 from typing import Any
-
-from absl import app, flags
-
-from rrt.errors import InputError
-
-
-def run(
-  main: Callable[[Sequence[str]], Any],
-  explain: Callable[[Exception], str] | None = None,
-) -> None:
-  """Runs an absl program; bad input ends it with one line and status 2.
-
-  Args:
-    main: the program, given what is left of the command line.
-    explain: tells in one line what an error in the flags is that is none of
-      absl's own.
-  """
-
-  def parse(argv):
-    try:
-      return flags.FLAGS(argv)
-    except flags.Error as e:
-      told = ' '.join(str(e).split())
-    except SystemExit as e:  # --help has been printed.
-      raise SystemExit(0) from e
-    except Exception as e:
-      if explain is None:
-        raise
-      told = explain(e)
-    print(f'error: {told}', file=sys.stderr)
-    raise SystemExit(2)
-
-  def guarded(argv):
-    if len(argv) > 1:
-      raise InputError(
-        f'{argv[1]!r} is not a flag; give values as --name=value.'
-      )
-    return main(argv)
-
-  def outer(argv):
-    try:
-      return guarded(argv)
-    except InputError as e:
-      print(f'error: {e}', file=sys.stderr)
-      return 2
-    except BrokenPipeError:
-      # Whoever read the output has seen enough; nor does exit write the rest.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 1
-    except OSError as e:
-      # A full disk or a directory without permission, told in one sentence.
-      where = e.filename or 'standard output or a file'
-      print(f'error: {e.strerror or e}: {where}', file=sys.stderr)
-      return 2
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      return 130
-
-  # Which backends a machine lacks is no news to its user.
-  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
-  app.run(outer, flags_parser=parse)
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:

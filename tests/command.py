@@ -1,4 +1,4 @@
-"""Runs `python -m rrt.NAME`; two of them cannot share absl's flags."""
+"""Runs `python -m rrt COMMAND` in a process of its own."""
 
 import json
 import os
@@ -13,10 +13,10 @@ def environment() -> dict[str, str]:
   return os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path}
 
 
-def run(module: str, *flags: str, cwd=None):
+def run(name: str, *flags: str, cwd=None):
   """Returns (status, standard output, last line of standard error)."""
   done = subprocess.run(
-    [sys.executable, '-m', module, *flags],
+    [sys.executable, '-m', 'rrt', name, *flags],
     capture_output=True,
     text=True,
     check=False,

@@ -1,4 +1,4 @@
-"""Serves an application as `python -m rrt.cli.serve` does, in a thread."""
+"""Serves an application as `rrt serve` does, in a thread."""
 
 import contextlib
 import threading

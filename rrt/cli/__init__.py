@@ -1,0 +1,1 @@
+"""The commands of `rrt`, one file each, and the pictures that they draw."""

@@ -1,6 +1,6 @@
 """Converts a model into a relaxed recursive one.
 
-python -m rrt.convert --source=smollm2-135m --out=child \
+rrt convert --source=smollm2-135m --out=child \
     --prelude=8 --loops=2 --coda=8 --rank=64
 
 The block is the layers between prelude and coda: 30 - 8 - 8 = 14, so 7 layers
@@ -10,9 +10,7 @@ be any; the others are the paper's.
 
 from typing import Any
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import (
   check_apart,
   check_save,
@@ -26,62 +24,67 @@ from rrt.convert.calibration_data import calibration_text
 from rrt.convert.plan import LoopRanks
 from rrt.errors import InputError
 
-_SOURCE = flags.DEFINE_string(
+FLAGS = command.Flags(
+  'Converts a model into a relaxed recursive one.',
+  'rrt convert --source=smollm2-135m --out=child \\\n'
+  '    --prelude=8 --loops=2 --coda=8 --rank=64',
+)
+_SOURCE = FLAGS.needed.string(
   'source', None,
   'The parent: a Hugging Face directory, a GGUF file, smollm2-135m, '
   'gemma3-270m, a hub id, or a vanilla model of ours.',
 )  # fmt: skip
-_OUT = flags.DEFINE_string(
+_OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier model of ours.'
 )
-_PRELUDE = flags.DEFINE_integer(
+_PRELUDE = FLAGS.usual.integer(
   'prelude', 0, 'Layers kept as they are before the block.'
 )
-_BLOCK = flags.DEFINE_integer(
+_BLOCK = FLAGS.rare.integer(
   'block', None, 'Layers of the block; worked out when left out.'
 )
-_LOOPS = flags.DEFINE_integer('loops', 2, 'How often the block runs.')
-_CODA = flags.DEFINE_integer('coda', 0, 'Layers of their own after the block.')
-_ORDER = flags.DEFINE_enum(
+_LOOPS = FLAGS.usual.integer('loops', 2, 'How often the block runs.')
+_CODA = FLAGS.usual.integer('coda', 0, 'Layers of their own after the block.')
+_ORDER = FLAGS.rare.enum(
   'order', 'cycle', ORDERS,
   'cycle runs the whole block again and again, sequence repeats each layer.',
 )  # fmt: skip
-_INIT = flags.DEFINE_enum(
+_INIT = FLAGS.usual.enum(
   'init', 'calibrated', recursive.INITS, 'Where the shared weights come from.'
 )
-_RANK = flags.DEFINE_string(
+_RANK = FLAGS.usual.string(
   'rank', '0',
   'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64; each by '
   'loop where they differ: 32/96. Capped at the matrix; 0 for none.',
 )  # fmt: skip
-_BUDGET = flags.DEFINE_integer(
+_BUDGET = FLAGS.rare.integer(
   'budget',
   None,
   'Instead of --rank: LoRA parameters to spend where they regain most.',
 )
-_ALPHA = flags.DEFINE_float(
+_ALPHA = FLAGS.rare.float(
   'alpha',
   None,
   "LoRA's scale is alpha / rank; the factors make up for it. 1 by default.",
 )
-_LORA_INIT = flags.DEFINE_enum(
+_LORA_INIT = FLAGS.rare.enum(
   'lora_init', 'svd', ['svd', 'zero'],
   'LoRA starts from what the shared weights lack, or from zero.',
 )  # fmt: skip
-_LOOP_NORMS = flags.DEFINE_bool(
+_LOOP_NORMS = FLAGS.rare.bool(
   'loop_norms', True, 'Every loop keeps its own norm gains.'
 )
-_CALIBRATION = flags.DEFINE_string(
+_CALIBRATION = FLAGS.usual.string(
   'calibration', None,
   'Text to fit on and to measure on (plain, .jsonl, .jsonl.xz, ...); left '
   'out, English text found in the installation, if the parent has a '
   'tokenizer.',
 )  # fmt: skip
-_CALIBRATION_TOKENS = flags.DEFINE_integer(
+_CALIBRATION_TOKENS = FLAGS.rare.integer(
   'calibration_tokens', recursive.CALIBRATION_TOKENS, 'Tokens to fit on.'
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of random weights.')
-_DTYPE = flags.DEFINE_enum(
+_SEED = FLAGS.rare.integer('seed', 0, 'Of random weights.')
+_DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'The type of the weights.'
 )
 
@@ -162,7 +165,3 @@ def main(_) -> None:
       'peak_memory_bytes': report.peak_memory_bytes,
     }
   )
-
-
-if __name__ == '__main__':
-  console.run(main)

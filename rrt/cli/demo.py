@@ -1,7 +1,7 @@
 r"""A real model becomes a smaller one that still writes sentences.
 
-    python -m rrt.cli.demo                      # English text that is installed
-    python -m rrt.cli.demo --data=my_text.txt   # your own text
+    rrt demo                      # English text that is installed
+    rrt demo --data=my_text.txt   # your own text
 
 SmolLM2-135M is converted twice: by the paper's way (the mean of the tied
 layers, plain SVD) and calibrated. The calibrated child is then distilled from
@@ -20,9 +20,7 @@ from pathlib import Path
 import time
 from typing import Any
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import check_save, load, save
 from rrt.cli import plots
 from rrt.convert.recursive import to_recursive
@@ -36,39 +34,43 @@ from rrt.infer.generate import complete
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
 
-_MODEL = flags.DEFINE_string(
+FLAGS = command.Flags(
+  'Converts SmolLM2-135M, uptrains it and runs it with early exits.',
+  'rrt demo\nrrt demo --data=my_text.txt',
+)
+_MODEL = FLAGS.usual.string(
   'model', 'smollm2-135m', 'The parent: whatever rrt.load takes.'
 )
-_DATA = flags.DEFINE_string(
+_DATA = FLAGS.usual.string(
     'data', 'builtin', 'Text to calibrate, train and measure on: a file, a '
     'directory, or "builtin" for text found in the installation.',
 )  # fmt: skip
-_OUT = flags.DEFINE_string('out', 'demo', 'Directory for report and model.')
-_PRELUDE = flags.DEFINE_integer('prelude', 8, 'Layers before the block.')
-_CODA = flags.DEFINE_integer('coda', 8, 'Layers after the block.')
-_LOOPS = flags.DEFINE_integer('loops', 2, 'Times the block runs.')
-_RANK = flags.DEFINE_integer('rank', 64, 'Rank of the per-loop LoRA.')
-_CALIBRATION_TOKENS = flags.DEFINE_integer(
+_OUT = FLAGS.usual.string('out', 'demo', 'Directory for report and model.')
+_PRELUDE = FLAGS.usual.integer('prelude', 8, 'Layers before the block.')
+_CODA = FLAGS.usual.integer('coda', 8, 'Layers after the block.')
+_LOOPS = FLAGS.usual.integer('loops', 2, 'Times the block runs.')
+_RANK = FLAGS.usual.integer('rank', 64, 'Rank of the per-loop LoRA.')
+_CALIBRATION_TOKENS = FLAGS.rare.integer(
   'calibration_tokens', 8192, 'Tokens that the calibrated child is fitted on.'
 )
-_STEPS = flags.DEFINE_integer('steps', 20, 'Steps of uptraining.')
-_BATCH = flags.DEFINE_integer('batch', 2, 'Rows of a step.')
-_LENGTH = flags.DEFINE_integer('length', 512, 'Tokens of a row.')
-_CONTEXT = flags.DEFINE_integer('context', 512, 'Tokens of a measured row.')
-_HELDOUT = flags.DEFINE_integer('heldout_tokens', 4096, 'Tokens measured on.')
-_NEW = flags.DEFINE_integer('max_new_tokens', 40, 'Tokens each model writes.')
-_PROMPT = flags.DEFINE_multi_string(
+_STEPS = FLAGS.usual.integer('steps', 20, 'Steps of uptraining.')
+_BATCH = FLAGS.rare.integer('batch', 2, 'Rows of a step.')
+_LENGTH = FLAGS.rare.integer('length', 512, 'Tokens of a row.')
+_CONTEXT = FLAGS.rare.integer('context', 512, 'Tokens of a measured row.')
+_HELDOUT = FLAGS.rare.integer('heldout_tokens', 4096, 'Tokens measured on.')
+_NEW = FLAGS.usual.integer('max_new_tokens', 40, 'Tokens each model writes.')
+_PROMPT = FLAGS.usual.multi_string(
     'prompt',
     ['The city was founded in', 'Scientists have found that'],
     'What the models write on from; may be repeated.',
 )  # fmt: skip
-_EXIT_WEIGHT = flags.DEFINE_float(
+_EXIT_WEIGHT = FLAGS.rare.float(
   'exit_weight', 0.3, "Of the earlier loops' losses in uptraining."
 )
-_PROMISE = flags.DEFINE_float(
+_PROMISE = FLAGS.rare.float(
   'promise', 0.1, 'Nats a token that exits may cost, calibrated for.'
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of everything random.')
+_SEED = FLAGS.rare.integer('seed', 0, 'Of everything random.')
 
 
 def prepare_text(data: str, out: Path) -> tuple[Path, Path, Path]:
@@ -233,8 +235,8 @@ def main(argv):
   (out / 'report.html').write_text(page, 'utf-8')
   print(
     f'The curves are in {out / "report.html"}. Go on with the model:\n'
-    f'  python -m rrt.cli.generate --model={out / "model"} --prompt="..."\n'
-    f'  python -m rrt.cli.serve --model={out / "model"} --gate=stored --lossless\n'
+    f'  rrt generate --model={out / "model"} --prompt="..."\n'
+    f'  rrt serve --model={out / "model"} --gate=stored --lossless\n'
   )
   console.finish({
       'seconds': total,
@@ -353,7 +355,3 @@ def show(rows: dict) -> None:
       text = ' '.join(r['texts'][i].split())
       print(f'  {name:<11} {text}')
     print()
-
-
-if __name__ == '__main__':
-  console.run(main)

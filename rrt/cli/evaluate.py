@@ -1,11 +1,11 @@
 r"""Measures a model: cross-entropy of a text, and few-shot tasks.
 
-python -m rrt.cli.evaluate --model=child --parent=smollm2-135m \
+rrt evaluate --model=child --parent=smollm2-135m \
     --text=news.jsonl.xz --max_tokens=8192 --context=1024 --loops=all
 
-python -m rrt.cli.evaluate --model=child --tasks=paper --data=eval/ --limit=200
+rrt evaluate --model=child --tasks=paper --data=eval/ --limit=200
 
-python -m rrt.cli.evaluate --model=gated --text=news.jsonl.xz --exits=all \
+rrt evaluate --model=gated --text=news.jsonl.xz --exits=all \
     --curve=curve.svg
 
 Prints tables and, as the last line, one JSON object.
@@ -15,75 +15,78 @@ import dataclasses
 import json
 import pathlib
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.errors import InputError
 from rrt.files import check_file_writable
 
-_MODEL = flags.DEFINE_string(
+FLAGS = command.Flags(
+  'Measures cross-entropy of a text, few-shot tasks, and early exits.',
+  'rrt evaluate --model=child --parent=smollm2-135m \\\n'
+  '    --text=news.jsonl.xz --max_tokens=8192 --loops=all',
+)
+_MODEL = FLAGS.needed.string(
     'model', None,
     'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
     'file, smollm2-135m, gemma3-270m, or a hub id.',
 )  # fmt: skip
-_PARENT = flags.DEFINE_string(
+_PARENT = FLAGS.usual.string(
   'parent', None, 'A model to compare with, measured the same way.'
 )
-_TEXT = flags.DEFINE_string(
+_TEXT = FLAGS.usual.string(
     'text', None,
     'Text to score: a file, directory or glob of text, parquet or JSON lines '
     'with a field "text" (also .gz, .xz, .zst), its documents joined by blank '
     'lines; builtin:heldout is text found in the installation.',
 )  # fmt: skip
-_MAX_TOKENS = flags.DEFINE_integer(
+_MAX_TOKENS = FLAGS.usual.integer(
   'max_tokens', None, 'Score the first so many tokens; all by default.'
 )
-_CONTEXT = flags.DEFINE_integer(
+_CONTEXT = FLAGS.usual.integer(
     'context', None,
     'Tokens in a row; a row is read alone, and its first token not scored. '
     '1024 by default, or what the model was made for if that is less.',
 )  # fmt: skip
-_BATCH = flags.DEFINE_integer(
+_BATCH = FLAGS.rare.integer(
   'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
 )
-_LOOPS = flags.DEFINE_string(
+_LOOPS = FLAGS.usual.string(
     'loops', None,
     'How many loops of the block to run: a number, several (1,2), or all '
     'for a table of every count. The full depth by default.',
 )  # fmt: skip
-_TASKS = flags.DEFINE_string(
+_TASKS = FLAGS.usual.string(
     'tasks', None,
     'Comma-separated task names; "paper" is LAMBADA, HellaSwag, PIQA, '
     'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
 )  # fmt: skip
-_DATA = flags.DEFINE_string(
+_DATA = FLAGS.usual.string(
     'data', None,
     'Directory for --tasks with a file TASK*.jsonl (also .gz, .xz) for each: '
     'lines with query, choices and label (WinoGrande: context_options, '
     'continuation and label; LAMBADA: text). The hub by default.',
 )  # fmt: skip
-_LIMIT = flags.DEFINE_integer(
+_LIMIT = FLAGS.usual.integer(
   'limit', None, 'Ask only the first so many questions of each task.'
 )
-_SHOTS = flags.DEFINE_integer('shots', 0, 'Solved questions before each one.')
-_EXITS = flags.DEFINE_string(
+_SHOTS = FLAGS.rare.integer('shots', 0, 'Solved questions before each one.')
+_EXITS = FLAGS.usual.string(
     'exits', None,
     'With --text: what leaving early costs, gate by gate; all, or some of '
-    'learned (needs a gate from rrt.cli.fit_gate), change, margin, entropy, '
+    'learned (needs a gate from rrt fit-gate), change, margin, entropy, '
     'oracle. With --tasks also their scores, by all but the oracle.',
 )  # fmt: skip
-_KV = flags.DEFINE_list(
+_KV = FLAGS.rare.list(
     'kv', ['propagate'],
     'With --exits: what the loops that a token skipped keep of it; some of '
     'write_ahead, propagate, exact_fill.',
 )  # fmt: skip
-_CURVE = flags.DEFINE_string(
+_CURVE = FLAGS.rare.string(
   'curve', None, 'With --exits: draw quality against depth to this SVG file.'
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = FLAGS.rare.enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
 )
-_OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
+_OUT = FLAGS.rare.string('out', None, 'Also write the JSON to this file.')
 
 
 def parse_loops(text: str | None, loops: int) -> list[int]:
@@ -297,7 +300,3 @@ def _print(measured) -> None:
 
 def _percent(share: float | None) -> str:
   return '-' if share is None else f'{100 * share:.1f}'
-
-
-if __name__ == '__main__':
-  console.run(main)

@@ -1,4 +1,4 @@
-"""What `rrt.cli.evaluate --exits` does: a table and a picture of the curve."""
+"""What `rrt evaluate --exits` does: a table and a picture of the curve."""
 
 from __future__ import annotations
 

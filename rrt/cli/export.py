@@ -1,28 +1,30 @@
 """Writes a model as an untied checkpoint that Hugging Face loads.
 
-python -m rrt.cli.export --model=child --out=child-hf
+rrt export --model=child --out=child-hf
 """
 
 import time
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import check_apart, load
 from rrt.checkpoints.save_hf import check_save_hf, save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.untie import to_untied
 
-_MODEL = flags.DEFINE_string(
+FLAGS = command.Flags(
+  'Writes a model as an untied checkpoint that Hugging Face loads.',
+  'rrt export --model=child --out=child-hf',
+)
+_MODEL = FLAGS.needed.string(
   'model', None,
   'What to export: a directory of ours, a training run, a Hugging Face '
   'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
 )  # fmt: skip
-_OUT = flags.DEFINE_string(
+_OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier export.'
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16', 'float16'],
   'The type of the written weights.',
 )  # fmt: skip
@@ -70,7 +72,3 @@ def _shape(config) -> str:
     f'{config.prelude_layers} + {config.block_layers} x {config.loops} + '
     f'{config.coda_layers}'
   )
-
-
-if __name__ == '__main__':
-  console.run(main)

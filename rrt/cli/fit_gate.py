@@ -1,68 +1,71 @@
 r"""Fits an exit gate to a model and calibrates its threshold to a promise.
 
-python -m rrt.cli.fit_gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
+rrt fit-gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
     --out=gated
 
 Half of the rows of the text fit the gate and a lens, which mends what a loop
 before the last gives; the other half choose the lowest threshold that keeps the
 promise with the asked confidence. With --own, some rows go on as the model
 itself would write, which is what the lossless mode guesses. Gate, threshold,
-promise and bound are written with the model to --out; `rrt.cli.evaluate --exits`
+promise and bound are written with the model to --out; `rrt evaluate --exits`
 measures them on other text.
 """
 
 import dataclasses
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.errors import InputError
 
-_MODEL = flags.DEFINE_string(
-  'model', None, 'A recursive model, as `rrt.cli.generate` takes one.'
+FLAGS = command.Flags(
+  'Fits an exit gate and calibrates its threshold to a promise.',
+  'rrt fit-gate --model=runs/a --text=news.jsonl.xz \\\n'
+  '    --agreement=0.95 --out=gated',
 )
-_TEXT = flags.DEFINE_string(
-  'text', None, 'Text to fit and calibrate on, as `rrt.cli.evaluate` takes it.'
+_MODEL = FLAGS.needed.string(
+  'model', None, 'A recursive model, as `rrt generate` takes one.'
 )
-_OUT = flags.DEFINE_string(
+_TEXT = FLAGS.needed.string(
+  'text', None, 'Text to fit and calibrate on, as `rrt evaluate` takes it.'
+)
+_OUT = FLAGS.needed.string(
   'out', None, 'Directory for the model with its gate.'
 )
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 16384, 'How much of the text.')
-_CONTEXT = flags.DEFINE_integer('context', 256, 'Tokens in a row.')
-_BATCH = flags.DEFINE_integer('batch', 4, 'Rows in a pass.')
-_GATE = flags.DEFINE_enum(
+_MAX_TOKENS = FLAGS.usual.integer('max_tokens', 16384, 'How much of the text.')
+_CONTEXT = FLAGS.usual.integer('context', 256, 'Tokens in a row.')
+_BATCH = FLAGS.rare.integer('batch', 4, 'Rows in a pass.')
+_GATE = FLAGS.usual.enum(
   'gate', 'learned', ['learned', 'change'],
   'A logistic regression a loop, or how little the loop changed the state.',
 )  # fmt: skip
-_LENS = flags.DEFINE_bool(
+_LENS = FLAGS.rare.bool(
   'lens', True,
   'Also fit, by least squares, an affine map a loop from where it leaves a '
   'token to where the last loop would have; coda and head read through it.',
 )  # fmt: skip
-_LENS_EPOCHS = flags.DEFINE_integer(
+_LENS_EPOCHS = FLAGS.rare.integer(
   'lens_epochs', 0,
   'For how many epochs the lens is then tuned, with a hidden layer beside it, '
   'to say what full depth says.',
 )  # fmt: skip
-_OWN = flags.DEFINE_float(
+_OWN = FLAGS.rare.float(
   'own', 0.0,
   'Share of the rows, in each half, that go on after their first quarter as the '
   'model itself does (greedily): what the guesses of the lossless mode are '
   'about. Gate and promise are then about such text too.',
 )  # fmt: skip
-_KV = flags.DEFINE_enum(
+_KV = FLAGS.rare.enum(
   'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
   'What the loops that a token skipped keep of it.',
 )  # fmt: skip
-_AGREEMENT = flags.DEFINE_float(
+_AGREEMENT = FLAGS.usual.float(
   'agreement', None,
   'Promise: share of tokens that are as at full depth. 0.95 by default.',
 )  # fmt: skip
-_LOSS = flags.DEFINE_float(
+_LOSS = FLAGS.usual.float(
   'loss', None, 'Promise instead: nats a token lost against full depth.'
 )
-_CONFIDENCE = flags.DEFINE_float('confidence', 0.95, 'Of the promise.')
-_RIDGE = flags.DEFINE_float(
+_CONFIDENCE = FLAGS.rare.float('confidence', 0.95, 'Of the promise.')
+_RIDGE = FLAGS.rare.float(
   'ridge', None, 'Penalty of the regression; 30 by default.'
 )
 
@@ -140,7 +143,3 @@ def _needed(flag) -> str:
   if not flag.value:
     raise InputError(f'--{flag.name} is missing; see --help.')
   return flag.value
-
-
-if __name__ == '__main__':
-  console.run(main)

@@ -1,6 +1,6 @@
 r"""Writes text after prompts, with any model that `rrt.load` takes.
 
-python -m rrt.cli.generate --model=smollm2-135m --prompt='The sea is' \
+rrt generate --model=smollm2-135m --prompt='The sea is' \
     --max_new_tokens=60 --temperature=0.8 --top_p=0.95
 
 The first prompt's text appears as it is written, the others' at the end; a
@@ -9,50 +9,53 @@ table of speeds follows, and one line of JSON.
 
 import dataclasses
 
-from absl import flags
-
-from rrt import console
+from rrt import command, console
 from rrt.errors import InputError
 
-_MODEL = flags.DEFINE_string(
+FLAGS = command.Flags(
+  'Continues prompts, with any model that `rrt.load` takes.',
+  "rrt generate --model=smollm2-135m --prompt='The sea is' \\\n"
+  '    --max_new_tokens=60 --temperature=0.8 --top_p=0.95',
+)
+_MODEL = FLAGS.needed.string(
     'model', None,
     'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
     'file, smollm2-135m, gemma3-270m, or a hub id.',
 )  # fmt: skip
-_PROMPT = flags.DEFINE_multi_string(
+_PROMPT = FLAGS.needed.multi_string(
   'prompt', None, 'What to continue. Repeat it for several prompts.'
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
+_MAX_NEW_TOKENS = FLAGS.usual.integer(
   'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
 )
-_TEMPERATURE = flags.DEFINE_float(
+_TEMPERATURE = FLAGS.usual.float(
   'temperature', 0.0, '0 takes the most likely token each time.'
 )
-_TOP_K = flags.DEFINE_integer(
+_TOP_K = FLAGS.usual.integer(
   'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
 )
-_TOP_P = flags.DEFINE_float(
+_TOP_P = FLAGS.usual.float(
   'top_p', 1.0, 'Draw from the fewest tokens with this much probability.'
 )
-_MIN_P = flags.DEFINE_float(
+_MIN_P = FLAGS.rare.float(
   'min_p', 0.0, 'Draw from tokens at least this times the most likely one.'
 )
-_SEED = flags.DEFINE_integer(
+_SEED = FLAGS.usual.integer(
   'seed', 0, 'Of the first prompt; the next prompts count up.'
 )
-_STOP = flags.DEFINE_multi_string(
+_STOP = FLAGS.usual.multi_string(
   'stop', [], 'Text that ends a completion. Repeat it for several.'
 )
-_LOOPS = flags.DEFINE_integer(
+_LOOPS = FLAGS.rare.integer(
   'loops', None, 'How many loops of the block to run; all by default.'
 )
-_CHAT = flags.DEFINE_bool(
+_CHAT = FLAGS.usual.bool(
   'chat', False, 'The prompts are messages: use the chat template.'
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = FLAGS.rare.enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
-_STREAM = flags.DEFINE_bool(
+_STREAM = FLAGS.rare.bool(
   'stream', True, 'Show the first text as it is written.'
 )
 
@@ -147,7 +150,3 @@ def main(argv) -> None:
       'peak_memory_bytes': console.peak_memory_bytes(),
     }
   )
-
-
-if __name__ == '__main__':
-  console.run(main)

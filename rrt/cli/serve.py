@@ -1,6 +1,6 @@
 r"""Serves a model over HTTP, as OpenAI's clients expect.
 
-python -m rrt.cli.serve --model=gated --gate=stored --slots=16 --context=1024
+rrt serve --model=gated --gate=stored --slots=16 --context=1024
 
 Endpoints: /v1/completions, /v1/chat/completions (both also as a stream),
 /v1/models, /health, /metrics, and a page to try it at /. It listens on this
@@ -15,71 +15,73 @@ from pathlib import Path
 import signal
 import socket
 
-from absl import flags
-
-from rrt import console
+from rrt import command
 from rrt.errors import InputError
 
-_MODEL = flags.DEFINE_string('model', None, 'As `rrt.cli.generate` takes it.')
-_NAME = flags.DEFINE_string(
+FLAGS = command.Flags(
+  "Serves a model over HTTP, with OpenAI's interface.",
+  'rrt serve --model=gated --gate=stored \\\n    --slots=16 --context=1024',
+)
+_MODEL = FLAGS.needed.string('model', None, 'As `rrt generate` takes it.')
+_NAME = FLAGS.rare.string(
   'name', None, "The model's name for clients; the last part of --model."
 )
-_HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
-_PORT = flags.DEFINE_integer('port', 8000, 'Port; 0 takes a free one.')
-_KEY_FILE = flags.DEFINE_string(
+_HOST = FLAGS.usual.string('host', '127.0.0.1', 'Address to listen on.')
+_PORT = FLAGS.usual.integer('port', 8000, 'Port; 0 takes a free one.')
+_KEY_FILE = FLAGS.usual.string(
     'api_key_file', None,
     'File with the key that clients must give; or the environment variable '
     'RRT_API_KEY.',
 )  # fmt: skip
-_SLOTS = flags.DEFINE_integer('slots', 8, 'Sequences at once.')
-_CONTEXT = flags.DEFINE_integer(
+_SLOTS = FLAGS.usual.integer('slots', 8, 'Sequences at once.')
+_CONTEXT = FLAGS.usual.integer(
   'context', None, "Tokens of a sequence; 2048, or the model's if shorter."
 )
-_STEPS = flags.DEFINE_integer(
+_STEPS = FLAGS.rare.integer(
   'steps', 4, 'Block steps between two looks of the host.'
 )
-_GATE = flags.DEFINE_enum(
+_GATE = FLAGS.usual.enum(
   'gate', 'none', ['none', 'stored', 'change'],
-  "Exits: 'stored' is the gate that rrt.cli.fit_gate kept with the model.",
+  "Exits: 'stored' is the gate that rrt fit-gate kept with the model.",
 )  # fmt: skip
-_THRESHOLD = flags.DEFINE_float(
+_THRESHOLD = FLAGS.usual.float(
   'threshold',
   None,
   "Of the gate; the stored one's own by default; 2 never leaves early.",
 )
-_LANES = flags.DEFINE_integer(
+_LANES = FLAGS.rare.integer(
   'lanes', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
 )
-_LOSSLESS = flags.DEFINE_bool(
+_LOSSLESS = FLAGS.usual.bool(
   'lossless',
   False,
   'Speculate, on early loops and on what followed the same words before; same '
   'text, sooner with few sequences. With a gate, requests may say "lossless": '
   'false and leave early instead.',
 )
-_DTYPE = flags.DEFINE_enum(
+_DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
-_WEIGHT_DTYPE = flags.DEFINE_enum(
+_WEIGHT_DTYPE = FLAGS.rare.enum(
   'weight_dtype', None, ['float32', 'bfloat16'],
   'Rounds the weights to this first; none by default.',
 )  # fmt: skip
-_KV_DTYPE = flags.DEFINE_enum(
+_KV_DTYPE = FLAGS.rare.enum(
   'kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.'
 )
-_MAX_WAITING = flags.DEFINE_integer(
+_MAX_WAITING = FLAGS.rare.integer(
   'max_waiting', 64, 'Requests that wait for a slot; more get status 429.'
 )
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'Of one answer.')
-_MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'Bytes of a request.')
-_SECONDS = flags.DEFINE_float('seconds', 600.0, 'For one answer.')
-_WARM = flags.DEFINE_integer(
+_MAX_TOKENS = FLAGS.rare.integer('max_tokens', 4096, 'Of one answer.')
+_MAX_BODY = FLAGS.rare.integer('max_body', 1 << 20, 'Bytes of a request.')
+_SECONDS = FLAGS.rare.float('seconds', 600.0, 'For one answer.')
+_WARM = FLAGS.rare.integer(
   'warm', 32,
   'Compile at the start for prompts of up to so many tokens, some seconds for '
   'each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
   'greater size compiles when it comes, and all streams wait meanwhile.',
 )  # fmt: skip
-_LOG_REQUESTS = flags.DEFINE_bool(
+_LOG_REQUESTS = FLAGS.rare.bool(
   'log_requests', False, 'Print a line (method, path, status) a request.'
 )
 
@@ -189,7 +191,3 @@ def run(server, sock: socket.socket, name: str) -> None:
   server.run(sockets=[sock])
   if not server.started:
     raise InputError(f'--port={port}: the server could not start.')
-
-
-if __name__ == '__main__':
-  console.run(main)

@@ -92,7 +92,7 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
     if name not in arrays:
       raise InputError(
         f'gate={kind!r}: has no array {name!r}. A model has a learned gate '
-        'when python -m rrt.cli.fit_gate has fitted it.'
+        'when rrt fit-gate has fitted it.'
       )
   if ('lens_kernel' in arrays) != ('lens_bias' in arrays):
     raise InputError('A lens needs both lens_kernel and lens_bias.')

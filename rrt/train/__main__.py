@@ -1,4 +1,8 @@
-"""The command line of a training run."""
+r"""`rrt train`, and the same as `python -m rrt.train` for launchers.
+
+python -m rrt.train --config=experiments/smollm2_8_7x2_8.py \
+    --workdir=runs/a --config.optimizer.learning_rate=1e-3
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import time
 from absl import flags
 import jax
 
-from rrt import console
+from rrt import command, console
 from rrt.checkpoints.load import save
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
@@ -21,22 +25,54 @@ from rrt.train.loop import Uptrained, uptrain
 from rrt.train.recipe import Recipe
 from rrt.train.setup import check_workdir, prepare
 
+# ml_collections reads the process's arguments and absl's global store.
+FLAGS = command.Flags(
+  'Uptrains a converted model, optionally distilling from its parent.',
+  'rrt train --config=experiments/smollm2_8_7x2_8.py \\\n'
+  '    --workdir=runs/a --config.steps=200',
+  flags.FLAGS,
+)
+explain = config_error
+
+
+def define_flags() -> None:
+  """Defines the flags; importing this module for anything else defines none.
+
+  Raises:
+    InputError: ml_collections is not installed.
+  """
+  define_config_flag()
+  FLAGS.needed.add('config')
+  FLAGS.needed.string(
+    'workdir', None, 'Directory of the run; it goes on where it was.'
+  )
+  FLAGS.rare.bool(
+    'distributed',
+    False,
+    'Several processes, found from the environment (TPU pods, Slurm, MPI).',
+  )
+  FLAGS.rare.string(
+    'coordinator', None, 'Several processes by hand: host:port of the first.'
+  )
+  FLAGS.rare.integer('processes', None, 'By hand: how many there are.')
+  FLAGS.rare.integer('process', None, 'By hand: which one this is, from 0.')
+
 
 def main(argv):
   """Runs a recipe from the command line."""
   del argv
   begin = time.monotonic()
   for flag in ('config', 'workdir'):
-    if not getattr(FLAGS, flag):
+    if not getattr(flags.FLAGS, flag):
       raise InputError(f'--{flag} is not given; see --help.')
-  if '://' in FLAGS.workdir:
+  if '://' in flags.FLAGS.workdir:
     raise InputError(
-      f'--workdir={FLAGS.workdir}: must be a directory of a file system that '
+      f'--workdir={flags.FLAGS.workdir}: must be a directory of a file system that '
       'all processes see; mount the bucket first.'
     )
   initialize_distributed()
-  recipe = Recipe.from_dict(FLAGS.config.to_dict())
-  workdir = Path(FLAGS.workdir).expanduser().absolute()
+  recipe = Recipe.from_dict(flags.FLAGS.config.to_dict())
+  workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
   check_writable(workdir)
   check_workdir(workdir)
   signal.signal(signal.SIGTERM, leave)
@@ -68,8 +104,12 @@ def initialize_distributed() -> None:
   Raises:
     InputError: there are none to be found, or a flag is missing.
   """
-  by_hand = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
-  if FLAGS.distributed:
+  by_hand = (
+    flags.FLAGS.coordinator,
+    flags.FLAGS.processes,
+    flags.FLAGS.process,
+  )
+  if flags.FLAGS.distributed:
     try:
       jax.distributed.initialize()
     except (ValueError, RuntimeError) as e:
@@ -133,31 +173,10 @@ def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
   )
 
 
-FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-  """The command line's; importing `uptrain` defines none."""
-  define_config_flag()
-  flags.declare_key_flag('config')
-  flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; it goes on where it was.'
-  )
-  flags.DEFINE_bool(
-    'distributed', False,
-    'Several processes, found from the environment (TPU pods, Slurm, MPI).',
-  )  # fmt: skip
-  flags.DEFINE_string(
-    'coordinator', None, 'Several processes by hand: host:port of the first.'
-  )
-  flags.DEFINE_integer('processes', None, 'By hand: how many there are.')
-  flags.DEFINE_integer('process', None, 'By hand: which one this is, from 0.')
-
-
 if __name__ == '__main__':
   try:
     define_flags()
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  console.run(main, config_error)
+  command.run(main, explain, FLAGS)

@@ -30,7 +30,7 @@ FIGURES = {
 def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
   child, out = tmp_path / 'child', tmp_path / 'out'
   status, printed, error = command.run(
-    'rrt.convert', f'--source={GOLDEN / name}', f'--out={child}', *flags
+    'convert', f'--source={GOLDEN / name}', f'--out={child}', *flags
   )
   assert status == 0, error
   figures = command.final(printed)
@@ -40,7 +40,7 @@ def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
   assert figures['identity_error'] < 1e-4
   assert all(np.min(kept) > 0.9999 for kept in figures['kept'].values())
   status, printed, error = command.run(
-    'rrt.cli.export', f'--model={child}', f'--out={out}'
+    'export', f'--model={child}', f'--out={out}'
   )
   assert status == 0, error
   with np.load(GOLDEN / name / 'logits.npz') as stored:
@@ -58,7 +58,7 @@ def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
     (GOLDEN / 'llama3', tmp_path / 'new', 'no tokenizer .*--init=average'),
   ):
     status, _, error = command.run(
-      'rrt.convert', f'--source={source}', f'--out={out}'
+      'convert', f'--source={source}', f'--out={out}'
     )
     assert status == 2 and re.search(sentence, error), error
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
@@ -72,7 +72,7 @@ def test_arguments_are_checked_before_weights_are_read(tmp_path):
   (source / 'config.json').write_text(config)
   (source / 'model.safetensors').write_bytes(b'cannot be read')
   status, _, error = command.run(
-      'rrt.convert', f'--source={source}', f'--out={tmp_path / "new"}',
+      'convert', f'--source={source}', f'--out={tmp_path / "new"}',
       '--prelude=3', '--loops=4',
   )  # fmt: skip
   assert status == 2 and 'The parent has 4 layers' in error, error
@@ -80,12 +80,12 @@ def test_arguments_are_checked_before_weights_are_read(tmp_path):
     json.dumps(json.loads(config) | {MARK: 'rrt'})
   )
   status, _, error = command.run(
-    'rrt.cli.export', f'--model={source}', f'--out={source}'
+    'export', f'--model={source}', f'--out={source}'
   )
   assert status == 2 and 'would replace the source' in error, error
   model = save(load(GOLDEN / 'llama3'), tmp_path / 'own')
   status, _, error = command.run(
-    'rrt.convert', f'--source={model}', f'--out={model}', '--init=average'
+    'convert', f'--source={model}', f'--out={model}', '--init=average'
   )
   assert status == 2 and 'would replace the source' in error, error
   assert sorted(p.name for p in tmp_path.iterdir()) == ['own', 'source']

@@ -11,7 +11,7 @@ from tests import runs
 
 def run(tmp_path, *flags):
   return subprocess.run(
-      [sys.executable, '-m', 'rrt.cli.demo', f'--out={tmp_path / "out"}', *flags],
+      [sys.executable, '-m', 'rrt', 'demo', f'--out={tmp_path / "out"}', *flags],
       env=os.environ | {'JAX_PLATFORMS': 'cpu'},
       capture_output=True, text=True, check=False,
   )  # fmt: skip

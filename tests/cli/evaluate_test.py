@@ -1,4 +1,4 @@
-"""`python -m rrt.cli.evaluate` from end to end on a tiny saved model."""
+"""`rrt evaluate` from end to end on a tiny saved model."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def place(tmp_path_factory):
 def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   pytest.importorskip('lm_eval')
   status, printed, error = command.run(
-      'rrt.cli.evaluate', '--model=child', '--parent=parent', '--text=text.jsonl',
+      'evaluate', '--model=child', '--parent=parent', '--text=text.jsonl',
       '--max_tokens=200', '--loops=all', '--tasks=arc_easy',
       '--data=.', '--out=out.json', cwd=place,
   )  # fmt: skip
@@ -44,7 +44,7 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 def test_figures_are_printed_even_if_the_disk_is_full(place):
   status, printed, error = command.run(
-      'rrt.cli.evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
+      'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
       '--out=/dev/full', cwd=place,
   )  # fmt: skip
   assert status == 2 and 'cannot be written (No space' in error
@@ -67,19 +67,19 @@ def test_figures_are_printed_even_if_the_disk_is_full(place):
   ],
 )
 def test_bad_flags_end_with_one_sentence(place, flags, word):
-  status, _, error = command.run('rrt.cli.evaluate', *flags, cwd=place)
+  status, _, error = command.run('evaluate', *flags, cwd=place)
   assert status == 2
   assert error.startswith('error: ') and word in error
 
 
 def test_help_is_no_failure(place):
-  status, printed, _ = command.run('rrt.cli.evaluate', '--help', cwd=place)
+  status, printed, _ = command.run('evaluate', '--help', cwd=place)
   assert status == 0 and '--max_tokens' in printed
 
 
 def test_the_deepest_loop_count_is_the_models_own(place):
   status, printed, error = command.run(
-      'rrt.cli.evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
+      'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
       '--loops=2,1', cwd=place,
   )  # fmt: skip
   assert status == 0, error

@@ -1,4 +1,4 @@
-"""`python -m rrt.cli.generate` from end to end on a tiny saved model."""
+"""`rrt generate` from end to end on a tiny saved model."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize('stream', ['--stream', '--nostream'])
 def test_prints_what_complete_gives(place, stream):
   status, printed, error = command.run(
-      'rrt.cli.generate', '--model=child', '--max_new_tokens=8', '--loops=1',
+      'generate', '--model=child', '--max_new_tokens=8', '--loops=1',
       *(f'--prompt={p}' for p in PROMPTS), stream, cwd=place,
   )  # fmt: skip
   assert status == 0, error
@@ -42,6 +42,6 @@ def test_prints_what_complete_gives(place, stream):
   ],
 )
 def test_bad_flags_end_with_one_sentence(place, flags, word):
-  status, _, error = command.run('rrt.cli.generate', *flags, cwd=place)
+  status, _, error = command.run('generate', *flags, cwd=place)
   assert status == 2
   assert error.startswith('error: ') and word in error

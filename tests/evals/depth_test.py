@@ -172,7 +172,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   save(runs.child(), tmp_path / 'child')
   runs.write_text(tmp_path / 'text.jsonl')
   status, printed, error = command.run(
-    'rrt.cli.fit_gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
+    'fit-gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
     '--context=16', '--agreement=0.2', '--lens_epochs=2', '--own=0.5',
     '--out=gated',
     cwd=tmp_path,
@@ -185,7 +185,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
-    'rrt.cli.evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
+    'evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
     '--context=16', '--exits=all', '--kv=write_ahead,propagate',
     '--curve=curve.svg', cwd=tmp_path,
   )  # fmt: skip
@@ -201,7 +201,7 @@ def test_fit_gate_then_evaluate(tmp_path):
     return
   tasks_test.write(tmp_path / 'arc_easy.jsonl', tasks_test.ARC)
   status, printed, error = command.run(
-    'rrt.cli.evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
+    'evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
     '--context=16', '--exits=learned', '--tasks=arc_easy', '--data=.',
     cwd=tmp_path,
   )  # fmt: skip
@@ -229,6 +229,6 @@ def test_fit_gate_then_evaluate(tmp_path):
 def test_exits_that_cannot_work_are_refused(flags, word, tmp_path):
   runs.write_text(tmp_path / 'text.jsonl')
   status, _, error = command.run(
-    'rrt.cli.evaluate', '--model=child', '--tasks=piqa', *flags, cwd=tmp_path
+    'evaluate', '--model=child', '--tasks=piqa', *flags, cwd=tmp_path
   )
   assert status == 2 and word in error

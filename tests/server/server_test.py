@@ -499,7 +499,7 @@ def listens(url):
 def start(place, *more, **environment):
   """A served tiny model and its address."""
   process = subprocess.Popen(
-    [sys.executable, '-m', 'rrt.cli.serve', '--model=child', '--port=0',
+    [sys.executable, '-m', 'rrt', 'serve', '--model=child', '--port=0',
      '--slots=2', *more],
     cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     env=command.environment() | environment,
@@ -558,7 +558,7 @@ def test_openais_client_then_sigterm(tmp_path):
   [
     (['--host=0.0.0.0'], 'give them a key'),
     (['--slots=0'], 'slots=0'),
-    (['--gate=stored'], 'rrt.cli.fit_gate'),
+    (['--gate=stored'], 'rrt fit-gate'),
     (['--gate=change'], 'needs a --threshold'),
     (['--api_key_file=none'], 'api_key_file'),
     (['--port=70000'], '--port=70000'),
@@ -571,7 +571,7 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
   pytest.importorskip('uvicorn')
   save(runs.child(), tmp_path / 'child')
   done = subprocess.run(
-    [sys.executable, '-m', 'rrt.cli.serve', '--model=child', '--port=0', *more],
+    [sys.executable, '-m', 'rrt', 'serve', '--model=child', '--port=0', *more],
     cwd=tmp_path, capture_output=True, text=True,
     env=command.environment(),
   )  # fmt: skip
@@ -583,7 +583,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
   with bind('127.0.0.1', 0, 1) as sock:
     sock.listen()
     flags = '--model=none', f'--port={sock.getsockname()[1]}'
-    status, _, error = command.run('rrt.cli.serve', *flags, cwd=tmp_path)
+    status, _, error = command.run('serve', *flags, cwd=tmp_path)
   assert status == 2 and 'not free' in error
 
 

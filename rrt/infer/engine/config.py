@@ -193,8 +193,7 @@ class Options:
     gate = gate_lib.stored(model)
     if gate is None:
       raise InputError(
-        "gate='stored': this model has no gate; python -m rrt.cli.fit_gate fits "
-        'one.'
+        "gate='stored': this model has no gate; rrt fit-gate fits one."
       )
     kv = gate.kv if self.kv == 'own' else self.kv
     threshold, mean_loops = self.threshold, self.mean_loops

@@ -1,0 +1,51 @@
+"""`rrt COMMAND`: lists the commands, or runs one of them."""
+
+import difflib
+import importlib
+import sys
+
+from rrt import command
+from rrt.errors import InputError
+
+# Summaries stand here, so that listing the commands imports none of them.
+COMMANDS = {
+  'convert': ('rrt.cli.convert', 'convert a model into a recursive one'),
+  'train': ('rrt.train.__main__', 'uptrain a converted model'),
+  'evaluate': ('rrt.cli.evaluate', 'measure cross-entropy, tasks, exits'),
+  'generate': ('rrt.cli.generate', 'continue prompts'),
+  'export': ('rrt.cli.export', 'write an untied Hugging Face checkpoint'),
+  'fit-gate': ('rrt.cli.fit_gate', 'fit and calibrate an exit gate'),
+  'serve': ('rrt.cli.serve', "serve a model over OpenAI's HTTP interface"),
+  'demo': ('rrt.cli.demo', 'convert, uptrain and run SmolLM2-135M'),
+}
+
+
+def usage() -> str:
+  """The commands, a line each."""
+  lines = ['rrt COMMAND [--flag=value ...]', '']
+  lines += [f'  {name:<9} {text}' for name, (_, text) in COMMANDS.items()]
+  return '\n'.join([*lines, '', 'rrt COMMAND --help lists its flags.'])
+
+
+def main() -> None:
+  """The console script `rrt`, and `python -m rrt`."""
+  name, *rest = sys.argv[1:] or ['--help']
+  if name in ('-h', '-help', '--help', '--helpfull', 'help'):
+    print(usage())
+    sys.exit(0)
+  if name not in COMMANDS:
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f'did you mean {near[0]}?' if near else 'they are'
+    known = '' if near else f' {", ".join(COMMANDS)}.'
+    print(f'error: rrt has no command {name!r}; {hint}{known}', file=sys.stderr)
+    sys.exit(2)
+  module = importlib.import_module(COMMANDS[name][0])
+  # ml_collections reads overrides of a config from the process's arguments.
+  sys.argv = [f'rrt {name}', *rest]
+  if name == 'train':
+    try:
+      module.define_flags()
+    except InputError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+  command.run(module.main, getattr(module, 'explain', None), module.FLAGS)
