@@ -96,9 +96,7 @@ def continuous(run_manager) -> Contender:
         now = time.perf_counter() - began
         while sent < len(work) and at[sent] <= now:
           prompt, count = work[sent]
-          name = manager.add_request(
-            prompt, max_new_tokens=count, streaming=True
-          )
+          name = manager.add_request(prompt, max_new_tokens=count, streaming=True)
           index[name], sent = sent, sent + 1
         result = hugging_face.result_of(manager, timeout=0.002)
         if result is None:
@@ -132,18 +130,13 @@ def llama(server) -> Contender:
   def run(work, at):
     began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(len(work)) as pool:
-      jobs = [
-        pool.submit(one, p, n, t, began)
-        for (p, n), t in zip(work, at, strict=True)
-      ]
+      jobs = [pool.submit(one, p, n, t, began) for (p, n), t in zip(work, at, strict=True)]
       return [job.result() for job in jobs]
 
   return run
 
 
-def summary(
-  seen: list[list[float]], at: np.ndarray, ttft: float, tpot: float
-) -> dict[str, float]:
+def summary(seen: list[list[float]], at: np.ndarray, ttft: float, tpot: float) -> dict[str, float]:
   """Medians and tails of one run.
 
   Args:
@@ -158,10 +151,13 @@ def summary(
   kept = (first <= ttft) & (each <= tpot)
   p = lambda values, share: float(np.percentile(values, share))
   return {
-    'ttft_p50': p(first, 50), 'ttft_p99': p(first, 99),
-    'tpot_p50': p(each, 50), 'tpot_p99': p(each, 99),
-    'itl_p50': p(between, 50), 'itl_p99': p(between, 99),
+    'ttft_p50': p(first, 50),
+    'ttft_p99': p(first, 99),
+    'tpot_p50': p(each, 50),
+    'tpot_p99': p(each, 99),
+    'itl_p50': p(between, 50),
+    'itl_p99': p(between, 99),
     'tokens_per_second': sum(map(len, seen)) / whole,
     'requests_per_second': len(seen) / whole,
     'goodput': float(kept.sum()) / whole,
-  }  # fmt: skip
+  }

@@ -45,9 +45,7 @@ def load(source: str, threads: int):
 
   def peer(dtype: str, attention: str = 'sdpa'):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-      Path(directory.name) / 'hf',
-      dtype=getattr(torch, dtype),
-      attn_implementation=attention,
+      Path(directory.name) / 'hf', dtype=getattr(torch, dtype), attn_implementation=attention
     ).eval()
     loaded.generation_config.eos_token_id = None  # Write on to the end.
     loaded.generation_config.pad_token_id = 0
@@ -63,9 +61,7 @@ def prompts(vocab: int, batch: int, length: int) -> np.ndarray:
   return ids.astype(np.int32)
 
 
-def take_turns(
-  contenders: dict, repeats: int, settle: bool = False
-) -> dict[str, list[float]]:
+def take_turns(contenders: dict, repeats: int, settle: bool = False) -> dict[str, list[float]]:
   """Seconds of each contender in each repeat, after one untimed round.
 
   Every second round goes backwards, so that a machine that grows slower or

@@ -71,9 +71,7 @@ def theirs(loaded, cache, ids):
 def main(_):
   common.use_huge_pages()
   model, peer = common.load(FLAGS.model, FLAGS.threads)
-  ids = common.prompts(
-    model.config.vocab_size, FLAGS.batch, FLAGS.prompt_tokens
-  )
+  ids = common.prompts(model.config.vocab_size, FLAGS.batch, FLAGS.prompt_tokens)
   figures = {'machine': common.machine(FLAGS.threads)}
   figures |= {
     name: getattr(FLAGS, name)
@@ -88,9 +86,7 @@ def main(_):
     seconds = common.take_turns(contenders, FLAGS.repeats)
     tokens = FLAGS.batch * FLAGS.new_tokens
     found = {k: common.summary(v, tokens) for k, v in seconds.items()}
-    best = min(
-      (k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds']
-    )
+    best = min((k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds'])
     same = np.mean(contenders['rrt'].tokens == contenders[best].tokens)
     ratio = found[best]['seconds'] / found['rrt']['seconds']
     figures[dtype] = found | {
@@ -100,13 +96,17 @@ def main(_):
       'compile_seconds': contenders['rrt'].clock.compile_seconds,
     }
     for name, f in found.items():
-      rows.append((
-          dtype, name, f['seconds'], f['seconds_iqr'], f['tokens_per_second'],
+      rows.append(
+        (
+          dtype,
+          name,
+          f['seconds'],
+          f['seconds_iqr'],
+          f['tokens_per_second'],
           found[name]['seconds'] / found['rrt']['seconds'],
-      ))  # fmt: skip
-  console.table(
-    rows, ('dtype', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours')
-  )
+        )
+      )
+  console.table(rows, ('dtype', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'))
   common.save(FLAGS.out, figures)
   console.finish(figures)
 

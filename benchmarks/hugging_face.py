@@ -31,9 +31,8 @@ def device() -> str:
 
 
 def generate(
-  loaded, part: Work, cache: str = 'static',
-  on_step: Callable[[], None] = lambda: None,
-) -> list[list[int]]:  # fmt: skip
+  loaded, part: Work, cache: str = 'static', on_step: Callable[[], None] = lambda: None
+) -> list[list[int]]:
   """Greedy tokens of one static batch.
 
   Args:
@@ -62,14 +61,15 @@ def generate(
   on_device = lambda t: torch.from_numpy(t).to(loaded.device)
   with torch.inference_mode():
     out = loaded.generate(
-      on_device(ids), attention_mask=on_device(mask), do_sample=False,
-      max_new_tokens=longest, min_new_tokens=longest,
-      stopping_criteria=[Step()], **CACHES[cache],
-    )  # fmt: skip
-  return [
-    row[width : width + n].tolist()
-    for row, (_, n) in zip(out, part, strict=True)
-  ]
+      on_device(ids),
+      attention_mask=on_device(mask),
+      do_sample=False,
+      max_new_tokens=longest,
+      min_new_tokens=longest,
+      stopping_criteria=[Step()],
+      **CACHES[cache],
+    )
+  return [row[width : width + n].tolist() for row, (_, n) in zip(out, part, strict=True)]
 
 
 def static_batches(loaded, work: Work, slots: int, cache: str = 'static'):
@@ -112,20 +112,21 @@ def continuous(loaded, work: Work, slots: int):
   loaded, on_cpu = loaded.to(device()), device() == 'cpu'
   longest = max(len(p) + n for p, n in work)
   config = transformers.ContinuousBatchingConfig(
-    page_size=_PAGE, max_requests_per_batch=slots,
-    num_blocks=slots * -(-longest // _PAGE), max_batch_tokens=8 * slots,
-  )  # fmt: skip
-  hints = utils.WorkloadHints(
-    max(len(p) for p, _ in work), max(n for _, n in work), len(work)
+    page_size=_PAGE,
+    max_requests_per_batch=slots,
+    num_blocks=slots * -(-longest // _PAGE),
+    max_batch_tokens=8 * slots,
   )
-  greedy = transformers.GenerationConfig(
-    do_sample=False, eos_token_id=-1, pad_token_id=0
-  )
+  hints = utils.WorkloadHints(max(len(p) for p, _ in work), max(n for _, n in work), len(work))
+  greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
 
   run_manager = lambda: loaded.continuous_batching_context_manager(
-    generation_config=greedy, continuous_batching_config=config,
-    warmup=not on_cpu, persistent_manager=True, workload_hints=hints,
-  )  # fmt: skip
+    generation_config=greedy,
+    continuous_batching_config=config,
+    warmup=not on_cpu,
+    persistent_manager=True,
+    workload_hints=hints,
+  )
 
   def run():
     done: dict[str, list[int]] = {}

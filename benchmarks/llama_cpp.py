@@ -65,9 +65,7 @@ def write_gguf(directory: Path, out: Path, dtype: str) -> None:
   file.add_token_list([tokens.get(i, f'<unused{i}>') for i in range(size)])
   file.add_token_types([1] * size)
   merges = words['model']['merges']
-  file.add_token_merges(
-    [m if isinstance(m, str) else ' '.join(m) for m in merges]
-  )
+  file.add_token_merges([m if isinstance(m, str) else ' '.join(m) for m in merges])
   file.add_bos_token_id(0)
   file.add_eos_token_id(0)
 
@@ -100,9 +98,7 @@ def write_gguf(directory: Path, out: Path, dtype: str) -> None:
 class Server:
   """llama.cpp's server with continuous batching."""
 
-  def __init__(
-    self, path: Path, slots: int, context: int, threads: int, dtype: str
-  ):
+  def __init__(self, path: Path, slots: int, context: int, threads: int, dtype: str):
     """Starts it on a port of this machine alone."""
     import xllamacpp
 
@@ -127,16 +123,22 @@ class Server:
   def ask(self, prompt: list[int], count: int) -> dict:
     """The body of a request for greedy tokens."""
     return {
-      'prompt': prompt, 'n_predict': count, 'temperature': 0, 'top_k': 1,
-      'ignore_eos': True, 'cache_prompt': False, 'return_tokens': True,
-    }  # fmt: skip
+      'prompt': prompt,
+      'n_predict': count,
+      'temperature': 0,
+      'top_k': 1,
+      'ignore_eos': True,
+      'cache_prompt': False,
+      'return_tokens': True,
+    }
 
   def complete(self, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens after a prompt."""
     request = urllib.request.Request(
-      f'{self.url}/completion', json.dumps(self.ask(prompt, count)).encode(),
+      f'{self.url}/completion',
+      json.dumps(self.ask(prompt, count)).encode(),
       {'Content-Type': 'application/json'},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request) as answer:
       return json.load(answer)['tokens']
 

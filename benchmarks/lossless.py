@@ -39,31 +39,36 @@ def main(_):
   rows = perplexity.make_rows(model, text, length, count * length)
   prompts = [row for row in rows if len(row) == length]
   if len(prompts) < count:
-    raise InputError(
-      f'--text={FLAGS.text}: gives {len(prompts)} prompts, not {count}.'
-    )
+    raise InputError(f'--text={FLAGS.text}: gives {len(prompts)} prompts, not {count}.')
   context = length + FLAGS.new_tokens
   both = dict(slots=FLAGS.slots, context=context, dtype=FLAGS.dtype)
   full = Engine(model, **both)
   lossless = Engine(model, lossless=True, lanes=FLAGS.lanes, **both)
   figures: dict = {
-    'machine': common.machine(1), 'model': FLAGS.model, 'prompts': count,
-    'prompt_tokens': length, 'new_tokens': FLAGS.new_tokens,
-    'dtype': FLAGS.dtype, 'slots': FLAGS.slots, 'lanes': lossless.plan.lanes,
-  }  # fmt: skip
+    'machine': common.machine(1),
+    'model': FLAGS.model,
+    'prompts': count,
+    'prompt_tokens': length,
+    'new_tokens': FLAGS.new_tokens,
+    'dtype': FLAGS.dtype,
+    'slots': FLAGS.slots,
+    'lanes': lossless.plan.lanes,
+  }
   table = []
   for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):
     before = lossless.figures()
     texts = [
       [
         r.tokens
-        for r in engine.run([
-          Request(p, FLAGS.new_tokens, temperature, seed=i, ignore_end=True)
-          for i, p in enumerate(prompts)
-        ])
+        for r in engine.run(
+          [
+            Request(p, FLAGS.new_tokens, temperature, seed=i, ignore_end=True)
+            for i, p in enumerate(prompts)
+          ]
+        )
       ]
       for engine in (full, lossless)
-    ]  # fmt: skip
+    ]
     after = lossless.figures()
     same = sum(a == b for a, b in zip(*texts, strict=True))
     guesses, right = (after[k] - before[k] for k in ('guesses', 'right'))

@@ -55,11 +55,7 @@ VANILLA = {
   'TinyLlama': Row('TinyLlama', 1, 0, 0, 0.815, 0.129, (1227, 1225, 1194), 1),
   'Pythia': Row('Pythia', 1, 0, 0, 1.206, 0.171, (829, 827, 822), 1),
 }
-SHORT = {
-  'Gemma': (5287, 5060, 4796),
-  'TinyLlama': (7709, 7481, 4090),
-  'Pythia': (5813, 5724, 5149),
-}
+SHORT = {'Gemma': (5287, 5060, 4796), 'TinyLlama': (7709, 7481, 4090), 'Pythia': (5813, 5724, 5149)}
 ROWS = (
   Row('Gemma', 2, 0, 0.1, 0.265, 0.091, (3159, 3050, 2421), 1.59),
   Row('Gemma', 2, 64, 0.1, 0.323, 0.112, (2357, 2255, 1858), 1.19),
@@ -139,18 +135,22 @@ def rebuild() -> list[Found]:
     fitted = group not in loops_of
     if fitted:
       loops_of[group] = tuple(
-        paper_rate(row.block_ms, 1, f) / r
-        for f, r in zip(full, row.rates, strict=True)
+        paper_rate(row.block_ms, 1, f) / r for f, r in zip(full, row.rates, strict=True)
       )
     loops = loops_of[group]
     pairs = lambda fs, loops=loops: zip(fs, loops, strict=True)
     rates = tuple(paper_rate(row.block_ms, d, f) for f, d in pairs(full))
     short = [paper_rate(row.short_ms, d, f) for f, d in pairs(short_full)]
-    found.append(Found(
-      row, fitted, loops, rates,
-      float(np.mean(np.divide(rates, row.rates))) - 1,
-      float(np.mean(short) / np.mean(SHORT[row.family])),
-    ))  # fmt: skip
+    found.append(
+      Found(
+        row,
+        fitted,
+        loops,
+        rates,
+        float(np.mean(np.divide(rates, row.rates))) - 1,
+        float(np.mean(short) / np.mean(SHORT[row.family])),
+      )
+    )
   return found
 
 
@@ -159,26 +159,33 @@ def main(_):
   console.table(
     [
       (
-        f.row.family, f.row.loops, f.row.rank or '-', f.row.weight,
-        f.loops[0], f.row.rates[0], f.rates[0],
+        f.row.family,
+        f.row.loops,
+        f.row.rank or '-',
+        f.row.weight,
+        f.loops[0],
+        f.row.rates[0],
+        f.rates[0],
         'fitted' if f.fitted else f'{100 * f.error:+.1f} %',
-        f.row.short_ratio, f.short_ratio,
+        f.row.short_ratio,
+        f.short_ratio,
       )
       for f in found
     ],
-    (
-      'model', 'loops', 'rank', 'c', 'mean loops', 'K.2', 'ours', 'error',
-      'K.4', 'ours',
-    ),
-  )  # fmt: skip
+    ('model', 'loops', 'rank', 'c', 'mean loops', 'K.2', 'ours', 'error', 'K.4', 'ours'),
+  )
   errors = [abs(f.error) for f in found if not f.fitted]
   ratios = [abs(f.short_ratio / f.row.short_ratio - 1) for f in found]
-  console.finish({
-    'rows': len(found), 'predicted': len(errors),
-    'median_error': float(np.median(errors)), 'largest_error': max(errors),
-    'median_short_error': float(np.median(ratios)),
-    'largest_short_error': max(ratios),
-  })  # fmt: skip
+  console.finish(
+    {
+      'rows': len(found),
+      'predicted': len(errors),
+      'median_error': float(np.median(errors)),
+      'largest_error': max(errors),
+      'median_short_error': float(np.median(ratios)),
+      'largest_short_error': max(ratios),
+    }
+  )
 
 
 if __name__ == '__main__':

@@ -9,14 +9,13 @@ def draw(figures: dict, out: Path) -> None:
   """Speed of each rung and, under load, waits and goodput, as one SVG."""
   pyplot = plots.open_pyplot()
   rungs = {
-    name: row for name, row in figures.items()
+    name: row
+    for name, row in figures.items()
     if isinstance(row, dict) and 'tokens_per_second' in row
-  }  # fmt: skip
+  }
   loads = figures.get('arrivals', [])
   count = 3 if loads else 1
-  figure, all_axes = pyplot.subplots(
-    1, count, figsize=(5.5 * count, 4), squeeze=False
-  )
+  figure, all_axes = pyplot.subplots(1, count, figsize=(5.5 * count, 4), squeeze=False)
   drain, *others = all_axes[0]
   names = list(rungs)[::-1]
   speeds = [rungs[n]['tokens_per_second'] for n in names]
@@ -35,15 +34,14 @@ def draw(figures: dict, out: Path) -> None:
     drain.axvline(bound, ls='--', color='C3')
     drain.set_title('drain; dashed: bound of the replayed exits', fontsize=11)
   for axes, field, label in zip(
-    others, ('ttft_p50', 'goodput'),
+    others,
+    ('ttft_p50', 'goodput'),
     ('median seconds to the first token', 'requests a second within limits'),
     strict=False,
-  ):  # fmt: skip
+  ):
     rates = sorted({row['rate'] for row in loads})
     if len(rates) == 1:
-      bars = axes.barh(
-        [r['rung'] for r in loads][::-1], [r[field] for r in loads][::-1]
-      )
+      bars = axes.barh([r['rung'] for r in loads][::-1], [r[field] for r in loads][::-1])
       axes.bar_label(bars, fmt='%.2f', padding=4)
       axes.margins(x=0.15)
       axes.set(xlabel=label, title=f'{rates[0]:.2f} requests a second arrive')

@@ -31,16 +31,16 @@ from rrt.infer.engine.step import enter, run_block
 from rrt.models.params import bucket
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-  'predictions', 'benchmarks/results/predict.json', 'JSON file.'
-)
+flags.DEFINE_string('predictions', 'benchmarks/results/predict.json', 'JSON file.')
 _ROUNDS = 16
 # Seconds of a pass over one page of the cache, and of a call.
 _ONE_PAGE = {
-  'block': lambda t: t.block(1), 'draw': lambda t: t.draw(1),
-  'fill': lambda t: t.fill, 'enter': lambda t: t.enter(1),
+  'block': lambda t: t.block(1),
+  'draw': lambda t: t.draw(1),
+  'fill': lambda t: t.fill,
+  'enter': lambda t: t.enter(1),
   'call': lambda t: t.call,
-}  # fmt: skip
+}
 
 
 class Clock:
@@ -54,15 +54,12 @@ class Clock:
       prompts: lengths that are prefilled.
     """
     self._engine = engine
-    self._table = engine._table._replace(
-      room_S=np.full(engine.plan.slots, 10**6, np.int32)
-    )
+    self._table = engine._table._replace(room_S=np.full(engine.plan.slots, 10**6, np.int32))
     rng = np.random.default_rng(0)
     vocab = engine.plan.config.vocab_size
     self._bucket = lambda n: bucket(n, engine.context)
     self._prompts = {
-      n: rng.integers(5, vocab, n).tolist()
-      for n in sorted(set(map(self._bucket, prompts)))
+      n: rng.integers(5, vocab, n).tolist() for n in sorted(set(map(self._bucket, prompts)))
     }
     page = engine.plan.page
     self._pages = sorted({1, -(-engine.context // page)})
@@ -80,8 +77,7 @@ class Clock:
     engine = self._engine
     call = _seconds(lambda: _call_empty(engine), 5)
     prefill = {
-      n: _seconds(functools.partial(_admit, engine, ids), 3)
-      for n, ids in self._prompts.items()
+      n: _seconds(functools.partial(_admit, engine, ids), 3) for n, ids in self._prompts.items()
     }
     found = {
       key: _seconds(functools.partial(self._run, run), 2) / _ROUNDS
@@ -93,10 +89,13 @@ class Clock:
       return lambda n: float(np.interp(n, self._pages, at))
 
     return simulate.Times(
-      by_pages('block'), by_pages('draw'), by_pages('enter'),
+      by_pages('block'),
+      by_pages('draw'),
+      by_pages('enter'),
       lambda n: prefill[self._bucket(n)],
-      max(found.get(('fill', 1), 0.0) - found['draw', 1], 0.0), call,
-    )  # fmt: skip
+      max(found.get(('fill', 1), 0.0) - found['draw', 1], 0.0),
+      call,
+    )
 
   def _run(self, run):
     engine = self._engine
@@ -109,12 +108,11 @@ class Clock:
     end_E = jnp.asarray([-1])
     draw = lambda p, t, s: sampler.draw(plan, p, gate, t, end_E, s)[0]
     stage, loops, body = {
-      'block': (RUN, 0, lambda p, t, s: run_block(
-        plan, p, gate, t, s)),
+      'block': (RUN, 0, lambda p, t, s: run_block(plan, p, gate, t, s)),
       'draw': (DUE, plan.config.loops, draw),
       'fill': (DUE, 1, draw),
       'enter': (ENTER, 0, lambda p, t, s: enter(plan, p, s)),
-    }[kind]  # fmt: skip
+    }[kind]
 
     def once(params, table, i, state):
       f = state.flights
@@ -127,10 +125,11 @@ class Clock:
         loop_SxK=jnp.full_like(f.loop_SxK, loops),
       )
       state = state._replace(
-        flights=f, live_S=jnp.ones(plan.slots, bool),
+        flights=f,
+        live_S=jnp.ones(plan.slots, bool),
         base_S=jnp.full_like(state.base_S, position),
         count_S=jnp.zeros_like(state.count_S),
-      )  # fmt: skip
+      )
       return body(params, table, state)
 
     def rounds(params, table, state):
@@ -143,18 +142,22 @@ class Clock:
 def _admit(engine: Engine, ids: list[int]):
   """Puts a prompt into the first slot."""
   engine._state = engines._admit(
-    engine.plan, engine._state, jnp.int32(0), jnp.int32(ids[-1]),
-    jnp.int32(len(ids) - 1), engine._prefill(ids), None,
-  )  # fmt: skip
+    engine.plan,
+    engine._state,
+    jnp.int32(0),
+    jnp.int32(ids[-1]),
+    jnp.int32(len(ids) - 1),
+    engine._prefill(ids),
+    None,
+  )
   return engine._state
 
 
 def _call_empty(engine: Engine):
   """A call with no sequence in it, and its way to the host."""
   engine._state, *out = engines._call(
-    engine.plan, engine._params, engine._gate, engine._table, engine._end_E,
-    engine._state,
-  )  # fmt: skip
+    engine.plan, engine._params, engine._gate, engine._table, engine._end_E, engine._state
+  )
   return jax.device_get(out)
 
 
@@ -177,10 +180,17 @@ def main(_):
   figures: dict = {'machine': common.machine(FLAGS.threads)} | {
     name: getattr(FLAGS, name)
     for name in (
-      'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
-      'dtype', 'steps', 'repeats',
+      'model',
+      'slots',
+      'requests',
+      'prompt_tokens',
+      'new_tokens',
+      'sigma',
+      'dtype',
+      'steps',
+      'repeats',
     )
-  }  # fmt: skip
+  }
   figures['mean_loops'] = depth
   contenders = {
     name: Contender(model, work, options, arrays['loops'])
@@ -193,12 +203,19 @@ def main(_):
   figures |= {name: c.figures() for name, c in contenders.items()}
   console.table(
     [
-      (name, f['steps'], f['predicted'], f['measured'],
-       f'{100 * f["error"]:+.1f} %', 'yes' if f['counts_equal'] else 'no')
-      for name, f in figures.items() if name in contenders
+      (
+        name,
+        f['steps'],
+        f['predicted'],
+        f['measured'],
+        f'{100 * f["error"]:+.1f} %',
+        'yes' if f['counts_equal'] else 'no',
+      )
+      for name, f in figures.items()
+      if name in contenders
     ],
     ('policy', 'block steps', 'predicted s', 'measured s', 'error', 'counts'),
-  )  # fmt: skip
+  )
   common.save(FLAGS.predictions, figures)
   console.finish(figures)
 
@@ -210,13 +227,12 @@ class Contender:
     """Compiles and counts."""
     self._run = rungs.ours(model, work, **options)
     self._run()
-    self._clock = Clock(
-      rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work}
-    )
+    self._clock = Clock(rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work})
     self._passes = simulate.schedule(
       simulate.Policy.of(self._run.engine.plan),
-      [(len(p), n) for p, n in work], loops_SxT if 'gate' in options else None,
-    )  # fmt: skip
+      [(len(p), n) for p, n in work],
+      loops_SxT if 'gate' in options else None,
+    )
     self._found: list[tuple[float, float]] = []
     self._times: list[simulate.Times] = []
 
@@ -236,22 +252,22 @@ class Contender:
     """Medians, and whether the counts are the engine's."""
     predicted, measured = np.asarray(self._found).T
     counted = {
-      'steps': self._passes.steps, 'draw_steps': len(self._passes.draw_pages),
+      'steps': self._passes.steps,
+      'draw_steps': len(self._passes.draw_pages),
       'fill_passes': self._passes.fill_passes,
-      'lanes': self._passes.lanes, 'stalls': self._passes.stalls,
-    }  # fmt: skip
+      'lanes': self._passes.lanes,
+      'stalls': self._passes.stalls,
+    }
     return counted | {
-      'predicted': np.median(predicted), 'measured': np.median(measured),
+      'predicted': np.median(predicted),
+      'measured': np.median(measured),
       'error': np.median(predicted / measured) - 1,
       'errors': (predicted / measured - 1).tolist(),
       'passes': {
-        name: float(np.median([time(t) for t in self._times]))
-        for name, time in _ONE_PAGE.items()
+        name: float(np.median([time(t) for t in self._times])) for name, time in _ONE_PAGE.items()
       },
-      'counts_equal': all(
-        self._run.figures[k] == n for k, n in counted.items()
-      ),
-    }  # fmt: skip
+      'counts_equal': all(self._run.figures[k] == n for k, n in counted.items()),
+    }
 
 
 if __name__ == '__main__':

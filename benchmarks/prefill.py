@@ -62,23 +62,25 @@ def main(_):
         contenders[f'transformers, {name}'] = theirs(one, ids)
       seconds = common.take_turns(contenders, FLAGS.repeats, settle=True)
       found = {k: common.summary(v, batch * length) for k, v in seconds.items()}
-      best = min(
-        (k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds']
-      )
+      best = min((k for k in found if k != 'rrt'), key=lambda k: found[k]['seconds'])
       figures.setdefault(dtype, {})[shape] = found | {
         'peer': best,
         'speedup': found[best]['seconds'] / found['rrt']['seconds'],
         'compile_seconds': decoder.clock.compile_seconds - before,
       }
       for name, f in found.items():
-        rows.append((
-            dtype, shape, name, f['seconds'], f['seconds_iqr'],
-            f['tokens_per_second'], f['seconds'] / found['rrt']['seconds'],
-        ))  # fmt: skip
-  console.table(
-    rows,
-    ('dtype', 'shape', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'),
-  )
+        rows.append(
+          (
+            dtype,
+            shape,
+            name,
+            f['seconds'],
+            f['seconds_iqr'],
+            f['tokens_per_second'],
+            f['seconds'] / found['rrt']['seconds'],
+          )
+        )
+  console.table(rows, ('dtype', 'shape', 'who', 'seconds', 'iqr', 'tokens/s', 'times ours'))
   common.save(FLAGS.out, figures)
   console.finish(figures)
 

@@ -17,9 +17,7 @@ from rrt.ops import matmul
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('dtype', 'float32', 'Precision of both.')
-flags.DEFINE_list(
-  'rows', ['1', '3', '8', '16', '32', '64', '128'], 'Rows of x.'
-)
+flags.DEFINE_list('rows', ['1', '3', '8', '16', '32', '64', '128'], 'Rows of x.')
 flags.DEFINE_integer('repeats', 9, 'Timed runs of each.')
 flags.DEFINE_string('out', 'benchmarks/results/products.json', 'JSON file.')
 _SHAPES = ((576, 1536), (1536, 576), (576, 192))  # Of SmolLM2-135M.
@@ -45,16 +43,13 @@ def main(_):
         FLAGS.repeats,
       )
       micros = {
-        name: 1e6 * common.summary(s, 1)['seconds'] / _KERNELS
-        for name, s in seconds.items()
+        name: 1e6 * common.summary(s, 1)['seconds'] / _KERNELS for name, s in seconds.items()
       }
       micros['ratio'] = micros['left'] / micros['right']
       name = f'{shape[0]} x {shape[1]}'
       figures[f'{name}, {rows} rows'] = micros
       table.append((name, rows, *micros.values()))
-  console.table(
-    table, ('kernel', 'rows', 'right, us', 'left, us', 'left / right')
-  )
+  console.table(table, ('kernel', 'rows', 'right, us', 'left, us', 'left / right'))
   common.save(FLAGS.out, figures)
   console.finish(figures)
 

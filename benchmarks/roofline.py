@@ -76,9 +76,7 @@ class Roof:
     """The best of some runs of jax and, on a CPU, of torch."""
     a = jnp.full((_SIZE, _SIZE), 1 / _SIZE, dtype)
     data = jnp.ones(_READ // 4, jnp.float32)
-    chain = jax.jit(
-      lambda a: jax.lax.fori_loop(0, _CHAIN, lambda i, x: x @ a, a)
-    )
+    chain = jax.jit(lambda a: jax.lax.fori_loop(0, _CHAIN, lambda i, x: x @ a, a))
     add = jax.jit(jnp.sum)
     multiplied = [_best(lambda: jax.block_until_ready(chain(a))) / _CHAIN]
     read = [_best(lambda: jax.block_until_ready(add(data)))]
@@ -87,10 +85,7 @@ class Roof:
       floats = torch.ones(_READ // 4)
       multiplied.append(_best(lambda: b @ b))
       read.append(_best(floats.sum))
-    return cls(
-      2 * _SIZE**3 / min(multiplied), _READ / min(read),
-      jnp.dtype(dtype).itemsize,
-    )  # fmt: skip
+    return cls(2 * _SIZE**3 / min(multiplied), _READ / min(read), jnp.dtype(dtype).itemsize)
 
   def seconds(self, costs: Costs, depth: float, rows: int) -> float:
     """Least time of a token each in some rows."""

@@ -44,9 +44,8 @@ def workload(model) -> list[tuple[list[int], int]]:
   """Prompts and how many tokens each is answered with."""
   rng = np.random.default_rng(0)
   sizes = lambda median: np.clip(
-    np.rint(median * np.exp(FLAGS.sigma * rng.normal(size=FLAGS.requests))),
-    4, 6 * median,
-  ).astype(int)  # fmt: skip
+    np.rint(median * np.exp(FLAGS.sigma * rng.normal(size=FLAGS.requests))), 4, 6 * median
+  ).astype(int)
   prompts, answers = sizes(FLAGS.prompt_tokens), sizes(FLAGS.new_tokens)
   ids = rng.integers(5, model.config.vocab_size, prompts.sum()).tolist()
   if FLAGS.text:
@@ -58,8 +57,7 @@ def workload(model) -> list[tuple[list[int], int]]:
       raise InputError(f'--text={FLAGS.text}: is too short.')
   ends = np.cumsum(prompts)
   return [
-    (list(ids[end - n : end]), int(m))
-    for n, m, end in zip(prompts, answers, ends, strict=True)
+    (list(ids[end - n : end]), int(m)) for n, m, end in zip(prompts, answers, ends, strict=True)
   ]
 
 
@@ -83,14 +81,13 @@ def new_engine(model, work, **options):
 
   rounded = {}
   if FLAGS.round_weights:
-    rounded = dict(
-      dtype='float32', weight_dtype='bfloat16', kv_dtype='bfloat16'
-    )
+    rounded = dict(dtype='float32', weight_dtype='bfloat16', kv_dtype='bfloat16')
   return Engine(
-    model, slots=FLAGS.slots, context=max(len(p) + n for p, n in work),
-    **dict(dtype=FLAGS.dtype, kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps)
-    | rounded | options,
-  )  # fmt: skip
+    model,
+    slots=FLAGS.slots,
+    context=max(len(p) + n for p, n in work),
+    **dict(dtype=FLAGS.dtype, kv_dtype=FLAGS.kv_dtype, steps=FLAGS.steps) | rounded | options,
+  )
 
 
 def ours(model, work, batch: int | None = None, **options):
@@ -123,14 +120,11 @@ def ours(model, work, batch: int | None = None, **options):
 def without_lora(model):
   """The model with its low-rank terms left out; it writes something else."""
   strip = lambda tree: {
-    k: strip(v) if isinstance(v, dict) else v
-    for k, v in tree.items()
-    if not k.startswith('lora_')
+    k: strip(v) if isinstance(v, dict) else v for k, v in tree.items() if not k.startswith('lora_')
   }
   return dataclasses.replace(
-    model, params=strip(model.params),
-    config=dataclasses.replace(model.config, lora=None),
-  )  # fmt: skip
+    model, params=strip(model.params), config=dataclasses.replace(model.config, lora=None)
+  )
 
 
 def policies(config, arrays, depth: float) -> dict[str, dict]:
@@ -162,9 +156,7 @@ def llama(directory: Path, work):
   path = directory / f'{FLAGS.dtype}.gguf'
   llama_cpp.write_gguf(directory / 'hf', path, FLAGS.dtype)
   context = max(len(p) + n for p, n in work) + 1
-  server = llama_cpp.Server(
-    path, FLAGS.slots, context, FLAGS.threads, FLAGS.dtype
-  )
+  server = llama_cpp.Server(path, FLAGS.slots, context, FLAGS.threads, FLAGS.dtype)
 
   def run():
     run.tokens = server.run(work)

@@ -51,9 +51,7 @@ from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list('only', [], 'Rungs to run; all by default.')
-flags.DEFINE_list(
-  'rates', [], 'Loads of the open loop, as fractions of what tied drained.'
-)
+flags.DEFINE_list('rates', [], 'Loads of the open loop, as fractions of what tied drained.')
 flags.DEFINE_float('ttft', 2.0, 'Seconds: limit of goodput.')
 flags.DEFINE_float('tpot', 0.3, 'Seconds: limit of goodput.')
 flags.DEFINE_string('out', 'benchmarks/results/serving.json', 'JSON file.')
@@ -77,9 +75,7 @@ def bounds(name: str, device: dict, figures: dict, config) -> dict:
   return found
 
 
-def open_loop(
-  contenders: dict, work, tied: list[float], least: dict
-) -> list[dict]:
+def open_loop(contenders: dict, work, tied: list[float], least: dict) -> list[dict]:
   """Runs the contenders under load; a row for each and each rate.
 
   Args:
@@ -90,10 +86,12 @@ def open_loop(
   """
   batches = lambda run: arrivals.static_batches(run.generate, FLAGS.slots)
   makers = {
-    'transformers': batches, 'dynamic': batches, 'compiled': batches,
+    'transformers': batches,
+    'dynamic': batches,
+    'compiled': batches,
     'continuous': lambda run: arrivals.continuous(run.manager),
     'llama.cpp': lambda run: arrivals.llama(run.server),
-  }  # fmt: skip
+  }
   ours = lambda run: arrivals.engine(run.engine)
   found = []
   for fraction in map(float, FLAGS.rates):
@@ -127,15 +125,9 @@ def main(_):
   directory = Path(peer.directory.name)
   untied = load(directory / 'hf')
   makers = {
-    'transformers': lambda: hugging_face.static_batches(
-      peer(FLAGS.dtype), work, FLAGS.slots
-    ),
-    'dynamic': lambda: hugging_face.static_batches(
-      peer(FLAGS.dtype), work, FLAGS.slots, 'dynamic'
-    ),
-    'continuous': lambda: hugging_face.continuous(
-      peer(FLAGS.dtype), work, FLAGS.slots
-    ),
+    'transformers': lambda: hugging_face.static_batches(peer(FLAGS.dtype), work, FLAGS.slots),
+    'dynamic': lambda: hugging_face.static_batches(peer(FLAGS.dtype), work, FLAGS.slots, 'dynamic'),
+    'continuous': lambda: hugging_face.continuous(peer(FLAGS.dtype), work, FLAGS.slots),
     'llama.cpp': lambda: rungs.llama(directory, work),
     'untied': lambda: rungs.ours(untied, work),
   } | {
@@ -163,13 +155,21 @@ def main(_):
   figures = {'machine': common.machine(FLAGS.threads)} | {
     name: getattr(FLAGS, name)
     for name in (
-      'model', 'slots', 'requests', 'prompt_tokens', 'new_tokens', 'sigma',
-      'text', 'dtype', 'kv_dtype', 'round_weights', 'steps', 'repeats',
+      'model',
+      'slots',
+      'requests',
+      'prompt_tokens',
+      'new_tokens',
+      'sigma',
+      'text',
+      'dtype',
+      'kv_dtype',
+      'round_weights',
+      'steps',
+      'repeats',
     )
-  }  # fmt: skip
-  figures |= {
-    'tokens': tokens, 'mean_loops': depth, 'bound': bound(model.config, depth)
-  }  # fmt: skip
+  }
+  figures |= {'tokens': tokens, 'mean_loops': depth, 'bound': bound(model.config, depth)}
   roof = Roof.measure(FLAGS.dtype)
   figures |= {'flops': roof.flops, 'bandwidth': roof.bandwidth}
   least: dict[str, dict] = {}
@@ -182,13 +182,9 @@ def main(_):
       found['promised_loss'] = gate_lib.stored(model).promise.get('loss')
     if base:
       # Round by round: the machine's speed may change from one to the next.
-      found['over_tied'] = float(
-        np.median(np.array(base) / np.array(seconds[name]))
-      )
+      found['over_tied'] = float(np.median(np.array(base) / np.array(seconds[name])))
     if reference:
-      found['same'] = float(
-        np.mean([a == b for a, b in zip(run.tokens, reference.tokens)])
-      )
+      found['same'] = float(np.mean([a == b for a, b in zip(run.tokens, reference.tokens)]))
     device = getattr(run, 'figures', None)
     if device:
       ran = device['lanes'] + device['stalls']
@@ -196,8 +192,7 @@ def main(_):
       found |= bounds(name, device, figures, model.config)
       found |= {
         'stall_share': device['stalls'] / max(ran, 1),
-        'lane_share': device['lanes']
-        / (device['steps'] * run.engine.plan.lanes),
+        'lane_share': device['lanes'] / (device['steps'] * run.engine.plan.lanes),
       }
     costs = Costs.of(model.config, tied='mean_loops' in found)
     depth_run = found.get('mean_loops', R)
@@ -207,18 +202,35 @@ def main(_):
       'tpot_bound': roof.seconds(costs, depth_run, 1),
     }
     figures[name] = found
-    rows.append((
-      name, found['tokens_per_second'], found['roof'], found['seconds_iqr'],
-      found.get('over_tied'), found.get('bound'), found.get('stall_share'),
-      found.get('lane_share'), found.get('same'), found.get('promised_loss'),
-    ))  # fmt: skip
+    rows.append(
+      (
+        name,
+        found['tokens_per_second'],
+        found['roof'],
+        found['seconds_iqr'],
+        found.get('over_tied'),
+        found.get('bound'),
+        found.get('stall_share'),
+        found.get('lane_share'),
+        found.get('same'),
+        found.get('promised_loss'),
+      )
+    )
   console.table(
     rows,
     (
-      'rung', 'tokens/s', 'roof', 'iqr, s', 'times tied', 'bound', 'stalls',
-      'lanes', 'same', 'promised',
+      'rung',
+      'tokens/s',
+      'roof',
+      'iqr, s',
+      'times tied',
+      'bound',
+      'stalls',
+      'lanes',
+      'same',
+      'promised',
     ),
-  )  # fmt: skip
+  )
   print(
     f'exits at {depth:.2f} of {R} loops: no more than '
     f'{figures["bound"]:.3f} times full depth by parameters'

@@ -39,17 +39,25 @@ flags.DEFINE_integer('slots', 16, 'Of the server.')
 flags.DEFINE_integer('context', 256, 'Of the server.')
 flags.DEFINE_list('serve', [], 'Further flags of rrt serve.')
 flags.DEFINE_bool(
-  'early', False,
+  'early',
+  False,
   'Half of the requests take the exits of the gate kept with the model; for '
   '--serve=--gate=stored,--lossless.',
-)  # fmt: skip
+)
 flags.DEFINE_string('out', 'benchmarks/results/soak.json', 'JSON file.')
 
 _PROMPTS = (
-  'The sea is', 'Once upon a time', 'In 1912 the city', 'A good teacher',
-  'The first rule of', 'Water boils when', 'My grandmother used to',
-  'The committee decided', 'Light travels', 'Nobody expected the',
-)  # fmt: skip
+  'The sea is',
+  'Once upon a time',
+  'In 1912 the city',
+  'A good teacher',
+  'The first rule of',
+  'Water boils when',
+  'My grandmother used to',
+  'The committee decided',
+  'Light travels',
+  'Nobody expected the',
+)
 _LENGTHS = (8, 17, 33, 64)
 _BAD = (
   (b'{', 400),
@@ -72,12 +80,19 @@ class Server:
   def __init__(self):
     self.process = subprocess.Popen(
       [
-        sys.executable, '-m', 'rrt', 'serve', f'--model={FLAGS.model}',
-        '--port=0', f'--slots={FLAGS.slots}', f'--context={FLAGS.context}',
+        sys.executable,
+        '-m',
+        'rrt',
+        'serve',
+        f'--model={FLAGS.model}',
+        '--port=0',
+        f'--slots={FLAGS.slots}',
+        f'--context={FLAGS.context}',
         *FLAGS.serve,
       ],
-      stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+      stdout=subprocess.PIPE,
+      text=True,
+    )
     assert self.process.stdout is not None
     for line in self.process.stdout:
       if ' at http://' in line:
@@ -127,9 +142,12 @@ class Client:
     early = FLAGS.early and self.random.random() < 0.5
     key = self.random.choice(_PROMPTS), self.random.choice(_LENGTHS), early
     asked: dict = {
-      'prompt': key[0], 'max_tokens': key[1], 'temperature': 0,
-      'stream': stream, 'ignore_eos': True,
-    }  # fmt: skip
+      'prompt': key[0],
+      'max_tokens': key[1],
+      'temperature': 0,
+      'stream': stream,
+      'ignore_eos': True,
+    }
     if FLAGS.early:
       asked['lossless'] = not early
     return key, json.dumps(asked).encode()
@@ -156,9 +174,7 @@ class Client:
       if events[-1] != '[DONE]' or '"choices"' not in raw:
         self.seen['broken stream'] += 1
         return
-      text = ''.join(
-        c['text'] for e in events[:-1] for c in json.loads(e)['choices']
-      )
+      text = ''.join(c['text'] for e in events[:-1] for c in json.loads(e)['choices'])
     self.texts[key].add(text)
 
   def leave(self) -> None:
@@ -226,18 +242,16 @@ def main(_):
     looks.result()
   status, answer, link = server.ask('GET', '/metrics')
   running = [
-    line for line in answer.read().decode().splitlines()
+    line
+    for line in answer.read().decode().splitlines()
     if line.startswith(('vllm:num_requests_running', 'vllm:num_requests_wait'))
-  ]  # fmt: skip
+  ]
   link.close()
   server.process.terminate()
   ended = server.process.wait(60)
 
   seen = sum((c.seen for c in clients), collections.Counter())
-  wrong = [
-    key for c in clients for key, texts in c.texts.items()
-    if texts != {want[key]}
-  ]  # fmt: skip
+  wrong = [key for c in clients for key, texts in c.texts.items() if texts != {want[key]}]
   checked = sum(v for k, v in seen.items() if k in ('whole 200', 'stream 200'))
   # The first tenth fills caches and pools.
   settled = memory[len(memory) // 10 :]
@@ -245,14 +259,21 @@ def main(_):
   growth = float(np.mean(settled[-tenth:]) / np.mean(settled[:tenth]) - 1)
   figures = {
     'machine': common.machine(1),
-    'minutes': FLAGS.minutes, 'clients': FLAGS.clients, 'slots': FLAGS.slots,
-    'model': FLAGS.model, 'answers': dict(sorted(seen.items())),
-    'texts_checked': checked, 'wrong_texts': len(wrong),
-    'rss_start': settled[0], 'rss_end': settled[-1], 'rss_growth': growth,
+    'minutes': FLAGS.minutes,
+    'clients': FLAGS.clients,
+    'slots': FLAGS.slots,
+    'model': FLAGS.model,
+    'answers': dict(sorted(seen.items())),
+    'texts_checked': checked,
+    'wrong_texts': len(wrong),
+    'rss_start': settled[0],
+    'rss_end': settled[-1],
+    'rss_growth': growth,
     'health_p50': float(np.percentile(health, 50)),
     'health_p99': float(np.percentile(health, 99)),
-    'left_running': running, 'exit_status': ended,
-  }  # fmt: skip
+    'left_running': running,
+    'exit_status': ended,
+  }
   console.table(sorted(seen.items()), ('answer', 'times'))
   print(
     f'{checked} texts checked, {len(wrong)} wrong; memory '
@@ -264,10 +285,11 @@ def main(_):
   console.finish(figures)
   asked = ('whole', 'stream', 'left')
   bad = [
-    k for k in seen
+    k
+    for k in seen
     if k.startswith(('WRONG', 'broken'))
     or (k.startswith(asked) and not k.endswith((' 200', ' 429')))
-  ]  # fmt: skip
+  ]
   bad += [line for line in running if not line.endswith((' 0', ' 0.0'))]
   slow = figures['health_p99'] >= 0.1 or growth >= 0.05
   if wrong or bad or ended or slow:

@@ -72,12 +72,8 @@ def our_step(config, params=None):
   from rrt.train.losses import Objective
 
   mesh = sharding.make_mesh()
-  shapes = params or jax.eval_shape(
-    lambda: init_params(config, jax.random.key(0))
-  )
-  settings = optim.Optimizer(
-    learning_rate=LEARNING_RATE, schedule='constant', clip=1.0
-  )
+  shapes = params or jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  settings = optim.Optimizer(learning_rate=LEARNING_RATE, schedule='constant', clip=1.0)
   trained = step_lib.trained_paths(optim.trainable(settings, shapes))
   spec = step_lib.Step(
     config,
@@ -88,9 +84,7 @@ def our_step(config, params=None):
     remat=FLAGS.remat,
   )
   abstract = step_lib.abstract_state(spec, mesh)
-  step = step_lib.jit_step(
-    spec, mesh, jax.tree.map(lambda x: x.sharding, abstract)
-  )
+  step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
   batch = step_lib.to_mesh(batch_of(config.vocab_size), mesh)
   with jax.set_mesh(mesh):
     begin = time.perf_counter()
@@ -118,9 +112,8 @@ def their_step(directory: str, attention: str, vocab: int):
   )
   model.train()
   optimizer = torch.optim.AdamW(
-      model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95),
-      weight_decay=0.0, fused=True,
-  )  # fmt: skip
+    model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+  )
   tokens = torch.tensor(batch_of(vocab)['tokens'], dtype=torch.long)
   half = torch.autocast('cpu', torch.bfloat16, FLAGS.dtype == 'bfloat16')
 
@@ -158,9 +151,7 @@ def main(_):
   config = model.config
   compile_seconds = {}
   for layers in map(int, FLAGS.depths):
-    shape = dataclasses.replace(
-      config, block_layers=layers, windows=(), rope_index=()
-    )
+    shape = dataclasses.replace(config, block_layers=layers, windows=(), rope_index=())
     compile_seconds[layers], _ = our_step(shape)
     print(f'compiled {layers} layers in {compile_seconds[layers]:.1f} s')
   seconds, ours = our_step(config, model.params)
@@ -194,10 +185,7 @@ def main(_):
     figures[f'{name}_seconds'] = middle
     figures[f'{name}_quartiles'] = [low, high]
     rows.append([name, middle, low, high, flops / middle / 1e9, first[name]])
-  console.table(
-    rows,
-    ['', 'seconds a step', 'quartile 1', 'quartile 3', 'GFLOP/s', 'loss'],
-  )
+  console.table(rows, ['', 'seconds a step', 'quartile 1', 'quartile 3', 'GFLOP/s', 'loss'])
   if FLAGS.peer:
     figures['ratio'] = figures['torch_seconds'] / figures['ours_seconds']
     figures['peer'] = {'attention': chosen}

@@ -76,9 +76,7 @@ for name, (draws, pool, table) in ways.items():
 # %%
 parent = rrt.load(MODEL)
 large = parent.config.d_model >= 512
-child, _ = rrt.to_recursive(
-  parent, loops=2, rank=64 if large else 2, init='average'
-)
+child, _ = rrt.to_recursive(parent, loops=2, rank=64 if large else 2, init='average')
 prompts = ['The sea is', 'Once upon a time', 'Water boils', 'In 1912'] * 2
 prompts = prompts if large else [p[:8] for p in prompts]
 answer = min(32, ROW // 2)
@@ -107,9 +105,7 @@ table = rng.choice([1, 2], p=[0.6, 0.4], size=(4, 512)).astype(np.int32)
 
 def run(**options):
   """An engine on all prompts: seconds and figures, compilation apart."""
-  engine = rrt.Engine(
-    child, slots=4, context=len(prompts[1]) + 2 * answer, **options
-  )
+  engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, **options)
   ask = dict(max_new_tokens=answer, ignore_end=True)
   engine.generate(prompts, **ask)
   before, began = engine.figures(), time.perf_counter()
@@ -118,9 +114,7 @@ def run(**options):
   return took, {k: np.subtract(after[k], before[k]) for k in after}
 
 
-exits = dict(
-  gate='replay', threshold=1.0, kv='propagate', arrays={'loops': table}
-)
+exits = dict(gate='replay', threshold=1.0, kv='propagate', arrays={'loops': table})
 found = {
   'full depth': run(),
   'exits, in step': run(pool=4, **exits),
@@ -140,16 +134,11 @@ for name, (took, f) in found.items():
 # depth writes.
 
 # %%
-engine = rrt.Engine(
-  child, slots=4, context=len(prompts[1]) + 2 * answer, lossless=True
-)
+engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, lossless=True)
 guessed = engine.generate(prompts, max_new_tokens=answer, ignore_end=True)
 assert [c.tokens for c in guessed] == [c.tokens for c in alone]
 figures = engine.figures()
-print(
-  f'{figures["right"]} of {figures["guesses"]} guesses were right, '
-  f'{figures["steps"]} launches'
-)
+print(f'{figures["right"]} of {figures["guesses"]} guesses were right, {figures["steps"]} launches')
 
 # %% [markdown]
 # This child was only converted, and its first loop guesses badly. Trained exits

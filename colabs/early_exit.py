@@ -119,12 +119,8 @@ seen = every_loop.read_static(run.model, rows[::2], fitting=True)
 lens = fit_lib.fit_lens(seen.states_RxNxLxD[:, seen.scored_NxL])
 for name, arrays in (('without', None), ('with', lens)):
   static = every_loop.read_static(run.model, rows[1::2], arrays)
-  first = depth.measure(
-    run.model, static, 'change', -2.0, arrays, kv='exact_fill'
-  )
-  print(
-    f'{name} a lens: {first.nll_nats:.3f} nats, agree {first.agreement:.0%}'
-  )
+  first = depth.measure(run.model, static, 'change', -2.0, arrays, kv='exact_fill')
+  print(f'{name} a lens: {first.nll_nats:.3f} nats, agree {first.agreement:.0%}')
 
 # %% [markdown]
 # ## A gate
@@ -161,17 +157,12 @@ SVG(plots.depth_curve(points, run.model.config.loops))
 # 0.05 nats a token are lost. It is kept with the model.
 
 # %%
-tried = depth.curve(
-  run.model, static, ['learned'], arrays, shares=[i / 10 for i in range(1, 10)]
-)
+tried = depth.curve(run.model, static, ['learned'], arrays, shares=[i / 10 for i in range(1, 10)])
 chosen = choose(tried, loss=0.05)
 threshold = chosen[0].threshold if chosen else gate_lib.NEVER
 gate = gate_lib.Gate('learned', threshold, arrays)
 gated = rrt.LanguageModel(
-  run.model.config,
-  run.model.params,
-  run.model.tokenizer,
-  gate_lib.store(run.model.meta, gate),
+  run.model.config, run.model.params, run.model.tokenizer, gate_lib.store(run.model.meta, gate)
 )
 print(chosen and (chosen[0].mean_loops, chosen[1]))
 
@@ -188,8 +179,7 @@ ids = gated.tokenizer.encode(prompt)
 request = engine.run([rrt.Request(ids, min(40, ROW // 4))])[0]
 colours = ['#c8e6c9', '#ffd6a5', '#ffadad']
 spans = [
-  f'<span style="background:{colours[(n - 1) % 3]}">'
-  f'{gated.tokenizer.decode([token])}</span>'
+  f'<span style="background:{colours[(n - 1) % 3]}">{gated.tokenizer.decode([token])}</span>'
   for token, n in zip(request.tokens, request.loops)
 ]
 display(HTML(prompt + ''.join(spans)))

@@ -85,9 +85,7 @@ report.show()
 
 # %%
 heldout = '\n\n'.join(corpus.documents('builtin:heldout'))
-measure = lambda model: rrt.score(
-  model, heldout, context=ROW, max_tokens=8 * ROW
-)
+measure = lambda model: rrt.score(model, heldout, context=ROW, max_tokens=8 * ROW)
 nats = {
   name: measure(model).nll_nats
   for name, model in (('parent', parent), ('plain', plain), ('child', child))
@@ -103,15 +101,12 @@ nats
 
 # %%
 tokens_BxL = jnp.asarray(parent.tokenizer.encode(heldout)[:ROW])[None]
-out = jax.jit(
-  lambda p, t: transformer.forward(child.config, p, t, return_loops=True)
-)(child.params, tokens_BxL)
+out = jax.jit(lambda p, t: transformer.forward(child.config, p, t, return_loops=True))(
+  child.params, tokens_BxL
+)
 h_RxBxLxD = out.loops_RxBxLxD
 change = jnp.linalg.norm(h_RxBxLxD[1] - h_RxBxLxD[0], axis=-1)
-print(
-  'change by loop 2:',
-  float((change / jnp.linalg.norm(h_RxBxLxD[0], axis=-1)).mean()),
-)
+print('change by loop 2:', float((change / jnp.linalg.norm(h_RxBxLxD[0], axis=-1)).mean()))
 
 # %% [markdown]
 # ## Uptrain it
@@ -127,17 +122,11 @@ recipe = dict(
   optimizer=dict(learning_rate=3e-4, warmup_steps=2),
   data=dict(path='builtin:train'),
   heldout=dict(
-    path='builtin:heldout',
-    max_tokens=8 * ROW,
-    context=ROW,
-    every=max(STEPS // 4, 1),
-    batch=2,
+    path='builtin:heldout', max_tokens=8 * ROW, context=ROW, every=max(STEPS // 4, 1), batch=2
   ),
 )
 run = rrt.uptrain(parent, child, recipe)
-curve = [
-  (r['step'], r['heldout_nats']) for r in run.history if 'heldout_nats' in r
-]
+curve = [(r['step'], r['heldout_nats']) for r in run.history if 'heldout_nats' in r]
 
 plt.plot(*zip(*curve), 'o-', label='child')
 plt.axhline(nats['parent'], ls='--', label='parent')
@@ -150,9 +139,7 @@ plt.legend()
 
 # %%
 for model in (parent, child, run.model):
-  print(
-    repr(rrt.complete(model, 'The city was founded', max_new_tokens=24)[0].text)
-  )
+  print(repr(rrt.complete(model, 'The city was founded', max_new_tokens=24)[0].text))
 
 # %% [markdown]
 # `rrt.save(run.model, 'my_model')` writes a directory that every command line

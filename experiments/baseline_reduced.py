@@ -46,16 +46,10 @@ def reduced(parent, layers: int = 15):
   from rrt.convert.recursive import to_recursive
 
   child, _ = to_recursive(
-    parent,
-    block=layers,
-    loops=parent.config.depth // layers,
-    init='stepwise',
-    loop_norms=False,
+    parent, block=layers, loops=parent.config.depth // layers, init='stepwise', loop_norms=False
   )
   return dataclasses.replace(
-    child,
-    config=dataclasses.replace(child.config, loops=1),
-    meta=dict(parent.meta),
+    child, config=dataclasses.replace(child.config, loops=1), meta=dict(parent.meta)
   )
 
 

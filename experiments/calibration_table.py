@@ -107,9 +107,13 @@ _CONTEXT = flags.DEFINE_integer('context', 1024, 'Length of a row of them.')
 _CELLS = flags.DEFINE_string('cells', '.*', 'Names of cells to run, a pattern.')
 
 WEIGHTS_ONLY = dataclasses.replace(
-  ALL_STEPS, own_inputs=False, parent_outputs=False, tie_with_lora=False,
-  align_units=False, refit_coda=False,
-)  # fmt: skip
+  ALL_STEPS,
+  own_inputs=False,
+  parent_outputs=False,
+  tie_with_lora=False,
+  align_units=False,
+  refit_coda=False,
+)
 OWN_INPUTS = dataclasses.replace(WEIGHTS_ONLY, own_inputs=True)
 OUTPUTS = dataclasses.replace(OWN_INPUTS, parent_outputs=True)
 TIED = dataclasses.replace(OUTPUTS, tie_with_lora=True)
@@ -160,9 +164,7 @@ def cells() -> dict[str, dict]:
     for method in ends:
       add(layers, 128, method)
   same = recursive_budget(64)
-  found['8+7x2+8, budget of rank 64, calibrated'] = LAYERS['8+7x2+8'] | dict(
-    budget=same
-  )
+  found['8+7x2+8, budget of rank 64, calibrated'] = LAYERS['8+7x2+8'] | dict(budget=same)
   return found
 
 
@@ -178,14 +180,10 @@ def main(_) -> None:
     raise InputError('--calibration and --text are both needed; see --help.')
   parent = load(_SOURCE.value)
   calibration = calibration_text(_CALIBRATION.value, _TOKENS.value)
-  tokens = pipeline.read_tokens(
-    _TEXT.value, parent.tokenizer, _MAX_TOKENS.value
-  ).tolist()
+  tokens = pipeline.read_tokens(_TEXT.value, parent.tokenizer, _MAX_TOKENS.value).tolist()
 
   def measure(model):
-    return perplexity.score(
-      model, tokens, context=_CONTEXT.value, batch=2
-    ).nll_nats
+    return perplexity.score(model, tokens, context=_CONTEXT.value, batch=2).nll_nats
 
   rows = [['parent', measure(parent), 0.0, parent_count(parent)]]
   print(json.dumps(rows[0]), flush=True)
@@ -195,9 +193,11 @@ def main(_) -> None:
     start = time.monotonic()
     fits = arguments.get('init') is None
     child, report = recursive.to_recursive(
-      parent, calibration=calibration if fits else None,
-      calibration_tokens=_TOKENS.value, **arguments,
-    )  # fmt: skip
+      parent,
+      calibration=calibration if fits else None,
+      calibration_tokens=_TOKENS.value,
+      **arguments,
+    )
     seconds = time.monotonic() - start
     rows.append([name, measure(child), seconds, report.params.unique])
     print(json.dumps(rows[-1]), flush=True)

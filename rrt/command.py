@@ -53,9 +53,7 @@ class Flags:
     needed, usual, rare: the groups.
   """
 
-  def __init__(
-    self, summary: str, example: str, values: flags.FlagValues | None = None
-  ):
+  def __init__(self, summary: str, example: str, values: flags.FlagValues | None = None):
     self.summary, self.example = summary, example
     self.values = flags.FlagValues() if values is None else values
     self.needed = Group('Needed', self.values)
@@ -131,9 +129,7 @@ def run(
 
   def guarded(argv):
     if len(argv) > 1:
-      raise InputError(
-        f'{argv[1]!r} is not a flag; give values as --name=value.'
-      )
+      raise InputError(f'{argv[1]!r} is not a flag; give values as --name=value.')
     return main(argv)
 
   def outer(argv):

@@ -166,9 +166,7 @@ class ModelConfig:
   @property
   def depth(self) -> int:
     """L, how many layers a token passes through."""
-    return (
-      self.prelude_layers + self.block_layers * self.loops + self.coda_layers
-    )
+    return self.prelude_layers + self.block_layers * self.loops + self.coda_layers
 
   @property
   def scale_q(self) -> float:
@@ -182,9 +180,14 @@ class ModelConfig:
     d, f = self.d_model, self.d_ff
     q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
     return {
-        'q': (d, q), 'k': (d, kv), 'v': (d, kv), 'o': (q, d),
-        'gate': (d, f), 'up': (d, f), 'down': (f, d),
-    }  # fmt: skip
+      'q': (d, q),
+      'k': (d, kv),
+      'v': (d, kv),
+      'o': (q, d),
+      'gate': (d, f),
+      'up': (d, f),
+      'down': (f, d),
+    }
 
   def depth_of(self, loop: int, layer: int) -> int:
     """The depth at which the block runs `layer` in `loop`."""
@@ -195,10 +198,7 @@ class ModelConfig:
   def block_depths(self) -> np.ndarray:
     """Depth by position, int [R, N]."""
     return np.array(
-      [
-        [self.depth_of(r, n) for n in range(self.block_layers)]
-        for r in range(self.loops)
-      ]
+      [[self.depth_of(r, n) for n in range(self.block_layers)] for r in range(self.loops)]
     )
 
   def with_recursion(
@@ -224,9 +224,15 @@ class ModelConfig:
         f'{self.depth}; choose them to add up to {self.depth}.'
       )
     return dataclasses.replace(
-        self, prelude_layers=prelude, block_layers=block, loops=loops,
-        coda_layers=coda, order=order, loop_norms=loop_norms, lora=lora,
-    )  # fmt: skip
+      self,
+      prelude_layers=prelude,
+      block_layers=block,
+      loops=loops,
+      coda_layers=coda,
+      order=order,
+      loop_norms=loop_norms,
+      lora=lora,
+    )
 
   def to_json(self) -> dict[str, Any]:
     """Plain dicts, lists and numbers; `from_json` reverses it."""
@@ -243,9 +249,7 @@ class ModelConfig:
     try:
       fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
       if fields.get('lora') is not None:
-        fields['lora'] = LoraConfig(
-          **{k: _as_tuple(v) for k, v in fields['lora'].items()}
-        )
+        fields['lora'] = LoraConfig(**{k: _as_tuple(v) for k, v in fields['lora'].items()})
       return cls(**{k: _as_tuple(v) for k, v in fields.items()})
     except TypeError as e:
       raise InputError(f'The model configuration does not fit: {e}.') from e
@@ -276,15 +280,11 @@ def is_number(value: Any, least: float | None = None) -> bool:
 def _check_rope(rope: Rope, where: str) -> None:
   """Raises InputError for the first value of a table that cannot work."""
   if rope.scaling not in SCALINGS:
-    raise InputError(
-      f'{where}.scaling={rope.scaling!r}: must be one of {SCALINGS}.'
-    )
+    raise InputError(f'{where}.scaling={rope.scaling!r}: must be one of {SCALINGS}.')
   for f in dataclasses.fields(rope):
     value = getattr(rope, f.name)
     if f.type == 'float' and not is_number(value):
-      raise InputError(
-        f'{where}.{f.name}={value!r}: must be a finite number above 0.'
-      )
+      raise InputError(f'{where}.{f.name}={value!r}: must be a finite number above 0.')
   if rope.scaling == 'llama3' and rope.high_freq_factor <= rope.low_freq_factor:
     raise InputError(
       f'{where}.high_freq_factor={rope.high_freq_factor!r}: must be above '
@@ -292,8 +292,7 @@ def _check_rope(rope: Rope, where: str) -> None:
     )
   if not is_whole(rope.original_context, 1):
     raise InputError(
-      f'{where}.original_context={rope.original_context!r}: must be a whole '
-      'number above 0.'
+      f'{where}.original_context={rope.original_context!r}: must be a whole number above 0.'
     )
 
 
@@ -312,47 +311,37 @@ def _check(c: ModelConfig) -> None:
       need(is_whole(value, least), f.name, f'must be a whole number {size}')
     elif f.type == 'bool':
       need(isinstance(value, bool), f.name, 'must be true or false')
+  need(is_number(c.norm_eps, 0), 'norm_eps', 'must be a finite number, 0 or more')
   need(
-      is_number(c.norm_eps, 0), 'norm_eps', 'must be a finite number, 0 or more'
-  )  # fmt: skip
-  need(
-      c.query_scale is None or is_number(c.query_scale), 'query_scale',
-      'must be a finite number above 0, or none',
-  )  # fmt: skip
+    c.query_scale is None or is_number(c.query_scale),
+    'query_scale',
+    'must be a finite number above 0, or none',
+  )
   need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
   need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
-  need(
-      c.activation in ACTIVATIONS, 'activation',
-      f'must be one of {ACTIVATIONS}',
-  )  # fmt: skip
+  need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')
   need(c.head_dim % 2 == 0, 'head_dim', 'must be even, for RoPE')
-  need(
-      c.num_heads % c.num_kv_heads == 0, 'num_kv_heads',
-      f'must divide num_heads={c.num_heads}',
-  )  # fmt: skip
+  need(c.num_heads % c.num_kv_heads == 0, 'num_kv_heads', f'must divide num_heads={c.num_heads}')
   for field in ('windows', 'rope_index'):
     value = getattr(c, field)
     need(
-        len(value) in (0, c.depth), field,
-        f'needs one entry for each of the {c.depth} layers, or none',
-    )  # fmt: skip
-    need(
-        all(is_whole(v) for v in value), field,
-        'must hold whole numbers, 0 or more',
-    )  # fmt: skip
+      len(value) in (0, c.depth),
+      field,
+      f'needs one entry for each of the {c.depth} layers, or none',
+    )
+    need(all(is_whole(v) for v in value), field, 'must hold whole numbers, 0 or more')
   need(bool(c.ropes), 'ropes', 'needs one rotary table at least')
   for i, rope in enumerate(c.ropes):
     _check_rope(rope, f'ropes[{i}]')
   need(
-      all(i < len(c.ropes) for i in c.rope_index), 'rope_index',
-      f'must point into the {len(c.ropes)} tables of ropes',
-  )  # fmt: skip
+    all(i < len(c.ropes) for i in c.rope_index),
+    'rope_index',
+    f'must point into the {len(c.ropes)} tables of ropes',
+  )
   if c.lora is None:
     return
   if c.lora.alpha is not None and not is_number(c.lora.alpha):
-    raise InputError(
-      f'lora.alpha={c.lora.alpha!r}: must be a finite number above 0, or none.'
-    )
+    raise InputError(f'lora.alpha={c.lora.alpha!r}: must be a finite number above 0, or none.')
   for name, (d_in, d_out) in c.shapes().items():
     table = c.lora.table(name, c.loops, c.block_layers)
     if table.shape != (c.loops, c.block_layers):

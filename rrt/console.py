@@ -12,19 +12,14 @@ from typing import Any
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
   """Prints rows under headers, numbers to the right."""
   cells = [[_cell(v) for v in row] for row in rows]
-  widths = [
-    max([len(h), *(len(row[i]) for row in cells)])
-    for i, h in enumerate(headers)
-  ]
+  widths = [max([len(h), *(len(row[i]) for row in cells)]) for i, h in enumerate(headers)]
   right = [
-    bool(rows) and all(isinstance(r[i], (int, float)) for r in rows)
-    for i in range(len(headers))
+    bool(rows) and all(isinstance(r[i], (int, float)) for r in rows) for i in range(len(headers))
   ]
 
   def line(values):
     padded = [
-      v.rjust(w) if r else v.ljust(w)
-      for v, w, r in zip(values, widths, right, strict=True)
+      v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)
     ]
     return '  '.join(padded).rstrip()
 
@@ -113,10 +108,7 @@ class Progress:
     if self.bar:
       full = int(24 * min(self.done / max(self.total, 1), 1.0))
       text = f'\r[{"#" * full}{"." * (24 - full)}] {text}\033[K'
-    print(
-        text, file=sys.stderr, flush=True,
-        end='' if self.bar and not last else '\n',
-    )  # fmt: skip
+    print(text, file=sys.stderr, flush=True, end='' if self.bar and not last else '\n')
 
 
 def _clock(seconds: float) -> str:

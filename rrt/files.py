@@ -18,10 +18,7 @@ from rrt.errors import InputError
 
 
 def write_directory(
-  directory: str | Path,
-  write: Callable[[Path], None],
-  is_ours: Callable[[Path], bool],
-  what: str,
+  directory: str | Path, write: Callable[[Path], None], is_ours: Callable[[Path], bool], what: str
 ) -> Path:
   """Writes a directory under another name and renames it when complete.
 
@@ -57,8 +54,7 @@ def write_directory(
     if old.exists() and not directory.exists():
       old.rename(directory)
     raise InputError(
-      f'{directory} cannot be written: {e.strerror or e}; nothing there '
-      'was changed.'
+      f'{directory} cannot be written: {e.strerror or e}; nothing there was changed.'
     ) from e
   finally:
     shutil.rmtree(new, ignore_errors=True)
@@ -90,9 +86,7 @@ def _tidy(directory: Path) -> None:
   """
   # Earlier versions left the host out of the name.
   host = re.escape(platform.node())
-  form = re.compile(
-    rf'\.{re.escape(directory.name)}-(?:{host}-)?(\d+)\.(new|old)'
-  )
+  form = re.compile(rf'\.{re.escape(directory.name)}-(?:{host}-)?(\d+)\.(new|old)')
   with contextlib.suppress(OSError):  # Writing will tell what is wrong.
     for path in sorted(directory.parent.iterdir()):
       found = form.fullmatch(path.name)
@@ -117,9 +111,7 @@ def _is_alive(pid: int) -> bool:
   return True
 
 
-def check_replaceable(
-  directory: str | Path, is_ours: Callable[[Path], bool], what: str
-) -> Path:
+def check_replaceable(directory: str | Path, is_ours: Callable[[Path], bool], what: str) -> Path:
   """Checks that `write_directory` may and can write, changing nothing.
 
   Args:
@@ -138,8 +130,7 @@ def check_replaceable(
     directory.is_dir() and (not any(directory.iterdir()) or is_ours(directory))
   ):
     raise InputError(
-      f'{directory} exists and is not just {what}, so it is left alone; choose '
-      'a new directory.'
+      f'{directory} exists and is not just {what}, so it is left alone; choose a new directory.'
     )
   check_writable(next(p for p in directory.parents if p.exists()))
   return directory
@@ -192,8 +183,7 @@ def check_writable(directory: str | Path) -> None:
     probe.unlink()
   except OSError as e:
     raise InputError(
-      f'{directory} cannot be written to: {e.strerror}; choose another '
-      'directory.'
+      f'{directory} cannot be written to: {e.strerror}; choose another directory.'
     ) from e
 
 

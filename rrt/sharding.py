@@ -40,9 +40,7 @@ RULES = (
 
 # A mistyped axis name raises instead of silently replicating the array.
 constrain = functools.partial(
-  nn.with_logical_constraint,
-  rules=RULES,
-  fallback=nn.spmd.RulesFallback.RAISE_ERROR,
+  nn.with_logical_constraint, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR
 )
 
 
@@ -93,8 +91,7 @@ def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int = 0):
   ):
     if value % size:
       raise InputError(
-        f'mesh axis {axis}={size} does not divide {field}={value}; '
-        'choose a size that does.'
+        f'mesh axis {axis}={size} does not divide {field}={value}; choose a size that does.'
       )
 
 
@@ -117,7 +114,5 @@ def shardings(abstract_boxed, mesh: jax.sharding.Mesh):
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree.map(
-    place,
-    abstract_boxed,
-    is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    place, abstract_boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
   )

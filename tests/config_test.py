@@ -14,18 +14,12 @@ from tests.models.configs import CONFIGS, llama
 @pytest.mark.parametrize('name', CONFIGS)
 def test_json_round_trip(name):
   config = CONFIGS[name]
-  assert (
-    ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-  )
+  assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_depths_of_both_orders():
-  np.testing.assert_array_equal(
-    llama().block_depths(), [[1, 2], [3, 4], [5, 6]]
-  )
-  np.testing.assert_array_equal(
-    llama(order='sequence').block_depths(), [[1, 4], [2, 5], [3, 6]]
-  )
+  np.testing.assert_array_equal(llama().block_depths(), [[1, 2], [3, 4], [5, 6]])
+  np.testing.assert_array_equal(llama(order='sequence').block_depths(), [[1, 4], [2, 5], [3, 6]])
 
 
 NAN = float('nan')
@@ -33,20 +27,60 @@ NAN = float('nan')
 # Published sizes: (family fields, parameters).
 _SHAPE = dict(family='llama', max_context=2048)
 PUBLISHED = {
-    'SmolLM2-135M': (dict(
-        vocab_size=49152, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3,
-        head_dim=64, block_layers=30, tie_embeddings=True), 134_515_008),
-    'TinyLlama-1.1B': (dict(
-        vocab_size=32000, d_model=2048, d_ff=5632, num_heads=32, num_kv_heads=4,
-        head_dim=64, block_layers=22), 1_100_048_384),
-    'Gemma-2B': (dict(
-        vocab_size=256000, d_model=2048, d_ff=16384, num_heads=8, num_kv_heads=1,
-        head_dim=256, block_layers=18, tie_embeddings=True), 2_506_172_416),
-    'Gemma-3-270M': (dict(
-        vocab_size=262144, d_model=640, d_ff=2048, num_heads=4, num_kv_heads=1,
-        head_dim=256, block_layers=18, tie_embeddings=True, qk_norm=True,
-        post_norms=True), 268_098_176),
-}  # fmt: skip
+  'SmolLM2-135M': (
+    dict(
+      vocab_size=49152,
+      d_model=576,
+      d_ff=1536,
+      num_heads=9,
+      num_kv_heads=3,
+      head_dim=64,
+      block_layers=30,
+      tie_embeddings=True,
+    ),
+    134_515_008,
+  ),
+  'TinyLlama-1.1B': (
+    dict(
+      vocab_size=32000,
+      d_model=2048,
+      d_ff=5632,
+      num_heads=32,
+      num_kv_heads=4,
+      head_dim=64,
+      block_layers=22,
+    ),
+    1_100_048_384,
+  ),
+  'Gemma-2B': (
+    dict(
+      vocab_size=256000,
+      d_model=2048,
+      d_ff=16384,
+      num_heads=8,
+      num_kv_heads=1,
+      head_dim=256,
+      block_layers=18,
+      tie_embeddings=True,
+    ),
+    2_506_172_416,
+  ),
+  'Gemma-3-270M': (
+    dict(
+      vocab_size=262144,
+      d_model=640,
+      d_ff=2048,
+      num_heads=4,
+      num_kv_heads=1,
+      head_dim=256,
+      block_layers=18,
+      tie_embeddings=True,
+      qk_norm=True,
+      post_norms=True,
+    ),
+    268_098_176,
+  ),
+}
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
@@ -83,10 +117,7 @@ def test_published_parameter_counts(name):
       dict(ropes=(Rope(1.0, 'llama3', 2.0, 4.0, 4.0),)),
       r'ropes\[0\].high_freq_factor=4.0: must be above',
     ),
-    (
-      dict(ropes=(Rope(original_context=0),)),
-      r'ropes\[0\].original_context=0: must be',
-    ),
+    (dict(ropes=(Rope(original_context=0),)), r'ropes\[0\].original_context=0: must be'),
     (dict(lora=LoraConfig(q=1, alpha=NAN)), r'lora.alpha=nan: must be'),
     (dict(loops=2), r'lora.up has ranks of shape \(3, 2\)'),
   ],

@@ -21,37 +21,70 @@ pytest.importorskip('ml_collections')
 
 FOLDER = Path(__file__).parent.parent / 'experiments'
 NAMES = sorted(
-  p.stem
-  for p in FOLDER.glob('*.py')
-  if 'RESULT' in p.read_text() and 'get_config' in p.read_text()
+  p.stem for p in FOLDER.glob('*.py') if 'RESULT' in p.read_text() and 'get_config' in p.read_text()
 )
 
 # The parents' shapes as published: nothing is loaded here.
 PARENTS = {
   'smollm2-135m': ModelConfig(
-    family='llama', vocab_size=49152, d_model=576, d_ff=1536, num_heads=9,
-    num_kv_heads=3, head_dim=64, block_layers=30, max_context=8192,
+    family='llama',
+    vocab_size=49152,
+    d_model=576,
+    d_ff=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    block_layers=30,
+    max_context=8192,
     tie_embeddings=True,
   ),
   'gemma3-270m': ModelConfig(
-    family='gemma3', vocab_size=262144, d_model=640, d_ff=2048, num_heads=4,
-    num_kv_heads=1, head_dim=256, block_layers=18, max_context=32768,
-    unit_offset_norm=True, post_norms=True, qk_norm=True,
-    activation='gelu_tanh', scale_embeddings=True, tie_embeddings=True,
+    family='gemma3',
+    vocab_size=262144,
+    d_model=640,
+    d_ff=2048,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=256,
+    block_layers=18,
+    max_context=32768,
+    unit_offset_norm=True,
+    post_norms=True,
+    qk_norm=True,
+    activation='gelu_tanh',
+    scale_embeddings=True,
+    tie_embeddings=True,
     windows=(512, 512, 512, 512, 512, 0) * 3,
-    ropes=(Rope(), Rope(base=1e6)), rope_index=(0, 0, 0, 0, 0, 1) * 3,
+    ropes=(Rope(), Rope(base=1e6)),
+    rope_index=(0, 0, 0, 0, 0, 1) * 3,
   ),
   'TinyLlama/TinyLlama-1.1B-step-50K-105b': ModelConfig(
-    family='llama', vocab_size=32000, d_model=2048, d_ff=5632, num_heads=32,
-    num_kv_heads=4, head_dim=64, block_layers=22, max_context=2048,
+    family='llama',
+    vocab_size=32000,
+    d_model=2048,
+    d_ff=5632,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=64,
+    block_layers=22,
+    max_context=2048,
   ),
   'google/gemma-2b': ModelConfig(
-    family='gemma', vocab_size=256000, d_model=2048, d_ff=16384, num_heads=8,
-    num_kv_heads=1, head_dim=256, block_layers=18, max_context=8192,
-    unit_offset_norm=True, activation='gelu_tanh', scale_embeddings=True,
+    family='gemma',
+    vocab_size=256000,
+    d_model=2048,
+    d_ff=16384,
+    num_heads=8,
+    num_kv_heads=1,
+    head_dim=256,
+    block_layers=18,
+    max_context=8192,
+    unit_offset_norm=True,
+    activation='gelu_tanh',
+    scale_embeddings=True,
     tie_embeddings=True,
   ),
-}  # fmt: skip
+}
 
 
 def load(name, *args):
@@ -79,9 +112,7 @@ def test_builds(name):
   setup.check(recipe, parent, child, mesh)
 
   shapes = lambda c: jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
-  trained = step_lib.trained_paths(
-    optim.trainable(recipe.optimizer, shapes(child))
-  )
+  trained = step_lib.trained_paths(optim.trainable(recipe.optimizer, shapes(child)))
   weights, _ = step_lib.split(shapes(child), trained)
   spec = step_lib.Step(
     child,
@@ -101,9 +132,7 @@ def test_builds(name):
     lambda s, t, b: step_lib.train_step(spec, s, t, b), state, own, batch
   )
   assert metrics['loss'].shape == ()
-  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(
-    lambda x: x.shape, state
-  )
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -61,9 +61,7 @@ def test_probes_of_equal_process_ids_do_not_meet(tmp_path, monkeypatch):
   made = []
   real = files.Path.write_text
   monkeypatch.setattr(
-    files.Path,
-    'write_text',
-    lambda self, text: made.append(self.name) or real(self, text),
+    files.Path, 'write_text', lambda self, text: made.append(self.name) or real(self, text)
   )
   for _ in range(2):
     files.check_writable(tmp_path)

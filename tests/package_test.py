@@ -4,22 +4,42 @@ import subprocess
 import sys
 
 OPTIONAL = (
-    'grain', 'array_record', 'ml_collections', 'tensorboardX', 'pyarrow',
-    'zstandard', 'gguf', 'huggingface_hub', 'jinja2', 'lm_eval', 'datasets',
-    'matplotlib', 'gensim', 'torch', 'transformers', 'threadpoolctl',
-)  # fmt: skip
+  'grain',
+  'array_record',
+  'ml_collections',
+  'tensorboardX',
+  'pyarrow',
+  'zstandard',
+  'gguf',
+  'huggingface_hub',
+  'jinja2',
+  'lm_eval',
+  'datasets',
+  'matplotlib',
+  'gensim',
+  'torch',
+  'transformers',
+  'threadpoolctl',
+)
 CORE = (
-    'rrt.config', 'rrt.models.transformer', 'rrt.models.count', 'rrt.train.losses',
-    'rrt.train.step', 'rrt.train.optim', 'rrt.train.checkpoint', 'rrt.sharding',
-    'rrt.infer.generate', 'rrt.convert.recursive', 'rrt.checkpoints.save_hf',
-    'rrt.evals.perplexity', 'rrt.checkpoints.load',
-)  # fmt: skip
+  'rrt.config',
+  'rrt.models.transformer',
+  'rrt.models.count',
+  'rrt.train.losses',
+  'rrt.train.step',
+  'rrt.train.optim',
+  'rrt.train.checkpoint',
+  'rrt.sharding',
+  'rrt.infer.generate',
+  'rrt.convert.recursive',
+  'rrt.checkpoints.save_hf',
+  'rrt.evals.perplexity',
+  'rrt.checkpoints.load',
+)
 
 
 def python(code: str) -> str:
-  done = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=False
-  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout.strip()
 

@@ -68,10 +68,7 @@ def model(config: ModelConfig, seed: int) -> LanguageModel:
   params = init_params(config, jax.random.key(seed))
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
-  leaves = [
-    np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
-    for x in leaves
-  ]
+  leaves = [np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
   params = clear_padding(config, jax.tree.unflatten(tree, leaves))
   params = jax.tree.map(np.asarray, params)
   return LanguageModel(config, params, tokenizer(), {'name': 'tiny'})
@@ -145,9 +142,7 @@ def write_experiment(folder: Path) -> Path:
   text = write_text(folder / 'text.jsonl')
   file = folder / 'experiment.py'
   file.write_text(
-    CONFIG.format(
-      parent=str(folder / 'parent'), child=str(folder / 'child'), text=text
-    )
+    CONFIG.format(parent=str(folder / 'parent'), child=str(folder / 'child'), text=text)
   )
   return file
 
@@ -155,16 +150,13 @@ def write_experiment(folder: Path) -> Path:
 def start(file: Path, workdir: Path, *flags: str, devices: int = 1):
   """The command line as a process of its own."""
   return subprocess.Popen(
-    [sys.executable, '-m', 'rrt.train', f'--config={file}',
-     f'--workdir={workdir}', *flags],
+    [sys.executable, '-m', 'rrt.train', f'--config={file}', f'--workdir={workdir}', *flags],
     cwd=Path(__file__).parent.parent,
-    env=os.environ | {
-      'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices),
-    },
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-  )  # fmt: skip
+  )
 
 
 def finish(process, status: int = 0) -> tuple[str, str]:

@@ -71,10 +71,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     value = metadata.get(f'{arch}.{key}')
     if isinstance(value, np.ndarray):
       if len(set(value.tolist())) != 1:
-        raise InputError(
-          f'The GGUF field {arch}.{key} differs by layer, which is not '
-          'supported.'
-        )
+        raise InputError(f'The GGUF field {arch}.{key} differs by layer, which is not supported.')
       value = value[0].item()
     if isinstance(value, float):  # Stored in float32: back to its decimals.
       value = float(str(np.float32(value)))
@@ -108,17 +105,13 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     if tensors.infos['rope_freqs.weight'].dtype != 'F32':
       raise InputError('The GGUF tensor rope_freqs.weight must be F32.')
     (_, divisors), *_ = tensors.chunks('rope_freqs.weight')
-    fields['rope_scaling'] = _llama3_scaling(
-      divisors, fields.get('rope_theta', 10_000.0)
-    )
+    fields['rope_scaling'] = _llama3_scaling(divisors, fields.get('rope_theta', 10_000.0))
   if arch == 'gemma3':
     fields |= _gemma3_fields(metadata, fields)
   try:
     return hf.config_from_hf(fields)
   except InputError as e:
-    raise InputError(
-      f'The GGUF fields do not make a model (named as in config.json): {e}'
-    ) from e
+    raise InputError(f'The GGUF fields do not make a model (named as in config.json): {e}') from e
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:
@@ -169,9 +162,7 @@ def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
   }
 
 
-def read_params(
-  config: ModelConfig, tensors: Any, dtype: str, where: str
-) -> dict[str, Any]:
+def read_params(config: ModelConfig, tensors: Any, dtype: str, where: str) -> dict[str, Any]:
   """The parameters of an open GGUF file; see `family.read_params`."""
   return reader.read_params(
     config,

@@ -24,9 +24,18 @@ from rrt.errors import InputError
 
 MAGIC = b'GGUF'
 _SCALARS = {
-    0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4',
-    7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
-}  # fmt: skip
+  0: '<u1',
+  1: '<i1',
+  2: '<u2',
+  3: '<i2',
+  4: '<u4',
+  5: '<i4',
+  6: '<f4',
+  7: '?',
+  10: '<u8',
+  11: '<i8',
+  12: '<f8',
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -50,9 +59,7 @@ class _Pieces:
       InputError: the files end before them.
     """
     if offset + count > self.size:
-      raise self.broken(
-        f'it ends after {self.size:,} of at least {offset + count:,} bytes'
-      )
+      raise self.broken(f'it ends after {self.size:,} of at least {offset + count:,} bytes')
     parts = []
     while count:
       i = bisect.bisect_right(self._starts, offset) - 1
@@ -62,9 +69,7 @@ class _Pieces:
           f.seek(offset - self._starts[i])
           data = f.read(take)
       except OSError as e:
-        raise self.broken(
-          f'{self._paths[i].name} cannot be read ({e.strerror or e})'
-        ) from e
+        raise self.broken(f'{self._paths[i].name} cannot be read ({e.strerror or e})') from e
       if len(data) != take:
         raise self.broken(f'it cannot be read at byte {offset:,}')
       parts.append(data)
@@ -76,8 +81,7 @@ class _Pieces:
     pieces = f' and its {n - 1} other pieces' if n > 1 else ''
     verb = 'are' if n > 1 else 'is'
     return InputError(
-      f'{self.name}{pieces} {verb} not a whole GGUF file: {why}; copy or '
-      'download it again.'
+      f'{self.name}{pieces} {verb} not a whole GGUF file: {why}; copy or download it again.'
     )
 
 
@@ -99,10 +103,7 @@ class _Cursor:
     if stop > len(self._window):
       left = self._pieces.size - self.offset
       size = max(count, min(left, 4 << 20))
-      self._base, self._window = (
-        self.offset,
-        self._pieces.read(self.offset, size),
-      )
+      self._base, self._window = (self.offset, self._pieces.read(self.offset, size))
       self._at, stop = 0, count
     data = self._window[self._at : stop]
     self._at = stop
@@ -149,9 +150,7 @@ class GgufFile:
     try:
       self._pieces = _Pieces(paths)
     except OSError as e:
-      raise InputError(
-        f'{e.filename} cannot be read: {e.strerror or e}.'
-      ) from e
+      raise InputError(f'{e.filename} cannot be read: {e.strerror or e}.') from e
     broken = self._pieces.broken
     cursor = _Cursor(self._pieces)
     if cursor.take(4) != MAGIC:
@@ -175,16 +174,13 @@ class GgufFile:
       shape = tuple(cursor.number('<Q') for _ in range(n_axes))[::-1]
       kind, offset = cursor.number('<I'), cursor.number('<Q')
       types = [t for t in sizes if t.value == kind]
-      self.infos[name] = TensorInfo(
-        shape, types[0].name if types else f'type {kind}'
-      )
+      self.infos[name] = TensorInfo(shape, types[0].name if types else f'type {kind}')
       if types:
         used.add(types[0])
         per_block, block_bytes = sizes[types[0]]
         if shape and shape[-1] % per_block:
           raise broken(
-            f'the rows of {name!r} have {shape[-1]} values, not a multiple '
-            f'of {per_block}'
+            f'the rows of {name!r} have {shape[-1]} values, not a multiple of {per_block}'
           )
         row = shape[-1] // per_block * block_bytes if shape else block_bytes
         self._places[name] = (kind, offset, row)
@@ -192,16 +188,13 @@ class GgufFile:
     align = self.metadata.get('general.alignment', 32)
     if type(align) is not int or align < 1:
       raise broken(
-        f'its general.alignment is {str(align)[:80]!r}, where a number above '
-        '0 is needed'
+        f'its general.alignment is {str(align)[:80]!r}, where a number above 0 is needed'
       )
     self._data = -(-cursor.offset // align) * align
     for name, (_, offset, row) in self._places.items():
       end = self._data + offset + row * math.prod(self.infos[name].shape[:-1])
       if end > self._pieces.size:
-        raise broken(
-          f'it ends after {self._pieces.size:,} bytes, {name!r} at {end:,}'
-        )
+        raise broken(f'it ends after {self._pieces.size:,} bytes, {name!r} at {end:,}')
 
   def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, float rows) of a tensor."""
@@ -212,9 +205,7 @@ class GgufFile:
     step = max(1, safetensors.CHUNK // 16 // max(1, shape[-1]))
     for start in range(0, n_rows, step):
       count = min(step, n_rows - start)
-      data = self._pieces.read(
-        self._data + offset + start * row_bytes, count * row_bytes
-      )
+      data = self._pieces.read(self._data + offset + start * row_bytes, count * row_bytes)
       rows = self._decode(data, kind).reshape(count, -1)
       yield start, rows if len(shape) > 1 else rows.reshape(shape)
 

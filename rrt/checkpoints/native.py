@@ -35,9 +35,7 @@ def is_own(directory: Path) -> bool:
 def is_all_own(directory: Path) -> bool:
   """Whether, besides, there is nothing else in it that could be lost."""
   names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES}
-  return is_own(directory) and all(
-    p.name in names and p.is_file() for p in directory.iterdir()
-  )
+  return is_own(directory) and all(p.name in names and p.is_file() for p in directory.iterdir())
 
 
 def write(
@@ -74,10 +72,7 @@ def read_manifest(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
   path = directory / MANIFEST
   manifest = read_json(path)
   if manifest.get('format') != FORMAT:
-    raise InputError(
-      f'{path} has format={manifest.get("format")!r}; this version reads '
-      f'{FORMAT}.'
-    )
+    raise InputError(f'{path} has format={manifest.get("format")!r}; this version reads {FORMAT}.')
   rest = {k: v for k, v in manifest.items() if k != 'manifest_crc32'}
   for name, part, what in (
     ('manifest_crc32', rest, 'its checksum'),
@@ -128,9 +123,7 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
   return tokenizer
 
 
-def _read_params(
-  directory: Path, listed: dict[str, int], dtype: str
-) -> dict[str, Any]:
+def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[str, Any]:
   """The parameter tree, cast, if its checksums are as listed."""
   file = safetensors.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
@@ -174,18 +167,14 @@ def _check_file(path: Path, crc: int) -> None:
   except OSError as e:
     raise InputError(f'{path} cannot be read: {e.strerror or e}.') from e
   if found != crc:
-    raise InputError(
-      f'{path} is damaged: its checksum is wrong; copy it again.'
-    )
+    raise InputError(f'{path} is damaged: its checksum is wrong; copy it again.')
 
 
 def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   """Raises InputError unless a tree is what its config describes."""
   import jax  # Kept out of the import: reading a config needs no jax.
 
-  shapes = jax.eval_shape(
-    lambda key: init_params(config, key), jax.random.key(0)
-  )
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
   wanted = {k: tuple(v.shape) for k, v in flatten(shapes).items()}
   found = {k: tuple(v.shape) for k, v in flatten(params).items()}
   faults = [

@@ -130,12 +130,8 @@ class _Faults:
     for kind, names in self.found.items():
       more = len(names) - MAX_LISTED
       listed = ', '.join(names[:MAX_LISTED])
-      parts.append(
-        f'{len(names)} {kind} ({listed}{f", and {more} more" * (more > 0)})'
-      )
-    return InputError(
-      f'{where} does not fit its configuration: {"; ".join(parts)}.'
-    )
+      parts.append(f'{len(names)} {kind} ({listed}{f", and {more} more" * (more > 0)})')
+    return InputError(f'{where} does not fit its configuration: {"; ".join(parts)}.')
 
 
 def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
@@ -145,10 +141,7 @@ def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
   if info is None:
     faults.add('missing', job.name)
   elif info.shape != shape:
-    faults.add(
-      'of a wrong shape',
-      f'{job.name} {list(info.shape)} instead of {list(shape)}',
-    )
+    faults.add('of a wrong shape', f'{job.name} {list(info.shape)} instead of {list(shape)}')
   elif info.dtype not in supported:
     faults.add('of an unsupported dtype', f'{job.name} {info.dtype}')
 

@@ -106,15 +106,9 @@ class SafetensorsFile:
       self._ranges[name] = (begin, stop)
       end = max(end, stop)
     if self._start + end > size:
-      raise _broken(
-        self.path,
-        f'it ends after {size:,} of {self._start + end:,} bytes',
-      )
+      raise _broken(self.path, f'it ends after {size:,} of {self._start + end:,} bytes')
     if self._start + end < size:
-      raise _broken(
-        self.path,
-        f'{size - self._start - end:,} bytes follow the last tensor',
-      )
+      raise _broken(self.path, f'{size - self._start - end:,} bytes follow the last tensor')
 
   def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, rows) of a tensor in its own dtype.
@@ -124,9 +118,7 @@ class SafetensorsFile:
     """
     shape, dtype_name = self.infos[name]
     if dtype_name not in DTYPES:
-      raise _broken(
-        self.path, f'{name!r} has the unknown dtype {dtype_name[:80]!r}'
-      )
+      raise _broken(self.path, f'{name!r} has the unknown dtype {dtype_name[:80]!r}')
     dtype = DTYPES[dtype_name]
     begin, stop = self._ranges[name]
     if stop == begin:
@@ -169,9 +161,7 @@ def open_all(
   if faults:
     more = len(faults) - MAX_FAULTS
     listed = '; '.join(fault.rstrip('.') for fault in faults[:MAX_FAULTS])
-    raise InputError(
-      f'{listed}{f"; and {more} more such files" if more > 0 else ""}.'
-    )
+    raise InputError(f'{listed}{f"; and {more} more such files" if more > 0 else ""}.')
   return files
 
 
@@ -192,9 +182,7 @@ class ShardedTensors:
 
 
 def write(
-  path: str | Path,
-  tensors: Mapping[str, np.ndarray],
-  metadata: Mapping[str, str] | None = None,
+  path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> dict[str, int]:
   """Writes a safetensors file and syncs it to the disk.
 
@@ -264,6 +252,4 @@ def _read_header(f, size: int, path: Path) -> tuple[int, dict]:
 
 
 def _broken(path: Path, why: str) -> InputError:
-  return InputError(
-    f'{path} is not a whole safetensors file: {why}; copy or download it again.'
-  )
+  return InputError(f'{path} is not a whole safetensors file: {why}; copy or download it again.')

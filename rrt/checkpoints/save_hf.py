@@ -96,9 +96,7 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
         folder / 'model.safetensors.index.json',
         {
           'metadata': {'total_size': total},
-          'weight_map': {
-            t: name for name, part in shards.items() for t in part
-          },
+          'weight_map': {t: name for name, part in shards.items() for t in part},
         },
       )
     ids = {k: v for k, v in token_ids(model).items() if v is not None}
@@ -125,8 +123,7 @@ def _is_export(directory: Path) -> bool:
     return False
   names = {*TOKENIZER_FILES, 'config.json', 'model.safetensors.index.json'}
   return all(
-    p.is_file() and (p.name in names or p.suffix == '.safetensors')
-    for p in directory.iterdir()
+    p.is_file() and (p.name in names or p.suffix == '.safetensors') for p in directory.iterdir()
   )
 
 
@@ -143,10 +140,7 @@ def _shards(tensors: dict[str, np.ndarray]) -> dict[str, dict]:
   if len(groups) == 1:
     return {'model.safetensors': groups[0]}
   n = len(groups)
-  return {
-    f'model-{i:05}-of-{n:05}.safetensors': group
-    for i, group in enumerate(groups, 1)
-  }
+  return {f'model-{i:05}-of-{n:05}.safetensors': group for i, group in enumerate(groups, 1)}
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -11,13 +11,7 @@ be any; the others are the paper's.
 from typing import Any
 
 from rrt import command, console
-from rrt.checkpoints.load import (
-  check_apart,
-  check_save,
-  load,
-  load_config,
-  save,
-)
+from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
 from rrt.config import ORDERS
 from rrt.convert import recursive
 from rrt.convert.calibration_data import calibration_text
@@ -26,67 +20,61 @@ from rrt.errors import InputError
 
 FLAGS = command.Flags(
   'Converts a model into a relaxed recursive one.',
-  'rrt convert --source=smollm2-135m --out=child \\\n'
-  '    --prelude=8 --loops=2 --coda=8 --rank=64',
+  'rrt convert --source=smollm2-135m --out=child \\\n    --prelude=8 --loops=2 --coda=8 --rank=64',
 )
 _SOURCE = FLAGS.needed.string(
-  'source', None,
+  'source',
+  None,
   'The parent: a Hugging Face directory, a GGUF file, smollm2-135m, '
   'gemma3-270m, a hub id, or a vanilla model of ours.',
-)  # fmt: skip
+)
 _OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier model of ours.'
 )
-_PRELUDE = FLAGS.usual.integer(
-  'prelude', 0, 'Layers kept as they are before the block.'
-)
-_BLOCK = FLAGS.rare.integer(
-  'block', None, 'Layers of the block; worked out when left out.'
-)
+_PRELUDE = FLAGS.usual.integer('prelude', 0, 'Layers kept as they are before the block.')
+_BLOCK = FLAGS.rare.integer('block', None, 'Layers of the block; worked out when left out.')
 _LOOPS = FLAGS.usual.integer('loops', 2, 'How often the block runs.')
 _CODA = FLAGS.usual.integer('coda', 0, 'Layers of their own after the block.')
 _ORDER = FLAGS.rare.enum(
-  'order', 'cycle', ORDERS,
+  'order',
+  'cycle',
+  ORDERS,
   'cycle runs the whole block again and again, sequence repeats each layer.',
-)  # fmt: skip
+)
 _INIT = FLAGS.usual.enum(
   'init', 'calibrated', recursive.INITS, 'Where the shared weights come from.'
 )
 _RANK = FLAGS.usual.string(
-  'rank', '0',
+  'rank',
+  '0',
   'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64; each by '
   'loop where they differ: 32/96. Capped at the matrix; 0 for none.',
-)  # fmt: skip
+)
 _BUDGET = FLAGS.rare.integer(
-  'budget',
-  None,
-  'Instead of --rank: LoRA parameters to spend where they regain most.',
+  'budget', None, 'Instead of --rank: LoRA parameters to spend where they regain most.'
 )
 _ALPHA = FLAGS.rare.float(
-  'alpha',
-  None,
-  "LoRA's scale is alpha / rank; the factors make up for it. 1 by default.",
+  'alpha', None, "LoRA's scale is alpha / rank; the factors make up for it. 1 by default."
 )
 _LORA_INIT = FLAGS.rare.enum(
-  'lora_init', 'svd', ['svd', 'zero'],
+  'lora_init',
+  'svd',
+  ['svd', 'zero'],
   'LoRA starts from what the shared weights lack, or from zero.',
-)  # fmt: skip
-_LOOP_NORMS = FLAGS.rare.bool(
-  'loop_norms', True, 'Every loop keeps its own norm gains.'
 )
+_LOOP_NORMS = FLAGS.rare.bool('loop_norms', True, 'Every loop keeps its own norm gains.')
 _CALIBRATION = FLAGS.usual.string(
-  'calibration', None,
+  'calibration',
+  None,
   'Text to fit on and to measure on (plain, .jsonl, .jsonl.xz, ...); left '
   'out, English text found in the installation, if the parent has a '
   'tokenizer.',
-)  # fmt: skip
+)
 _CALIBRATION_TOKENS = FLAGS.rare.integer(
   'calibration_tokens', recursive.CALIBRATION_TOKENS, 'Tokens to fit on.'
 )
 _SEED = FLAGS.rare.integer('seed', 0, 'Of random weights.')
-_DTYPE = FLAGS.usual.enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'The type of the weights.'
-)
+_DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'The type of the weights.')
 
 
 def parse_rank(text: str) -> LoopRanks | dict[str, LoopRanks]:
@@ -107,8 +95,7 @@ def parse_rank(text: str) -> LoopRanks | dict[str, LoopRanks]:
     ranks = {name.strip(): one(value) for name, value in pairs}
   except ValueError as e:
     raise InputError(
-      f'rank={text!r}: give a whole number, q:32,v:32,... by linear, or '
-      '32/96 by loop.'
+      f'rank={text!r}: give a whole number, q:32,v:32,... by linear, or 32/96 by loop.'
     ) from e
   if len(ranks) < len(pairs):
     raise InputError(f'rank={text!r}: give each linear once.')
@@ -120,12 +107,20 @@ def main(_) -> None:
   if not _SOURCE.value or not _OUT.value:
     raise InputError('--source and --out are both needed; see --help.')
   arguments: dict[str, Any] = dict(
-      prelude=_PRELUDE.value, block=_BLOCK.value, loops=_LOOPS.value,
-      coda=_CODA.value, order=_ORDER.value, init=_INIT.value,
-      rank=parse_rank(_RANK.value), budget=_BUDGET.value, alpha=_ALPHA.value,
-      lora_init=_LORA_INIT.value, loop_norms=_LOOP_NORMS.value,
-      calibration_tokens=_CALIBRATION_TOKENS.value, seed=_SEED.value,
-  )  # fmt: skip
+    prelude=_PRELUDE.value,
+    block=_BLOCK.value,
+    loops=_LOOPS.value,
+    coda=_CODA.value,
+    order=_ORDER.value,
+    init=_INIT.value,
+    rank=parse_rank(_RANK.value),
+    budget=_BUDGET.value,
+    alpha=_ALPHA.value,
+    lora_init=_LORA_INIT.value,
+    loop_norms=_LOOP_NORMS.value,
+    calibration_tokens=_CALIBRATION_TOKENS.value,
+    seed=_SEED.value,
+  )
   check_save(_OUT.value)
   check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: what cannot work is told before.
@@ -137,9 +132,7 @@ def main(_) -> None:
   if text is None and parent.tokenizer is not None:
     text = calibration_text(None, _CALIBRATION_TOKENS.value)
   bar = console.Progress(0, 'convert', 'layers')
-  child, report = recursive.to_recursive(
-    parent, calibration=text, progress=bar.to, **arguments
-  )
+  child, report = recursive.to_recursive(parent, calibration=text, progress=bar.to, **arguments)
   if bar.done:
     bar.__exit__()
   out = save(child, _OUT.value)

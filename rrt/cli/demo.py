@@ -38,13 +38,13 @@ FLAGS = command.Flags(
   'Converts SmolLM2-135M, uptrains it and runs it with early exits.',
   'rrt demo\nrrt demo --data=my_text.txt',
 )
-_MODEL = FLAGS.usual.string(
-  'model', 'smollm2-135m', 'The parent: whatever rrt.load takes.'
-)
+_MODEL = FLAGS.usual.string('model', 'smollm2-135m', 'The parent: whatever rrt.load takes.')
 _DATA = FLAGS.usual.string(
-    'data', 'builtin', 'Text to calibrate, train and measure on: a file, a '
-    'directory, or "builtin" for text found in the installation.',
-)  # fmt: skip
+  'data',
+  'builtin',
+  'Text to calibrate, train and measure on: a file, a '
+  'directory, or "builtin" for text found in the installation.',
+)
 _OUT = FLAGS.usual.string('out', 'demo', 'Directory for report and model.')
 _PRELUDE = FLAGS.usual.integer('prelude', 8, 'Layers before the block.')
 _CODA = FLAGS.usual.integer('coda', 8, 'Layers after the block.')
@@ -60,16 +60,12 @@ _CONTEXT = FLAGS.rare.integer('context', 512, 'Tokens of a measured row.')
 _HELDOUT = FLAGS.rare.integer('heldout_tokens', 4096, 'Tokens measured on.')
 _NEW = FLAGS.usual.integer('max_new_tokens', 40, 'Tokens each model writes.')
 _PROMPT = FLAGS.usual.multi_string(
-    'prompt',
-    ['The city was founded in', 'Scientists have found that'],
-    'What the models write on from; may be repeated.',
-)  # fmt: skip
-_EXIT_WEIGHT = FLAGS.rare.float(
-  'exit_weight', 0.3, "Of the earlier loops' losses in uptraining."
+  'prompt',
+  ['The city was founded in', 'Scientists have found that'],
+  'What the models write on from; may be repeated.',
 )
-_PROMISE = FLAGS.rare.float(
-  'promise', 0.1, 'Nats a token that exits may cost, calibrated for.'
-)
+_EXIT_WEIGHT = FLAGS.rare.float('exit_weight', 0.3, "Of the earlier loops' losses in uptraining.")
+_PROMISE = FLAGS.rare.float('promise', 0.1, 'Nats a token that exits may cost, calibrated for.')
 _SEED = FLAGS.rare.integer('seed', 0, 'Of everything random.')
 
 
@@ -101,8 +97,7 @@ def prepare_text(data: str, out: Path) -> tuple[Path, Path, Path]:
   read = Path(data).expanduser().resolve()
   if any(p.resolve() == read or read in p.resolve().parents for p in paths):
     raise InputError(
-      f'--out={out}: the demo would write into the text of --data={data}; '
-      'choose another directory.'
+      f'--out={out}: the demo would write into the text of --data={data}; choose another directory.'
     )
   for path, documents in zip(paths, parts, strict=True):
     lines = [json.dumps({'text': d}) + '\n' for d in documents]
@@ -123,17 +118,28 @@ def _gate_tokens() -> int:
 def recipe(train: Path, heldout: Path) -> dict:
   """The uptraining, as the file of an experiment would have it."""
   return {
-      'steps': _STEPS.value, 'batch': _BATCH.value, 'length': _LENGTH.value,
-      'seed': _SEED.value,
-      'optimizer': {'learning_rate': 2e-4, 'warmup_steps': min(2, _STEPS.value),
-                    'schedule': 'cosine', 'final_rate': 0.0, 'beta2': 0.98,
-                    'rules': (('lora_[ab]$', {'multiplier': 0.5}),)},
-      'exits': {'coefficients': 'aggressive', 'weight': _EXIT_WEIGHT.value},
-      'data': {'path': str(train)},
-      'heldout': {'path': str(heldout), 'max_tokens': _HELDOUT.value,
-                  'context': _CONTEXT.value, 'batch': 2,
-                  'every': max(_STEPS.value // 3, 1)},
-  }  # fmt: skip
+    'steps': _STEPS.value,
+    'batch': _BATCH.value,
+    'length': _LENGTH.value,
+    'seed': _SEED.value,
+    'optimizer': {
+      'learning_rate': 2e-4,
+      'warmup_steps': min(2, _STEPS.value),
+      'schedule': 'cosine',
+      'final_rate': 0.0,
+      'beta2': 0.98,
+      'rules': (('lora_[ab]$', {'multiplier': 0.5}),),
+    },
+    'exits': {'coefficients': 'aggressive', 'weight': _EXIT_WEIGHT.value},
+    'data': {'path': str(train)},
+    'heldout': {
+      'path': str(heldout),
+      'max_tokens': _HELDOUT.value,
+      'context': _CONTEXT.value,
+      'batch': 2,
+      'every': max(_STEPS.value // 3, 1),
+    },
+  }
 
 
 def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
@@ -141,9 +147,7 @@ def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
   quality = perplexity.score(
     model, heldout, context=_CONTEXT.value, batch=2, max_tokens=_HELDOUT.value
   )
-  texts = complete(
-    model, _PROMPT.value, max_new_tokens=_NEW.value, temperature=0.0
-  )
+  texts = complete(model, _PROMPT.value, max_new_tokens=_NEW.value, temperature=0.0)
   return {
     'params_unique': count_params(model.config).unique,
     'nll_nats': quality.nll_nats,
@@ -160,9 +164,13 @@ def main(argv):
 
   begin = time.monotonic()
   for flag, least in (
-      (_STEPS, 1), (_BATCH, 1), (_LENGTH, 2), (_CONTEXT, 2), (_HELDOUT, 2),
-      (_NEW, 1),
-  ):  # fmt: skip
+    (_STEPS, 1),
+    (_BATCH, 1),
+    (_LENGTH, 2),
+    (_CONTEXT, 2),
+    (_HELDOUT, 2),
+    (_NEW, 1),
+  ):
     if flag.value < least:
       raise InputError(f'--{flag.name}={flag.value}: must be {least} or more.')
   out = Path(_OUT.value)
@@ -180,17 +188,20 @@ def main(argv):
   train, apart, heldout = prepare_text(_DATA.value, out)
   parent = load(_MODEL.value)
   gate_rows = perplexity.make_rows(
-    parent, '\n\n'.join(sources.stream(apart)), _gate_context(),
-    _gate_tokens(),
-  )  # fmt: skip
+    parent, '\n\n'.join(sources.stream(apart)), _gate_context(), _gate_tokens()
+  )
   gating.split(gate_rows)
   heldout_text = '\n\n'.join(sources.stream(heldout))
   calibration = '\n\n'.join(sources.stream(train))
   shape: dict[str, Any] = dict(
-      prelude=_PRELUDE.value, loops=_LOOPS.value, coda=_CODA.value,
-      rank=_RANK.value, calibration=calibration, seed=_SEED.value,
-      calibration_tokens=_CALIBRATION_TOKENS.value,
-  )  # fmt: skip
+    prelude=_PRELUDE.value,
+    loops=_LOOPS.value,
+    coda=_CODA.value,
+    rank=_RANK.value,
+    calibration=calibration,
+    seed=_SEED.value,
+    calibration_tokens=_CALIBRATION_TOKENS.value,
+  )
   rows = {}
   say(2, 'the parent: held-out text, and what it writes')
   rows['parent'] = measure(parent, heldout_text, 0.0)
@@ -202,21 +213,15 @@ def main(argv):
 
   say(4, 'the calibrated start')
   with console.Progress(parent.config.depth, 'calibrate', 'layers') as progress:
-    child, report = to_recursive(
-      parent, init='calibrated', progress=progress.to, **shape
-    )
+    child, report = to_recursive(parent, init='calibrated', progress=progress.to, **shape)
   rows['calibrated'] = measure(child, heldout_text, report.seconds)
 
   say(5, f'uptraining it: {_STEPS.value} steps of distillation')
   start = time.monotonic()
   run = uptrain(parent, child, recipe(train, heldout))
-  rows['uptrained'] = measure(
-    run.model, heldout_text, report.seconds + time.monotonic() - start
-  )
+  rows['uptrained'] = measure(run.model, heldout_text, report.seconds + time.monotonic() - start)
 
-  say(
-    6, f'a gate that promises to lose less than {_PROMISE.value} nats a token'
-  )
+  say(6, f'a gate that promises to lose less than {_PROMISE.value} nats a token')
   gated, exits = leave_early(run.model, gate_rows, heldout_text)
   save(gated, out / 'model')
 
@@ -228,29 +233,39 @@ def main(argv):
   show_exits(exits, ways)
   total = time.monotonic() - begin
   page = plots.demo_page(
-      title=f'{_MODEL.value}: {report.shape}',
-      prompts=_PROMPT.value, rows=rows, history=run.history, seconds=total,
-      tokens_a_step=_BATCH.value * _LENGTH.value, exits=exits, ways=ways,
-  )  # fmt: skip
+    title=f'{_MODEL.value}: {report.shape}',
+    prompts=_PROMPT.value,
+    rows=rows,
+    history=run.history,
+    seconds=total,
+    tokens_a_step=_BATCH.value * _LENGTH.value,
+    exits=exits,
+    ways=ways,
+  )
   (out / 'report.html').write_text(page, 'utf-8')
   print(
     f'The curves are in {out / "report.html"}. Go on with the model:\n'
     f'  rrt generate --model={out / "model"} --prompt="..."\n'
     f'  rrt serve --model={out / "model"} --gate=stored --lossless\n'
   )
-  console.finish({
+  console.finish(
+    {
       'seconds': total,
       'peak_memory_bytes': console.peak_memory_bytes(),
       'report': str(out / 'report.html'),
       'model': str(out / 'model'),
-      **{f'{k}_{name.replace(" ", "_")}': row[k]
-         for name, row in rows.items()
-         for k in ('params_unique', 'nll_nats', 'bits_per_byte')},
+      **{
+        f'{k}_{name.replace(" ", "_")}': row[k]
+        for name, row in rows.items()
+        for k in ('params_unique', 'nll_nats', 'bits_per_byte')
+      },
       'nats_first_loop': exits['first'].nll_nats,
       'exits': exits['held'].plain(),
-      'engine': {name: {k: w[k] for k in ('tokens_per_second', 'loops', 'same')}
-                 for name, w in ways.items()},
-  })  # fmt: skip
+      'engine': {
+        name: {k: w[k] for k in ('tokens_per_second', 'loops', 'same')} for name, w in ways.items()
+      },
+    }
+  )
 
 
 def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
@@ -274,9 +289,11 @@ def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
   first = depth.measure(model, static, 'change', -2.0)
   gated = dataclasses.replace(model, meta=gate_lib.store(model.meta, gate))
   return gated, {
-    'held': held, 'first': first, 'promise': _PROMISE.value,
+    'held': held,
+    'first': first,
+    'promise': _PROMISE.value,
     'loops': model.config.loops,
-  }  # fmt: skip
+  }
 
 
 def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
@@ -304,19 +321,15 @@ def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
     tokens = [r.tokens for r in done]
     loops = [n for r in done for n in r.loops]
     full = ways.get('full depth', {'tokens': tokens})['tokens']
-    say = lambda ids: (
-      model.tokenizer.decode(ids) if model.tokenizer else str(ids)
-    )
+    say = lambda ids: model.tokenizer.decode(ids) if model.tokenizer else str(ids)
     ways[name] = {
-      'tokens': tokens, 'tokens_per_second': len(loops) / took,
+      'tokens': tokens,
+      'tokens_per_second': len(loops) / took,
       'loops': sum(loops) / len(loops),
       'same': sum(a == b for a, b in zip(tokens, full, strict=True)),
-      'pieces': [
-        [(say([t]), n) for t, n in zip(r.tokens, r.loops, strict=True)]
-        for r in done
-      ],
+      'pieces': [[(say([t]), n) for t, n in zip(r.tokens, r.loops, strict=True)] for r in done],
       'prompts': [say(p) for p in prompts],
-    }  # fmt: skip
+    }
   return ways
 
 
@@ -330,10 +343,7 @@ def show_exits(exits: dict, ways: dict) -> None:
     f'nats, {100 * held.agreement:.0f} % as at full depth.\n'
   )
   console.table(
-    [
-      (name, w['tokens_per_second'], w['loops'], f'{w["same"]} of 8')
-      for name, w in ways.items()
-    ],
+    [(name, w['tokens_per_second'], w['loops'], f'{w["same"]} of 8') for name, w in ways.items()],
     ('engine, 8 texts', 'tokens/s', 'loops a token', 'as full depth'),
   )
 
@@ -342,13 +352,12 @@ def show(rows: dict) -> None:
   """Prints the four models side by side, then what each wrote."""
   print()
   console.table(
-      [
-          [name, r['params_unique'], r['nll_nats'], r['bits_per_byte'],
-           round(r['seconds'])]
-          for name, r in rows.items()
-      ],
-      ['model', 'parameters', 'nats a token', 'bits a byte', 'seconds to make'],
-  )  # fmt: skip
+    [
+      [name, r['params_unique'], r['nll_nats'], r['bits_per_byte'], round(r['seconds'])]
+      for name, r in rows.items()
+    ],
+    ['model', 'parameters', 'nats a token', 'bits a byte', 'seconds to make'],
+  )
   for i, prompt in enumerate(_PROMPT.value):
     print(f'"{prompt}" ...')
     for name, r in rows.items():

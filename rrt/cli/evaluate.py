@@ -25,67 +25,67 @@ FLAGS = command.Flags(
   '    --text=news.jsonl.xz --max_tokens=8192 --loops=all',
 )
 _MODEL = FLAGS.needed.string(
-    'model', None,
-    'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
-    'file, smollm2-135m, gemma3-270m, or a hub id.',
-)  # fmt: skip
-_PARENT = FLAGS.usual.string(
-  'parent', None, 'A model to compare with, measured the same way.'
+  'model',
+  None,
+  'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
+  'file, smollm2-135m, gemma3-270m, or a hub id.',
 )
+_PARENT = FLAGS.usual.string('parent', None, 'A model to compare with, measured the same way.')
 _TEXT = FLAGS.usual.string(
-    'text', None,
-    'Text to score: a file, directory or glob of text, parquet or JSON lines '
-    'with a field "text" (also .gz, .xz, .zst), its documents joined by blank '
-    'lines; builtin:heldout is text found in the installation.',
-)  # fmt: skip
+  'text',
+  None,
+  'Text to score: a file, directory or glob of text, parquet or JSON lines '
+  'with a field "text" (also .gz, .xz, .zst), its documents joined by blank '
+  'lines; builtin:heldout is text found in the installation.',
+)
 _MAX_TOKENS = FLAGS.usual.integer(
   'max_tokens', None, 'Score the first so many tokens; all by default.'
 )
 _CONTEXT = FLAGS.usual.integer(
-    'context', None,
-    'Tokens in a row; a row is read alone, and its first token not scored. '
-    '1024 by default, or what the model was made for if that is less.',
-)  # fmt: skip
-_BATCH = FLAGS.rare.integer(
-  'batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.'
+  'context',
+  None,
+  'Tokens in a row; a row is read alone, and its first token not scored. '
+  '1024 by default, or what the model was made for if that is less.',
 )
+_BATCH = FLAGS.rare.integer('batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.')
 _LOOPS = FLAGS.usual.string(
-    'loops', None,
-    'How many loops of the block to run: a number, several (1,2), or all '
-    'for a table of every count. The full depth by default.',
-)  # fmt: skip
-_TASKS = FLAGS.usual.string(
-    'tasks', None,
-    'Comma-separated task names; "paper" is LAMBADA, HellaSwag, PIQA, '
-    'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
-)  # fmt: skip
-_DATA = FLAGS.usual.string(
-    'data', None,
-    'Directory for --tasks with a file TASK*.jsonl (also .gz, .xz) for each: '
-    'lines with query, choices and label (WinoGrande: context_options, '
-    'continuation and label; LAMBADA: text). The hub by default.',
-)  # fmt: skip
-_LIMIT = FLAGS.usual.integer(
-  'limit', None, 'Ask only the first so many questions of each task.'
+  'loops',
+  None,
+  'How many loops of the block to run: a number, several (1,2), or all '
+  'for a table of every count. The full depth by default.',
 )
+_TASKS = FLAGS.usual.string(
+  'tasks',
+  None,
+  'Comma-separated task names; "paper" is LAMBADA, HellaSwag, PIQA, '
+  'WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA.',
+)
+_DATA = FLAGS.usual.string(
+  'data',
+  None,
+  'Directory for --tasks with a file TASK*.jsonl (also .gz, .xz) for each: '
+  'lines with query, choices and label (WinoGrande: context_options, '
+  'continuation and label; LAMBADA: text). The hub by default.',
+)
+_LIMIT = FLAGS.usual.integer('limit', None, 'Ask only the first so many questions of each task.')
 _SHOTS = FLAGS.rare.integer('shots', 0, 'Solved questions before each one.')
 _EXITS = FLAGS.usual.string(
-    'exits', None,
-    'With --text: what leaving early costs, gate by gate; all, or some of '
-    'learned (needs a gate from rrt fit-gate), change, margin, entropy, '
-    'oracle. With --tasks also their scores, by all but the oracle.',
-)  # fmt: skip
+  'exits',
+  None,
+  'With --text: what leaving early costs, gate by gate; all, or some of '
+  'learned (needs a gate from rrt fit-gate), change, margin, entropy, '
+  'oracle. With --tasks also their scores, by all but the oracle.',
+)
 _KV = FLAGS.rare.list(
-    'kv', ['propagate'],
-    'With --exits: what the loops that a token skipped keep of it; some of '
-    'write_ahead, propagate, exact_fill.',
-)  # fmt: skip
+  'kv',
+  ['propagate'],
+  'With --exits: what the loops that a token skipped keep of it; some of '
+  'write_ahead, propagate, exact_fill.',
+)
 _CURVE = FLAGS.rare.string(
   'curve', None, 'With --exits: draw quality against depth to this SVG file.'
 )
-_DTYPE = FLAGS.rare.enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.'
-)
+_DTYPE = FLAGS.rare.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
 _OUT = FLAGS.rare.string('out', None, 'Also write the JSON to this file.')
 
 
@@ -98,20 +98,14 @@ def parse_loops(text: str | None, loops: int) -> list[int]:
   try:
     counts = [int(part) for part in text.split(',')]
   except ValueError:
-    raise InputError(
-      f'loops={text!r}: must be a number, several like 1,2, or all.'
-    ) from None
+    raise InputError(f'loops={text!r}: must be a number, several like 1,2, or all.') from None
   for count in counts:
     if not 1 <= count <= loops:
-      raise InputError(
-        f'loops={count}: this model runs from 1 to {loops} loops.'
-      )
+      raise InputError(f'loops={count}: this model runs from 1 to {loops} loops.')
   return counts
 
 
-def measure(
-  model, text: str | None, context: int, loops: int, label: str
-) -> dict:
+def measure(model, text: str | None, context: int, loops: int, label: str) -> dict:
   """Scores of one model at one loop count, as the flags ask."""
   from rrt.evals import perplexity
 
@@ -121,34 +115,43 @@ def measure(
     total = sum(map(len, rows))
     with console.Progress(total, label, 'tokens') as progress:
       score = perplexity.score(
-          model, text, context=context, loops=loops,
-          batch=_BATCH.value, max_tokens=_MAX_TOKENS.value,
-          dtype=_DTYPE.value, progress=progress.update,
-      )  # fmt: skip
+        model,
+        text,
+        context=context,
+        loops=loops,
+        batch=_BATCH.value,
+        max_tokens=_MAX_TOKENS.value,
+        dtype=_DTYPE.value,
+        progress=progress.update,
+      )
     figures |= dataclasses.asdict(score)
   if _TASKS.value:
     from rrt.evals import harness
 
-    found = harness.run(
-        model, loops=loops, **_task_settings()
-    )  # fmt: skip
+    found = harness.run(model, loops=loops, **_task_settings())
     figures['tasks'] = {
-        r.task: {
-            'metric': r.metric, 'score': r.score, 'stderr': r.stderr,
-            'questions': r.questions, **r.metrics,
-        }
-        for r in found
-    }  # fmt: skip
+      r.task: {
+        'metric': r.metric,
+        'score': r.score,
+        'stderr': r.stderr,
+        'questions': r.questions,
+        **r.metrics,
+      }
+      for r in found
+    }
     figures['mean_score'] = sum(r.score for r in found) / len(found)
   return figures
 
 
 def _task_settings() -> dict:
   return {
-    'names': _TASKS.value, 'data': _DATA.value, 'shots': _SHOTS.value,
-    'limit': _LIMIT.value, 'dtype': _DTYPE.value,
+    'names': _TASKS.value,
+    'data': _DATA.value,
+    'shots': _SHOTS.value,
+    'limit': _LIMIT.value,
+    'dtype': _DTYPE.value,
     'batch_tokens': 512 * _BATCH.value,
-  }  # fmt: skip
+  }
 
 
 def main(argv) -> None:
@@ -195,9 +198,8 @@ def main(argv) -> None:
   if _EXITS.value and text is not None:
     rows = perplexity.make_rows(model, text, context, _MAX_TOKENS.value)
     points = exit_report.measure(
-      model, rows, _EXITS.value, _KV.value, _CURVE.value,
-      batch=_BATCH.value, dtype=_DTYPE.value,
-    )  # fmt: skip
+      model, rows, _EXITS.value, _KV.value, _CURVE.value, batch=_BATCH.value, dtype=_DTYPE.value
+    )
   by_exits = []
   if points and _TASKS.value:
     by_exits = exit_report.ask_tasks(model, points, **_task_settings())
@@ -257,9 +259,7 @@ def _is_result(path: pathlib.Path) -> bool:
   try:
     with open(path, encoding='utf-8') as file:
       begin = file.read(16)
-      return not begin or {'model', 'peak_memory_bytes'} <= set(
-        json.loads(begin + file.read())
-      )
+      return not begin or {'model', 'peak_memory_bytes'} <= set(json.loads(begin + file.read()))
   except (OSError, ValueError, TypeError):
     return False
 
@@ -273,28 +273,27 @@ def _print(measured) -> None:
   """Tables of text scores and of tasks, a column or row a measurement."""
   if 'nll_nats' in measured[0][1]:
     console.table(
-        [
-            (
-                name, f['nll_nats'], f['perplexity'],
-                f['bits_per_byte'], f['tokens'],
-            )
-            for name, f in measured
-        ],
-        ('model', 'nats/token', 'perplexity', 'bits/byte', 'tokens'),
-    )  # fmt: skip
+      [
+        (name, f['nll_nats'], f['perplexity'], f['bits_per_byte'], f['tokens'])
+        for name, f in measured
+      ],
+      ('model', 'nats/token', 'perplexity', 'bits/byte', 'tokens'),
+    )
   if 'tasks' not in measured[0][1]:
     return
   names = list(measured[0][1]['tasks'])
   rows = []
   for name in names:
     cells = [f['tasks'][name] for _, f in measured]
-    rows.append((
-        name, cells[0]['metric'], cells[0]['questions'],
+    rows.append(
+      (
+        name,
+        cells[0]['metric'],
+        cells[0]['questions'],
         *(f'{_percent(c["score"])} +- {_percent(c["stderr"])}' for c in cells),
-    ))  # fmt: skip
-  rows.append((
-      'mean', '', None, *(f'{100 * f["mean_score"]:.1f}' for _, f in measured)
-  ))  # fmt: skip
+      )
+    )
+  rows.append(('mean', '', None, *(f'{100 * f["mean_score"]:.1f}' for _, f in measured)))
   console.table(rows, ('task', 'score', 'questions', *(n for n, _ in measured)))
 
 

@@ -15,9 +15,7 @@ from rrt.files import check_file_writable
 from rrt.infer.engine.config import KV_POLICIES
 
 
-def check(
-  text: str | None, kinds: str, kvs: Sequence[str], curve: str | None
-) -> None:
+def check(text: str | None, kinds: str, kvs: Sequence[str], curve: str | None) -> None:
   """Raises InputError for what cannot work, before anything runs."""
   if not text:
     raise InputError('--exits needs --text.')
@@ -51,9 +49,15 @@ def _check_picture(path: Path) -> None:
 
 
 def measure(
-  model, rows, kinds: str, kvs: Sequence[str], curve: str | None = None, *,
-  batch: int = 4, dtype: str = 'float32',
-) -> list[depth.Point]:  # fmt: skip
+  model,
+  rows,
+  kinds: str,
+  kvs: Sequence[str],
+  curve: str | None = None,
+  *,
+  batch: int = 4,
+  dtype: str = 'float32',
+) -> list[depth.Point]:
   """Measures, prints and draws the curve.
 
   Args:
@@ -72,9 +76,7 @@ def measure(
   arrays = gate.arrays if gate else None
   if 'kernel' not in (arrays or {}) and kinds == 'all':
     names.remove('learned')
-  with console.Progress(
-    sum(map(len, rows)), 'every loop', 'tokens'
-  ) as progress:
+  with console.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
     static = every_loop.read_static(
       model, rows, arrays, batch=batch, dtype=dtype, progress=progress.update
     )
@@ -82,19 +84,11 @@ def measure(
   points = []
   for kv in kvs:
     count = sum(len(depth.thresholds(static, n, depth.SHARES)) for n in names)
-    with console.Progress(
-      (count + bool(gate)) * scored, kv, 'tokens'
-    ) as progress:
-      settings: dict = {
-        'kv': kv, 'batch': batch, 'dtype': dtype, 'progress': progress.update,
-      }  # fmt: skip
+    with console.Progress((count + bool(gate)) * scored, kv, 'tokens') as progress:
+      settings: dict = {'kv': kv, 'batch': batch, 'dtype': dtype, 'progress': progress.update}
       points += depth.curve(model, static, names, arrays, **settings)
       if gate:
-        points.append(
-          depth.measure(
-            model, static, gate.kind, gate.threshold, arrays, **settings
-          )
-        )
+        points.append(depth.measure(model, static, gate.kind, gate.threshold, arrays, **settings))
   console.table(depth.table(points), depth.HEADERS)
   if curve:
     Path(curve).write_text(plots.depth_curve(points, model.config.loops))
@@ -122,25 +116,31 @@ def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
   for p in points:
     if p.gate == 'oracle':
       continue
-    results = harness.run(
-      model, gate=gate_lib.Gate(p.gate, p.threshold, arrays, p.kv), **settings
+    results = harness.run(model, gate=gate_lib.Gate(p.gate, p.threshold, arrays, p.kv), **settings)
+    found.append(
+      {
+        'gate': p.gate,
+        'kv': p.kv,
+        'threshold': p.threshold,
+        'mean_loops': results[0].mean_loops,
+        'lost_nats': p.lost_nats,
+        'mean_score': sum(r.score for r in results) / len(results),
+        'tasks': {r.task: r.score for r in results},
+      }
     )
-    found.append({
-      'gate': p.gate, 'kv': p.kv, 'threshold': p.threshold,
-      'mean_loops': results[0].mean_loops, 'lost_nats': p.lost_nats,
-      'mean_score': sum(r.score for r in results) / len(results),
-      'tasks': {r.task: r.score for r in results},
-    })  # fmt: skip
   names = list(found[0]['tasks']) if found else []
   console.table(
     [
       (
-        f['gate'], f['kv'], f['threshold'], f['mean_loops'],
+        f['gate'],
+        f['kv'],
+        f['threshold'],
+        f['mean_loops'],
         f'{100 * f["mean_score"]:.1f}',
         *(f'{100 * f["tasks"][n]:.1f}' for n in names),
       )
       for f in found
     ],
     ('gate', 'skipped loops', 'threshold', 'loops', 'mean %', *names),
-  )  # fmt: skip
+  )
   return found

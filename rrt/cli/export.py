@@ -17,17 +17,15 @@ FLAGS = command.Flags(
   'rrt export --model=child --out=child-hf',
 )
 _MODEL = FLAGS.needed.string(
-  'model', None,
+  'model',
+  None,
   'What to export: a directory of ours, a training run, a Hugging Face '
   'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
-)  # fmt: skip
-_OUT = FLAGS.needed.string(
-  'out', None, 'The directory to write; new, empty or an earlier export.'
 )
+_OUT = FLAGS.needed.string('out', None, 'The directory to write; new, empty or an earlier export.')
 _DTYPE = FLAGS.usual.enum(
-  'dtype', 'float32', ['float32', 'bfloat16', 'float16'],
-  'The type of the written weights.',
-)  # fmt: skip
+  'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'The type of the written weights.'
+)
 
 
 def main(_) -> None:
@@ -68,7 +66,4 @@ def main(_) -> None:
 def _shape(config) -> str:
   if config.depth == config.block_layers:
     return str(config.depth)
-  return (
-    f'{config.prelude_layers} + {config.block_layers} x {config.loops} + '
-    f'{config.coda_layers}'
-  )
+  return f'{config.prelude_layers} + {config.block_layers} x {config.loops} + {config.coda_layers}'

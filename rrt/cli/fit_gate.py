@@ -18,56 +18,53 @@ from rrt.errors import InputError
 
 FLAGS = command.Flags(
   'Fits an exit gate and calibrates its threshold to a promise.',
-  'rrt fit-gate --model=runs/a --text=news.jsonl.xz \\\n'
-  '    --agreement=0.95 --out=gated',
+  'rrt fit-gate --model=runs/a --text=news.jsonl.xz \\\n    --agreement=0.95 --out=gated',
 )
-_MODEL = FLAGS.needed.string(
-  'model', None, 'A recursive model, as `rrt generate` takes one.'
-)
+_MODEL = FLAGS.needed.string('model', None, 'A recursive model, as `rrt generate` takes one.')
 _TEXT = FLAGS.needed.string(
   'text', None, 'Text to fit and calibrate on, as `rrt evaluate` takes it.'
 )
-_OUT = FLAGS.needed.string(
-  'out', None, 'Directory for the model with its gate.'
-)
+_OUT = FLAGS.needed.string('out', None, 'Directory for the model with its gate.')
 _MAX_TOKENS = FLAGS.usual.integer('max_tokens', 16384, 'How much of the text.')
 _CONTEXT = FLAGS.usual.integer('context', 256, 'Tokens in a row.')
 _BATCH = FLAGS.rare.integer('batch', 4, 'Rows in a pass.')
 _GATE = FLAGS.usual.enum(
-  'gate', 'learned', ['learned', 'change'],
+  'gate',
+  'learned',
+  ['learned', 'change'],
   'A logistic regression a loop, or how little the loop changed the state.',
-)  # fmt: skip
+)
 _LENS = FLAGS.rare.bool(
-  'lens', True,
+  'lens',
+  True,
   'Also fit, by least squares, an affine map a loop from where it leaves a '
   'token to where the last loop would have; coda and head read through it.',
-)  # fmt: skip
+)
 _LENS_EPOCHS = FLAGS.rare.integer(
-  'lens_epochs', 0,
+  'lens_epochs',
+  0,
   'For how many epochs the lens is then tuned, with a hidden layer beside it, '
   'to say what full depth says.',
-)  # fmt: skip
+)
 _OWN = FLAGS.rare.float(
-  'own', 0.0,
+  'own',
+  0.0,
   'Share of the rows, in each half, that go on after their first quarter as the '
   'model itself does (greedily): what the guesses of the lossless mode are '
   'about. Gate and promise are then about such text too.',
-)  # fmt: skip
+)
 _KV = FLAGS.rare.enum(
-  'kv', 'propagate', ['write_ahead', 'propagate', 'exact_fill'],
+  'kv',
+  'propagate',
+  ['write_ahead', 'propagate', 'exact_fill'],
   'What the loops that a token skipped keep of it.',
-)  # fmt: skip
+)
 _AGREEMENT = FLAGS.usual.float(
-  'agreement', None,
-  'Promise: share of tokens that are as at full depth. 0.95 by default.',
-)  # fmt: skip
-_LOSS = FLAGS.usual.float(
-  'loss', None, 'Promise instead: nats a token lost against full depth.'
+  'agreement', None, 'Promise: share of tokens that are as at full depth. 0.95 by default.'
 )
+_LOSS = FLAGS.usual.float('loss', None, 'Promise instead: nats a token lost against full depth.')
 _CONFIDENCE = FLAGS.rare.float('confidence', 0.95, 'Of the promise.')
-_RIDGE = FLAGS.rare.float(
-  'ridge', None, 'Penalty of the regression; 30 by default.'
-)
+_RIDGE = FLAGS.rare.float('ridge', None, 'Penalty of the regression; 30 by default.')
 
 
 def main(argv) -> None:
@@ -109,34 +106,40 @@ def main(argv) -> None:
     with console.Progress(0, 'writing', 'tokens') as progress:
       rows = gating.continued(model, rows, _OWN.value, progress=progress.to)
   work = gating.work(
-    rows, _GATE.value, _LENS.value,
-    tuning=_LENS_EPOCHS.value * (model.config.loops - 1),
-  )  # fmt: skip
+    rows, _GATE.value, _LENS.value, tuning=_LENS_EPOCHS.value * (model.config.loops - 1)
+  )
   with console.Progress(work, 'calibrating', 'tokens') as progress:
     gate, points = gating.fit_gate(
-      model, rows, kind=_GATE.value, lens=_LENS.value,
-      lens_epochs=_LENS_EPOCHS.value, kv=_KV.value,
-      agreement=agreement, loss=_LOSS.value, confidence=_CONFIDENCE.value,
+      model,
+      rows,
+      kind=_GATE.value,
+      lens=_LENS.value,
+      lens_epochs=_LENS_EPOCHS.value,
+      kv=_KV.value,
+      agreement=agreement,
+      loss=_LOSS.value,
+      confidence=_CONFIDENCE.value,
       ridge=fit_lib.RIDGE if _RIDGE.value is None else _RIDGE.value,
-      batch=_BATCH.value, progress=progress.update,
-    )  # fmt: skip
+      batch=_BATCH.value,
+      progress=progress.update,
+    )
   about = {'text': path, 'own': _OWN.value}
   gate = dataclasses.replace(gate, promise=gate.promise | about)
   console.table(depth.table(points), depth.HEADERS)
   if gate.threshold == gate_lib.NEVER:
-    print(
-      'No threshold keeps the promise on this text: all tokens will run all '
-      'loops.'
-    )
+    print('No threshold keeps the promise on this text: all tokens will run all loops.')
   save(dataclasses.replace(model, meta=gate_lib.store(model.meta, gate)), out)
   console.finish(
     {
-      'model': out, 'gate': _GATE.value, 'kv': _KV.value,
-      'threshold': gate.threshold, **gate.promise,
+      'model': out,
+      'gate': _GATE.value,
+      'kv': _KV.value,
+      'threshold': gate.threshold,
+      **gate.promise,
       'points': [p.plain() for p in points],
       'peak_memory_bytes': console.peak_memory_bytes(),
     }
-  )  # fmt: skip
+  )
 
 
 def _needed(flag) -> str:

@@ -18,46 +18,27 @@ FLAGS = command.Flags(
   '    --max_new_tokens=60 --temperature=0.8 --top_p=0.95',
 )
 _MODEL = FLAGS.needed.string(
-    'model', None,
-    'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
-    'file, smollm2-135m, gemma3-270m, or a hub id.',
-)  # fmt: skip
+  'model',
+  None,
+  'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
+  'file, smollm2-135m, gemma3-270m, or a hub id.',
+)
 _PROMPT = FLAGS.needed.multi_string(
   'prompt', None, 'What to continue. Repeat it for several prompts.'
 )
 _MAX_NEW_TOKENS = FLAGS.usual.integer(
   'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
 )
-_TEMPERATURE = FLAGS.usual.float(
-  'temperature', 0.0, '0 takes the most likely token each time.'
-)
-_TOP_K = FLAGS.usual.integer(
-  'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
-)
-_TOP_P = FLAGS.usual.float(
-  'top_p', 1.0, 'Draw from the fewest tokens with this much probability.'
-)
-_MIN_P = FLAGS.rare.float(
-  'min_p', 0.0, 'Draw from tokens at least this times the most likely one.'
-)
-_SEED = FLAGS.usual.integer(
-  'seed', 0, 'Of the first prompt; the next prompts count up.'
-)
-_STOP = FLAGS.usual.multi_string(
-  'stop', [], 'Text that ends a completion. Repeat it for several.'
-)
-_LOOPS = FLAGS.rare.integer(
-  'loops', None, 'How many loops of the block to run; all by default.'
-)
-_CHAT = FLAGS.usual.bool(
-  'chat', False, 'The prompts are messages: use the chat template.'
-)
-_DTYPE = FLAGS.rare.enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
-)
-_STREAM = FLAGS.rare.bool(
-  'stream', True, 'Show the first text as it is written.'
-)
+_TEMPERATURE = FLAGS.usual.float('temperature', 0.0, '0 takes the most likely token each time.')
+_TOP_K = FLAGS.usual.integer('top_k', 0, 'Draw from the k most likely tokens; 0 is all.')
+_TOP_P = FLAGS.usual.float('top_p', 1.0, 'Draw from the fewest tokens with this much probability.')
+_MIN_P = FLAGS.rare.float('min_p', 0.0, 'Draw from tokens at least this times the most likely one.')
+_SEED = FLAGS.usual.integer('seed', 0, 'Of the first prompt; the next prompts count up.')
+_STOP = FLAGS.usual.multi_string('stop', [], 'Text that ends a completion. Repeat it for several.')
+_LOOPS = FLAGS.rare.integer('loops', None, 'How many loops of the block to run; all by default.')
+_CHAT = FLAGS.usual.bool('chat', False, 'The prompts are messages: use the chat template.')
+_DTYPE = FLAGS.rare.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.')
+_STREAM = FLAGS.rare.bool('stream', True, 'Show the first text as it is written.')
 
 
 class _Screen:
@@ -112,9 +93,15 @@ def main(argv) -> None:
 
   prompts = _PROMPT.value
   settings = generate.Settings(
-      _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
-      _MIN_P.value, _SEED.value, tuple(_STOP.value), _CHAT.value,
-  )  # fmt: skip
+    _MAX_NEW_TOKENS.value,
+    _TEMPERATURE.value,
+    _TOP_K.value,
+    _TOP_P.value,
+    _MIN_P.value,
+    _SEED.value,
+    tuple(_STOP.value),
+    _CHAT.value,
+  )
   settings.check()
   generate.check_texts(prompts)
   model = load(_MODEL.value)
@@ -141,8 +128,7 @@ def main(argv) -> None:
       'loops': writer.loops,
       'dtype': _DTYPE.value,
       'completions': [
-        {'prompt': p} | dataclasses.asdict(c)
-        for p, c in zip(prompts, done, strict=True)
+        {'prompt': p} | dataclasses.asdict(c) for p, c in zip(prompts, done, strict=True)
       ],
       'prefill_tokens_per_second': prefill,
       'decode_tokens_per_second': decoded,

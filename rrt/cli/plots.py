@@ -31,8 +31,7 @@ def open_pyplot():
     import matplotlib
   except ImportError as e:
     raise InputError(
-      'The curves need matplotlib: pip install '
-      '"relaxed-recursive-transformers[demo]".'
+      'The curves need matplotlib: pip install "relaxed-recursive-transformers[demo]".'
     ) from e
   matplotlib.use('Agg')
   from matplotlib import pyplot
@@ -40,9 +39,7 @@ def open_pyplot():
   return pyplot
 
 
-def loss_curves(
-  history: Sequence[dict[str, Any]], levels: dict[str, float]
-) -> str:
+def loss_curves(history: Sequence[dict[str, Any]], levels: dict[str, float]) -> str:
   """Training losses and held-out cross-entropy by step, as SVG.
 
   Args:
@@ -64,9 +61,7 @@ def loss_curves(
       left.plot(*zip(*points, strict=True), label=name)
   left.set(xlabel='step', ylabel='nats a token', title='training text')
   left.set_ylim(bottom=0)
-  heldout = [
-    (r['step'], r['heldout_nats']) for r in history if 'heldout_nats' in r
-  ]
+  heldout = [(r['step'], r['heldout_nats']) for r in history if 'heldout_nats' in r]
   if heldout:
     right.plot(*zip(*heldout, strict=True), 'o-', label='child, uptrained')
   for i, (name, value) in enumerate(levels.items()):
@@ -100,9 +95,7 @@ def depth_curve(points: Sequence[Any], loops: int) -> str:
     left.plot(x, [p.lost_nats for p in of_line], 'o-', label=name)
     right.plot(x, [100 * p.agreement for p in of_line], 'o-', label=name)
   left.set(xlabel='loops a token', ylabel='nats lost', title='cross-entropy')
-  right.set(
-    xlabel='loops a token', ylabel='%', title='agreement with full depth'
-  )
+  right.set(xlabel='loops a token', ylabel='%', title='agreement with full depth')
   for axes in (left, right):
     axes.set_xlim(0.95, loops + 0.05)
     axes.grid(alpha=0.3)
@@ -140,16 +133,18 @@ def demo_page(
   }
   numbers = ''.join(
     _row(
-      name, f'{r["params_unique"]:,}', f'{r["nll_nats"]:.3f}',
-      f'{r["bits_per_byte"]:.3f}', f'{r["seconds"]:.0f}',
+      name,
+      f'{r["params_unique"]:,}',
+      f'{r["nll_nats"]:.3f}',
+      f'{r["bits_per_byte"]:.3f}',
+      f'{r["seconds"]:.0f}',
     )
     for name, r in rows.items()
-  )  # fmt: skip
+  )
   texts = ''.join(
     f'<h3>{say(prompt)} ...</h3><table>'
     + ''.join(
-      f'<tr><th>{say(name)}</th><td>{say(r["texts"][i])}</td></tr>'
-      for name, r in rows.items()
+      f'<tr><th>{say(name)}</th><td>{say(r["texts"][i])}</td></tr>' for name, r in rows.items()
     )
     + '</table>'
     for i, prompt in enumerate(prompts)
@@ -186,23 +181,23 @@ def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
   shown = depths.index(min(depths))
   numbers = ''.join(
     _row(
-      name, f'{w["tokens_per_second"]:.1f}', f'{w["loops"]:.2f}',
+      name,
+      f'{w["tokens_per_second"]:.1f}',
+      f'{w["loops"]:.2f}',
       f'{w["same"]} of {len(w["tokens"])}',
     )
     for name, w in ways.items()
-  )  # fmt: skip
+  )
   texts = ''.join(
     f'<p><b>{say(name)}</b><br>{say(w["prompts"][shown])}'
     + ''.join(
-      f'<span class="loop{min(n, 5)}">{say(piece)}</span>'
-      for piece, n in w['pieces'][shown]
+      f'<span class="loop{min(n, 5)}">{say(piece)}</span>' for piece, n in w['pieces'][shown]
     )
     + '</p>'
     for name, w in ways.items()
   )
   legend = ' '.join(
-    f'<span class="loop{min(n, 5)}">after loop {n}</span>'
-    for n in range(1, exits['loops'] + 1)
+    f'<span class="loop{min(n, 5)}">after loop {n}</span>' for n in range(1, exits['loops'] + 1)
   )
   return f"""<h2>Tokens that leave early</h2>
 <p>All of them after loop 1: {first.lost_nats:+.3f} nats a token,

@@ -23,31 +23,27 @@ FLAGS = command.Flags(
   'rrt serve --model=gated --gate=stored \\\n    --slots=16 --context=1024',
 )
 _MODEL = FLAGS.needed.string('model', None, 'As `rrt generate` takes it.')
-_NAME = FLAGS.rare.string(
-  'name', None, "The model's name for clients; the last part of --model."
-)
+_NAME = FLAGS.rare.string('name', None, "The model's name for clients; the last part of --model.")
 _HOST = FLAGS.usual.string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = FLAGS.usual.integer('port', 8000, 'Port; 0 takes a free one.')
 _KEY_FILE = FLAGS.usual.string(
-    'api_key_file', None,
-    'File with the key that clients must give; or the environment variable '
-    'RRT_API_KEY.',
-)  # fmt: skip
+  'api_key_file',
+  None,
+  'File with the key that clients must give; or the environment variable RRT_API_KEY.',
+)
 _SLOTS = FLAGS.usual.integer('slots', 8, 'Sequences at once.')
 _CONTEXT = FLAGS.usual.integer(
   'context', None, "Tokens of a sequence; 2048, or the model's if shorter."
 )
-_STEPS = FLAGS.rare.integer(
-  'steps', 4, 'Block steps between two looks of the host.'
-)
+_STEPS = FLAGS.rare.integer('steps', 4, 'Block steps between two looks of the host.')
 _GATE = FLAGS.usual.enum(
-  'gate', 'none', ['none', 'stored', 'change'],
+  'gate',
+  'none',
+  ['none', 'stored', 'change'],
   "Exits: 'stored' is the gate that rrt fit-gate kept with the model.",
-)  # fmt: skip
+)
 _THRESHOLD = FLAGS.usual.float(
-  'threshold',
-  None,
-  "Of the gate; the stored one's own by default; 2 never leaves early.",
+  'threshold', None, "Of the gate; the stored one's own by default; 2 never leaves early."
 )
 _LANES = FLAGS.rare.integer(
   'lanes', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
@@ -63,12 +59,12 @@ _DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
 )
 _WEIGHT_DTYPE = FLAGS.rare.enum(
-  'weight_dtype', None, ['float32', 'bfloat16'],
+  'weight_dtype',
+  None,
+  ['float32', 'bfloat16'],
   'Rounds the weights to this first; none by default.',
-)  # fmt: skip
-_KV_DTYPE = FLAGS.rare.enum(
-  'kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.'
 )
+_KV_DTYPE = FLAGS.rare.enum('kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.')
 _MAX_WAITING = FLAGS.rare.integer(
   'max_waiting', 64, 'Requests that wait for a slot; more get status 429.'
 )
@@ -76,11 +72,12 @@ _MAX_TOKENS = FLAGS.rare.integer('max_tokens', 4096, 'Of one answer.')
 _MAX_BODY = FLAGS.rare.integer('max_body', 1 << 20, 'Bytes of a request.')
 _SECONDS = FLAGS.rare.float('seconds', 600.0, 'For one answer.')
 _WARM = FLAGS.rare.integer(
-  'warm', 32,
+  'warm',
+  32,
   'Compile at the start for prompts of up to so many tokens, some seconds for '
   'each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
   'greater size compiles when it comes, and all streams wait meanwhile.',
-)  # fmt: skip
+)
 _LOG_REQUESTS = FLAGS.rare.bool(
   'log_requests', False, 'Print a line (method, path, status) a request.'
 )
@@ -108,9 +105,13 @@ def read_key(path: str | None) -> str | None:
 def check_ranges() -> None:
   """Raises InputError for a flag with which nothing could be served."""
   for flag, least, most in (
-    (_PORT, 0, 65535), (_MAX_WAITING, 0, 10**6), (_MAX_TOKENS, 1, math.inf),
-    (_MAX_BODY, 1, math.inf), (_SECONDS, 1, 10**6), (_WARM, 0, math.inf),
-  ):  # fmt: skip
+    (_PORT, 0, 65535),
+    (_MAX_WAITING, 0, 10**6),
+    (_MAX_TOKENS, 1, math.inf),
+    (_MAX_BODY, 1, math.inf),
+    (_SECONDS, 1, 10**6),
+    (_WARM, 0, math.inf),
+  ):
     if not least <= flag.value <= most:
       bounds = f'{least} to {most}' if most < math.inf else f'{least} or more'
       raise InputError(f'--{flag.name}={flag.value}: must be {bounds}.')
@@ -145,19 +146,23 @@ def main(argv) -> None:
   options = Options(
     slots=_SLOTS.value,
     context=_CONTEXT.value or min(2048, model.config.max_context),
-    gate=_GATE.value, lossless=_LOSSLESS.value, lanes=_LANES.value,
-    steps=_STEPS.value, weight_dtype=_WEIGHT_DTYPE.value,
+    gate=_GATE.value,
+    lossless=_LOSSLESS.value,
+    lanes=_LANES.value,
+    steps=_STEPS.value,
+    weight_dtype=_WEIGHT_DTYPE.value,
     kv='propagate' if _GATE.value == 'change' else 'own',
-    threshold=_THRESHOLD.value, dtype=_DTYPE.value, kv_dtype=_KV_DTYPE.value,
-    penalties=True, logprobs=20,
-  )  # fmt: skip
+    threshold=_THRESHOLD.value,
+    dtype=_DTYPE.value,
+    kv_dtype=_KV_DTYPE.value,
+    penalties=True,
+    logprobs=20,
+  )
   engine = Engine(model, options)
   print('compiling ...', flush=True)
   warm(engine, _WARM.value)
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)
-  limits = Limits(
-    _MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value
-  )
+  limits = Limits(_MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value)
   name = _NAME.value or Path(_MODEL.value).name
   server = Server(worker, model.tokenizer, name, limits, key)
   places = options.slots + _MAX_WAITING.value

@@ -65,15 +65,12 @@ def with_norms(config: ModelConfig, layer, norms):
   for part in ('attn', 'mlp'):
     new[part] = {**layer[part], **norms.get(part, {})}
     old_D, new_D = (
-      tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm)
-      for tree in (layer, norms)
+      tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm) for tree in (layer, norms)
     )
     weak_D = jnp.abs(new_D) <= 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
     ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
     for name in SITES[f'{part}_in']:
-      set_kernel(
-        new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel']
-      )
+      set_kernel(new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel'])
   return new
 
 
@@ -92,9 +89,7 @@ def set_kernel(layer, name: str, kernel_IxO) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _norm(config: ModelConfig, gain_D, x_BxLxD):
-  return rms_norm(
-    x_BxLxD, gain_D[None, None], config.norm_eps, config.unit_offset_norm
-  )
+  return rms_norm(x_BxLxD, gain_D[None, None], config.norm_eps, config.unit_offset_norm)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,9 +97,7 @@ def _mixed(config: ModelConfig, attn, x_BxLxD, place: Place, context: Context):
   """What the output projection reads."""
   module = Attention(config)
   params = {'params': attn}
-  return module.apply(params, x_BxLxD, None, place, 0, context, method='mixed')[
-    0
-  ]
+  return module.apply(params, x_BxLxD, None, place, 0, context, method='mixed')[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,16 +129,7 @@ def _size(config: ModelConfig, y):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gather_out(
-  config: ModelConfig,
-  c_IxI,
-  k_IxD,
-  x_BxLxI,
-  kernel_IxD,
-  post_D,
-  gap_BxLxD,
-  y_BxLxD,
-):
+def gather_out(config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, gap_BxLxD, y_BxLxD):
   """Adds x^T x and x^T (target - x W) of a chunk, for o and down.
 
   Without post-norms the target is the gap to the parent's stream. A
@@ -161,9 +145,7 @@ def gather_out(
     gain_D = post_D + 1.0 if config.unit_offset_norm else post_D
     weak_D = jnp.abs(gain_D) <= 1e-2 * jnp.sqrt(jnp.mean(gain_D**2))
     gain_D = jnp.where(weak_D, 1.0, gain_D)
-    gap_TxD = jnp.where(
-      weak_D[None, :], y_TxD / size_Tx1, gap_TxD / gain_D[None, :]
-    )
+    gap_TxD = jnp.where(weak_D[None, :], y_TxD / size_Tx1, gap_TxD / gain_D[None, :])
     x_TxI = x_TxI / size_Tx1
   e_TxD = gap_TxD - x_TxI @ kernel_IxD
   return c_IxI + x_TxI.T @ x_TxI, k_IxD + x_TxI.T @ e_TxD
@@ -179,9 +161,7 @@ class Walk:
       they were lined up with another layer's.
   """
 
-  def __init__(
-    self, config: ModelConfig, layers: Callable[[int], Any], tokens_BxL
-  ):
+  def __init__(self, config: ModelConfig, layers: Callable[[int], Any], tokens_BxL):
     self.config, self._layers = config, layers
     self.orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     rows, length = tokens_BxL.shape
@@ -194,10 +174,7 @@ class Walk:
     """The parent's layer tree at a depth, its hidden units lined up."""
     layer = self._layers(depth)
     if depth in self.orders:
-      layer = {
-        **layer,
-        'mlp': permute.reorder(layer['mlp'], *self.orders[depth]),
-      }
+      layer = {**layer, 'mlp': permute.reorder(layer['mlp'], *self.orders[depth])}
     return layer
 
   def context(self, rows: slice) -> Context:
@@ -229,9 +206,7 @@ class Walk:
 
   def step(self, depth: int, layer, start_BxLxD: np.ndarray) -> Stream:
     """One layer on all tokens."""
-    stream = Stream(
-      start_BxLxD, np.empty_like(start_BxLxD), np.empty_like(start_BxLxD)
-    )
+    stream = Stream(start_BxLxD, np.empty_like(start_BxLxD), np.empty_like(start_BxLxD))
     for rows in self.chunks:
       for site, old, new in (
         ('attn_out', stream.start, stream.middle),
@@ -242,10 +217,7 @@ class Walk:
     return stream
 
   def run(
-    self,
-    embedded_BxLxD: np.ndarray,
-    first: int,
-    progress: Callable[[int], None] = lambda n: None,
+    self, embedded_BxLxD: np.ndarray, first: int, progress: Callable[[int], None] = lambda n: None
   ) -> dict[int, Stream]:
     """The parent's streams by depth, from `first` on."""
     streams = {}
@@ -290,9 +262,7 @@ class Walk:
     mlp, c_IxI, power_F = look(first)
     for depth in others:
       other, c2_IxI, power2_F = look(depth)
-      self.orders[depth] = permute.match_units(
-        mlp, other, c_IxI + c2_IxI, power_F, power2_F
-      )
+      self.orders[depth] = permute.match_units(mlp, other, c_IxI + c2_IxI, power_F, power2_F)
 
 
 @jax.jit

@@ -151,9 +151,7 @@ def spectra(
     position's own output, [R, N, K].
   """
   R, N = child.loops, child.block_layers
-  found = {
-    name: np.zeros((R, N, min(shape))) for name, shape in child.shapes().items()
-  }
+  found = {name: np.zeros((R, N, min(shape))) for name, shape in child.shapes().items()}
   for n in range(N):
     depths = [child.depth_of(r, n) for r in range(R)]
     if steps.align_units:
@@ -162,9 +160,7 @@ def spectra(
     for site, names in SITES.items():
       cs_RxIxI = jnp.stack(
         [
-          least_squares.damp(
-            walk.covariance(site, layer, d, streams[d]), steps.ridge
-          )
+          least_squares.damp(walk.covariance(site, layer, d, streams[d]), steps.ridge)
           for d, layer in zip(depths, layers, strict=True)
         ]
       )
@@ -172,9 +168,7 @@ def spectra(
         ws_RxIxO = jnp.stack([kernel_of(layer, name) for layer in layers])
         mean_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
         for r in range(R):
-          sigma_K = least_squares.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[
-            0
-          ]
+          sigma_K = least_squares.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[0]
           power = jnp.sum((cs_RxIxI[r] @ ws_RxIxO[r]) * ws_RxIxO[r])
           size = jnp.sqrt(jnp.maximum(power, TINY))
           found[name][r, n] = np.asarray(sigma_K / size)
@@ -226,17 +220,13 @@ def _fit_layer(
     refits = refits and steps.refit_coda
   for site, names in SITES.items():
     xs = [walk.inputs(site, source, depth, rows, seen) for rows in walk.chunks]
-    found = _targets(
-      walk, site, parent, layer, depth, streams[depth], stream, xs
-    )
+    found = _targets(walk, site, parent, layer, depth, streams[depth], stream, xs)
     c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
     cs_RxIxI = jnp.stack(
       [
         c_IxI,
         *(
-          least_squares.damp(
-            walk.covariance(site, other, d, streams[d]), steps.ridge
-          )
+          least_squares.damp(walk.covariance(site, other, d, streams[d]), steps.ridge)
           for d, other in later.items()
         ),
       ]
@@ -247,12 +237,8 @@ def _fit_layer(
         (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
-        ws_RxIxO = jnp.stack(
-          [target_IxO, *(kernel_of(other, name) for other in later.values())]
-        )
-        target_IxO = _relax(
-          child, fitted, name, position, cs_RxIxI, ws_RxIxO, steps
-        )
+        ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
+        target_IxO = _relax(child, fitted, name, position, cs_RxIxI, ws_RxIxO, steps)
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
@@ -293,9 +279,8 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
       y_BxLxD = walk.inputs(site, parent, depth, rows, wanted)
       y_BxLxD = y_BxLxD @ kernel_of(parent, name)
     some[:] = gather_out(
-      walk.config, *some, x_BxLxI, kernel_of(layer, name), post, gap_BxLxD,
-      y_BxLxD,
-    )  # fmt: skip
+      walk.config, *some, x_BxLxI, kernel_of(layer, name), post, gap_BxLxD, y_BxLxD
+    )
   found = []
   for c_IxI, k in sums:
     c_IxI, k = c_IxI / walk.tokens, k / walk.tokens
@@ -310,26 +295,20 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
-def _relax(
-  child, fitted: Fitted, name, position, cs_RxIxI, ws_RxIxO, steps: Steps
-):
+def _relax(child, fitted: Fitted, name, position, cs_RxIxI, ws_RxIxO, steps: Steps):
   """W' + A B of a position, towards ws[0]; at its first loop W' as well."""
   r, n = position
   ranks_R = np.zeros(child.loops, np.int32)
   if child.lora:
     ranks_R = child.lora.table(name, child.loops, child.block_layers)[:, n]
   if r == 0 and steps.tie_with_lora:
-    fitted.shared[name][n] = least_squares.tie(
-      cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R)
-    )
+    fitted.shared[name][n] = least_squares.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
   elif r == 0:
     fitted.shared[name][n] = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
   shared_IxO = jnp.asarray(fitted.shared[name][n])
   rest_IxO = ws_RxIxO[0] - shared_IxO
   width = child.lora.width(name) if child.lora else 0
-  a_Ixw, b_wxO, kept = least_squares.low_rank(
-    cs_RxIxI[0], rest_IxO, int(ranks_R[r]), width
-  )
+  a_Ixw, b_wxO, kept = least_squares.low_rank(cs_RxIxI[0], rest_IxO, int(ranks_R[r]), width)
   fitted.kept[name][r, n] = kept
   if not width:
     return shared_IxO

@@ -21,8 +21,7 @@ def check_tokens(tokens: int) -> None:
   """Raises InputError unless so many tokens are enough to fit on."""
   if not is_whole(tokens, LEAST):
     raise InputError(
-      f'calibration_tokens={tokens!r}: must be {LEAST} or more; a few '
-      'thousand serve well.'
+      f'calibration_tokens={tokens!r}: must be {LEAST} or more; a few thousand serve well.'
     )
 
 
@@ -33,9 +32,7 @@ def calibration_text(path: str | None, tokens: int, field: str = 'text') -> str:
     InputError: the path is empty or cannot be read.
   """
   if path is not None and not path.strip():
-    raise InputError(
-      f'calibration={path!r}: give the path of a text, or leave it out.'
-    )
+    raise InputError(f'calibration={path!r}: give the path of a text, or leave it out.')
   if path is None:
     from rrt.data import corpus  # Only here is text needed.
 
@@ -52,12 +49,7 @@ def calibration_text(path: str | None, tokens: int, field: str = 'text') -> str:
 
 
 def split_rows(
-  calibration: str | Sequence[int],
-  tokenizer: Any,
-  *,
-  tokens: int,
-  length: int,
-  vocab_size: int,
+  calibration: str | Sequence[int], tokenizer: Any, *, tokens: int, length: int, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Rows to fit on and rows to measure on.
 

@@ -17,11 +17,7 @@ import numpy as np
 
 
 def match_units(
-  first: dict[str, Any],
-  other: dict[str, Any],
-  c_IxI,
-  power_first_F,
-  power_other_F,
+  first: dict[str, Any], other: dict[str, Any], c_IxI, power_first_F, power_other_F
 ) -> tuple[np.ndarray, np.ndarray]:
   """Which unit of one MLP stands for each of another's.
 
@@ -42,13 +38,10 @@ def match_units(
   from scipy import optimize  # Comes with jax; slow to import.
 
   def alike(a_IxF, b_IxF, weighted_IxF):
-    return np.asarray(
-      weighted_IxF.T @ b_IxF / jnp.maximum(jnp.sum(weighted_IxF * a_IxF), 1e-30)
-    )
+    return np.asarray(weighted_IxF.T @ b_IxF / jnp.maximum(jnp.sum(weighted_IxF * a_IxF), 1e-30))
 
   gate_FxF, up_FxF = (
-    alike(first[name], other[name], c_IxI @ first[name])
-    for name in ('gate', 'up')
+    alike(first[name], other[name], c_IxI @ first[name]) for name in ('gate', 'up')
   )
   sent = first['down'] * jnp.sqrt(power_first_F)[:, None]
   others = other['down'] * jnp.sqrt(power_other_F)[:, None]

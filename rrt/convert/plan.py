@@ -41,8 +41,7 @@ def arrange(
     if parent.loops == 1:
       state = 'has LoRA, although it is not recursive (loops=1)'
     raise InputError(
-      f'The parent {state}; convert a vanilla model, or export this one to an '
-      'untied model first.'
+      f'The parent {state}; convert a vanilla model, or export this one to an untied model first.'
     )
   if order not in ORDERS:
     raise InputError(f'order={order!r}: must be one of {", ".join(ORDERS)}.')
@@ -53,9 +52,7 @@ def arrange(
     ('block', 1 if block is None else block, 1),
   ):
     if not isinstance(value, int) or value < least:
-      raise InputError(
-        f'{name}={value!r}: must be a whole number, {least} or more.'
-      )
+      raise InputError(f'{name}={value!r}: must be a whole number, {least} or more.')
   depth = parent.depth
   left = depth - prelude - coda
   if block is None and left > 0 and left % loops == 0:
@@ -68,9 +65,8 @@ def arrange(
       f'loops {loops} + coda {coda} cannot make up. Choose {choices}.'
     )
   return parent.with_recursion(
-      prelude=prelude, block=block, loops=loops, coda=coda, order=order,
-      loop_norms=loop_norms,
-  )  # fmt: skip
+    prelude=prelude, block=block, loops=loops, coda=coda, order=order, loop_norms=loop_norms
+  )
 
 
 def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
@@ -87,16 +83,11 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
         away += 0 if block is None else abs(n - block)
         # Of equals, the more even split between prelude and coda.
         found.append((away, abs(p - c), p, n, r, c))
-  return [
-    f'prelude={p} block={n} loops={r} coda={c}'
-    for _, _, p, n, r, c in sorted(found)[:count]
-  ]
+  return [f'prelude={p} block={n} loops={r} coda={c}' for _, _, p, n, r, c in sorted(found)[:count]]
 
 
 def with_ranks(
-  config: ModelConfig,
-  rank: LoopRanks | dict[str, LoopRanks] | None,
-  alpha: float | None = None,
+  config: ModelConfig, rank: LoopRanks | dict[str, LoopRanks] | None, alpha: float | None = None
 ) -> ModelConfig:
   """A child's config with LoRA; ranks are capped at the matrices.
 
@@ -116,9 +107,7 @@ def with_ranks(
   capped = {}
   for name, value in ranks.items():
     if name not in COMPONENTS:
-      raise InputError(
-        f'rank names {name!r}; the linears are {", ".join(COMPONENTS)}.'
-      )
+      raise InputError(f'rank names {name!r}; the linears are {", ".join(COMPONENTS)}.')
     capped[name] = _capped(config, name, 0 if value is None else value)
   lora = None
   if any(np.any(value) for value in capped.values()):
@@ -132,13 +121,11 @@ def _capped(config: ModelConfig, name: str, value: LoopRanks):
   for r in ranks_R:
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
       raise InputError(
-        f'rank={value!r}: must be a whole number, 0 or more, or a tuple of '
-        'them, one a loop.'
+        f'rank={value!r}: must be a whole number, 0 or more, or a tuple of them, one a loop.'
       )
   if len(ranks_R) != config.loops:
     raise InputError(
-      f'rank={value!r} has {len(ranks_R)} numbers; the model has '
-      f'{config.loops} loops.'
+      f'rank={value!r} has {len(ranks_R)} numbers; the model has {config.loops} loops.'
     )
   ranks_R = tuple(min(r, *config.shapes()[name]) for r in ranks_R)
   if len(set(ranks_R)) == 1:
@@ -149,8 +136,7 @@ def _capped(config: ModelConfig, name: str, value: LoopRanks):
 def is_full_rank(config: ModelConfig) -> bool:
   """Whether LoRA can tell every weight of every position apart."""
   return config.lora is not None and all(
-    config.lora.table(name, config.loops, config.block_layers).min()
-    == min(shape)
+    config.lora.table(name, config.loops, config.block_layers).min() == min(shape)
     for name, shape in config.shapes().items()
   )
 

@@ -17,18 +17,13 @@ def check(budget: int | None, rank: object) -> None:
   if budget is None:
     return
   if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-    raise InputError(
-      f'budget={budget!r}: must be a number of parameters, 0 or more.'
-    )
+    raise InputError(f'budget={budget!r}: must be a number of parameters, 0 or more.')
   if rank:
     raise InputError('rank and budget are both given; choose one of them.')
 
 
 def spend(
-  config: ModelConfig,
-  spectra: Mapping[str, np.ndarray],
-  budget: int,
-  alpha: float | None,
+  config: ModelConfig, spectra: Mapping[str, np.ndarray], budget: int, alpha: float | None
 ) -> ModelConfig:
   """Gives each position and matrix its rank, greedily.
 
@@ -69,7 +64,6 @@ def spend(
   if not any(table.any() for table in ranks.values()):
     return dataclasses.replace(config, lora=None)
   tables = {
-    name: tuple(tuple(int(v) for v in row) for row in table)
-    for name, table in ranks.items()
+    name: tuple(tuple(int(v) for v in row) for row in table) for name, table in ranks.items()
   }
   return dataclasses.replace(config, lora=LoraConfig(**tables, alpha=alpha))

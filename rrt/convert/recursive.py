@@ -18,13 +18,7 @@ from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert import calibration_data, rank_budget
 from rrt.convert.plan import LoopRanks, arrange, with_ranks
-from rrt.convert.report import (
-  Report,
-  count_arrays,
-  cross_entropy,
-  identity_error,
-  start_report,
-)
+from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
 from rrt.convert.select import Conversion, is_exact, one_blas_thread
 from rrt.errors import InputError
 from rrt.model import LanguageModel
@@ -71,9 +65,8 @@ def plan(
   if not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise InputError(f'seed={seed!r}: must be from 0 to 2**32 - 1.')
   config = arrange(
-      parent, prelude=prelude, block=block, loops=loops, coda=coda,
-      order=order, loop_norms=loop_norms,
-  )  # fmt: skip
+    parent, prelude=prelude, block=block, loops=loops, coda=coda, order=order, loop_norms=loop_norms
+  )
   rank_budget.check(budget, rank)
   calibration_data.check_tokens(calibration_tokens)
   return with_ranks(config, rank, alpha)
@@ -139,11 +132,21 @@ def to_recursive(
   """
   start = time.monotonic()
   config = plan(
-      parent.config, prelude=prelude, block=block, loops=loops, coda=coda,
-      order=order, init=init, rank=rank, budget=budget, alpha=alpha,
-      lora_init=lora_init, loop_norms=loop_norms,
-      calibration_tokens=calibration_tokens, seed=seed,
-  )  # fmt: skip
+    parent.config,
+    prelude=prelude,
+    block=block,
+    loops=loops,
+    coda=coda,
+    order=order,
+    init=init,
+    rank=rank,
+    budget=budget,
+    alpha=alpha,
+    lora_init=lora_init,
+    loop_norms=loop_norms,
+    calibration_tokens=calibration_tokens,
+    seed=seed,
+  )
   check_finite(parent, 'parent', 'load it again or take another checkpoint')
   fits = init == 'calibrated' and not is_exact(config, init, lora_init)
   fit_BxL = held_out_BxL = np.zeros((0, 0), np.int32)
@@ -152,9 +155,12 @@ def to_recursive(
       calibration = calibration_data.calibration_text(None, calibration_tokens)
     try:
       fit_BxL, held_out_BxL = calibration_data.split_rows(
-          calibration, parent.tokenizer, tokens=calibration_tokens,
-          length=min(ROW, config.max_context), vocab_size=config.vocab_size,
-      )  # fmt: skip
+        calibration,
+        parent.tokenizer,
+        tokens=calibration_tokens,
+        length=min(ROW, config.max_context),
+        vocab_size=config.vocab_size,
+      )
     except calibration_data.TooLittleText:
       if fits:
         raise

@@ -72,8 +72,7 @@ class Report:
     counts = [('parent', self.parent_params), ('child', self.params)]
     console.table(
       [
-        [who, c.unique, c.unique_non_embedding, c.total, c.total_non_embedding]
-        for who, c in counts
+        [who, c.unique, c.unique_non_embedding, c.total, c.total_non_embedding] for who, c in counts
       ],
       ['', 'unique', 'without embeddings', 'total', 'without embeddings'],
     )
@@ -89,9 +88,12 @@ class Report:
           [name, self.ranks[name], *(float(np.mean(row)) for row in table)]
           for name, table in self.kept.items()
         ],
-        ['residual kept', 'rank', *(f'loop {r + 1}' for r in range(
-            len(next(iter(self.kept.values())))))],
-      )  # fmt: skip
+        [
+          'residual kept',
+          'rank',
+          *(f'loop {r + 1}' for r in range(len(next(iter(self.kept.values()))))),
+        ],
+      )
     rows = []
     if self.nll_parent_nats is not None:
       rows += [
@@ -102,9 +104,7 @@ class Report:
     if self.calibration_tokens:
       rows.append(['calibration tokens', f'{self.calibration_tokens:,}'])
     if self.identity_error is not None:
-      rows.append(
-        ['identity error, largest logit', f'{self.identity_error:.2e}']
-      )
+      rows.append(['identity error, largest logit', f'{self.identity_error:.2e}'])
     rows += [
       ['seconds', f'{self.seconds:.1f}'],
       ['peak memory', f'{self.peak_memory_bytes / 2**30:.2f} GiB'],
@@ -174,9 +174,7 @@ def cross_entropy(model: LanguageModel, rows_BxL: np.ndarray) -> float:
   ).nll_nats
 
 
-def identity_error(
-  parent: LanguageModel, child: LanguageModel, tokens_BxL: np.ndarray
-) -> float:
+def identity_error(parent: LanguageModel, child: LanguageModel, tokens_BxL: np.ndarray) -> float:
   """Largest absolute difference between two models' logits."""
 
   def run(model):

@@ -79,12 +79,7 @@ class Conversion:
   """
 
   def __init__(
-    self,
-    parent: LanguageModel,
-    config: ModelConfig,
-    init: str,
-    lora_init: str,
-    seed: int,
+    self, parent: LanguageModel, config: ModelConfig, init: str, lora_init: str, seed: int
   ):
     self.parent, self.config = parent, config
     self.init, self.lora_init = init, lora_init
@@ -192,9 +187,7 @@ class Conversion:
       count(1)
     return values
 
-  def _relax(
-    self, name: str, count: Callable[[int], None] = lambda n: None
-  ) -> None:
+  def _relax(self, name: str, count: Callable[[int], None] = lambda n: None) -> None:
     """LoRA of one component (paper, eq. 4), or its zero init."""
     c = self.config
     R, N = c.loops, c.block_layers
@@ -213,14 +206,10 @@ class Conversion:
       rest_IxO = self._residual(name, r, n)
       if self.lora_init == 'zero' or not rest_IxO.any():
         # Nothing to make up for: the usual start, the product zero.
-        a_NxRxIxr[n, r, :, :rank] = self.random.normal(
-          0, d_in**-0.5, (d_in, rank)
-        )
+        a_NxRxIxr[n, r, :, :rank] = self.random.normal(0, d_in**-0.5, (d_in, rank))
         self.kept[name][r, n] = 0.0 if rest_IxO.any() else 1.0
         continue
-      a_Ixr, b_rxO, self.kept[name][r, n] = least_squares.truncated_svd(
-        rest_IxO, rank
-      )
+      a_Ixr, b_rxO, self.kept[name][r, n] = least_squares.truncated_svd(rest_IxO, rank)
       a_NxRxIxr[n, r, :, :rank], b_NxRxrxO[n, r, :rank] = a_Ixr, b_rxO
     self.low_a[name], self.low_b[name] = a_NxRxIxr, b_NxRxrxO
 
@@ -252,9 +241,13 @@ class Conversion:
     self.fitted = True
     zero = self.lora_init == 'zero'
     fitted = calibrate_lib.calibrate(
-        walk, dataclasses.replace(c, lora=None) if zero else self.config,
-        streams, self._norms_at, steps=steps, progress=count,
-    )  # fmt: skip
+      walk,
+      dataclasses.replace(c, lora=None) if zero else self.config,
+      streams,
+      self._norms_at,
+      steps=steps,
+      progress=count,
+    )
     self.shared, self.coda = fitted.shared, fitted.coda
     self.kept, self.drift = fitted.kept, fitted.drift
     if zero:
@@ -280,9 +273,7 @@ class Conversion:
     """
     c, source = self.config, self.parent.params
     tree: dict[str, Any] = {
-      part: source[part]
-      for part in ('embed', 'final_norm', 'head')
-      if part in source
+      part: source[part] for part in ('embed', 'final_norm', 'head') if part in source
     }
     dtype = np.asarray(source['embed']['table']).dtype
     block: dict[str, Any] = {}

@@ -33,17 +33,14 @@ def render(
     import jinja2.sandbox
   except ImportError as e:
     raise InputError(
-      'Chat templates need jinja2: pip install '
-      '"relaxed-recursive-transformers[convert]".'
+      'Chat templates need jinja2: pip install "relaxed-recursive-transformers[convert]".'
     ) from e
 
   def refuse(message):
     raise jinja2.TemplateError(message)
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
   environment.globals['raise_exception'] = refuse
   environment.globals['strftime_now'] = time.strftime

@@ -14,11 +14,7 @@ import zlib
 from rrt.errors import InputError
 
 COMPRESSED = ('.gz', '.xz', '.zst')
-_MAGIC = {
-  b'\x1f\x8b': '.gz',
-  b'\xfd7zXZ\x00': '.xz',
-  b'\x28\xb5\x2f\xfd': '.zst',
-}
+_MAGIC = {b'\x1f\x8b': '.gz', b'\xfd7zXZ\x00': '.xz', b'\x28\xb5\x2f\xfd': '.zst'}
 
 
 def compression(file: str) -> str | None:
@@ -111,6 +107,5 @@ def require(module: str, what: str, extra: str) -> Any:
     return __import__(module, fromlist=['_'])
   except ImportError as e:
     raise InputError(
-      f'{what} need {module.split(".")[0]}: pip install'
-      f' "relaxed-recursive-transformers[{extra}]"'
+      f'{what} need {module.split(".")[0]}: pip install "relaxed-recursive-transformers[{extra}]"'
     ) from e

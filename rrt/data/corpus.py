@@ -130,10 +130,7 @@ _KEPT_TEMPLATES = (
   (r'(?:ndash|spaced ndash|snd)', ' – '),
   (r'(?:mdash|spaced mdash)', ' — '),
 )
-_KEPT = [
-  (re.compile(r'\{\{\s*' + p + r'\}\}', re.IGNORECASE), new)
-  for p, new in _KEPT_TEMPLATES
-]
+_KEPT = [(re.compile(r'\{\{\s*' + p + r'\}\}', re.IGNORECASE), new) for p, new in _KEPT_TEMPLATES]
 _RUBBLE = re.compile(r'[{}|\[\]<>=]|https?:|__[A-Z]+__')
 
 

@@ -96,17 +96,14 @@ def _field(item: Any, field: str, where: str) -> str:
   if field not in item:
     names = ', '.join(map(str, list(item)[:8])) or 'none'
     raise InputError(
-      f'{where}: has no field {field!r} (its fields: {names}); name the one'
-      ' that holds the text'
+      f'{where}: has no field {field!r} (its fields: {names}); name the one that holds the text'
     )
   return _string(item[field], field, where)
 
 
 def _string(value: Any, field: str, where: str) -> str:
   if not isinstance(value, str):
-    raise InputError(
-      f'{where}: the field {field!r} is {type(value).__name__}, not text'
-    )
+    raise InputError(f'{where}: the field {field!r} is {type(value).__name__}, not text')
   # JSON can carry halves of surrogate pairs, which no tokenizer takes.
   return value.encode('utf-8', 'replace').decode('utf-8')
 
@@ -137,9 +134,7 @@ def open_json_lines(file: str, field: str) -> Sequence[str]:
       if text.strip():
         offsets.append(offset)
         sizes.append(len(text))
-    return store.Lines(
-      file, offsets, sizes, lambda line: _json_text(line, field, file)
-    )
+    return store.Lines(file, offsets, sizes, lambda line: _json_text(line, field, file))
 
 
 class _Rows(Sequence[str]):

@@ -47,9 +47,7 @@ def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
   merges = [tuple(m.split(' ', 1)) for m in metadata['tokenizer.ggml.merges']]
   core = tokenizers.Tokenizer(
     models.BPE(
-      {token: i for i, token in enumerate(tokens)},
-      merges,
-      ignore_merges=pre in _WHOLE_WORDS_FIRST,
+      {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST
     )
   )
   split = _SPLITS[pre]
@@ -58,9 +56,7 @@ def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     steps.append(pre_tokenizers.Digits(individual_digits=True))
   if split:
     steps.append(pre_tokenizers.Split(Regex(split), 'isolated'))
-  steps.append(
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
-  )
+  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
   core.pre_tokenizer = pre_tokenizers.Sequence(steps)
   core.decoder = decoders.ByteLevel()
   if pre == 'qwen2':
@@ -93,21 +89,11 @@ def sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
         merges.append((left, right))
   unknown = metadata.get('tokenizer.ggml.unknown_token_id', 0)
   core = tokenizers.Tokenizer(
-    models.BPE(
-      vocab,
-      merges,
-      unk_token=tokens[int(unknown)],
-      fuse_unk=True,
-      byte_fallback=True,
-    )
+    models.BPE(vocab, merges, unk_token=tokens[int(unknown)], fuse_unk=True, byte_fallback=True)
   )
   prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
   steps: list[Any] = [normalizers.Replace(' ', _SPACE)]
-  back: list[Any] = [
-    decoders.Replace(_SPACE, ' '),
-    decoders.ByteFallback(),
-    decoders.Fuse(),
-  ]
+  back: list[Any] = [decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()]
   if prefix:
     steps.insert(0, normalizers.Prepend(_SPACE))
     back.append(decoders.Strip(' ', 1, 0))
@@ -122,9 +108,7 @@ def _add_special(core, tokens: Sequence[str], kinds: Iterable[int]) -> None:
   special, plain = [], []
   for token, kind in zip(tokens, kinds, strict=True):
     if kind == _CONTROL:
-      special.append(
-        tokenizers.AddedToken(token, special=True, normalized=False)
-      )
+      special.append(tokenizers.AddedToken(token, special=True, normalized=False))
     elif kind == _USER_DEFINED:
       plain.append(tokenizers.AddedToken(token, normalized=True))
   core.add_special_tokens(special)

@@ -79,9 +79,7 @@ def batches(
   if not 0 <= seed < 2**32:
     raise InputError(f'data: seed is {seed}; it must be in [0, 2^32)')
   if not 0 <= process_index < process_count:
-    raise InputError(
-      f'data: process_index is {process_index} of {process_count}'
-    )
+    raise InputError(f'data: process_index is {process_index} of {process_count}')
   lanes = batch * process_count
   stream = Stream(spec, tokenizer, seed, lanes, length, vocab_size)
   first = batch * process_index
@@ -142,9 +140,7 @@ class Batches(Iterator[Batch]):
     places: _Places = {}
     for one in states:
       if not isinstance(one, dict) or one.get('format') != _STATE_FORMAT:
-        raise InputError(
-          'data state: not one that this version of rrt has saved'
-        )
+        raise InputError('data state: not one that this version of rrt has saved')
       for name, value in here.items():
         if one.get(name) != value:
           raise InputError(

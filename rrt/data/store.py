@@ -49,11 +49,7 @@ class Lines(Sequence[str]):
   """Lines of a file that stays where it is, parsed when asked for."""
 
   def __init__(
-    self,
-    file: str,
-    offsets: Sequence[int],
-    sizes: Sequence[int],
-    parse: Callable[[bytes], str],
+    self, file: str, offsets: Sequence[int], sizes: Sequence[int], parse: Callable[[bytes], str]
   ):
     self._offsets = np.asarray(offsets, np.int64)
     self.sizes = np.asarray(sizes, np.int64)
@@ -78,9 +74,7 @@ def cache_dir() -> pathlib.Path:
   return pathlib.Path(base).expanduser() / 'rrt'
 
 
-def unpack(
-  texts: Iterable[str], files: Sequence[str], options: str
-) -> Sequence[str]:
+def unpack(texts: Iterable[str], files: Sequence[str], options: str) -> Sequence[str]:
   """Puts documents where they can be reached by index.
 
   Args:
@@ -141,9 +135,7 @@ def _unpack_to(entry, buffer, ends, texts) -> Flat:
 
 
 def _temporary(entry: pathlib.Path, names: list[str]):
-  f = tempfile.NamedTemporaryFile(
-    dir=entry.parent, prefix=f'.{entry.name}.', delete=False
-  )
+  f = tempfile.NamedTemporaryFile(dir=entry.parent, prefix=f'.{entry.name}.', delete=False)
   names.append(f.name)
   return f
 

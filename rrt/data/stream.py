@@ -64,9 +64,14 @@ class Stream:
   """The stream of tokenized elements, by index."""
 
   def __init__(
-      self, spec: DataSpec, tokenizer: Any, seed: int, lanes: int, length: int,
-      vocab_size: int | None = None,
-  ):  # fmt: skip
+    self,
+    spec: DataSpec,
+    tokenizer: Any,
+    seed: int,
+    lanes: int,
+    length: int,
+    vocab_size: int | None = None,
+  ):
     grain = compressed.require('grain', 'training data', 'train')
     self.lanes = lanes
     self._tokenizer = tokenizer
@@ -95,8 +100,7 @@ class Stream:
     if weighted:
       # Shares of the text: elements are the rarer the longer they are.
       shares = [
-        (s.weight or 0) / each.mean_size()
-        for s, each in zip(spec.sources, pieces, strict=True)
+        (s.weight or 0) / each.mean_size() for s, each in zip(spec.sources, pieces, strict=True)
       ]
       shares = [share / sum(shares) for share in shares]
       self._elements = grain.MapDataset.mix(datasets, weights=shares)
@@ -181,8 +185,7 @@ def _separator(spec: DataSpec, tokenizer: Any) -> int:
     return int(ids[0]) if ids else -1
   if spec.separator >= tokenizer.vocab_size:
     raise InputError(
-      f'data: separator is {spec.separator}, beyond the vocabulary of '
-      f'{tokenizer.vocab_size}'
+      f'data: separator is {spec.separator}, beyond the vocabulary of {tokenizer.vocab_size}'
     )
   return spec.separator
 

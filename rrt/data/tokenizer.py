@@ -22,14 +22,18 @@ from rrt.errors import InputError
 # Tokens that end a turn or a document in the supported families, for files
 # that do not list their own.
 _ENDS = (
-    '</s>', '<eos>', '<|endoftext|>', '<|im_end|>', '<end_of_turn>',
-    '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>',
-)  # fmt: skip
+  '</s>',
+  '<eos>',
+  '<|endoftext|>',
+  '<|im_end|>',
+  '<end_of_turn>',
+  '<|end_of_text|>',
+  '<|eot_id|>',
+  '<|eom_id|>',
+)
 
 # What `Tokenizer.save` writes.
-TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
-)  # fmt: skip
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
 
 
 class Tokenizer:
@@ -119,10 +123,7 @@ class Tokenizer:
       InputError: its kind is not supported or a part of it is missing.
     """
     kind = metadata.get('tokenizer.ggml.model')
-    builders = {
-      'gpt2': gguf_tokenizer.byte_level_bpe,
-      'llama': gguf_tokenizer.sentencepiece_bpe,
-    }
+    builders = {'gpt2': gguf_tokenizer.byte_level_bpe, 'llama': gguf_tokenizer.sentencepiece_bpe}
     if kind not in builders:
       raise InputError(
         f'The GGUF field tokenizer.ggml.model={kind!r} is not supported; '
@@ -152,9 +153,7 @@ class Tokenizer:
       core,
       bos_id=special['bos'],
       eos_ids=ends,
-      add_bos=bool(
-        metadata.get('tokenizer.ggml.add_bos_token', kind == 'llama')
-      ),
+      add_bos=bool(metadata.get('tokenizer.ggml.add_bos_token', kind == 'llama')),
       chat_template=metadata.get('tokenizer.chat_template'),
       extra=extra,
     )
@@ -172,9 +171,7 @@ class Tokenizer:
     """
     return self.encode_batch([text], bos)[0]
 
-  def encode_batch(
-    self, texts: Sequence[str], bos: bool | None = None
-  ) -> list[list[int]]:
+  def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> list[list[int]]:
     """`encode` of many texts, on all cores."""
     bos = self.add_bos if bos is None else bos
     if bos and self.bos_id is None:
@@ -183,16 +180,12 @@ class Tokenizer:
     try:
       coded = self._core.encode_batch(list(texts), add_special_tokens=False)
     except (TypeError, UnicodeEncodeError) as e:
-      raise InputError(
-        'The text cannot be encoded: it is not a string of valid Unicode.'
-      ) from e
+      raise InputError('The text cannot be encoded: it is not a string of valid Unicode.') from e
     return [prefix + code.ids for code in coded]
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of token ids."""
-    return self._core.decode(
-      [int(i) for i in ids], skip_special_tokens=skip_special
-    )
+    return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   @property
   def start_id(self) -> int | None:
@@ -219,11 +212,7 @@ class Tokenizer:
   @functools.cached_property
   def text_vocab_size(self) -> int:
     """One more than the largest id that ordinary text can get."""
-    special = {
-      i
-      for i, token in self._core.get_added_tokens_decoder().items()
-      if token.special
-    }
+    special = {i for i, token in self._core.get_added_tokens_decoder().items() if token.special}
     ids = self._core.get_vocab(with_added_tokens=True).values()
     return max((i for i in ids if i not in special), default=-1) + 1
 
@@ -261,9 +250,7 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def apply_chat(
-    self,
-    messages: Sequence[dict[str, str]],
-    add_generation_prompt: bool = True,
+    self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
     """Renders messages `{'role', 'content'}` with the chat template.
 
@@ -275,16 +262,15 @@ class Tokenizer:
         is missing.
     """
     if self.chat_template is None:
-      raise InputError(
-        'This tokenizer has no chat template; give a plain prompt instead.'
-      )
+      raise InputError('This tokenizer has no chat template; give a plain prompt instead.')
     end = self.eos_ids[0] if self.eos_ids else None
     return chat.render(
-      self.chat_template, messages,
+      self.chat_template,
+      messages,
       add_generation_prompt=add_generation_prompt,
       bos='' if self.bos_id is None else self.token(self.bos_id),
       eos='' if end is None else self.token(end),
-    )  # fmt: skip
+    )
 
   def save(self, directory: str | Path) -> None:
     """Writes the tokenizer files that Hugging Face reads too."""
@@ -325,9 +311,7 @@ def _known_ends(core, *given: int | None) -> list[int]:
   """The given end tokens first, then the well-known ones that exist."""
   ends = [i for i in given if i is not None]
   added = {
-    token.content: i
-    for i, token in core.get_added_tokens_decoder().items()
-    if token.special
+    token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special
   }
   ends += [added[token] for token in _ENDS if token in added]
   return list(dict.fromkeys(ends))
@@ -342,9 +326,7 @@ def _bos_template(token: str, token_id: int) -> dict[str, Any]:
     'type': 'TemplateProcessing',
     'single': [bos, first],
     'pair': [bos, first, bos, second],
-    'special_tokens': {
-      token: {'id': token, 'ids': [token_id], 'tokens': [token]}
-    },
+    'special_tokens': {token: {'id': token, 'ids': [token_id], 'tokens': [token]}},
   }
 
 

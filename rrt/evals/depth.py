@@ -33,10 +33,7 @@ if TYPE_CHECKING:
   from rrt.model import LanguageModel
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-HEADERS = (
-  'gate', 'skipped loops', 'threshold', 'loops', 'agree %', 'nats/token',
-  'nats lost',
-)  # fmt: skip
+HEADERS = ('gate', 'skipped loops', 'threshold', 'loops', 'agree %', 'nats/token', 'nats lost')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +103,18 @@ def curve(
     for threshold in thresholds(static, gate, shares):
       points.append(
         measure(
-          model, static, gate, threshold, arrays, kv=kv, batch=batch,
-          dtype=dtype, progress=progress,
+          model, static, gate, threshold, arrays, kv=kv, batch=batch, dtype=dtype, progress=progress
         )
-      )  # fmt: skip
+      )
   return points
 
 
 def table(points: Sequence[Point]) -> list[tuple]:
   """Rows of a table of points, under `HEADERS`."""
   return [
-    (
-      p.gate, p.kv, p.threshold, p.mean_loops, 100 * p.agreement, p.nll_nats,
-      p.lost_nats,
-    )
+    (p.gate, p.kv, p.threshold, p.mean_loops, 100 * p.agreement, p.nll_nats, p.lost_nats)
     for p in points
-  ]  # fmt: skip
+  ]
 
 
 def parse_gates(text: str) -> list[str]:
@@ -140,9 +133,7 @@ def parse_gates(text: str) -> list[str]:
   return names
 
 
-def thresholds(
-  static: EveryLoop, gate: str, shares: Sequence[float]
-) -> list[float]:
+def thresholds(static: EveryLoop, gate: str, shares: Sequence[float]) -> list[float]:
   """Scores that about these shares of the first loop's tokens reach."""
   if gate == 'oracle':
     return [1.0]
@@ -172,10 +163,16 @@ def measure(
   for first in range(0, len(depth_NxL), batch):
     part = slice(first, first + batch)
     out = _early(
-      params, arrays, np.float32(threshold),
-      static.tokens_NxL[part], depth_NxL[part], config=model.config,
-      kind=gate if live else 'replay', kv=kv, dtype=dtype,
-    )  # fmt: skip
+      params,
+      arrays,
+      np.float32(threshold),
+      static.tokens_NxL[part],
+      depth_NxL[part],
+      config=model.config,
+      kind=gate if live else 'replay',
+      kv=kv,
+      dtype=dtype,
+    )
     found.append(jax.device_get(out))
     if progress:
       progress(int(static.scored_NxL[part].sum()))
@@ -185,7 +182,9 @@ def measure(
   same_NxL = scored & (top == static.top_NxL)
   of_row = scored.sum(1)
   return Point(
-    gate, kv, threshold,
+    gate,
+    kv,
+    threshold,
     mean_loops=float(depth[scored].mean()),
     agreement=float(same_NxL.sum() / scored.sum()),
     nll_nats=float(nll[scored].astype(np.float64).mean()),
@@ -193,7 +192,7 @@ def measure(
     tokens=int(scored.sum()),
     row_agreement=tuple(map(float, same_NxL.sum(1) / of_row)),
     row_lost=tuple(map(float, lost_NxL.sum(1) / of_row)),
-  )  # fmt: skip
+  )
 
 
 def replayed(static: EveryLoop, gate: str, threshold: float) -> np.ndarray:
@@ -210,15 +209,11 @@ def replayed(static: EveryLoop, gate: str, threshold: float) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))
-def _early(
-  params, arrays, threshold, tokens_BxL, depth_BxL, *, config, kind, kv, dtype
-):
+def _early(params, arrays, threshold, tokens_BxL, depth_BxL, *, config, kind, kv, dtype):
   def leaves(loops, before_BxLxD, after_BxLxD):
     if kind == 'replay':
       return depth_BxL <= loops
-    score_BxL = score_lib.score_rows(
-      kind, arrays, before_BxLxD, after_BxLxD, loops
-    )
+    score_BxL = score_lib.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
     return score_BxL >= threshold
 
   lens = functools.partial(score_lib.through_lens, arrays)

@@ -79,10 +79,18 @@ def score_endings(
         start_B[row], end_B[row] = len(context) - 1, len(whole) - 1
       nll, greedy, depth = jax.device_get(
         _score(
-          params, gate.arrays, np.float32(gate.threshold), fed_BxL, next_BxL,
-          start_B, config=config, kind=gate.kind, kv=gate.kv, dtype=dtype,
+          params,
+          gate.arrays,
+          np.float32(gate.threshold),
+          fed_BxL,
+          next_BxL,
+          start_B,
+          config=config,
+          kind=gate.kind,
+          kv=gate.kv,
+          dtype=dtype,
         )
-      )  # fmt: skip
+      )
       for row, i in enumerate(picked):
         of_ending = slice(start_B[row], end_B[row])
         found[i] = (
@@ -97,10 +105,7 @@ def score_endings(
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))
-def _score(
-  params, arrays, threshold, fed_BxL, next_BxL, start_B, *, config, kind, kv,
-  dtype,
-):  # fmt: skip
+def _score(params, arrays, threshold, fed_BxL, next_BxL, start_B, *, config, kind, kv, dtype):
   """Loss, whether greedy, and loops of every token."""
   may_BxL = jnp.arange(fed_BxL.shape[1])[None, :] >= start_B[:, None]
 
@@ -112,9 +117,7 @@ def _score(
         kind, config, params, arrays, context, after_BxLxD, loops, dtype
       )
     else:
-      score_BxL = score_lib.score_rows(
-        kind, arrays, before_BxLxD, after_BxLxD, loops
-      )
+      score_BxL = score_lib.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
     return (score_BxL >= threshold) & may_BxL
 
   lens = functools.partial(score_lib.through_lens, arrays)

@@ -99,15 +99,12 @@ def fit(config: ModelConfig, context, ending) -> Pair:
   room = config.max_context - (len(ending) - 1)
   if room < 1:
     raise InputError(
-      f'An ending of {len(ending)} tokens does not fit the context of '
-      f'{config.max_context}.'
+      f'An ending of {len(ending)} tokens does not fit the context of {config.max_context}.'
     )
   return tuple(context[-room:]), tuple(ending)
 
 
-def plan(
-  config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int
-) -> Iterator[Batch]:
+def plan(config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Batch]:
   """Groups pairs by context and contexts by shape, the longest first."""
   by_context: dict[tuple[int, ...], list[int]] = {}
   for i, (context, _) in enumerate(pairs):
@@ -146,8 +143,7 @@ def _merge(by_shape):
       last, others = merged[-1]
       both = (shape[0], max(last[1], shape[1]), max(last[2], shape[2]))
       extra = sum(
-        len(g) * (_tokens(*both) - _tokens(*old))
-        for old, g in ((last, others), (shape, groups))
+        len(g) * (_tokens(*both) - _tokens(*old)) for old, g in ((last, others), (shape, groups))
       )
       if extra <= _COMPILE_TOKENS:
         merged[-1] = (both, others + groups)
@@ -181,17 +177,12 @@ def _arrays(pairs, batch: Batch):
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'loops', 'dtype'))
-def _score(
-    params, context_QxL, length_Q, ending_QxExT, pick_N, count,
-    *, config, loops, dtype,
-):  # fmt: skip
+def _score(params, context_QxL, length_Q, ending_QxExT, pick_N, count, *, config, loops, dtype):
   """Losses of the picked ending tokens, in the order of `pick_N`."""
   Q, L = context_QxL.shape
   _, E, T = ending_QxExT.shape
   M = T - 1
-  run = functools.partial(
-    transformer.forward, config, params, loops=loops, dtype=dtype
-  )
+  run = functools.partial(transformer.forward, config, params, loops=loops, dtype=dtype)
   slots = min(L + M, config.max_context)
   cache = init_cache(config, Q, slots, dtype, scan=True, loops=loops)
   out = run(context_QxL, cache=cache)
@@ -203,17 +194,14 @@ def _score(
     wide = jax.tree.map(lambda t: jnp.repeat(t, E, axis=t.ndim - 4), out.cache)
     # Padding of the context lies in slots that an ending overwrites before
     # any of its tokens can see them.
-    positions_QExM = (
-      jnp.repeat(length_Q, E)[:, None] + jnp.arange(M, dtype=jnp.int32)[None, :]
-    )
-    out = run(
-        ending_QxExT[:, :, :-1].reshape(Q * E, M),
-        positions_BxL=positions_QExM, cache=wide,
-    )  # fmt: skip
-    hidden_QxExTxD = jnp.concatenate(
-      [hidden_QxExTxD, out.hidden_BxLxD.reshape(Q, E, M, D)], 2
-    )
+    positions_QExM = jnp.repeat(length_Q, E)[:, None] + jnp.arange(M, dtype=jnp.int32)[None, :]
+    out = run(ending_QxExT[:, :, :-1].reshape(Q * E, M), positions_BxL=positions_QExM, cache=wide)
+    hidden_QxExTxD = jnp.concatenate([hidden_QxExTxD, out.hidden_BxLxD.reshape(Q, E, M, D)], 2)
   return token_losses(
-      config, params, hidden_QxExTxD.reshape(-1, D)[pick_N],
-      ending_QxExT.reshape(-1)[pick_N], dtype, count,
-  )  # fmt: skip
+    config,
+    params,
+    hidden_QxExTxD.reshape(-1, D)[pick_N],
+    ending_QxExT.reshape(-1)[pick_N],
+    dtype,
+    count,
+  )

@@ -101,19 +101,22 @@ def read_static(
   found = []
   for first in range(0, len(rows), batch):
     part = tokens_NxL[first : first + batch]
-    out = _static(
-      params, gate, part, config=model.config, dtype=dtype, fitting=fitting
-    )
+    out = _static(params, gate, part, config=model.config, dtype=dtype, fitting=fitting)
     found.append(jax.device_get(out))
     if progress:
       progress(sum(map(len, rows[first : first + batch])))
   nll, top, right, scores, apart, kept = zip(*found, strict=True)
   wide = lambda parts: np.concatenate(parts, 1)
   return EveryLoop(
-    tokens_NxL, scored_NxL, np.concatenate(nll), np.concatenate(top),
-    {k: wide([s[k] for s in scores]) for k in scores[0]}, wide(right),
-    wide(apart) if fitting else None, wide(kept) if fitting else None,
-  )  # fmt: skip
+    tokens_NxL,
+    scored_NxL,
+    np.concatenate(nll),
+    np.concatenate(top),
+    {k: wide([s[k] for s in scores]) for k in scores[0]},
+    wide(right),
+    wide(apart) if fitting else None,
+    wide(kept) if fitting else None,
+  )
 
 
 def _pad(rows):
@@ -149,16 +152,12 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
     _, r_top_BxL, margin_BxL, entropy_BxL = read(hidden_BxLxD, targets_BxL)
     right.append(r_top_BxL == top_BxL)
     if fitting:
-      apart.append(
-        divergence(config, params, dtype, out.hidden_BxLxD, hidden_BxLxD)
-      )
+      apart.append(divergence(config, params, dtype, out.hidden_BxLxD, hidden_BxLxD))
     sure = _confidences(config, margin_BxL, entropy_BxL)
     for kind in sure:
       scores[kind].append(sure[kind])
     for kind in kinds:
-      scores[kind].append(
-        score_lib.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1)
-      )
+      scores[kind].append(score_lib.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1))
   kept = None
   if fitting:
     all_loops = [after for _, after in met] + [out.left_BxLxD]
@@ -186,9 +185,7 @@ def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
   """
   hidden_BxLxD = _leave(config, params, gate, context, after_BxLxD, loops)
   zero_BxL = jnp.zeros(hidden_BxLxD.shape[:2], jnp.int32)
-  _, _, margin_BxL, entropy_BxL = read_hidden(
-    config, params, dtype, hidden_BxLxD, zero_BxL
-  )
+  _, _, margin_BxL, entropy_BxL = read_hidden(config, params, dtype, hidden_BxLxD, zero_BxL)
   return _confidences(config, margin_BxL, entropy_BxL)[kind]
 
 
@@ -233,8 +230,7 @@ def divergence(config, params, dtype, full_BxLxD, hidden_BxLxD):
 
   def one(x):
     full_CxV, log_p_CxV = (
-      jax.nn.log_softmax(transformer.logits(config, params, h_CxD, dtype), -1)
-      for h_CxD in x
+      jax.nn.log_softmax(transformer.logits(config, params, h_CxD, dtype), -1) for h_CxD in x
     )
     return (jnp.sum(jnp.exp(full_CxV) * (full_CxV - log_p_CxV), -1),)
 

@@ -73,41 +73,32 @@ def fit_gate(
   if (agreement is None) == (loss is None):
     raise InputError('Give either an agreement or a loss to promise.')
   if lens_epochs < 0 or (lens_epochs and not lens):
-    raise InputError(
-      f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.'
-    )
+    raise InputError(f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.')
   fitting, judging = split(rows)
   arrays = None
   if lens or kind == 'learned':
-    read = functools.partial(
-      every_loop.read_static, model, batch=batch, progress=progress
-    )
-    tune = functools.partial(
-      _fit_lens, model, epochs=lens_epochs, progress=progress
-    )
-    arrays = _fit(
-      fitting, read, kind, tune if lens else None, ridge, loss is not None
-    )
-  static = every_loop.read_static(
-    model, judging, arrays, batch=batch, progress=progress
-  )
+    read = functools.partial(every_loop.read_static, model, batch=batch, progress=progress)
+    tune = functools.partial(_fit_lens, model, epochs=lens_epochs, progress=progress)
+    arrays = _fit(fitting, read, kind, tune if lens else None, ridge, loss is not None)
+  static = every_loop.read_static(model, judging, arrays, batch=batch, progress=progress)
   points: list[depth.Point] = []
   chosen = None
   for share in sorted(shares):
     points += depth.curve(
-      model, static, [kind], arrays, kv=kv, shares=[share], batch=batch,
-      progress=progress,
-    )  # fmt: skip
+      model, static, [kind], arrays, kv=kv, shares=[share], batch=batch, progress=progress
+    )
     best = choose(points, agreement=agreement, loss=loss, confidence=confidence)
     if best is None or best[0] is not points[-1]:
       break
     chosen = best
   promise: dict[str, Any] = {
-    'agreement': agreement, 'loss': loss, 'confidence': confidence,
+    'agreement': agreement,
+    'loss': loss,
+    'confidence': confidence,
     'tokens': int(static.scored_NxL.sum()),
     'bound': chosen and chosen[1],
     'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
-  }  # fmt: skip
+  }
   threshold = chosen[0].threshold if chosen else gate_lib.NEVER
   return gate_lib.Gate(kind, threshold, arrays, kv, promise), points
 
@@ -166,9 +157,7 @@ def split(rows: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
   return rows[::2], rows[1::2]
 
 
-def _fit(
-  rows, read, kind: str, fit_lens, ridge: float, by_loss: bool
-) -> dict[str, Any]:
+def _fit(rows, read, kind: str, fit_lens, ridge: float, by_loss: bool) -> dict[str, Any]:
   """Lens and gate, where they are asked for.
 
   What a token's exit is worth is judged, for the gate, with a lens that was
@@ -180,20 +169,12 @@ def _fit(
   if fit_lens:
     arrays |= fit_lens(halves)
     if kind == 'learned':
-      halves = [
-        read(rows[i::2], fit_lens(halves[1 - i : 2 - i]), fitting=True)
-        for i in (0, 1)
-      ]
+      halves = [read(rows[i::2], fit_lens(halves[1 - i : 2 - i]), fitting=True) for i in (0, 1)]
   if kind == 'learned':
     target = [
-      (np.exp(-h.divergence_RxNxL) if by_loss else h.right_RxNxL)[
-        :, h.scored_NxL
-      ]
-      for h in halves
+      (np.exp(-h.divergence_RxNxL) if by_loss else h.right_RxNxL)[:, h.scored_NxL] for h in halves
     ]
-    arrays |= fit_lib.fit(
-      np.concatenate(states, 1)[:-1], np.concatenate(target, 1), ridge
-    )
+    arrays |= fit_lib.fit(np.concatenate(states, 1)[:-1], np.concatenate(target, 1), ridge)
   return arrays
 
 
@@ -202,15 +183,17 @@ def _fit_lens(model, halves, *, epochs: int, progress) -> dict[str, Any]:
   scored = [h.scored_NxL for h in halves]
   states = [h.states_RxNxLxD for h in halves]
   pairs = zip(states, scored, strict=True)
-  arrays: dict[str, Any] = fit_lib.fit_lens(
-    np.concatenate([x[:, s] for x, s in pairs], 1)
-  )
+  arrays: dict[str, Any] = fit_lib.fit_lens(np.concatenate([x[:, s] for x, s in pairs], 1))
   if not epochs:
     return arrays
   return tune_lens.tune_lens(
-    model, arrays, np.concatenate(states, 1), np.concatenate(scored),
-    epochs=epochs, progress=progress,
-  )  # fmt: skip
+    model,
+    arrays,
+    np.concatenate(states, 1),
+    np.concatenate(scored),
+    epochs=epochs,
+    progress=progress,
+  )
 
 
 def work(

@@ -25,9 +25,7 @@ try:
 
   from rrt.evals.lm_eval_model import RrtLM
 except ImportError as e:
-  raise InputError(
-    'Tasks need lm-eval: pip install "relaxed-recursive-transformers[eval]".'
-  ) from e
+  raise InputError('Tasks need lm-eval: pip install "relaxed-recursive-transformers[eval]".') from e
 
 from rrt.evals import tasks
 
@@ -107,9 +105,7 @@ def run(
     local = [tasks.load_task(n, data) for n in names]
     chosen = [tasks.lm_eval_config(t, _dataset, shots) for t in local]
     metrics = [t.metric for t in local]
-  lm = RrtLM(
-    model, loops=loops, dtype=dtype, batch_tokens=batch_tokens, gate=gate
-  )
+  lm = RrtLM(model, loops=loops, dtype=dtype, batch_tokens=batch_tokens, gate=gate)
   found = _evaluate(lm, chosen, shots, limit, seed)
   keys = names if data is not None else chosen
   depth = lm.mean_loops if gate else None
@@ -126,9 +122,14 @@ def _evaluate(lm, chosen, shots, limit, seed):
   loud.setLevel(logging.ERROR)
   try:
     return evaluator.simple_evaluate(
-        model=lm, tasks=chosen, num_fewshot=shots, limit=limit,
-        log_samples=False, bootstrap_iters=100, fewshot_random_seed=seed,
-    )  # fmt: skip
+      model=lm,
+      tasks=chosen,
+      num_fewshot=shots,
+      limit=limit,
+      log_samples=False,
+      bootstrap_iters=100,
+      fewshot_random_seed=seed,
+    )
   except (KeyError, ConnectionError, OSError, ValueError) as e:
     if isinstance(e, InputError):
       raise
@@ -163,10 +164,13 @@ def _result(name, found, key, metric) -> Result:
     metric = (known + scores)[0]
   base, comma, kind = metric.partition(',')
   return Result(
-      name, metric, figures[metric],
-      figures.get(f'{base}_stderr{comma}{kind}'),
-      _questions(found, key), figures,
-  )  # fmt: skip
+    name,
+    metric,
+    figures[metric],
+    figures.get(f'{base}_stderr{comma}{kind}'),
+    _questions(found, key),
+    figures,
+  )
 
 
 def _questions(found, key) -> int:

@@ -104,9 +104,7 @@ class RrtLM(TemplateLM):
     del chat_template
     return self.tokenizer.chat_template
 
-  def apply_chat_template(
-    self, chat_history, add_generation_prompt: bool = True
-  ) -> str:
+  def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
     """A dialogue as text."""
     return self.tokenizer.apply_chat(chat_history, add_generation_prompt)
 
@@ -118,9 +116,7 @@ class RrtLM(TemplateLM):
       # A chat template has written it already.
       if string.startswith(self.tokenizer.token(self.tokenizer.bos_id)):
         bos = False
-    return self.tokenizer.encode(
-      string, bos=bos and self.tokenizer.bos_id is not None
-    )
+    return self.tokenizer.encode(string, bos=bos and self.tokenizer.bos_id is not None)
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     del kwargs
@@ -137,23 +133,26 @@ class RrtLM(TemplateLM):
     if self.gate is not None:
       with console.Progress(len(pairs), label, 'endings') as progress:
         found, self.mean_loops = early_endings.score_endings(
-          self.config, self._params, pairs, self.gate, dtype=self.dtype,
-          batch_tokens=self.batch_tokens, progress=progress.update,
-        )  # fmt: skip
+          self.config,
+          self._params,
+          pairs,
+          self.gate,
+          dtype=self.dtype,
+          batch_tokens=self.batch_tokens,
+          progress=progress.update,
+        )
       return found
     arguments: dict[str, Any] = {
-        'loops': self.loops, 'dtype': self.dtype,
-        'batch_tokens': self.batch_tokens,
-    }  # fmt: skip
+      'loops': self.loops,
+      'dtype': self.dtype,
+      'batch_tokens': self.batch_tokens,
+    }
     if not show:
-      return endings.score_endings(
-        self.config, self._params, pairs, **arguments
-      )
+      return endings.score_endings(self.config, self._params, pairs, **arguments)
     with console.Progress(len(pairs), label, 'endings') as progress:
       return endings.score_endings(
-          self.config, self._params, pairs, progress=progress.update,
-          **arguments,
-      )  # fmt: skip
+        self.config, self._params, pairs, progress=progress.update, **arguments
+      )
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False):
     """Log-likelihoods of whole texts, in windows where they are long."""
@@ -174,18 +173,14 @@ class RrtLM(TemplateLM):
     sums = []
     for request, count in zip(requests, counts, strict=True):
       sums.append(sum(next(found)[0] for _ in range(count)))
-      self.cache_hook.add_partial(
-        'loglikelihood_rolling', request.args, sums[-1]
-      )
+      self.cache_hook.add_partial('loglikelihood_rolling', request.args, sums[-1])
     return sums
 
   def generate_until(self, requests, disable_tqdm=False):
     """What the model writes after each context."""
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
-      self._writer = generate.Writer(
-        limited, loops=self.loops, dtype=self.dtype
-      )
+      self._writer = generate.Writer(limited, loops=self.loops, dtype=self.dtype)
     by_settings: dict[generate.Settings, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)
@@ -200,9 +195,7 @@ class RrtLM(TemplateLM):
             f'the context of {self.max_length}.'
           )
         prompts = {
-          i: self.tok_encode(requests[i].args[0])[-room:]
-          or [self.prefix_token_id]
-          for i in indices
+          i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in indices
         }
         # Rows of like length share a batch and waste little padding.
         indices.sort(key=lambda i: -len(prompts[i]))
@@ -211,9 +204,7 @@ class RrtLM(TemplateLM):
           done = self._writer.complete([prompts[i] for i in part], settings)
           for i, completion in zip(part, done, strict=True):
             texts[i] = completion.text
-            self.cache_hook.add_partial(
-              'generate_until', requests[i].args, completion.text
-            )
+            self.cache_hook.add_partial('generate_until', requests[i].args, completion.text)
           if not disable_tqdm:
             progress.update(len(part))
     return texts
@@ -231,9 +222,7 @@ def _settings(arguments: dict[str, Any]) -> generate.Settings:
     temperature = 0.0
   return generate.Settings(
     max_new_tokens=int(
-      arguments.get('max_gen_toks')
-      or arguments.get('max_new_tokens')
-      or _NEW_TOKENS
+      arguments.get('max_gen_toks') or arguments.get('max_new_tokens') or _NEW_TOKENS
     ),
     temperature=temperature,
     top_k=int(arguments.get('top_k') or 0),

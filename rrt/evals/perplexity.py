@@ -101,9 +101,7 @@ def score(
     for i, row in enumerate(part):
       tokens_BxL[i, : len(row)] = row
       scored_BxT[i, : len(row) - 1] = True
-    nll_BxT = _row_losses(
-      params, tokens_BxL, config=config, loops=loops, dtype=dtype
-    )
+    nll_BxT = _row_losses(params, tokens_BxL, config=config, loops=loops, dtype=dtype)
     total += float(np.asarray(nll_BxT, np.float64)[scored_BxT].sum())
     if progress:
       progress(sum(map(len, part)))
@@ -121,9 +119,7 @@ def score(
   )
 
 
-def make_rows(
-  model: LanguageModel, text, context: int, max_tokens: int | None
-) -> list[list[int]]:
+def make_rows(model: LanguageModel, text, context: int, max_tokens: int | None) -> list[list[int]]:
   """Tokens in rows of `context`; a last row of one token is left out.
 
   Raises:
@@ -132,8 +128,7 @@ def make_rows(
   config = model.config
   if not 2 <= context <= config.max_context:
     raise InputError(
-      f'context={context}: must lie between 2 and {config.max_context}, '
-      'the context of the model.'
+      f'context={context}: must lie between 2 and {config.max_context}, the context of the model.'
     )
   if max_tokens is not None and max_tokens < 2:
     raise InputError(f'max_tokens={max_tokens}: must be 2 or more.')
@@ -143,9 +138,7 @@ def make_rows(
     start_id = model.tokenizer.start_id
     start = [] if start_id is None else [start_id]
   if len(tokens) < 2:
-    raise InputError(
-      f'The text has {len(tokens)} tokens; at least 2 are needed.'
-    )
+    raise InputError(f'The text has {len(tokens)} tokens; at least 2 are needed.')
   if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
     raise InputError(
       f'The text has token ids outside 0..{config.vocab_size - 1}; is this '
@@ -157,9 +150,8 @@ def make_rows(
 
 
 def encode(
-    tokenizer: Tokenizer | None, text: str | Sequence[int],
-    max_tokens: int | None,
-) -> list[int]:  # fmt: skip
+  tokenizer: Tokenizer | None, text: str | Sequence[int], max_tokens: int | None
+) -> list[int]:
   """The first tokens of a text, without a begin token."""
   if not isinstance(text, str):
     return [int(t) for t in text][:max_tokens]
@@ -201,20 +193,14 @@ def read_text(path: str | Path, max_tokens: int | None = None) -> str:
 @functools.partial(jax.jit, static_argnames=('config', 'loops', 'dtype'))
 def _row_losses(params, tokens_BxL, *, config, loops, dtype):
   """Negative log-likelihood of each next token, float32 [B, L - 1]."""
-  out = transformer.forward(
-    config, params, tokens_BxL, loops=loops, dtype=dtype
-  )
+  out = transformer.forward(config, params, tokens_BxL, loops=loops, dtype=dtype)
   B, L = tokens_BxL.shape
   hidden_NxD = out.hidden_BxLxD[:, :-1].reshape(B * (L - 1), -1)
-  nll_N, _ = token_losses(
-    config, params, hidden_NxD, tokens_BxL[:, 1:].reshape(-1), dtype
-  )
+  nll_N, _ = token_losses(config, params, hidden_NxD, tokens_BxL[:, 1:].reshape(-1), dtype)
   return nll_N.reshape(B, L - 1)
 
 
-def token_losses(
-  config, params, hidden_NxD, targets_N, dtype='float32', count=None
-):
+def token_losses(config, params, hidden_NxD, targets_N, dtype='float32', count=None):
   """Losses of tokens from the hidden states before them, chunk by chunk.
 
   Args:

@@ -29,10 +29,7 @@ import zlib
 
 from rrt.errors import InputError
 
-PAPER = (
-    'lambada', 'hellaswag', 'piqa', 'winogrande', 'arc_easy',
-    'arc_challenge', 'openbookqa',
-)  # fmt: skip
+PAPER = ('lambada', 'hellaswag', 'piqa', 'winogrande', 'arc_easy', 'arc_challenge', 'openbookqa')
 _ON_HUB = {'lambada': 'lambada_openai'}
 _OPEN: dict[str, Any] = {'.jsonl': open, '.gz': gzip.open, '.xz': lzma.open}
 _ENDINGS = ('.jsonl', '.jsonl.gz', '.jsonl.xz')
@@ -106,9 +103,7 @@ def load_task(name: str, directory: str | Path) -> Task:
   return Task(name, kind, docs, pool, metric)
 
 
-def find_files(
-  name: str, directory: str | Path
-) -> tuple[list[Path], list[Path]]:
+def find_files(name: str, directory: str | Path) -> tuple[list[Path], list[Path]]:
   """The files with a task's questions, and those with its pool of shots."""
   directory = Path(directory).expanduser()
   if not directory.is_dir():
@@ -179,13 +174,13 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
         doc = {'text': text, 'choices': list(record['choices'])}
       else:
         doc = {
-            'text': '', 'choices': list(record['context_options']),
-            'ending': record['continuation'],
-        }  # fmt: skip
+          'text': '',
+          'choices': list(record['context_options']),
+          'ending': record['continuation'],
+        }
       if not 0 <= gold < len(doc['choices']):
         raise InputError(
-          f'{where}: label {gold} does not name one of the '
-          f'{len(doc["choices"])} choices.'
+          f'{where}: label {gold} does not name one of the {len(doc["choices"])} choices.'
         )
       return doc | {'gold': gold}
     if 'target' in record:
@@ -226,35 +221,35 @@ def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
   if task.pool:
     splits['train'] = task.pool
   config: dict[str, Any] = {
-      'task': task.name,
-      'custom_dataset': lambda **_: dataset(splits),
-      'test_split': 'test',
-      'num_fewshot': shots,
-      'fewshot_split': 'train' if task.pool else 'test',
-      'metadata': {'version': 1.0},
-  }  # fmt: skip
+    'task': task.name,
+    'custom_dataset': lambda **_: dataset(splits),
+    'test_split': 'test',
+    'num_fewshot': shots,
+    'fewshot_split': 'train' if task.pool else 'test',
+    'metadata': {'version': 1.0},
+  }
   if task.kind == 'word':
     metrics = ['acc']
     config |= {
-        'output_type': 'loglikelihood', 'target_delimiter': '',
-        'doc_to_text': lambda doc: doc['text'],
-        'doc_to_target': lambda doc: doc['target'],
-    }  # fmt: skip
+      'output_type': 'loglikelihood',
+      'target_delimiter': '',
+      'doc_to_text': lambda doc: doc['text'],
+      'doc_to_target': lambda doc: doc['target'],
+    }
   else:
     metrics = ['acc', 'acc_norm', 'acc_bytes']
     config |= {
-        'output_type': 'multiple_choice',
-        'doc_to_text': lambda doc: doc['text'],
-        'doc_to_target': lambda doc: doc['gold'],
-        'doc_to_choice': lambda doc: doc['choices'],
-    }  # fmt: skip
+      'output_type': 'multiple_choice',
+      'doc_to_text': lambda doc: doc['text'],
+      'doc_to_target': lambda doc: doc['gold'],
+      'doc_to_choice': lambda doc: doc['choices'],
+    }
   if task.kind == 'contexts':
     # lm-eval's several-contexts form: the text is the right index.
     config['doc_to_text'] = lambda doc: doc['gold']
     config['doc_to_target'] = lambda doc: doc['ending']
     metrics = ['acc']
   config['metric_list'] = [
-    {'metric': m, 'aggregation': 'mean', 'higher_is_better': True}
-    for m in metrics
+    {'metric': m, 'aggregation': 'mean', 'higher_is_better': True} for m in metrics
   ]
   return config

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 RIDGE = 30.0  # Penalty of a gate's regression.
 
 
-def fit_lens(
-  states_RxNxD: np.ndarray, ridge: float = 0.01
-) -> dict[str, np.ndarray]:
+def fit_lens(states_RxNxD: np.ndarray, ridge: float = 0.01) -> dict[str, np.ndarray]:
   """Affine maps from each loop's output to the last one's.
 
   Least squares, each token weighted by the inverse size of its target, since
@@ -42,10 +40,7 @@ def fit_lens(
     map_ExD = np.linalg.solve(moments_ExE, wanted_ExD)
     kernels.append(map_ExD[:-1])
     biases.append(map_ExD[-1])
-  return {
-    'lens_kernel': np.array(kernels, np.float32),
-    'lens_bias': np.array(biases, np.float32),
-  }
+  return {'lens_kernel': np.array(kernels, np.float32), 'lens_bias': np.array(biases, np.float32)}
 
 
 def fit(
@@ -64,17 +59,12 @@ def fit(
   """
   kernels, biases = [], []
   for states_NxD, target_N in zip(states_RxNxD, target_RxN, strict=True):
-    unit = states_NxD / np.maximum(
-      np.linalg.norm(states_NxD, axis=1, keepdims=True), 1e-6
-    )
+    unit = states_NxD / np.maximum(np.linalg.norm(states_NxD, axis=1, keepdims=True), 1e-6)
     D = unit.shape[1]
     weights = _logistic(unit * D**0.5, target_N.astype(np.float64), ridge)
     kernels.append(weights[:-1])
     biases.append(weights[-1])
-  return {
-    'kernel': np.array(kernels, np.float32),
-    'bias': np.array(biases, np.float32),
-  }
+  return {'kernel': np.array(kernels, np.float32), 'bias': np.array(biases, np.float32)}
 
 
 def _logistic(x_NxD: np.ndarray, y_N: np.ndarray, ridge: float) -> np.ndarray:

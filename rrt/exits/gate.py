@@ -112,9 +112,13 @@ def _shapes(config) -> dict[str, tuple[int, ...]]:
   """Of the arrays of gates and lenses, by name."""
   R, D, H = config.loops - 1, config.d_model, LENS_WIDTH
   return {
-    'kernel': (R, D), 'bias': (R,), 'lens_kernel': (R, D, D),
-    'lens_bias': (R, D), 'lens_in': (R, D, H), 'lens_out': (R, H, D),
-  }  # fmt: skip
+    'kernel': (R, D),
+    'bias': (R,),
+    'lens_kernel': (R, D, D),
+    'lens_bias': (R, D),
+    'lens_in': (R, D, H),
+    'lens_out': (R, H, D),
+  }
 
 
 def stored_lens(model) -> dict[str, np.ndarray] | None:

@@ -24,10 +24,7 @@ def check_kind(kind: str) -> None:
     raise InputError(f'gate={kind!r}: must be one of {KINDS}.')
 
 
-def score(
-  kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_B,
-  count_B,
-):  # fmt: skip
+def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_B, count_B):
   """How sure each row is to need no further loop, float32 [B] in 0..1.
 
   The first position scores 0, so that it leaves by a threshold of 0 or less
@@ -129,9 +126,15 @@ def score_rows(kind: str, gate: Any, before_BxLxD, after_BxLxD, loops: int):
   B, L, D = after_BxLxD.shape
   zero_N = jnp.zeros(B * L, jnp.int32)
   score_N = score(
-    kind, gate, before_BxLxD.reshape(-1, D), after_BxLxD.reshape(-1, D),
-    zero_N + loops, jnp.arange(B * L) % L, zero_N, zero_N,
-  )  # fmt: skip
+    kind,
+    gate,
+    before_BxLxD.reshape(-1, D),
+    after_BxLxD.reshape(-1, D),
+    zero_N + loops,
+    jnp.arange(B * L) % L,
+    zero_N,
+    zero_N,
+  )
   return score_N.reshape(B, L)
 
 

@@ -71,12 +71,8 @@ def tune_lens(
   few = transformer.head_of_first(config, params, min(VOCAB, config.vocab_size))
 
   def log_p(params, few, x_BxLxD):
-    context = transformer.make_context(
-      config, jnp.zeros(x_BxLxD.shape[:2], jnp.int32)
-    )
-    hidden_BxLxD, _ = passes.leave(
-      config, params, x_BxLxD, context, None, scan=True
-    )
+    context = transformer.make_context(config, jnp.zeros(x_BxLxD.shape[:2], jnp.int32))
+    hidden_BxLxD, _ = passes.leave(config, params, x_BxLxD, context, None, scan=True)
     logits_BxLxV = transformer.logits(config, few, hidden_BxLxD, 'float32')
     return jax.nn.log_softmax(logits_BxLxV, -1)
 
@@ -114,7 +110,4 @@ def _hidden_layer(d_model: int, seed: int):
   """It adds nothing at first."""
   H = gate_lib.LENS_WIDTH
   start_DxH = jax.random.normal(jax.random.key(seed), (d_model, H))
-  return {
-    'lens_in': start_DxH / d_model**0.5,
-    'lens_out': jnp.zeros((H, d_model)),
-  }
+  return {'lens_in': start_DxH / d_model**0.5, 'lens_out': jnp.zeros((H, d_model))}

@@ -8,17 +8,14 @@ from rrt.config import Rope, is_number, is_whole
 from rrt.errors import InputError
 
 
-def refuse(
-  fields: dict[str, Any], name: str, *allowed: Any, mend: str = ''
-) -> None:
+def refuse(fields: dict[str, Any], name: str, *allowed: Any, mend: str = '') -> None:
   """Raises InputError unless a field is absent, null or as allowed."""
   value = fields.get(name)
   if value is None or value in allowed:
     return
   can = ' or '.join(repr(v) for v in allowed if v is not None) or 'no value'
   raise InputError(
-    f'config.json: {name}={value!r} is not supported, only {can}'
-    f'{"; " + mend if mend else ""}.'
+    f'config.json: {name}={value!r} is not supported, only {can}{"; " + mend if mend else ""}.'
   )
 
 
@@ -29,13 +26,7 @@ def require(fields: dict[str, Any], name: str) -> Any:
   return fields[name]
 
 
-def whole(
-  fields: dict[str, Any],
-  name: str,
-  default: int | None = None,
-  *,
-  least: int = 1,
-) -> int:
+def whole(fields: dict[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
   """A field that counts something.
 
   Args:
@@ -53,18 +44,12 @@ def whole(
   if isinstance(value, float) and value.is_integer():
     value = int(value)
   if not is_whole(value, least):
-    raise InputError(
-      f'config.json: {name}={value!r} must be a whole number, {least} or more.'
-    )
+    raise InputError(f'config.json: {name}={value!r} must be a whole number, {least} or more.')
   return value
 
 
 def number(
-  fields: dict[str, Any],
-  name: str,
-  default: float | None = None,
-  *,
-  least: float | None = None,
+  fields: dict[str, Any], name: str, default: float | None = None, *, least: float | None = None
 ) -> float:
   """A finite number, above 0 or at least `least`; otherwise as `whole`."""
   if fields.get(name) is None and default is not None:
@@ -72,9 +57,7 @@ def number(
   value = require(fields, name)
   if not is_number(value, least):
     need = 'above 0' if least is None else f'{least:g} or more'
-    raise InputError(
-      f'config.json: {name}={value!r} must be a finite number, {need}.'
-    )
+    raise InputError(f'config.json: {name}={value!r} must be a finite number, {need}.')
   return float(value)
 
 
@@ -94,9 +77,7 @@ def table(fields: dict[str, Any], name: str) -> dict[str, Any]:
   return value or {}
 
 
-def rope_from_hf(
-  parameters: dict[str, Any] | None, base: float, max_context: int
-) -> Rope:
+def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: int) -> Rope:
   """One rotary table from a `rope_parameters` or `rope_scaling` dict.
 
   Args:
@@ -122,13 +103,10 @@ def rope_from_hf(
       factor=number(p, 'factor'),
       low_freq_factor=number(p, 'low_freq_factor'),
       high_freq_factor=number(p, 'high_freq_factor'),
-      original_context=whole(
-        p, 'original_max_position_embeddings', max_context
-      ),
+      original_context=whole(p, 'original_max_position_embeddings', max_context),
     )
   raise InputError(
-    f'config.json: rope_type={kind!r} is not supported, only default, '
-    'linear and llama3.'
+    f'config.json: rope_type={kind!r} is not supported, only default, linear and llama3.'
   )
 
 

@@ -17,30 +17,53 @@ from rrt.families import llama
 from rrt.families.base import Family, Row
 
 GEMMA3_ROWS = (
-    Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
-    Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
-    Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
-    Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
-    Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
-    Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
-    Row('attn/q_norm/scale', 'model.layers.{}.self_attn.q_norm.weight', 'blk.{}.attn_q_norm.weight', 'gain'),
-    Row('attn/k_norm/scale', 'model.layers.{}.self_attn.k_norm.weight', 'blk.{}.attn_k_norm.weight', 'gain'),
-    Row('attn_post_norm/scale', 'model.layers.{}.post_attention_layernorm.weight', 'blk.{}.post_attention_norm.weight', 'gain'),
-    Row('mlp_norm/scale', 'model.layers.{}.pre_feedforward_layernorm.weight', 'blk.{}.ffn_norm.weight', 'gain'),
-    Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
-    Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
-    Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
-    Row('mlp_post_norm/scale', 'model.layers.{}.post_feedforward_layernorm.weight', 'blk.{}.post_ffw_norm.weight', 'gain'),
-    Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
-    Row('head/kernel', 'lm_head.weight', 'output.weight'),
-)  # fmt: skip
+  Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
+  Row(
+    'attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'
+  ),
+  Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
+  Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
+  Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
+  Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
+  Row(
+    'attn/q_norm/scale',
+    'model.layers.{}.self_attn.q_norm.weight',
+    'blk.{}.attn_q_norm.weight',
+    'gain',
+  ),
+  Row(
+    'attn/k_norm/scale',
+    'model.layers.{}.self_attn.k_norm.weight',
+    'blk.{}.attn_k_norm.weight',
+    'gain',
+  ),
+  Row(
+    'attn_post_norm/scale',
+    'model.layers.{}.post_attention_layernorm.weight',
+    'blk.{}.post_attention_norm.weight',
+    'gain',
+  ),
+  Row(
+    'mlp_norm/scale',
+    'model.layers.{}.pre_feedforward_layernorm.weight',
+    'blk.{}.ffn_norm.weight',
+    'gain',
+  ),
+  Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
+  Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
+  Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
+  Row(
+    'mlp_post_norm/scale',
+    'model.layers.{}.post_feedforward_layernorm.weight',
+    'blk.{}.post_ffw_norm.weight',
+    'gain',
+  ),
+  Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
+  Row('head/kernel', 'lm_head.weight', 'output.weight'),
+)
 
 # What a config.json may leave out, by the original's own defaults.
-GEMMA_DEFAULTS = {
-  'vocab_size': 256_000,
-  'head_dim': 256,
-  'max_position_embeddings': 8192,
-}
+GEMMA_DEFAULTS = {'vocab_size': 256_000, 'head_dim': 256, 'max_position_embeddings': 8192}
 GEMMA3_DEFAULTS = {
   'vocab_size': 262_208,
   'hidden_size': 2304,
@@ -67,8 +90,7 @@ def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
     **_common(c, 'gemma'),
     ropes=(
       fields_lib.rope_from_hf(
-        fields_lib.table(c, 'rope_scaling')
-        or fields_lib.table(c, 'rope_parameters'),
+        fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters'),
         fields_lib.number(c, 'rope_theta', 10_000.0),
         fields_lib.whole(c, 'max_position_embeddings'),
       ),
@@ -141,8 +163,7 @@ def _layer_kinds(c: dict[str, Any]) -> list[str]:
   for kind in kinds:
     if kind not in (LOCAL, GLOBAL):
       raise InputError(
-        f'config.json: layer_types has {kind!r}, which is not supported, '
-        f'only {LOCAL} and {GLOBAL}.'
+        f'config.json: layer_types has {kind!r}, which is not supported, only {LOCAL} and {GLOBAL}.'
       )
   return kinds
 
@@ -156,12 +177,8 @@ def _ropes_from_hf(c: dict[str, Any]) -> tuple[Rope, Rope]:
   near = fields_lib.table(nested, LOCAL)
   context = fields_lib.whole(c, 'max_position_embeddings')
   return (
-    fields_lib.rope_from_hf(
-      far, fields_lib.number(c, 'rope_theta', 1e6), context
-    ),
-    fields_lib.rope_from_hf(
-      near, fields_lib.number(c, 'rope_local_base_freq', 1e4), context
-    ),
+    fields_lib.rope_from_hf(far, fields_lib.number(c, 'rope_theta', 1e6), context),
+    fields_lib.rope_from_hf(near, fields_lib.number(c, 'rope_local_base_freq', 1e4), context),
   )
 
 
@@ -196,18 +213,13 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     'rope_theta': far.base,
     'rope_scaling': fields_lib.rope_to_hf(far),
     'rope_local_base_freq': near.base,
-    'rope_parameters': {
-      GLOBAL: _rope_parameters(far),
-      LOCAL: _rope_parameters(near),
-    },
+    'rope_parameters': {GLOBAL: _rope_parameters(far), LOCAL: _rope_parameters(near)},
     'attn_logit_softcapping': None,
     'final_logit_softcapping': None,
   }
 
 
-def _kinds_of_layers(
-  config: ModelConfig, windows: tuple[int, ...]
-) -> tuple[Rope, Rope, int]:
+def _kinds_of_layers(config: ModelConfig, windows: tuple[int, ...]) -> tuple[Rope, Rope, int]:
   """(global rotary table, local one, local window) of an untied model.
 
   A config.json has one of each; where there are no layers of a kind, the

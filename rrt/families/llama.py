@@ -13,19 +13,26 @@ from rrt.families import fields as fields_lib
 from rrt.families.base import Family, Row
 
 ROWS = (
-    Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
-    Row('attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'),
-    Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
-    Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
-    Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
-    Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
-    Row('mlp_norm/scale', 'model.layers.{}.post_attention_layernorm.weight', 'blk.{}.ffn_norm.weight', 'gain'),
-    Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
-    Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
-    Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
-    Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
-    Row('head/kernel', 'lm_head.weight', 'output.weight'),
-)  # fmt: skip
+  Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
+  Row(
+    'attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'
+  ),
+  Row('attn/q/kernel', 'model.layers.{}.self_attn.q_proj.weight', 'blk.{}.attn_q.weight', 'q'),
+  Row('attn/k/kernel', 'model.layers.{}.self_attn.k_proj.weight', 'blk.{}.attn_k.weight', 'k'),
+  Row('attn/v/kernel', 'model.layers.{}.self_attn.v_proj.weight', 'blk.{}.attn_v.weight'),
+  Row('attn/o/kernel', 'model.layers.{}.self_attn.o_proj.weight', 'blk.{}.attn_output.weight'),
+  Row(
+    'mlp_norm/scale',
+    'model.layers.{}.post_attention_layernorm.weight',
+    'blk.{}.ffn_norm.weight',
+    'gain',
+  ),
+  Row('mlp/gate/kernel', 'model.layers.{}.mlp.gate_proj.weight', 'blk.{}.ffn_gate.weight'),
+  Row('mlp/up/kernel', 'model.layers.{}.mlp.up_proj.weight', 'blk.{}.ffn_up.weight'),
+  Row('mlp/down/kernel', 'model.layers.{}.mlp.down_proj.weight', 'blk.{}.ffn_down.weight'),
+  Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
+  Row('head/kernel', 'lm_head.weight', 'output.weight'),
+)
 
 
 def from_hf(c: dict[str, Any]) -> ModelConfig:
@@ -50,9 +57,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     d_model=d_model,
     d_ff=fields_lib.whole(c, 'intermediate_size'),
     num_heads=heads,
-    num_kv_heads=fields_lib.whole(
-      c, 'num_key_value_heads', 8 if mistral else heads
-    ),
+    num_kv_heads=fields_lib.whole(c, 'num_key_value_heads', 8 if mistral else heads),
     head_dim=fields_lib.whole(c, 'head_dim', d_model // heads),
     block_layers=layers,
     max_context=max_context,
@@ -61,8 +66,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     windows=(window,) * layers if window else (),
     ropes=(
       fields_lib.rope_from_hf(
-        fields_lib.table(c, 'rope_scaling')
-        or fields_lib.table(c, 'rope_parameters'),
+        fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters'),
         fields_lib.number(c, 'rope_theta', 10_000.0),
         max_context,
       ),
@@ -93,9 +97,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'tie_word_embeddings': config.tie_embeddings,
     'rope_theta': rope.base,
     'rope_scaling': scaling,
-    'rope_parameters': {'rope_type': 'default'}
-    | (scaling or {})
-    | {'rope_theta': rope.base},
+    'rope_parameters': {'rope_type': 'default'} | (scaling or {}) | {'rope_theta': rope.base},
     'attention_bias': False,
     'mlp_bias': False,
   }

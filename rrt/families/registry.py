@@ -30,6 +30,5 @@ def family_for(model_type: str | None) -> Family:
     if model_type in family.model_types:
       return family
   raise InputError(
-    f'model_type={model_type!r} is not supported; this version reads '
-    f'{", ".join(known)}.'
+    f'model_type={model_type!r} is not supported; this version reads {", ".join(known)}.'
   )

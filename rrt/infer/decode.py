@@ -74,10 +74,15 @@ def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
     start, cache = 0, as_empty(cache)
   positions_L = start + jnp.arange(L, dtype=jnp.int32)
   out = transformer.forward(
-      static.config, params, tokens_BxL,
-      positions_BxL=jnp.broadcast_to(positions_L[None, :], (B, L)),
-      cache=cache, loops=static.loops, dtype=static.dtype, scan=False,
-  )  # fmt: skip
+    static.config,
+    params,
+    tokens_BxL,
+    positions_BxL=jnp.broadcast_to(positions_L[None, :], (B, L)),
+    cache=cache,
+    loops=static.loops,
+    dtype=static.dtype,
+    scan=False,
+  )
   at_B = length_B - 1 - start
   end_BxD = out.hidden_BxLxD[jnp.arange(B), jnp.clip(at_B, 0, L - 1)]
   here_B = (at_B >= 0) & (at_B < L)
@@ -103,17 +108,21 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
   def body(carry):
     i, out_BxT, rows, cache = carry
     step = transformer.forward(
-        static.config, params, rows.token_B[:, None],
-        positions_BxL=rows.position_B[:, None], cache=cache,
-        loops=static.loops, dtype=static.dtype, scan=False,
-    )  # fmt: skip
+      static.config,
+      params,
+      rows.token_B[:, None],
+      positions_BxL=rows.position_B[:, None],
+      cache=cache,
+      loops=static.loops,
+      dtype=static.dtype,
+      scan=False,
+    )
     # A row that is done feeds its last token to the same slot for ever.
     moved_B = rows.position_B + jnp.where(rows.done_B, 0, 1)
     was_done_B = rows.done_B
     rows = _draw(
-        params, step.hidden_BxLxD[:, 0], rows._replace(position_B=moved_B),
-        sampling, eos_E, static,
-    )  # fmt: skip
+      params, step.hidden_BxLxD[:, 0], rows._replace(position_B=moved_B), sampling, eos_E, static
+    )
     token_B = jnp.where(was_done_B, -1, rows.token_B)
     return i + 1, out_BxT.at[:, i].set(token_B), rows, step.cache
 
@@ -146,13 +155,10 @@ def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
 def grow(cache: Cache, *, length: int, static: Static) -> Cache:
   """The cache with more slots a row."""
   batch = jax.tree.leaves(cache)[0].shape[0]
-  wide = init_cache(
-    static.config, batch, length, static.dtype, loops=static.loops
-  )
+  wide = init_cache(static.config, batch, length, static.dtype, loops=static.loops)
   return jax.tree.map(
-      lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim),
-      wide, cache,
-  )  # fmt: skip
+    lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), wide, cache
+  )
 
 
 @dataclasses.dataclass
@@ -177,9 +183,8 @@ class Decoder:
   """
 
   def __init__(
-      self, config: ModelConfig, params, *, loops: int | None = None,
-      dtype: str = 'float32',
-  ):  # fmt: skip
+    self, config: ModelConfig, params, *, loops: int | None = None, dtype: str = 'float32'
+  ):
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
@@ -246,9 +251,7 @@ class Decoder:
       out_BxT, rows = jax.device_get((out_BxT, rows))
       tokens = [[int(t) for t in row if t >= 0] for row in out_BxT]
       clock.decode_tokens += sum(map(len, tokens))
-      clock.decode_seconds += (
-        time.perf_counter() - clock.compile_seconds - began
-      )
+      clock.decode_seconds += time.perf_counter() - clock.compile_seconds - began
       ended = yield tokens
 
   def _prefill(self, prompts, length_B, cache):
@@ -263,18 +266,25 @@ class Decoder:
         part = prompt[start : start + width]
         row[: len(part)] = part
       last_BxD, cache = self._call(
-          extend, self.params, cache, last_BxD, tokens_BxL,
-          np.int32(start) if start else None, length_B,
-      )  # fmt: skip
+        extend,
+        self.params,
+        cache,
+        last_BxD,
+        tokens_BxL,
+        np.int32(start) if start else None,
+        length_B,
+      )
     return last_BxD, cache
 
   def _call(self, step, *args):
     """Runs a compiled step; compiles it, on the clock, the first time."""
     leaves, tree = jax.tree.flatten(args)
     key = (
-        step, self.static, tree,
-        tuple((x.shape, x.dtype, getattr(x, 'sharding', 0)) for x in leaves),
-    )  # fmt: skip
+      step,
+      self.static,
+      tree,
+      tuple((x.shape, x.dtype, getattr(x, 'sharding', 0)) for x in leaves),
+    )
     if key not in _COMPILED:
       began = time.perf_counter()
       lowered = step.lower(*args, static=self.static)

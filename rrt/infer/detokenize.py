@@ -42,10 +42,14 @@ class Text:
   """
 
   def __init__(
-      self, tokenizer: Tokenizer | None, prompt: Sequence[int],
-      end: Sequence[int], stops: Sequence[str], index: int,
-      show: Callable[[int, str], Any],
-  ):  # fmt: skip
+    self,
+    tokenizer: Tokenizer | None,
+    prompt: Sequence[int],
+    end: Sequence[int],
+    stops: Sequence[str],
+    index: int,
+    show: Callable[[int, str], Any],
+  ):
     self._end, self._stops = frozenset(end), stops
     self._index, self._show = index, show
     self._stream = _decoder(tokenizer, prompt)
@@ -112,12 +116,7 @@ class StreamDecoder:
   space, so the tail since the last complete text is decoded together.
   """
 
-  def __init__(
-    self,
-    tokenizer: Tokenizer,
-    skip_special: bool = True,
-    before: Sequence[int] = (),
-  ):
+  def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, before: Sequence[int] = ()):
     """`before`: the tokens that the text goes on from, not handed out."""
     self._tokenizer = tokenizer
     self._skip = skip_special

@@ -74,9 +74,16 @@ def complete(
   """
   seed = int(seed) if isinstance(seed, Integral) else seed
   settings = Settings(
-      max_new_tokens, temperature, top_k, top_p, min_p, seed,
-      (stop,) if isinstance(stop, str) else tuple(stop), chat, ignore_end,
-  )  # fmt: skip
+    max_new_tokens,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed,
+    (stop,) if isinstance(stop, str) else tuple(stop),
+    chat,
+    ignore_end,
+  )
   settings.check()
   if not isinstance(model, Writer):
     model = Writer(model, loops=loops, dtype=dtype)
@@ -113,31 +120,23 @@ class Settings:
       return isinstance(value, Integral) and low <= int(value) < 2**31
 
     need(whole('max_new_tokens', 1), 'max_new_tokens', '1 or more')
-    need(
-        number('temperature', 0, 1e30), 'temperature',
-        'a finite number, 0 (greedy) or above',
-    )  # fmt: skip
+    need(number('temperature', 0, 1e30), 'temperature', 'a finite number, 0 (greedy) or above')
     need(whole('top_k', 0), 'top_k', '0 (all tokens) or more')
-    need(
-        number('top_p', 0, 1) and self.top_p > 0, 'top_p',
-        'above 0 and at most 1 (all tokens)',
-    )  # fmt: skip
+    need(number('top_p', 0, 1) and self.top_p > 0, 'top_p', 'above 0 and at most 1 (all tokens)')
     need(number('min_p', 0, 1), 'min_p', 'from 0 (all tokens) to 1')
     need(all(self.stop), 'stop', 'texts of at least one character')
     seeds = list(np.atleast_1d(self.seed))
     need(
-        all(isinstance(s, Integral) and 0 <= int(s) < 2**32 for s in seeds),
-        'seed', 'whole, from 0 to 2**32 - 1',
-    )  # fmt: skip
+      all(isinstance(s, Integral) and 0 <= int(s) < 2**32 for s in seeds),
+      'seed',
+      'whole, from 0 to 2**32 - 1',
+    )
 
   def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
     """Raises InputError for what these prompts or this model cannot have."""
-    if (
-      not isinstance(self.seed, int | np.integer) and len(self.seed) != prompts
-    ):
+    if not isinstance(self.seed, int | np.integer) and len(self.seed) != prompts:
       raise InputError(
-        f'seed has {len(self.seed)} values for {prompts} prompts; '
-        'give one for each, or one in all.'
+        f'seed has {len(self.seed)} values for {prompts} prompts; give one for each, or one in all.'
       )
     if self.stop and tokenizer is None:
       raise InputError('stop needs a model with a tokenizer.')
@@ -171,22 +170,23 @@ class Writer:
   """
 
   def __init__(
-      self, model: LanguageModel, *, loops: int | None = None,
-      dtype: str = 'float32', batch: int = BATCH,
-  ):  # fmt: skip
+    self,
+    model: LanguageModel,
+    *,
+    loops: int | None = None,
+    dtype: str = 'float32',
+    batch: int = BATCH,
+  ):
     self._config = model.config
     self._tokenizer = model.tokenizer
     self._batch = batch
-    self._decoder = decode.Decoder(
-      model.config, model.params, loops=loops, dtype=dtype
-    )
+    self._decoder = decode.Decoder(model.config, model.params, loops=loops, dtype=dtype)
     self.clock = self._decoder.clock
     self.loops = self._decoder.static.loops
 
   def complete(
-      self, prompts, settings: Settings,
-      stream: Callable[[int, str], None] | None = None,
-  ) -> list[Completion]:  # fmt: skip
+    self, prompts, settings: Settings, stream: Callable[[int, str], None] | None = None
+  ) -> list[Completion]:
     """As the function `complete`, which checks the settings first."""
     ids = encode_prompts(self._tokenizer, prompts, settings.chat)
     check_prompts(self._config, ids)
@@ -199,29 +199,24 @@ class Writer:
 
   def _batched(self, ids, rows, settings, stream):
     """Completes the prompts of one batch."""
-    end = () if settings.ignore_end or self._tokenizer is None else (
-        self._tokenizer.eos_ids
-    )  # fmt: skip
+    end = () if settings.ignore_end or self._tokenizer is None else (self._tokenizer.eos_ids)
     context = self._config.max_context
     room = [min(settings.max_new_tokens, context - len(p)) for p in ids]
     show = stream or (lambda i, text: None)
     texts = [
-      Text(self._tokenizer, p, end, settings.stop, i, show)
-      for i, p in zip(rows, ids, strict=True)
+      Text(self._tokenizer, p, end, settings.stop, i, show) for i, p in zip(rows, ids, strict=True)
     ]
     watched = stream is not None or bool(settings.stop)
     run = self._decoder.run(
-        ids, room, sampling=settings.sampling(rows), eos=end,
-        call=_GLANCE if watched else decode.CALL,
-    )  # fmt: skip
+      ids, room, sampling=settings.sampling(rows), eos=end, call=_GLANCE if watched else decode.CALL
+    )
     for tokens in _drive(run, texts):
       for text, new in zip(texts, tokens, strict=True):
         text.extend(new)
     return [
-        text.finish(len(p), 'length' if r == settings.max_new_tokens else
-                    'context')
-        for text, p, r in zip(texts, ids, room, strict=True)
-    ]  # fmt: skip
+      text.finish(len(p), 'length' if r == settings.max_new_tokens else 'context')
+      for text, p, r in zip(texts, ids, room, strict=True)
+    ]
 
 
 def _drive(run, texts: list[Text]) -> Iterator[list[list[int]]]:
@@ -235,9 +230,7 @@ def _drive(run, texts: list[Text]) -> Iterator[list[list[int]]]:
     return
 
 
-def encode_prompts(
-  tokenizer: Tokenizer | None, prompts, chat: bool = False
-) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer | None, prompts, chat: bool = False) -> list[list[int]]:
   """Token ids of prompts given as one text, texts, or token ids."""
   if isinstance(prompts, str):
     prompts = [prompts]
@@ -249,16 +242,13 @@ def encode_prompts(
       raise InputError('Give prompts all as texts, or all as token ids.')
     return [[int(t) for t in p] for p in prompts]
   if tokenizer is None:
-    raise InputError(
-      'This model has no tokenizer; give prompts as lists of token ids.'
-    )
+    raise InputError('This model has no tokenizer; give prompts as lists of token ids.')
   check_texts(prompts)
   if not chat:
     return tokenizer.encode_batch(prompts)
   # A template writes its own begin token, where it wants one.
   return tokenizer.encode_batch(
-    [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts],
-    bos=False,
+    [tokenizer.apply_chat([{'role': 'user', 'content': p}]) for p in prompts], bos=False
   )
 
 
@@ -281,6 +271,4 @@ def check_prompts(config, ids: Sequence[Sequence[int]]) -> None:
         f'{config.max_context - 1} or fewer.'
       )
     if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-      raise InputError(
-        f'Prompt {i} has token ids outside 0..{config.vocab_size - 1}.'
-      )
+      raise InputError(f'Prompt {i} has token ids outside 0..{config.vocab_size - 1}.')

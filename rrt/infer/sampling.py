@@ -95,9 +95,7 @@ def penalize(logits_BxV, penalties: Penalties, drawn_BxV, prompt_BxV):
   logits_BxV = logits_BxV.astype(jnp.float32)
   again_BxV = prompt_BxV | (drawn_BxV > 0)
   factor_Bx1 = penalties.repetition_B[:, None]
-  harder_BxV = jnp.where(
-    logits_BxV > 0, logits_BxV / factor_Bx1, logits_BxV * factor_Bx1
-  )
+  harder_BxV = jnp.where(logits_BxV > 0, logits_BxV / factor_Bx1, logits_BxV * factor_Bx1)
   logits_BxV = jnp.where(again_BxV, harder_BxV, logits_BxV)
   cost_BxV = penalties.frequency_B[:, None] * drawn_BxV
   cost_BxV += penalties.presence_B[:, None] * (drawn_BxV > 0)

@@ -47,8 +47,9 @@ class Context(NamedTuple):
     return Context(
       row(self.positions_BxL, 0),
       None if segments_BxL is None else row(segments_BxL, 0),
-      row(self.cos_TxBxLxK, 1), row(self.sin_TxBxLxK, 1),
-    )  # fmt: skip
+      row(self.cos_TxBxLxK, 1),
+      row(self.sin_TxBxLxK, 1),
+    )
 
 
 class Place(NamedTuple):
@@ -89,18 +90,16 @@ def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
   M = H // G
   q_BxGxMxLxDh = q_BxLxHxDh.reshape(B, L, G, M, Dh).transpose(0, 2, 3, 1, 4)
   att_BxGxMLxS = jnp.einsum(
-      'bgqd,bgds->bgqs', q_BxGxMxLxDh.reshape(B, G, M * L, Dh), k_BxGxDhxS,
-      preferred_element_type=jnp.float32,
-  )  # fmt: skip
+    'bgqd,bgds->bgqs',
+    q_BxGxMxLxDh.reshape(B, G, M * L, Dh),
+    k_BxGxDhxS,
+    preferred_element_type=jnp.float32,
+  )
   att_BxGxMxLxS = jnp.where(
-    mask_BxLxS[:, None, None, :, :],
-    att_BxGxMLxS.reshape(B, G, M, L, S),
-    -1e30,
+    mask_BxLxS[:, None, None, :, :], att_BxGxMLxS.reshape(B, G, M, L, S), -1e30
   )
   att_BxGxMxLxS = jax.nn.softmax(att_BxGxMxLxS, -1).astype(q_BxLxHxDh.dtype)
-  o_BxGxMLxDh = jnp.einsum(
-    'bgqs,bgsd->bgqd', att_BxGxMxLxS.reshape(B, G, M * L, S), v_BxGxSxDh
-  )
+  o_BxGxMLxDh = jnp.einsum('bgqs,bgsd->bgqd', att_BxGxMxLxS.reshape(B, G, M * L, S), v_BxGxSxDh)
   o_BxGxMxLxDh = o_BxGxMLxDh.reshape(B, G, M, L, Dh)
   return o_BxGxMxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
@@ -119,11 +118,13 @@ def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL):
   for begin in range(0, L, step):
     end = min(begin + step, L)
     outs.append(
-        jax.checkpoint(attend)(
-            q_BxLxHxDh[:, begin:end], k_BxGxDhxL[..., :end],
-            v_BxGxLxDh[:, :, :end], mask_BxLxL[:, begin:end, :end],
-        )
-    )  # fmt: skip
+      jax.checkpoint(attend)(
+        q_BxLxHxDh[:, begin:end],
+        k_BxGxDhxL[..., :end],
+        v_BxGxLxDh[:, :, :end],
+        mask_BxLxL[:, begin:end, :end],
+      )
+    )
   return jnp.concatenate(outs, 1)
 
 
@@ -203,14 +204,14 @@ class Attention(nn.Module):
         s = context.segments_BxL
         mask_BxLxL &= s[:, :, None] == s[:, None, :]
       o_BxLxHxDh = attend_causal(
-          q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1),
-          v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL,
-      )  # fmt: skip
+        q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL
+      )
     else:
       slots_1xS = jnp.arange(kv.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
       o_BxLxHxDh = attend(
-          q_BxLxHxDh, kv.k_BxGxDhxS.astype(x_BxLxD.dtype),
-          kv.v_BxGxSxDh.astype(x_BxLxD.dtype),
-          visible(positions_BxL, slots_1xS, place.window),
-      )  # fmt: skip
+        q_BxLxHxDh,
+        kv.k_BxGxDhxS.astype(x_BxLxD.dtype),
+        kv.v_BxGxSxDh.astype(x_BxLxD.dtype),
+        visible(positions_BxL, slots_1xS, place.window),
+      )
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

@@ -105,9 +105,7 @@ def init_cache(
 
 def as_empty(cache: Cache) -> Cache:
   """The same cache, known to be empty when a step is compiled."""
-  return jax.tree.map(
-    lambda kv: EmptyKV(*kv), cache, is_leaf=lambda x: isinstance(x, KV)
-  )
+  return jax.tree.map(lambda kv: EmptyKV(*kv), cache, is_leaf=lambda x: isinstance(x, KV))
 
 
 def write(kv: KV | EmptyKV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
@@ -126,12 +124,8 @@ def write(kv: KV | EmptyKV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
     )
   rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
   return KV(
-    k.at[rows_Bx1, :, :, positions_BxL].set(
-      k_BxLxGxDh.astype(k.dtype), mode='drop'
-    ),
-    v.at[rows_Bx1, :, positions_BxL].set(
-      v_BxLxGxDh.astype(v.dtype), mode='drop'
-    ),
+    k.at[rows_Bx1, :, :, positions_BxL].set(k_BxLxGxDh.astype(k.dtype), mode='drop'),
+    v.at[rows_Bx1, :, positions_BxL].set(v_BxLxGxDh.astype(v.dtype), mode='drop'),
   )
 
 

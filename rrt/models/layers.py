@@ -65,8 +65,7 @@ def rope_frequencies(rope: Rope, head_dim: int):
     high = np.float32(rope.original_context / rope.high_freq_factor)
     slowed = freq / np.float32(rope.factor)
     ramp = (
-      np.float32(rope.original_context) / wavelength
-      - np.float32(rope.low_freq_factor)
+      np.float32(rope.original_context) / wavelength - np.float32(rope.low_freq_factor)
     ) / np.float32(rope.high_freq_factor - rope.low_freq_factor)
     smooth = (1 - ramp) * freq / np.float32(rope.factor) + ramp * freq
     smooth = np.where(wavelength > low, slowed, smooth)
@@ -76,13 +75,8 @@ def rope_frequencies(rope: Rope, head_dim: int):
 
 def rope_tables(config: ModelConfig, positions_BxL):
   """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
-  freq_TxK = np.stack(
-    [rope_frequencies(r, config.head_dim) for r in config.ropes]
-  )
-  angle = (
-    positions_BxL.astype(jnp.float32)[None, :, :, None]
-    * freq_TxK[:, None, None, :]
-  )
+  freq_TxK = np.stack([rope_frequencies(r, config.head_dim) for r in config.ropes])
+  angle = positions_BxL.astype(jnp.float32)[None, :, :, None] * freq_TxK[:, None, None, :]
   return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -140,9 +134,8 @@ class Linear(nn.Module):
         )
     else:
       kernel_DxF = self.param(
-          'kernel', nn.with_logical_partitioning(scaled, self.axes),
-          (d_in, d_out), jnp.float32,
-      )  # fmt: skip
+        'kernel', nn.with_logical_partitioning(scaled, self.axes), (d_in, d_out), jnp.float32
+      )
     y_BxLxF = matmul(x_BxLxD, kernel_DxF)
     rank = c.lora.width(self.component) if self.looped and c.lora else 0
     if not c.lora or not rank:
@@ -150,23 +143,27 @@ class Linear(nn.Module):
     scale = c.lora.scale(self.component)
     if self.has_variable('params', 'lora_a_wide'):  # From `lora.widen_all`.
       return y_BxLxF + lora.low_rank_wide(
-        x_BxLxD, self.get_variable('params', 'lora_a_wide'),
-        self.get_variable('params', 'lora_b_wide'), loop, c.loops, scale,
-      )  # fmt: skip
+        x_BxLxD,
+        self.get_variable('params', 'lora_a_wide'),
+        self.get_variable('params', 'lora_b_wide'),
+        loop,
+        c.loops,
+        scale,
+      )
     a_RxDxr = self.param(
-        'lora_a',
-        nn.with_logical_partitioning(
-            nn.initializers.normal(d_in**-0.5), ('loops', self.axes[0], 'rank')
-        ),
-        (c.loops, d_in, rank), jnp.float32,
-    )  # fmt: skip
+      'lora_a',
+      nn.with_logical_partitioning(
+        nn.initializers.normal(d_in**-0.5), ('loops', self.axes[0], 'rank')
+      ),
+      (c.loops, d_in, rank),
+      jnp.float32,
+    )
     b_RxrxF = self.param(
-        'lora_b',
-        nn.with_logical_partitioning(
-            nn.initializers.zeros, ('loops', 'rank', self.axes[1])
-        ),
-        (c.loops, rank, d_out), jnp.float32,
-    )  # fmt: skip
+      'lora_b',
+      nn.with_logical_partitioning(nn.initializers.zeros, ('loops', 'rank', self.axes[1])),
+      (c.loops, rank, d_out),
+      jnp.float32,
+    )
     return y_BxLxF + lora.low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale)
 
 

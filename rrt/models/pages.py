@@ -92,9 +92,7 @@ class Stores(NamedTuple):
   coda: tuple[Store, ...]
 
 
-def make_layout(
-  config: ModelConfig, slots: int, context: int, page: int
-) -> Layout:
+def make_layout(config: ModelConfig, slots: int, context: int, page: int) -> Layout:
   """Lays out `slots` sequences of up to `context` tokens each."""
   windows = config.windows or (0,) * config.depth
 
@@ -124,17 +122,14 @@ def layout_bytes(config: ModelConfig, layout: Layout, page: int, dtype) -> int:
   return pages * page * position * jnp.dtype(dtype).itemsize
 
 
-def init_stores(
-  config: ModelConfig, layout: Layout, page: int, dtype
-) -> Stores:
+def init_stores(config: ModelConfig, layout: Layout, page: int, dtype) -> Stores:
   """Empty stores."""
   G, Dh = config.num_kv_heads, config.head_dim
   kept = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
   def store(region: Region) -> Store:
     return Store(
-      jnp.zeros((region.pages, G, Dh, page), kept),
-      jnp.zeros((region.pages, G, page, Dh), kept),
+      jnp.zeros((region.pages, G, Dh, page), kept), jnp.zeros((region.pages, G, page, Dh), kept)
     )
 
   return Stores(*(tuple(map(store, part)) for part in layout))
@@ -161,17 +156,13 @@ def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   page_BxW = kv.base_BxW + (position_Bx1 // C) % kv.count_BxW
   page_BxW = jnp.where(kv.base_BxW < P, page_BxW, P)
   at_BxW = jnp.broadcast_to(position_Bx1 % C, page_BxW.shape)
-  wide = lambda t, like: jnp.broadcast_to(
-    pack(t, like.dtype), (*page_BxW.shape, *t.shape[2:])
+  wide = lambda t, like: jnp.broadcast_to(pack(t, like.dtype), (*page_BxW.shape, *t.shape[2:]))
+  return kv._replace(
+    store=Store(
+      k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(wide(k_Bx1xGxDh, k_PxGxDhxC), mode='drop'),
+      v_PxGxCxDh.at[page_BxW, :, at_BxW].set(wide(v_Bx1xGxDh, v_PxGxCxDh), mode='drop'),
+    )
   )
-  return kv._replace(store=Store(
-    k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(
-      wide(k_Bx1xGxDh, k_PxGxDhxC), mode='drop'
-    ),
-    v_PxGxCxDh.at[page_BxW, :, at_BxW].set(
-      wide(v_Bx1xGxDh, v_PxGxCxDh), mode='drop'
-    ),
-  ))  # fmt: skip
 
 
 def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
@@ -207,19 +198,21 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
     at_BxC = jnp.broadcast_to(c * C + jnp.arange(C)[None, :], (B, C))
     seen_BxC = (at_BxC <= position_B[:, None]) & (at_BxC >= first_B[:, None])
     att_BxGxMxC = jnp.einsum(
-      'bgmd,bgdc->bgmc', q_BxGxMxDh, unpack(k_PxGxDhxC[page_B], dtype),
+      'bgmd,bgdc->bgmc',
+      q_BxGxMxDh,
+      unpack(k_PxGxDhxC[page_B], dtype),
       preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
-    new_BxGxMx1 = jnp.maximum(
-      top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True)
     )
+    att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
+    new_BxGxMx1 = jnp.maximum(top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True))
     att_BxGxMxC = jnp.exp(att_BxGxMxC - new_BxGxMx1)
     shrink_BxGxMx1 = jnp.exp(top_BxGxMx1 - new_BxGxMx1)
     add_BxGxMxDh = jnp.einsum(
-      'bgmc,bgcd->bgmd', att_BxGxMxC.astype(dtype),
-      unpack(v_PxGxCxDh[page_B], dtype), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+      'bgmc,bgcd->bgmd',
+      att_BxGxMxC.astype(dtype),
+      unpack(v_PxGxCxDh[page_B], dtype),
+      preferred_element_type=jnp.float32,
+    )
     return (
       new_BxGxMx1,
       sum_BxGxMx1 * shrink_BxGxMx1 + jnp.sum(att_BxGxMxC, -1, keepdims=True),
@@ -263,10 +256,6 @@ def insert(store: Store, region: Region, loop: int, slot, kv: KV, length):
   to_c = jnp.where((from_c >= 0) & (length > 0), base + from_c % count, P)
   from_c = jnp.clip(from_c, 0, pages - 1)
   return Store(
-    store.k_PxGxDhxC.at[to_c].set(
-      pack(k_cxGxDhxC[from_c], store.k_PxGxDhxC.dtype), mode='drop'
-    ),
-    store.v_PxGxCxDh.at[to_c].set(
-      pack(v_cxGxCxDh[from_c], store.v_PxGxCxDh.dtype), mode='drop'
-    ),
+    store.k_PxGxDhxC.at[to_c].set(pack(k_cxGxDhxC[from_c], store.k_PxGxDhxC.dtype), mode='drop'),
+    store.v_PxGxCxDh.at[to_c].set(pack(v_cxGxCxDh[from_c], store.v_PxGxCxDh.dtype), mode='drop'),
   )

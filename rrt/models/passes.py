@@ -18,10 +18,7 @@ from rrt.models.transformer import embed, places
 from rrt.ops.matmul import float32_is_float32
 
 
-def enter(
-  config: ModelConfig, params, tokens_BxL, context, kvs, dtype,
-  scan: bool = False,
-):  # fmt: skip
+def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, scan: bool = False):
   """Embedding and prelude.
 
   Args:
@@ -42,16 +39,12 @@ def enter(
   stack = Stack(config, config.prelude_layers, scan=scan)
   with float32_is_float32(dtype):
     x_BxLxD, (kvs, _) = stack.apply(
-      {'params': params['prelude']}, x_BxLxD, (kvs, places(config)[0], 0),
-      context,
-    )  # fmt: skip
+      {'params': params['prelude']}, x_BxLxD, (kvs, places(config)[0], 0), context
+    )
   return x_BxLxD, kvs
 
 
-def leave(
-  config: ModelConfig, params, x_BxLxD, context: Context, kvs,
-  scan: bool = False,
-):  # fmt: skip
+def leave(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: bool = False):
   """Coda and final norm of the block's output; arguments as for `enter`.
 
   Returns:
@@ -61,9 +54,8 @@ def leave(
     if config.coda_layers:
       stack = Stack(config, config.coda_layers, scan=scan)
       x_BxLxD, (kvs, _) = stack.apply(
-        {'params': params['coda']}, x_BxLxD, (kvs, places(config)[2], 0),
-        context,
-      )  # fmt: skip
+        {'params': params['coda']}, x_BxLxD, (kvs, places(config)[2], 0), context
+      )
     norm: nn.Module = Norm(config, config.d_model)
     return norm.apply({'params': params['final_norm']}, x_BxLxD), kvs
 
@@ -95,14 +87,10 @@ def block_pass(
   """
   if not scan:
     params = unstack(params)
-  stack = Stack(
-    config, config.block_layers, looped=True, remat=remat, scan=scan
-  )
+  stack = Stack(config, config.block_layers, looped=True, remat=remat, scan=scan)
   xs = (kvs, block_places(config, loop), loop)
   with float32_is_float32(x_BxLxD.dtype):
-    x_BxLxD, (kvs, _) = stack.apply(
-      {'params': params['block']}, x_BxLxD, xs, context
-    )
+    x_BxLxD, (kvs, _) = stack.apply({'params': params['block']}, x_BxLxD, xs, context)
   return x_BxLxD, kvs
 
 
@@ -142,8 +130,9 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
       y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
       place = Place(*(None if t is None else t[n] for t in all_places))
       attention: nn.Module = Attention(config, looped=True)
-      new.append(attention.apply(
-        {'params': of_layer['attn']}, y_BxLxD, kvs[n], place, loop, context,
-        method='remember',
-      ))  # fmt: skip
+      new.append(
+        attention.apply(
+          {'params': of_layer['attn']}, y_BxLxD, kvs[n], place, loop, context, method='remember'
+        )
+      )
   return tuple(new)

@@ -42,9 +42,7 @@ class Layer(nn.Module):
     """One layer in one loop; xs is (its KV or None, its Place)."""
     kv, place = xs
     before_BxLxD = x_BxLxD
-    y_BxLxD, kv = self.attn(
-      self.attn_norm(x_BxLxD, loop), kv, place, loop, context
-    )
+    y_BxLxD, kv = self.attn(self.attn_norm(x_BxLxD, loop), kv, place, loop, context)
     x_BxLxD += self.attn_post(y_BxLxD, loop)
     y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
@@ -126,18 +124,19 @@ class Stack(nn.Module):
       layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
     if self.scan:
       layers = nn.scan(
-          layer, variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(0, nn.broadcast, nn.broadcast), length=self.count,
-          metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(self.config, self.looped, name='layers', **more)  # fmt: skip
+        layer,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=self.count,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(self.config, self.looped, name='layers', **more)
       x_BxLxD, kvs = layers(x_BxLxD, (kvs, places), loop, context)
     else:
       new = []
       for i in range(self.count):
         one = layer(self.config, self.looped, name=f'layers_{i}', **more)
-        x_BxLxD, kv = one(
-          x_BxLxD, (at_index(kvs, i), at_index(places, i)), loop, context
-        )
+        x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(places, i)), loop, context)
         new.append(kv)
       kvs = in_form_of(kvs, new)
     return x_BxLxD, (kvs, x_BxLxD if self.keep else None)
@@ -154,10 +153,7 @@ def unstack(params):
     if 'layers' not in part:
       return part
     count = jax.tree.leaves(part['layers'])[0].shape[0]
-    return {
-      f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers'])
-      for i in range(count)
-    }
+    return {f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers']) for i in range(count)}
 
   return {
     name: split(part) if name in ('prelude', 'block', 'coda') else part

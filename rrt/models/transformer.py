@@ -89,9 +89,7 @@ class Transformer(nn.Module):
     shallow, looped, deep = places(c)
 
     def stack(count, name, **kwargs):
-      return Stack(
-        c, count, remat=self.remat, scan=self.scan, name=name, **kwargs
-      )
+      return Stack(c, count, remat=self.remat, scan=self.scan, name=name, **kwargs)
 
     if c.prelude_layers:
       x_BxLxD, (prelude, _) = stack(c.prelude_layers, 'prelude')(
@@ -100,22 +98,22 @@ class Transformer(nn.Module):
     h_RxBxLxD = None
     if c.order == 'sequence':
       by_layer = jax.tree.map(lambda t: t.swapaxes(0, 1), looped)
-      x_BxLxD, (block, _) = stack(
-        c.block_layers, 'block', looped=True, repeats=R
-      )(x_BxLxD, (_swap(block), by_layer, 0), context)
+      x_BxLxD, (block, _) = stack(c.block_layers, 'block', looped=True, repeats=R)(
+        x_BxLxD, (_swap(block), by_layer, 0), context
+      )
       block = _swap(block)
     elif self.scan:
       run = nn.scan(
-          Stack, variable_broadcast='params', split_rngs={'params': False},
-          in_axes=(0, nn.broadcast), length=R,
+        Stack,
+        variable_broadcast='params',
+        split_rngs={'params': False},
+        in_axes=(0, nn.broadcast),
+        length=R,
       )(
-          c, c.block_layers, looped=True, keep=return_loops,
-          remat=self.remat, scan=True, name='block',
-      )  # fmt: skip
-      first = jax.tree.map(lambda t: t[:R], looped)
-      x_BxLxD, (block, h_RxBxLxD) = run(
-        x_BxLxD, (block, first, jnp.arange(R)), context
+        c, c.block_layers, looped=True, keep=return_loops, remat=self.remat, scan=True, name='block'
       )
+      first = jax.tree.map(lambda t: t[:R], looped)
+      x_BxLxD, (block, h_RxBxLxD) = run(x_BxLxD, (block, first, jnp.arange(R)), context)
     else:
       run = stack(c.block_layers, 'block', looped=True, keep=return_loops)
       new, states = [], []
@@ -130,9 +128,7 @@ class Transformer(nn.Module):
       # Each loop's output takes the coda as rows of its own.
       x_BxLxD, context = _fold(h_RxBxLxD), context.repeat_rows(R)
     if c.coda_layers:
-      x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(
-        x_BxLxD, (coda, deep, 0), context
-      )
+      x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(x_BxLxD, (coda, deep, 0), context)
     x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
     self.make_head()
     cache = None if cache is None else Cache(prelude, block, coda)
@@ -144,9 +140,7 @@ class Transformer(nn.Module):
   def embed(self, tokens_BxL):
     """Token embeddings in the compute dtype, [B, L, D]."""
     c = self.config
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed')
-    )
+    init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed'))
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
     x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
@@ -196,9 +190,7 @@ def _swap(block):
 def check_loops(config: ModelConfig, loops: int, return_loops: bool = False):
   """Raises InputError unless the model can run this many loops."""
   if not 1 <= loops <= config.loops:
-    raise InputError(
-      f'loops={loops}: this model runs from 1 to {config.loops} loops.'
-    )
+    raise InputError(f'loops={loops}: this model runs from 1 to {config.loops} loops.')
   if return_loops and config.order != 'cycle':
     raise InputError(
       f'order={config.order!r}: only the cycle order has an output after '
@@ -206,14 +198,10 @@ def check_loops(config: ModelConfig, loops: int, return_loops: bool = False):
     )
 
 
-def make_context(
-  config: ModelConfig, tokens_BxL, positions_BxL=None, segments_BxL=None
-) -> Context:
+def make_context(config: ModelConfig, tokens_BxL, positions_BxL=None, segments_BxL=None) -> Context:
   """Positions (0.. by default), segments and rotary tables of a batch."""
   if positions_BxL is None:
-    positions_BxL = jnp.broadcast_to(
-      jnp.arange(tokens_BxL.shape[1])[None, :], tokens_BxL.shape
-    )
+    positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1])[None, :], tokens_BxL.shape)
   cos, sin = rope_tables(config, positions_BxL)
   return Context(positions_BxL, segments_BxL, cos, sin)
 
@@ -229,9 +217,7 @@ def places(config: ModelConfig) -> tuple[Place, Place, Place]:
     return v[:P], v[config.block_depths()], v[L - config.coda_layers :]
 
   windows, ropes = by_part(config.windows), by_part(config.rope_index)
-  prelude, block, coda = (
-    Place(*map(_device, part)) for part in zip(windows, ropes, strict=True)
-  )
+  prelude, block, coda = (Place(*map(_device, part)) for part in zip(windows, ropes, strict=True))
   return prelude, block, coda
 
 
@@ -280,9 +266,15 @@ def forward(
   model: Any = Transformer(config, dtype, remat, scan)
   with float32_is_float32(dtype):
     return model.apply(
-        {'params': params}, tokens_BxL, positions_BxL, segment_ids_BxL,
-        cache, loops, return_loops, return_exits,
-    )  # fmt: skip
+      {'params': params},
+      tokens_BxL,
+      positions_BxL,
+      segment_ids_BxL,
+      cache,
+      loops,
+      return_loops,
+      return_exits,
+    )
 
 
 def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
@@ -302,9 +294,11 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
   contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
   with float32_is_float32(dtype):
     return jax.lax.dot_general(
-        hidden.astype(dtype), jnp.asarray(table).astype(dtype), contract,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+      hidden.astype(dtype),
+      jnp.asarray(table).astype(dtype),
+      contract,
+      preferred_element_type=jnp.float32,
+    )
 
 
 def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
@@ -320,9 +314,11 @@ def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
   table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
   with float32_is_float32(dtype):
     return jax.lax.dot_general(
-        table_VxD, hidden_BxD.astype(dtype), (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+      table_VxD,
+      hidden_BxD.astype(dtype),
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
 
 
 def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):

@@ -37,9 +37,7 @@ def to_untied(model: LanguageModel) -> LanguageModel:
     lora=None,
   )
   params: dict[str, Any] = {
-    part: model.params[part]
-    for part in ('embed', 'final_norm', 'head')
-    if part in model.params
+    part: model.params[part] for part in ('embed', 'final_norm', 'head') if part in model.params
   }
   layers: dict[str, Any] = {}
   for path, leaf in flatten(model.params['block']['layers']).items():
@@ -58,9 +56,7 @@ def _has_loops(config: ModelConfig, path: str) -> bool:
   return config.loop_norms and path.endswith('scale')
 
 
-def _values(
-  config: ModelConfig, params: dict, path: str
-) -> Iterator[tuple[int, np.ndarray]]:
+def _values(config: ModelConfig, params: dict, path: str) -> Iterator[tuple[int, np.ndarray]]:
   """(depth, value) of one leaf of every layer that a token passes."""
 
   def stack(part):

@@ -141,10 +141,7 @@ def _tie_two(cs_RxIxI, ws_RxIxO, ranks_R):
   first_K = (used & to_first).astype(left_IxK.dtype)
   second_K = (used & ~to_first).astype(left_IxK.dtype)
   low_RxIxO = jnp.stack(
-    [
-      -(left_IxK * first_K[None, :]) @ right_KxO,
-      (left_IxK * second_K[None, :]) @ right_KxO,
-    ]
+    [-(left_IxK * first_K[None, :]) @ right_KxO, (left_IxK * second_K[None, :]) @ right_KxO]
   )
   return weighted_mean(cs_RxIxI, ws_RxIxO - low_RxIxO)
 

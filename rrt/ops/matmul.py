@@ -141,9 +141,7 @@ def _matmul(x_BxLxD, kernel_DxF):
   return sum(
     x @ kernel
     for x, kernel in zip(
-      jnp.array_split(x_BxLxD, count, -1),
-      jnp.array_split(kernel_DxF, count, 0),
-      strict=True,
+      jnp.array_split(x_BxLxD, count, -1), jnp.array_split(kernel_DxF, count, 0), strict=True
     )
   )
 
@@ -164,9 +162,7 @@ def _backward(saved, dy_BxLxF):
   x_BxLxD, kernel_DxF = saved
   product = jax.lax.dot_general
   with float32_is_float32(dy_BxLxF.dtype):
-    dx_BxLxD = product(
-      dy_BxLxF, kernel_DxF.astype(dy_BxLxF.dtype), (((2,), (1,)), ((), ()))
-    )
+    dx_BxLxD = product(dy_BxLxF, kernel_DxF.astype(dy_BxLxF.dtype), (((2,), (1,)), ((), ())))
     dkernel_DxF = product(x_BxLxD, dy_BxLxF, (((0, 1), (0, 1)), ((), ())))
   return dx_BxLxD, dkernel_DxF.astype(kernel_DxF.dtype)
 

@@ -101,9 +101,7 @@ def widen_all(params: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in params.items() if not k.startswith('lora_')}
     a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])
     return rest | {'lora_a_wide': a_DxRr, 'lora_b_wide': b_RrxF}
-  return {
-    k: widen_all(v) if isinstance(v, dict) else v for k, v in params.items()
-  }
+  return {k: widen_all(v) if isinstance(v, dict) else v for k, v in params.items()}
 
 
 def _scaled(y_BxLxF, scale):

@@ -30,9 +30,12 @@ class Answer:
     if self._job.chat:
       kind = 'chat.completion.chunk' if chunk else 'chat.completion'
     return {
-      'id': self._id, 'object': kind, 'created': self._created,
-      'model': self._model, 'choices': choices,
-    }  # fmt: skip
+      'id': self._id,
+      'object': kind,
+      'created': self._created,
+      'model': self._model,
+      'choices': choices,
+    }
 
   def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
     """A piece of a stream."""
@@ -59,9 +62,7 @@ class Answer:
   def whole(self, texts: Sequence[str]) -> dict[str, Any]:
     """The answer in one piece, of requests that have ended."""
     choices = []
-    for i, (request, text) in enumerate(
-      zip(self._job.requests, texts, strict=True)
-    ):
+    for i, (request, text) in enumerate(zip(self._job.requests, texts, strict=True)):
       choice: dict[str, Any] = {'index': i}
       if self._job.chat:
         choice['message'] = {'role': 'assistant', 'content': text}
@@ -77,10 +78,7 @@ class Answer:
     # The choices of a prompt share it.
     prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
     drawn = sum(len(r.text.tokens) for r in requests if r.text)
-    return {
-      'prompt_tokens': prompt, 'completion_tokens': drawn,
-      'total_tokens': prompt + drawn,
-    }  # fmt: skip
+    return {'prompt_tokens': prompt, 'completion_tokens': drawn, 'total_tokens': prompt + drawn}
 
   def _name(self, token: int) -> str:
     """A token's text."""
@@ -94,9 +92,7 @@ class Answer:
       return list(self._name(token).encode())
     return list(token_bytes(self._tokenizer, token) or b'')
 
-  def _told(
-    self, request: Request, first: int, count: int
-  ) -> dict[str, Any] | None:
+  def _told(self, request: Request, first: int, count: int) -> dict[str, Any] | None:
     """Log-probabilities of some of a request's tokens."""
     if request.logprobs is None or request.text is None:
       return None
@@ -104,16 +100,9 @@ class Answer:
     kept = request.text.tokens[first : first + count]
     rows = list(zip(kept, request.told[first:], strict=False))
     if self._job.chat:
-      one = lambda t, p: {
-        'token': name(t),
-        'logprob': p,
-        'bytes': self._bytes(t),
-      }
+      one = lambda t, p: {'token': name(t), 'logprob': p, 'bytes': self._bytes(t)}
       return {
-        'content': [
-          one(t, p) | {'top_logprobs': [one(*a) for a in top]}
-          for t, (p, top) in rows
-        ]
+        'content': [one(t, p) | {'top_logprobs': [one(*a) for a in top]} for t, (p, top) in rows]
       }
     return {
       'tokens': [name(t) for t, _ in rows],

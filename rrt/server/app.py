@@ -22,17 +22,11 @@ from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
 try:
   from starlette.applications import Starlette
   from starlette.requests import ClientDisconnect, Request
-  from starlette.responses import (
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    StreamingResponse,
-  )  # fmt: skip
+  from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
   from starlette.routing import Route
 except ImportError as e:
   raise InputError(
-    'Serving needs starlette and uvicorn: pip install '
-    '"relaxed-recursive-transformers[serve]".'
+    'Serving needs starlette and uvicorn: pip install "relaxed-recursive-transformers[serve]".'
   ) from e
 
 _LAST_WORD = 1.0  # Seconds to tell a client that its time is over.
@@ -60,10 +54,7 @@ class Limits:
 class Server:
   """Handlers around a worker."""
 
-  def __init__(
-    self, worker: Worker, tokenizer, name: str, limits: Limits,
-    key: str | None = None,
-  ):  # fmt: skip
+  def __init__(self, worker: Worker, tokenizer, name: str, limits: Limits, key: str | None = None):
     self.worker, self.name, self.limits = worker, name, limits
     self._tokenizer = tokenizer
     self._key = None if key is None else key.encode()
@@ -84,15 +75,9 @@ class Server:
       Route('/metrics', self._metrics),
       Route('/v1/models', self._guarded(self._models)),
       Route('/v1/models/{name:path}', self._guarded(self._models)),
-      Route(
-        '/v1/completions', self._guarded(self._complete(False)),
-        methods=['POST'],
-      ),
-      Route(
-        '/v1/chat/completions', self._guarded(self._complete(True)),
-        methods=['POST'],
-      ),
-    ]  # fmt: skip
+      Route('/v1/completions', self._guarded(self._complete(False)), methods=['POST']),
+      Route('/v1/chat/completions', self._guarded(self._complete(True)), methods=['POST']),
+    ]
     return Starlette(routes=routes, lifespan=lifespan)
 
   def _guarded(self, handler):
@@ -119,9 +104,7 @@ class Server:
   def _check_key(self, request: Request) -> None:
     if self._key is None:
       return
-    given = request.headers.get('authorization', '').encode(
-      'latin-1', 'replace'
-    )
+    given = request.headers.get('authorization', '').encode('latin-1', 'replace')
     if not hmac.compare_digest(given, b'Bearer ' + self._key):
       raise Refused('Give the API key as "Authorization: Bearer KEY".', 401)
 
@@ -145,11 +128,16 @@ class Server:
   async def _models(self, request: Request):
     plan = self.worker.engine.plan
     model = {
-      'id': self.name, 'object': 'model', 'created': 0, 'owned_by': 'rrt',
-      'max_model_len': self.worker.engine.context, 'loops': plan.config.loops,
-      'gate': plan.gate, 'lossless': plan.lossless,
+      'id': self.name,
+      'object': 'model',
+      'created': 0,
+      'owned_by': 'rrt',
+      'max_model_len': self.worker.engine.context,
+      'loops': plan.config.loops,
+      'gate': plan.gate,
+      'lossless': plan.lossless,
       'threshold': self.worker.engine.options.threshold,
-    }  # fmt: skip
+    }
     name = request.path_params.get('name')
     if name is None:
       return JSONResponse({'object': 'list', 'data': [model]})
@@ -168,12 +156,16 @@ class Server:
       engine = self.worker.engine
       # Tokenizing a long prompt would hold up the other handlers.
       job = await asyncio.to_thread(
-        protocol.parse, protocol.read_body(raw), chat, name=self.name,
-        tokenizer=self._tokenizer, context=engine.context,
+        protocol.parse,
+        protocol.read_body(raw),
+        chat,
+        name=self.name,
+        tokenizer=self._tokenizer,
+        context=engine.context,
         vocab=engine.plan.config.vocab_size,
         max_tokens=min(self.limits.max_tokens, engine.context),
         logprobs=engine.plan.logprobs,
-      )  # fmt: skip
+      )
       try:
         tickets = self.worker.submit(job.requests, job.stops)
       except InputError as e:
@@ -190,13 +182,9 @@ class Server:
   async def _read_in_time(self, request: Request) -> bytes:
     """The body, from a client that does not stop half-way."""
     try:
-      return await asyncio.wait_for(
-        self._read(request), self.limits.body_seconds
-      )
+      return await asyncio.wait_for(self._read(request), self.limits.body_seconds)
     except TimeoutError:
-      raise Refused(
-        f'The body took longer than {self.limits.body_seconds:.0f} s.', 408
-      ) from None
+      raise Refused(f'The body took longer than {self.limits.body_seconds:.0f} s.', 408) from None
 
   async def _read(self, request: Request) -> bytes:
     """The body, no longer than allowed."""
@@ -227,9 +215,8 @@ class Server:
     try:
       either: set[asyncio.Future[Any]] = {everything, gone}
       done, _ = await asyncio.wait(
-        either, timeout=self.limits.seconds,
-        return_when=asyncio.FIRST_COMPLETED,
-      )  # fmt: skip
+        either, timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED
+      )
       if everything in done:
         texts = everything.result()
         return JSONResponse(await asyncio.to_thread(answer.whole, texts))
@@ -284,14 +271,10 @@ class Events(StreamingResponse):
   """Server-sent events that end in time, read or not."""
 
   def __init__(
-    self, events: AsyncGenerator[bytes, None], seconds: float,
-    leave: Callable[[], None],
-  ):  # fmt: skip
+    self, events: AsyncGenerator[bytes, None], seconds: float, leave: Callable[[], None]
+  ):
     """`leave`: called at the end; the events may not have begun."""
-    super().__init__(
-      events, media_type='text/event-stream',
-      headers={'Cache-Control': 'no-cache'},
-    )  # fmt: skip
+    super().__init__(events, media_type='text/event-stream', headers={'Cache-Control': 'no-cache'})
     self._events, self._seconds, self._leave = events, seconds, leave
 
   async def stream_response(self, send) -> None:

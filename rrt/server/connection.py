@@ -12,8 +12,7 @@ try:
   from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as e:
   raise InputError(
-    'Serving needs starlette and uvicorn: pip install '
-    '"relaxed-recursive-transformers[serve]".'
+    'Serving needs starlette and uvicorn: pip install "relaxed-recursive-transformers[serve]".'
   ) from e
 
 # Places beside those that the engine has room for: for /health, /metrics,
@@ -65,9 +64,7 @@ class Connection(H11Protocol):
       self._end = None
 
 
-def http_server(
-  app, requests: int, seconds: float, log_requests: bool
-) -> uvicorn.Server:
+def http_server(app, requests: int, seconds: float, log_requests: bool) -> uvicorn.Server:
   """The HTTP server of an application.
 
   Args:
@@ -77,10 +74,13 @@ def http_server(
     log_requests: whether to print a line for each.
   """
   config = uvicorn.Config(
-    app, http=Connection, ws='none', access_log=log_requests,
+    app,
+    http=Connection,
+    ws='none',
+    access_log=log_requests,
     limit_concurrency=requests + _SPARE,
     log_level='info' if log_requests else 'warning',
     timeout_graceful_shutdown=math.ceil(seconds),
     h11_max_incomplete_event_size=1 << 16,
-  )  # fmt: skip
+  )
   return uvicorn.Server(config)

@@ -10,10 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
   from rrt.infer.engine.state import Plan
 
-TIMES = (
-  0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
-  60.0, 120.0,
-)  # fmt: skip
+TIMES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
@@ -87,9 +84,7 @@ class Metrics:
     lines: list[str] = []
 
     def put(name, kind, value, labels=''):
-      if labels == '' or not any(
-        s.startswith(f'# TYPE {name} ') for s in lines
-      ):
+      if labels == '' or not any(s.startswith(f'# TYPE {name} ') for s in lines):
         lines.append(f'# TYPE {name} {kind}')
       lines.append(f'{name}{labels} {value}')
 
@@ -109,21 +104,11 @@ class Metrics:
     if e:
       depths = e['depths_R']
       for loops, count in enumerate(depths, 1):
-        put(
-          'rrt:tokens_by_loops_total', 'counter', count, f'{{loops="{loops}"}}'
-        )
+        put('rrt:tokens_by_loops_total', 'counter', count, f'{{loops="{loops}"}}')
       tokens = max(sum(depths), 1)
       mean = sum(i * n for i, n in enumerate(depths, 1)) / tokens
       put('rrt:mean_exit_depth', 'gauge', mean)
-      for name in (
-        'steps',
-        'lanes',
-        'stalls',
-        'draws',
-        'guesses',
-        'right',
-        'revised',
-      ):
+      for name in ('steps', 'lanes', 'stalls', 'draws', 'guesses', 'right', 'revised'):
         put(f'rrt:{name}_total', 'counter', e[name])
       room = max(e['steps'], 1) * self._plan.lanes
       put('rrt:lane_occupancy', 'gauge', e['lanes'] / room)

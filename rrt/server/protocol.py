@@ -29,9 +29,7 @@ class Refused(Exception):
     kind = 'invalid_request_error' if self.status < 500 else 'server_error'
     # A reason may quote the request, lone surrogates and all.
     message = str(self).encode('utf-8', 'backslashreplace').decode()
-    error = {
-      'message': message, 'type': kind, 'param': self.param, 'code': None,
-    }  # fmt: skip
+    error = {'message': message, 'type': kind, 'param': self.param, 'code': None}
     return {'error': error}
 
 
@@ -95,9 +93,7 @@ class Fields:
     value = self.get(name, default)
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not (low <= value <= high) or not math.isfinite(value):
-      raise Refused(
-        f'{name} must be a number from {low} to {high}.', param=name
-      )
+      raise Refused(f'{name} must be a number from {low} to {high}.', param=name)
     return float(value)
 
   def whole(self, name, default, low, high) -> int:
@@ -124,9 +120,16 @@ class Fields:
 
 
 def parse(
-  body: dict[str, Any], chat: bool, *, name: str, tokenizer, context: int,
-  vocab: int, max_tokens: int, logprobs: int,
-) -> Job:  # fmt: skip
+  body: dict[str, Any],
+  chat: bool,
+  *,
+  name: str,
+  tokenizer,
+  context: int,
+  vocab: int,
+  max_tokens: int,
+  logprobs: int,
+) -> Job:
   """Checks a body and makes requests of it.
 
   Args:
@@ -176,9 +179,7 @@ def parse(
     ignore_end=f.flag('ignore_eos'),
     logprobs=_logprobs(f, chat, logprobs),
     threshold=(
-      None
-      if f.get('exit_threshold') is None
-      else f.number('exit_threshold', 1.0, -2.0, 2.0)
+      None if f.get('exit_threshold') is None else f.number('exit_threshold', 1.0, -2.0, 2.0)
     ),
     lossless=None if f.get('lossless') is None else f.flag('lossless'),
   )
@@ -187,26 +188,30 @@ def parse(
     left = context - len(prompt)
     if left < 1:
       raise Refused(
-        f'The prompt has {len(prompt)} tokens and leaves no room in the '
-        f'context of {context}.', param='messages' if chat else 'prompt',
-      )  # fmt: skip
+        f'The prompt has {len(prompt)} tokens and leaves no room in the context of {context}.',
+        param='messages' if chat else 'prompt',
+      )
     if asked is None and f.get('max_tokens') is None:
       allowed = min(room, left)
     elif room > left:
       raise Refused(
         f'The prompt has {len(prompt)} tokens, and {room} new ones exceed the '
-        f'context of {context}.', param=field,
-      )  # fmt: skip
+        f'context of {context}.',
+        param=field,
+      )
     else:
       allowed = room
     for _ in range(choices):
-      requests.append(
-        Request(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common)
-      )
+      requests.append(Request(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common))
   return Job(
-    requests, _stops(f), stream, options.get('include_usage') is True, chat,
-    f.flag('return_loops'), choices,
-  )  # fmt: skip
+    requests,
+    _stops(f),
+    stream,
+    options.get('include_usage') is True,
+    chat,
+    f.flag('return_loops'),
+    choices,
+  )
 
 
 def _prompts(f: Fields, tokenizer, vocab: int, most: int) -> list[list[int]]:
@@ -214,9 +219,7 @@ def _prompts(f: Fields, tokenizer, vocab: int, most: int) -> list[list[int]]:
   if isinstance(prompt, str) or _is_ids(prompt):
     prompt = [prompt]
   if not isinstance(prompt, list) or not prompt:
-    raise Refused(
-      'prompt must be a text, texts, or lists of token ids.', param='prompt'
-    )
+    raise Refused('prompt must be a text, texts, or lists of token ids.', param='prompt')
   if len(prompt) > most:
     raise Refused(f'prompt has more than {most} prompts.', param='prompt')
   found = []
@@ -230,9 +233,9 @@ def _prompts(f: Fields, tokenizer, vocab: int, most: int) -> list[list[int]]:
       ids = one
     else:
       raise Refused(
-        'prompt must hold texts of at least one character, or lists of at '
-        'least one token id.', param='prompt',
-      )  # fmt: skip
+        'prompt must hold texts of at least one character, or lists of at least one token id.',
+        param='prompt',
+      )
     if not ids:
       raise Refused('prompt makes no token.', param='prompt')
     if not 0 <= min(ids) <= max(ids) < vocab:
@@ -258,16 +261,12 @@ def _chat_prompt(f: Fields, tokenizer) -> list[int]:
     role = message.get('role') if isinstance(message, dict) else None
     content = message.get('content') if isinstance(message, dict) else None
     if isinstance(content, list) and all(
-      isinstance(p, dict)
-      and p.get('type') == 'text'
-      and isinstance(p.get('text'), str)
+      isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str)
       for p in content
     ):
       content = ''.join(p['text'] for p in content)
     if not isinstance(role, str) or not isinstance(content, str):
-      raise Refused(
-        'Each message needs a role and a text as content.', param='messages'
-      )
+      raise Refused('Each message needs a role and a text as content.', param='messages')
     plain.append({'role': role, 'content': content})
   try:
     ids = tokenizer.encode(tokenizer.apply_chat(plain), bos=False)
@@ -287,9 +286,8 @@ def _stops(f: Fields) -> tuple[str, ...]:
     or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stop)
   ):
     raise Refused(
-      f'stop must be up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} '
-      'characters.', param='stop',
-    )  # fmt: skip
+      f'stop must be up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters.', param='stop'
+    )
   return tuple(stop)
 
 

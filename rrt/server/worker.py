@@ -115,9 +115,7 @@ class Worker:
     self._closed = ''  # Why nothing is taken any more.
     self._lock = threading.Lock()
     self._commands: queue.Queue[tuple[str, Any]] = queue.Queue()
-    self._thread = threading.Thread(
-      target=self._run, name='engine', daemon=True
-    )
+    self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
 
   def start(self) -> None:
     """Starts the thread."""
@@ -152,8 +150,7 @@ class Worker:
     """
     if len(requests) > self._most:
       raise InputError(
-        f'{len(requests)} choices are more than the {self._most} requests '
-        'that this server holds.'
+        f'{len(requests)} choices are more than the {self._most} requests that this server holds.'
       )
     for request in requests:
       self.engine.check(request)

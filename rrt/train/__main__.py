@@ -28,8 +28,7 @@ from rrt.train.setup import check_workdir, prepare
 # ml_collections reads the process's arguments and absl's global store.
 FLAGS = command.Flags(
   'Uptrains a converted model, optionally distilling from its parent.',
-  'rrt train --config=experiments/smollm2_8_7x2_8.py \\\n'
-  '    --workdir=runs/a --config.steps=200',
+  'rrt train --config=experiments/smollm2_8_7x2_8.py \\\n    --workdir=runs/a --config.steps=200',
   flags.FLAGS,
 )
 explain = config_error
@@ -43,17 +42,11 @@ def define_flags() -> None:
   """
   define_config_flag()
   FLAGS.needed.add('config')
-  FLAGS.needed.string(
-    'workdir', None, 'Directory of the run; it goes on where it was.'
-  )
+  FLAGS.needed.string('workdir', None, 'Directory of the run; it goes on where it was.')
   FLAGS.rare.bool(
-    'distributed',
-    False,
-    'Several processes, found from the environment (TPU pods, Slurm, MPI).',
+    'distributed', False, 'Several processes, found from the environment (TPU pods, Slurm, MPI).'
   )
-  FLAGS.rare.string(
-    'coordinator', None, 'Several processes by hand: host:port of the first.'
-  )
+  FLAGS.rare.string('coordinator', None, 'Several processes by hand: host:port of the first.')
   FLAGS.rare.integer('processes', None, 'By hand: how many there are.')
   FLAGS.rare.integer('process', None, 'By hand: which one this is, from 0.')
 
@@ -104,11 +97,7 @@ def initialize_distributed() -> None:
   Raises:
     InputError: there are none to be found, or a flag is missing.
   """
-  by_hand = (
-    flags.FLAGS.coordinator,
-    flags.FLAGS.processes,
-    flags.FLAGS.process,
-  )
+  by_hand = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
   if flags.FLAGS.distributed:
     try:
       jax.distributed.initialize()
@@ -119,18 +108,13 @@ def initialize_distributed() -> None:
       ) from e
   elif any(value is not None for value in by_hand):
     if None in by_hand:
-      raise InputError(
-        '--coordinator, --processes and --process must be given together.'
-      )
+      raise InputError('--coordinator, --processes and --process must be given together.')
     jax.distributed.initialize(*by_hand)
 
 
 def leave(*_):
   """Answers SIGTERM while no training step runs."""
-  print(
-    'stopped by SIGTERM; the same command goes on from what is saved',
-    flush=True,
-  )
+  print('stopped by SIGTERM; the same command goes on from what is saved', flush=True)
   sys.exit(143)
 
 
@@ -146,10 +130,7 @@ def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
       [k, pick(first, k), pick(last, k)]
       for k in ('loss', 'cross_entropy', 'distillation', 'grad_norm')
     ]
-    + [
-      [f'held-out nats, step {r["step"]}', None, r['heldout_nats']]
-      for r in heldout
-    ],
+    + [[f'held-out nats, step {r["step"]}', None, r['heldout_nats']] for r in heldout],
     ['', 'first step', 'last step'],
   )
   console.finish(

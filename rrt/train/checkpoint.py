@@ -115,9 +115,7 @@ class Checkpoints:
     check_writable(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
-      ),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
       item_names=('state', 'run'),
     )
     self._saving: int | None = None
@@ -126,9 +124,7 @@ class Checkpoints:
     """Steps with a checkpoint, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(
-    self, step: int, state: TrainState, data: Any, config: dict[str, Any]
-  ) -> None:
+  def save(self, step: int, state: TrainState, data: Any, config: dict[str, Any]) -> None:
     """Starts to write a checkpoint and returns; the state may be donated.
 
     Does nothing when the step has one.
@@ -157,9 +153,7 @@ class Checkpoints:
       self._saving = step
       self._manager.save(
         step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(sealed)
-        ),
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(sealed)),
       )
     except Exception as e:
       raise self._unwritten(e) from e
@@ -221,15 +215,13 @@ class Checkpoints:
             f'{newest} away, and the same command continues from there.'
           )
           break
-      raise InputError(
-        f'The checkpoint {self.directory}/{newest} is damaged ({e}). {mend}'
-      ) from e
+      raise InputError(f'The checkpoint {self.directory}/{newest} is damaged ({e}). {mend}') from e
 
   def _read_run(self, step: int) -> dict[str, Any]:
     try:
-      sealed = self._manager.restore(
-        step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-      )['run']
+      sealed = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))[
+        'run'
+      ]
       text = sealed['text']
       if zlib.crc32(text.encode()) != sealed['crc32']:
         raise Damaged('its run file does not match its checksum')
@@ -242,8 +234,7 @@ class Checkpoints:
   def _read_state(self, step: int, abstract, run) -> TrainState:
     try:
       state = self._manager.restore(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
       )['state']
     except Exception as e:
       raise Damaged(f'its arrays cannot be read: {_first_line(e)}') from e
@@ -325,9 +316,12 @@ def _first_line(e: BaseException) -> str:
     e = e.__cause__
   text = str(e)
   for known in (
-      'No space left on device', 'File too large', 'Permission denied',
-      'Read-only file system', 'Disk quota exceeded',
-  ):  # fmt: skip
+    'No space left on device',
+    'File too large',
+    'Permission denied',
+    'Read-only file system',
+    'Disk quota exceeded',
+  ):
     if known.lower() in text.lower():
       return known
   line = text.strip().splitlines()[0] if text.strip() else ''

@@ -20,11 +20,12 @@ def define_config_flag() -> None:
   """
   _, config_flags = require_ml_collections()
   holder = config_flags.DEFINE_config_file(
-    'config', None,
+    'config',
+    None,
     'The recipe: a file of experiments/, or your own. --config.FIELD=VALUE '
     'changes a field, such as --config.steps=200 or '
     '--config.optimizer.learning_rate=1e-3; rrt/train/recipe.py explains them all.',
-  )  # fmt: skip
+  )
   parser: Any = flags.FLAGS[holder.name].parser
   parser.parse = functools.partial(_read_config, parser.parse)
 

@@ -44,10 +44,7 @@ class ExitObjective:
 
   def __post_init__(self):
     if self.coefficients not in COEFFICIENTS:
-      raise InputError(
-        f'exits.coefficients={self.coefficients!r}: must be one of '
-        f'{COEFFICIENTS}.'
-      )
+      raise InputError(f'exits.coefficients={self.coefficients!r}: must be one of {COEFFICIENTS}.')
     check_weights(self, 'exits', ('weight', 'cross_entropy', 'distillation'))
 
   def of_loops(self, loops: int) -> tuple[float, ...]:
@@ -91,8 +88,7 @@ def exit_losses(
   teacher = (hidden_RxBxLxD[-1], head_DxV)
   factors = exits.of_loops(hidden_RxBxLxD.shape[0])
   found: list[Losses] = [
-    losses(inner, h, head_DxV, targets_BxL, weights_BxL, teacher)
-    for h in hidden_RxBxLxD[:-1]
+    losses(inner, h, head_DxV, targets_BxL, weights_BxL, teacher) for h in hidden_RxBxLxD[:-1]
   ]
   total = sum(a * f.loss for a, f in zip(factors[:-1], found, strict=True))
   return jnp.asarray(total), jnp.stack([f.cross_entropy for f in found])

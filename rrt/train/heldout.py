@@ -18,9 +18,7 @@ from rrt.train.recipe import Heldout, Recipe
 from rrt.train.step import Step, batch_losses, to_mesh
 
 
-def open_heldout(
-  recipe: Recipe, spec: Step, tokenizer, mesh
-) -> Callable[[Any], float] | None:
+def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any], float] | None:
   """Reads the text and returns a function of the parameters.
 
   Returns:
@@ -32,15 +30,13 @@ def open_heldout(
   if not recipe.heldout.path:
     return None
   tokens_NxL, B = read_heldout(recipe, spec.config, tokenizer, mesh)
-  batches = [
-    _batch(tokens_NxL[i : i + B], B) for i in range(0, len(tokens_NxL), B)
-  ]
+  batches = [_batch(tokens_NxL[i : i + B], B) for i in range(0, len(tokens_NxL), B)]
   plain = dataclasses.replace(
-      spec, teacher_config=None, exits=ExitObjective(),
-      objective=Objective(
-          distillation=0.0, chunk_tokens=recipe.loss.chunk_tokens
-      ),
-  )  # fmt: skip
+    spec,
+    teacher_config=None,
+    exits=ExitObjective(),
+    objective=Objective(distillation=0.0, chunk_tokens=recipe.loss.chunk_tokens),
+  )
   nats = jax.jit(lambda p, b: batch_losses(plain, p, {}, b, 1.0)[0].loss)
 
   def mean(params) -> float:
@@ -50,9 +46,7 @@ def open_heldout(
   return mean
 
 
-def read_heldout(
-  recipe: Recipe, config: ModelConfig, tokenizer, mesh
-) -> tuple[np.ndarray, int]:
+def read_heldout(recipe: Recipe, config: ModelConfig, tokenizer, mesh) -> tuple[np.ndarray, int]:
   """The held-out text, int [N, L], and how many rows are read at a time.
 
   The text is cut into rows of `context` tokens; the first token of a row (its
@@ -86,8 +80,7 @@ def read_heldout(
   split = mesh.shape['data'] * mesh.shape['fsdp']
   if B % split:
     raise InputError(
-      f'heldout.batch={B}: must be a multiple of {split}, the devices on '
-      'the axes data and fsdp.'
+      f'heldout.batch={B}: must be a multiple of {split}, the devices on the axes data and fsdp.'
     )
   start = getattr(tokenizer, 'start_id', None)
   return pipeline.rows(tokens, context, start), B

@@ -110,9 +110,7 @@ def uptrain(
   else:
     step = 0
     state = step_lib.init_state(spec, child.params, mesh, recipe.seed)
-  train_step = step_lib.jit_step(
-    spec, mesh, jax.tree.map(lambda x: x.sharding, abstract)
-  )
+  train_step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
 
   log = metrics_lib.Log(recipe, spec, workdir, step, on_row)
   with jax.set_mesh(mesh), checkpoints, log, Stop(recipe.log_every) as stop:

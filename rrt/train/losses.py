@@ -54,14 +54,10 @@ class Objective:
 
   def __post_init__(self):
     if self.divergence not in DIVERGENCES:
-      raise InputError(
-        f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.'
-      )
+      raise InputError(f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.')
     check_weights(self, 'loss', ('cross_entropy', 'distillation', 'z_loss'))
     if self.chunk_tokens < 1:
-      raise InputError(
-        f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.'
-      )
+      raise InputError(f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.')
 
 
 def check_weights(objective: Any, name: str, weights: tuple[str, ...]) -> None:
@@ -82,9 +78,7 @@ def check_weights(objective: Any, name: str, weights: tuple[str, ...]) -> None:
       'left to learn from; set one of them above 0.'
     )
   if not 0 < objective.temperature < math.inf:
-    raise InputError(
-      f'{name}.temperature={objective.temperature!r}: must be above 0.'
-    )
+    raise InputError(f'{name}.temperature={objective.temperature!r}: must be above 0.')
 
 
 class Losses(NamedTuple):
@@ -129,9 +123,8 @@ def losses(
     t_DxV = constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
     teacher = jax.lax.stop_gradient((t_BxLxD, t_DxV))
   return _losses(
-      objective, hidden_BxLxD, head_DxV,
-      jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher)),
-  )  # fmt: skip
+    objective, hidden_BxLxD, head_DxV, jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher))
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -205,9 +198,7 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
     t_BxCxV = None
     if teacher is not None:
       t_BxCxV = _logits(x['teacher'], teacher[1])
-    values, d_BxCxV = _token_losses(
-      objective, s_BxCxV, t_BxCxV, x['targets'], x['weights']
-    )
+    values, d_BxCxV = _token_losses(objective, s_BxCxV, t_BxCxV, x['targets'], x['weights'])
     sums = jax.tree.map(jnp.add, sums, values)
     d_BxCxV = d_BxCxV.astype(hidden_BxLxD.dtype)
     d_hidden_BxCxD = None
@@ -227,13 +218,9 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   start: Any = None
   if want_head:
     # A sum for each share of the rows: added up once, behind the loop.
-    start = constrain(
-      jnp.zeros((S, *head_DxV.shape), jnp.float32), ('batch', None, 'vocab')
-    )
+    start = constrain(jnp.zeros((S, *head_DxV.shape), jnp.float32), ('batch', None, 'vocab'))
   with float32_is_float32(hidden_BxLxD.dtype):
-    (sums, d_head_SxDxV), d_hidden = jax.lax.scan(
-      one, (Losses(zero, zero, zero, zero), start), xs
-    )
+    (sums, d_head_SxDxV), d_hidden = jax.lax.scan(one, (Losses(zero, zero, zero, zero), start), xs)
   if wanted is None:
     return sums, None
   d_head_DxV = jnp.sum(d_head_SxDxV, axis=0) if want_head else None
@@ -257,10 +244,7 @@ def _split(x_BxL: jax.Array, length: int) -> jax.Array:
 
 
 def _logits(hidden_BxCxD, head_DxV):
-  s_BxCxV = jnp.einsum(
-      'bcd,dv->bcv', hidden_BxCxD, head_DxV,
-      preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  s_BxCxV = jnp.einsum('bcd,dv->bcv', hidden_BxCxD, head_DxV, preferred_element_type=jnp.float32)
   return constrain(s_BxCxV, ('batch', 'length', 'act_vocab'))
 
 

@@ -72,9 +72,7 @@ def forward_flops(config: ModelConfig, length: int) -> float:
   return 2.0 * matmuls + 4.0 * c.num_heads * c.head_dim * keys
 
 
-def step_flops(
-  config: ModelConfig, teacher: ModelConfig | None, tokens: int, length: int
-) -> float:
+def step_flops(config: ModelConfig, teacher: ModelConfig | None, tokens: int, length: int) -> float:
   """Model FLOPs of a train step: 3 forward passes, and one of the teacher.
 
   What rematerialisation repeats is not counted, nor what frozen parameters
@@ -124,9 +122,8 @@ def lora_norms(params) -> jax.Array:
 def revision(directory: Path) -> str:
   """The git revision of a directory, '+' where it has been edited, or ''."""
   ask = lambda *args: subprocess.run(
-      ['git', '-C', str(directory), *args],
-      capture_output=True, text=True, timeout=10, check=True,
-  ).stdout.strip()  # fmt: skip
+    ['git', '-C', str(directory), *args], capture_output=True, text=True, timeout=10, check=True
+  ).stdout.strip()
   try:
     edited = ask('status', '--porcelain', '--untracked-files=no')
     return ask('rev-parse', 'HEAD') + ('+' if edited else '')
@@ -161,9 +158,7 @@ class Writer:
     os.replace(rest, self.path)
     self._file = self.path.open('a')
     if tensorboard:
-      self._board = require_tensorboard()(
-        str(Path(directory) / 'tensorboard'), purge_step=step + 1
-      )
+      self._board = require_tensorboard()(str(Path(directory) / 'tensorboard'), purge_step=step + 1)
 
   def write(self, row: dict[str, Any]) -> None:
     """Adds a row; 'step' is one of its keys, values that are None go."""
@@ -210,10 +205,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
   """JSON has no NaN: such a value is written as its name."""
-  return {
-    k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-    for k, v in row.items()
-  }
+  return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def require_tensorboard():
@@ -240,9 +232,8 @@ class Log:
     self._recipe, self._spec, self._on_row = recipe, spec, on_row
     self._schedule = optim.schedule(recipe.optimizer, recipe.steps)
     self._flops = step_flops(
-        spec.config, spec.teacher_config, recipe.batch * recipe.length,
-        recipe.length,
-    )  # fmt: skip
+      spec.config, spec.teacher_config, recipe.batch * recipe.length, recipe.length
+    )
     self._pending = None
     self._clock: tuple[int, float] | None = None
     self._heldout: dict[int, float] = {}

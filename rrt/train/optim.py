@@ -20,10 +20,7 @@ from rrt.errors import InputError
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 # What `train` may be besides a pattern.
-TRAIN = {
-  'all': '',
-  'relaxations': r'lora_[ab]$|_norm/scale$',
-}
+TRAIN = {'all': '', 'relaxations': r'lora_[ab]$|_norm/scale$'}
 # Gains are never decayed: they are no directions to shrink.
 NO_DECAY = r'/scale$'
 
@@ -91,9 +88,7 @@ class Optimizer:
       try:
         re.compile(TRAIN.get(pattern, pattern))
       except re.error as e:
-        raise InputError(
-          f'optimizer: {pattern!r} is no regular expression: {e}.'
-        ) from e
+        raise InputError(f'optimizer: {pattern!r} is no regular expression: {e}.') from e
     for _, fields in self.rules:
       self.override(fields)
 
@@ -103,9 +98,7 @@ class Optimizer:
     multiplier = fields.pop('multiplier', 1.0)
     for name, value in (('multiplier', multiplier), *fields.items()):
       if name != 'schedule' and not isinstance(value, (int, float)):
-        raise InputError(
-          f'optimizer.rules: {name}={value!r}: must be a number.'
-        )
+        raise InputError(f'optimizer.rules: {name}={value!r}: must be a number.')
     known = {f.name for f in dataclasses.fields(self)}
     for name in fields:
       if name not in known - {'train', 'clip', 'rules'}:
@@ -114,17 +107,13 @@ class Optimizer:
           "'multiplier', learning_rate, warmup_steps, schedule, final_rate, "
           'beta1, beta2, eps or weight_decay.'
         )
-    fields['learning_rate'] = multiplier * fields.get(
-      'learning_rate', self.learning_rate
-    )
+    fields['learning_rate'] = multiplier * fields.get('learning_rate', self.learning_rate)
     return dataclasses.replace(self, rules=(), **fields)
 
 
 def paths(tree) -> Any:
   """The same tree with each leaf's path, 'a/b/c', in its place."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: '/'.join(str(k.key) for k in path), tree
-  )
+  return jax.tree_util.tree_map_with_path(lambda path, _: '/'.join(str(k.key) for k in path), tree)
 
 
 def trainable(o: Optimizer, params) -> Any:
@@ -134,9 +123,7 @@ def trainable(o: Optimizer, params) -> Any:
     InputError: the pattern is in no path.
   """
   pattern = TRAIN.get(o.train, o.train)
-  chosen = jax.tree.map(
-    lambda p: re.search(pattern, p) is not None, paths(params)
-  )
+  chosen = jax.tree.map(lambda p: re.search(pattern, p) is not None, paths(params))
   if not any(jax.tree.leaves(chosen)):
     raise InputError(
       f'optimizer.train={o.train!r} is in the path of no parameter; paths '
@@ -155,9 +142,7 @@ def schedule(o: Optimizer, steps: int) -> optax.Schedule:
   if o.schedule == 'cosine':
     main = optax.cosine_decay_schedule(o.learning_rate, after, o.final_rate)
   elif o.schedule == 'linear':
-    main = optax.linear_schedule(
-      o.learning_rate, o.learning_rate * o.final_rate, after
-    )
+    main = optax.linear_schedule(o.learning_rate, o.learning_rate * o.final_rate, after)
   else:
     main = optax.constant_schedule(o.learning_rate)
   if not o.warmup_steps:
@@ -167,9 +152,7 @@ def schedule(o: Optimizer, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [o.warmup_steps])
 
 
-def make_optimizer(
-  o: Optimizer, params, steps: int
-) -> optax.GradientTransformation:
+def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransformation:
   """The gradient transformation for a tree of trained parameters.
 
   Frozen ones are cut out before (`rrt.train.step`): they have no moments.
@@ -189,27 +172,22 @@ def make_optimizer(
         f'optimizer.rules: {pattern!r} is in the path of no trained '
         f'parameter; paths look like {_examples(params)}.'
       )
-  label = lambda path: next(
-    (p for p, _ in o.rules if re.search(p, path)), 'default'
-  )
-  settings = {'default': o} | {
-    p: o.override(fields) for p, fields in reversed(o.rules)
-  }
+  label = lambda path: next((p for p, _ in o.rules if re.search(p, path)), 'default')
+  settings = {'default': o} | {p: o.override(fields) for p, fields in reversed(o.rules)}
   labels = jax.tree.map(label, names)
   used = set(jax.tree.leaves(labels))
-  return optax.partition(
-    {p: _adamw(s, steps) for p, s in settings.items() if p in used}, labels
-  )
+  return optax.partition({p: _adamw(s, steps) for p, s in settings.items() if p in used}, labels)
 
 
 def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
   return optax.adamw(
-      schedule(o, steps), b1=o.beta1, b2=o.beta2, eps=o.eps,
-      weight_decay=o.weight_decay,
-      mask=lambda tree: jax.tree.map(
-          lambda path: re.search(NO_DECAY, path) is None, paths(tree)
-      ),
-  )  # fmt: skip
+    schedule(o, steps),
+    b1=o.beta1,
+    b2=o.beta2,
+    eps=o.eps,
+    weight_decay=o.weight_decay,
+    mask=lambda tree: jax.tree.map(lambda path: re.search(NO_DECAY, path) is None, paths(tree)),
+  )
 
 
 def _examples(params) -> str:

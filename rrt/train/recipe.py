@@ -84,20 +84,15 @@ class Data:
     """The same for `rrt.data.pipeline`."""
     for weight in self.weights:
       if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-        raise InputError(
-          f'data.weights={self.weights!r}: must be numbers, one a path.'
-        )
+        raise InputError(f'data.weights={self.weights!r}: must be numbers, one a path.')
     paths = [p.strip() for p in self.path.split(',') if p.strip()]
     weights = self.weights or (None,) * len(paths)
     if len(weights) != len(paths):
       raise InputError(
-        f'data.weights={self.weights}: needs one number for each of the '
-        f'{len(paths)} paths.'
+        f'data.weights={self.weights}: needs one number for each of the {len(paths)} paths.'
       )
     return DataSpec(
-      tuple(
-        Source(p, w, self.field) for p, w in zip(paths, weights, strict=True)
-      ),
+      tuple(Source(p, w, self.field) for p, w in zip(paths, weights, strict=True)),
       self.epochs,
       self.shuffle,
     )
@@ -122,13 +117,9 @@ class Heldout:
   batch: int = 0
 
   def __post_init__(self):
-    for field, least in (
-        ('every', 0), ('max_tokens', 2), ('context', 2), ('batch', 0),
-    ):  # fmt: skip
+    for field, least in (('every', 0), ('max_tokens', 2), ('context', 2), ('batch', 0)):
       if getattr(self, field) < least:
-        raise InputError(
-          f'heldout.{field}={getattr(self, field)}: must be {least} or more.'
-        )
+        raise InputError(f'heldout.{field}={getattr(self, field)}: must be {least} or more.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +177,7 @@ class Recipe:
   tensorboard: bool = False
 
   # A run may go on with other values of these; all others make it another.
-  FREE = (
-      'mesh', 'log_every', 'checkpoint_every', 'keep', 'max_skipped',
-      'tensorboard', 'heldout',
-  )  # fmt: skip
+  FREE = ('mesh', 'log_every', 'checkpoint_every', 'keep', 'max_skipped', 'tensorboard', 'heldout')
 
   def __post_init__(self):
     def need(ok, field, why):
@@ -197,22 +185,23 @@ class Recipe:
         raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
 
     for field in (
-        'steps', 'batch', 'length', 'accumulate', 'log_every',
-        'checkpoint_every', 'keep', 'max_skipped',
-    ):  # fmt: skip
+      'steps',
+      'batch',
+      'length',
+      'accumulate',
+      'log_every',
+      'checkpoint_every',
+      'keep',
+      'max_skipped',
+    ):
       need(getattr(self, field) > 0, field, 'must be above 0')
     need(0 <= self.seed < 2**32, 'seed', 'must lie in 0 to 2^32 - 1')
     need(self.dtype in DTYPES, 'dtype', f'must be one of {DTYPES}')
     need(self.remat in REMAT, 'remat', f'must be one of {REMAT}')
-    need(
-        self.batch % self.accumulate == 0, 'accumulate',
-        f'must divide batch={self.batch}',
-    )  # fmt: skip
+    need(self.batch % self.accumulate == 0, 'accumulate', f'must divide batch={self.batch}')
     sizes = list(self.mesh.values())
     if not all(isinstance(n, int) for n in sizes):
-      raise InputError(
-        f'mesh={dict(self.mesh)!r}: must be numbers of devices by axis.'
-      )
+      raise InputError(f'mesh={dict(self.mesh)!r}: must be numbers of devices by axis.')
     if self.optimizer.warmup_steps > self.steps:
       raise InputError(
         f'optimizer.warmup_steps={self.optimizer.warmup_steps}: is longer '
@@ -273,8 +262,7 @@ def require_ml_collections():
     from ml_collections import config_dict, config_flags
   except ImportError as e:
     raise InputError(
-      'configs need ml_collections: pip install '
-      '"relaxed-recursive-transformers[train]"'
+      'configs need ml_collections: pip install "relaxed-recursive-transformers[train]"'
     ) from e
   return config_dict, config_flags
 
@@ -287,9 +275,7 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
     if name not in known:
       near = difflib.get_close_matches(name, known, 1)
       hint = f'did you mean {prefix}{near[0]}' if near else f'known are {known}'
-      raise InputError(
-        f'config.{prefix}{name}: there is no such field; {hint}.'
-      )
+      raise InputError(f'config.{prefix}{name}: there is no such field; {hint}.')
     if dataclasses.is_dataclass(types[name]):
       if not isinstance(value, Mapping):
         raise InputError(f'config.{prefix}{name}={value!r}: must be a dict.')
@@ -316,9 +302,7 @@ def _cast(kind, value, name: str):
         value = int(value)
       if fit(value):
         return base(value)
-      raise InputError(
-        f'config.{name}={value!r}: must be {getattr(kind, "__name__", text)}.'
-      )
+      raise InputError(f'config.{name}={value!r}: must be {getattr(kind, "__name__", text)}.')
   if text.startswith('tuple'):
     if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
       raise InputError(f'config.{name}={value!r}: must be a tuple.')

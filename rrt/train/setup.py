@@ -33,18 +33,14 @@ from rrt.train.heldout import read_heldout
 from rrt.train.recipe import Recipe
 
 
-def check(
-  recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh
-) -> None:
+def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) -> None:
   """Raises InputError for what cannot work, before any work is done."""
   if recipe.loss.distillation and parent is None:
     raise InputError(
       'loss.distillation is above 0, but there is no parent to learn from; '
       'give one, or set it to 0.'
     )
-  if recipe.exits.coefficients != 'none' and (
-    child.loops < 2 or child.order != 'cycle'
-  ):
+  if recipe.exits.coefficients != 'none' and (child.loops < 2 or child.order != 'cycle'):
     raise InputError(
       f'exits.coefficients={recipe.exits.coefficients!r}: the child has '
       f'loops={child.loops} in the {child.order} order; tokens can leave a '
@@ -79,11 +75,15 @@ def open_data(recipe: Recipe, tokenizer, vocab_size: int) -> pipeline.Batches:
   if tokenizer is None:
     raise InputError('The model has no tokenizer, so no text can be read.')
   return pipeline.batches(
-      recipe.data.spec(), tokenizer,
-      batch=recipe.batch // jax.process_count(), length=recipe.length,
-      seed=recipe.seed, process_index=jax.process_index(),
-      process_count=jax.process_count(), vocab_size=vocab_size,
-  )  # fmt: skip
+    recipe.data.spec(),
+    tokenizer,
+    batch=recipe.batch // jax.process_count(),
+    length=recipe.length,
+    seed=recipe.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    vocab_size=vocab_size,
+  )
 
 
 def next_batch(data: pipeline.Batches, recipe: Recipe) -> pipeline.Batch | None:
@@ -114,9 +114,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
     metrics_lib.require_tensorboard()
 
 
-def prepare(
-  recipe: Recipe, workdir: Path
-) -> tuple[LanguageModel, LanguageModel]:
+def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel]:
   """The parent, and the child that a run starts from.
 
   The child is kept in `workdir`/child: a run that continues must not depend
@@ -177,9 +175,7 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   )
   bar = console.Progress(parent.config.depth, 'convert', 'layers')
   with bar:
-    child, report = to_recursive(
-      parent, seed=recipe.seed, progress=bar.to, **fields
-    )
+    child, report = to_recursive(parent, seed=recipe.seed, progress=bar.to, **fields)
   report.show()
   return child
 

@@ -96,9 +96,7 @@ def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
 
 def merge(*flat: Params) -> Params:
   """The nested tree of flat dicts."""
-  return traverse_util.unflatten_dict(
-    {k: v for part in flat for k, v in part.items()}, sep='/'
-  )
+  return traverse_util.unflatten_dict({k: v for part in flat for k, v in part.items()}, sep='/')
 
 
 def place(tree, shardings):
@@ -134,15 +132,10 @@ def _init(params, optimizer, trained, seed) -> TrainState:
 
 def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated."""
-  by_path = traverse_util.flatten_dict(
-    param_shardings(spec.config, mesh), sep='/'
-  )
+  by_path = traverse_util.flatten_dict(param_shardings(spec.config, mesh), sep='/')
   shapes = jax.eval_shape(
-      lambda: _init(
-          init_params(spec.config, jax.random.key(0)),
-          spec.optimizer, spec.trained, seed,
-      )
-  )  # fmt: skip
+    lambda: _init(init_params(spec.config, jax.random.key(0)), spec.optimizer, spec.trained, seed)
+  )
 
   def sharding_of(path, x):
     # Parameters are nested; the optimizer's moments are flat dicts, whose
@@ -152,10 +145,7 @@ def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
     return s or NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding_of(path, x)
-    ),
-    shapes,
+    lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(path, x)), shapes
   )
 
 
@@ -166,10 +156,9 @@ def init_state(spec: Step, params: Params, mesh, seed: int = 0) -> TrainState:
   """
   out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh, seed))
   with jax.set_mesh(mesh):
-    return jax.jit(
-      lambda p: _init(p, spec.optimizer, spec.trained, seed),
-      out_shardings=out,
-    )(place(params, out.params))
+    return jax.jit(lambda p: _init(p, spec.optimizer, spec.trained, seed), out_shardings=out)(
+      place(params, out.params)
+    )
 
 
 def jit_step(spec: Step, mesh, state_shardings):
@@ -208,9 +197,7 @@ def train_step(
 
   def loss_fn(trained, micro):
     child = merge(trained, frozen)
-    parent = merge(
-      teacher, {k: v for k, v in frozen.items() if k in spec.shared}
-    )
+    parent = merge(teacher, {k: v for k, v in frozen.items() if k in spec.shared})
     aux = batch_losses(spec, child, parent, micro, scale)
     return aux[0].loss, aux
 
@@ -273,9 +260,14 @@ def batch_losses(spec: Step, child, parent, batch, scale):
   many = spec.config.loops > 1 and spec.config.order == 'cycle'
   early = spec.exits.coefficients != 'none'
   out = transformer.forward(
-      spec.config, child, batch['tokens'], return_loops=many,
-      return_exits=early, remat=spec.remat, **where,
-  )  # fmt: skip
+    spec.config,
+    child,
+    batch['tokens'],
+    return_loops=many,
+    return_exits=early,
+    remat=spec.remat,
+    **where,
+  )
   teacher = None
   if spec.teacher_config is not None:
     hidden_BxLxD = transformer.forward(
@@ -288,9 +280,7 @@ def batch_losses(spec: Step, child, parent, batch, scale):
   sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher)
   exits_R = jnp.zeros((0,))
   if out.exits_RxBxLxD is not None:
-    loss, exits_R = exit_losses(
-      spec.exits, spec.objective, out.exits_RxBxLxD, head, *text
-    )
+    loss, exits_R = exit_losses(spec.exits, spec.objective, out.exits_RxBxLxD, head, *text)
     last = spec.exits.of_loops(spec.config.loops)[-1]
     sums = sums._replace(loss=last * sums.loss + loss)
   share = jnp.sum(weights_BxL)
@@ -315,10 +305,7 @@ def _accumulate(grad_fn, trained, batch: Batch, count: int):
     return jnp.moveaxis(x, 1, 0)
 
   def one(total, micro):
-    micro = {
-      k: sharding_lib.constrain(v, ('batch', 'length'))
-      for k, v in micro.items()
-    }
+    micro = {k: sharding_lib.constrain(v, ('batch', 'length')) for k, v in micro.items()}
     (_, aux), grads = grad_fn(trained, micro)
     return jax.tree.map(jnp.add, total, (aux, grads)), None
 
@@ -352,9 +339,7 @@ def gradient_norms(grads: Params):
 def to_mesh(batch: dict[str, np.ndarray], mesh) -> Batch:
   """The rows of all processes as global arrays, split over data and fsdp."""
   rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-  return {
-    k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()
-  }
+  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
 
 
 def to_host(params: Params, mesh) -> Params:
@@ -369,6 +354,4 @@ def to_host(params: Params, mesh) -> Params:
 def trained_paths(mask) -> frozenset[str]:
   """The paths at which a tree of bools is true."""
   names = jax.tree.leaves(paths(mask))
-  return frozenset(
-    n for n, chosen in zip(names, jax.tree.leaves(mask)) if chosen
-  )
+  return frozenset(n for n, chosen in zip(names, jax.tree.leaves(mask)) if chosen)

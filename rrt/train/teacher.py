@@ -59,10 +59,12 @@ def share_teacher(
     )
   flat = traverse_util.flatten_dict(parent, sep='/')
   shared = frozenset(
-      k for k, v in flat.items()
-      if k in frozen and v.shape == frozen[k].shape
-      and (v is frozen[k] or np.array_equal(v, frozen[k]))
-  )  # fmt: skip
+    k
+    for k, v in flat.items()
+    if k in frozen
+    and v.shape == frozen[k].shape
+    and (v is frozen[k] or np.array_equal(v, frozen[k]))
+  )
   own = {k: v for k, v in flat.items() if k not in shared}
   return parent_config, own, shared
 

@@ -91,8 +91,7 @@ def test_mistral_window():
     {'sliding_window_pattern': 6},
     {'_sliding_window_pattern': 6, 'rope_theta': 1e6},
     {
-      'layer_types': ['sliding_attention'] * 5
-      + ['full_attention', 'sliding_attention'],
+      'layer_types': ['sliding_attention'] * 5 + ['full_attention', 'sliding_attention'],
       'rope_theta': 1e6,
       'rope_local_base_freq': 1e4,
     },
@@ -195,9 +194,8 @@ def test_gemma3_exports_what_its_layers_have():
   config = hf.config_from_hf(GEMMA3)
   to_hf = family_of(config).to_hf
   swapped = dataclasses.replace(
-    config, ropes=config.ropes[::-1],
-    rope_index=tuple(1 - i for i in config.rope_index),
-  )  # fmt: skip
+    config, ropes=config.ropes[::-1], rope_index=tuple(1 - i for i in config.rope_index)
+  )
   assert to_hf(swapped) == to_hf(config)
   for changes, says in (
     (dict(rope_index=(1, 0) * 3 + (1,)), 'with a window have 2'),
@@ -240,10 +238,7 @@ def test_all_faults_of_a_checkpoint_come_together(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
   tensors = tensors_of('gemma3')
-  spoilt = {
-    'model.norm.weight': np.nan,
-    'model.layers.1.mlp.down_proj.weight': np.inf,
-  }
+  spoilt = {'model.norm.weight': np.nan, 'model.layers.1.mlp.down_proj.weight': np.inf}
   for name, value in spoilt.items():
     tensors[name] = tensors[name].copy()
     tensors[name][3] = value
@@ -275,18 +270,11 @@ def test_other_names_for_the_same_tensors(tmp_path):
   plain = load(GOLDEN / 'gemma3').params
   tensors = tensors_of('gemma3')
   vision = {'vision_tower.patch.weight': np.zeros((2, 2), np.float32)}
-  for i, prefix in enumerate(
-    ('language_model.model.', 'model.language_model.', '')
-  ):
+  for i, prefix in enumerate(('language_model.model.', 'model.language_model.', '')):
     renamed = {n.replace('model.', prefix, 1): t for n, t in tensors.items()}
     config = json.loads((GOLDEN / 'gemma3' / 'config.json').read_text())
     extra = {'text_config': config} if prefix else {}
-    directory = write(
-      tmp_path / str(i),
-      'gemma3',
-      renamed | (vision if prefix else {}),
-      **extra,
-    )
+    directory = write(tmp_path / str(i), 'gemma3', renamed | (vision if prefix else {}), **extra)
     params = load(directory).params
     jax.tree.map(np.testing.assert_array_equal, params, plain)
 
@@ -313,9 +301,7 @@ def test_missing_shard_and_pickles(tmp_path):
   path.write_text(json.dumps({'weight_map': weight_map}))
   for name in 'ab':
     (directory / f'model-{name}.safetensors').write_bytes(b'x')
-  with pytest.raises(
-    InputError, match=r'lacks 1 of the 3 .*-a.* not.*-b.* not'
-  ):
+  with pytest.raises(InputError, match=r'lacks 1 of the 3 .*-a.* not.*-b.* not'):
     load(directory)
   path.unlink()
   for name in 'ab':

@@ -27,9 +27,7 @@ def permuted(weight, heads):
   return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(
-  path, name, *, quantize=None, only='', edit=None, metadata=None, **split
-):
+def write_gguf(path, name, *, quantize=None, only='', edit=None, metadata=None, **split):
   """A golden model as a GGUF file, with a byte-level tokenizer.
 
   Args:
@@ -124,9 +122,7 @@ def test_reads_what_llama_cpp_writes(name, tmp_path):
   wanted = load(GOLDEN / name)
   # Gains went through 1 + w in float32.
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7, rtol=0),
-    ours.params,
-    wanted.params,
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7, rtol=0), ours.params, wanted.params
   )
   a, b = ours.config.to_json(), wanted.config.to_json()
   if name == 'llama3':  # Its golden rule is not that of a released model.
@@ -157,9 +153,7 @@ def quantizable():
   return kinds
 
 
-@pytest.mark.parametrize(
-  'kind, block, size', quantizable(), ids=lambda v: getattr(v, 'name', '')
-)
+@pytest.mark.parametrize('kind, block, size', quantizable(), ids=lambda v: getattr(v, 'name', ''))
 def test_every_type_that_the_package_decodes(kind, block, size, tmp_path):
   rng = np.random.default_rng(0)
   width, rows = max(block, 32), 6
@@ -224,9 +218,7 @@ def cut(data, folder, form, count):
   return paths
 
 
-@pytest.mark.parametrize(
-  'form', ['m.gguf.part{}', 'm.gguf-part{}-of-{}', 'm.gguf.part{}of{}']
-)
+@pytest.mark.parametrize('form', ['m.gguf.part{}', 'm.gguf-part{}-of-{}', 'm.gguf.part{}of{}'])
 def test_pieces_go_by_number(form, tmp_path):
   whole = write_gguf(tmp_path / 'm.gguf', 'llama3')
   wanted = load(whole).params
@@ -250,11 +242,7 @@ def test_parts_of_two_models_are_kept_apart(tmp_path):
     load(both)
   params = load(pieces[0]).params
   jax.tree.map(np.testing.assert_array_equal, params, wanted)
-  for paths in (
-    [pieces[0], others[1]],
-    [pieces[0], pieces[0]],
-    [whole, *pieces],
-  ):
+  for paths in ([pieces[0], others[1]], [pieces[0], pieces[0]], [whole, *pieces]):
     with pytest.raises(InputError, match='not parts of one GGUF model'):
       load(paths)
   for letter in 'ab':
@@ -303,10 +291,7 @@ def test_split_files(tmp_path):
 
 def test_split_files_of_mixed_types(tmp_path):
   kind = gguf.GGMLQuantizationType.F16
-  write_gguf(
-      tmp_path / 'm.gguf', 'llama3', quantize=kind, only='ffn_down',
-      split_max_tensors=15,
-  )  # fmt: skip
+  write_gguf(tmp_path / 'm.gguf', 'llama3', quantize=kind, only='ffn_down', split_max_tensors=15)
   files = sorted(tmp_path.glob('m-*-of-*.gguf'))
   types = [rrt_gguf.GgufFile([file]).dtypes for file in files]
   assert 'F16' not in types[0] and 'F16' in set().union(*types)
@@ -367,10 +352,12 @@ def test_what_is_not_supported(tmp_path):
   tensors = safetensors.ShardedTensors([])
   tensors.infos = info
   shape = {
-      'general.architecture': 'llama', 'llama.block_count': 2,
-      'llama.embedding_length': 24, 'llama.feed_forward_length': 38,
-      'llama.attention.head_count': 4,
-  }  # fmt: skip
+    'general.architecture': 'llama',
+    'llama.block_count': 2,
+    'llama.embedding_length': 24,
+    'llama.feed_forward_length': 38,
+    'llama.attention.head_count': 4,
+  }
   for key, value, says in (
     ('attention.layer_norm_rms_epsilon', float('nan'), 'rms_norm_eps=nan'),
     ('rope.freq_base', -1.0, 'rope_theta=-1.0'),
@@ -383,6 +370,4 @@ def test_what_is_not_supported(tmp_path):
   with pytest.raises(InputError, match="model='bert'"):
     Tokenizer.from_gguf({'tokenizer.ggml.model': 'bert'})
   with pytest.raises(InputError, match="pre='odd'"):
-    Tokenizer.from_gguf(
-      {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'odd'}
-    )
+    Tokenizer.from_gguf({'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'odd'})

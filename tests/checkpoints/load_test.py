@@ -15,13 +15,7 @@ import pytest
 
 from rrt.checkpoints import load as checkpoints
 from rrt.checkpoints import safetensors
-from rrt.checkpoints.load import (
-  check_apart,
-  check_save,
-  importlib,
-  load,
-  load_config,
-)
+from rrt.checkpoints.load import check_apart, check_save, importlib, load, load_config
 from rrt.checkpoints.save_hf import save_hf
 from rrt.config import ModelConfig
 from rrt.errors import InputError
@@ -117,9 +111,7 @@ def test_every_flipped_bit_is_found(model, tmp_path):
   data = path.read_bytes()
   header = int.from_bytes(data[:8], 'little') + 8
   rng = np.random.default_rng(0)
-  for at in [0, 9, header - 1, header, len(data) - 1] + list(
-    rng.integers(0, len(data), 40)
-  ):
+  for at in [0, 9, header - 1, header, len(data) - 1] + list(rng.integers(0, len(data), 40)):
     broken = bytearray(data)
     broken[at] ^= 1 << int(rng.integers(8))
     path.write_bytes(broken)
@@ -132,9 +124,16 @@ def test_every_flipped_bit_is_found(model, tmp_path):
 
 def tiny(vocab_size):
   config = ModelConfig(
-      family='llama', vocab_size=vocab_size, d_model=2, d_ff=2, num_heads=1,
-      num_kv_heads=1, head_dim=2, block_layers=1, tie_embeddings=True,
-  )  # fmt: skip
+    family='llama',
+    vocab_size=vocab_size,
+    d_model=2,
+    d_ff=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    block_layers=1,
+    tie_embeddings=True,
+  )
   params = init_params(config, jax.random.key(0))
   return LanguageModel(config, jax.tree.map(np.asarray, params))
 
@@ -177,9 +176,7 @@ def test_damaged_entries_of_a_header(tmp_path, old, new):
 
 
 def test_everything_has_a_checksum(tmp_path):
-  model = dataclasses.replace(
-    tiny(264), tokenizer=runs.tokenizer(), meta={'token_ids': {'eos': 1}}
-  )
+  model = dataclasses.replace(tiny(264), tokenizer=runs.tokenizer(), meta={'token_ids': {'eos': 1}})
   out = checkpoints.save(model, tmp_path / 'm')
   manifest = out / 'rrt.json'
   text = manifest.read_text()
@@ -381,9 +378,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
     depths = range(c.depth) if '{}' in row.hf else [0]
     for depth in depths:
       transposed = row.kind in ('linear', 'q', 'k')
-      tensors[row.hf.format(depth)] = np.zeros(
-        shape[::-1] if transposed else shape, np.float32
-      )
+      tensors[row.hf.format(depth)] = np.zeros(shape[::-1] if transposed else shape, np.float32)
   size = sum(t.nbytes for t in tensors.values())
   safetensors.write(tmp_path / 'model.safetensors', tensors)
   fields = checkpoints.family.family_of(c).to_hf(c)
@@ -395,9 +390,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
   )
 
   def peak(*args):
-    out = subprocess.run(
-      [sys.executable, '-c', script, *args], capture_output=True, check=True
-    )
+    out = subprocess.run([sys.executable, '-c', script, *args], capture_output=True, check=True)
     scale = 1 if sys.platform == 'darwin' else 1024
     return int(out.stdout) * scale
 

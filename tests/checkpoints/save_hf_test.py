@@ -39,13 +39,9 @@ def logits(model, tokens):
 def recursive(name, **recursion):
   """A random recursive model with the shape of a golden one, all leaves set."""
   config = family_config(name).with_recursion(**recursion)
-  shapes = jax.eval_shape(
-    lambda key: init_params(config, key), jax.random.key(0)
-  )
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
   rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), shapes
-  )
+  params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), shapes)
   clear_padding(config, params)
   return LanguageModel(config, params)
 
@@ -70,30 +66,17 @@ def family_config(name):
 
 
 @pytest.mark.parametrize('name', ['llama3', 'gemma3'])
-@pytest.mark.parametrize(
-  'order, loop_norms', [('cycle', False), ('sequence', True)]
-)
+@pytest.mark.parametrize('order, loop_norms', [('cycle', False), ('sequence', True)])
 def test_untied_computes_the_same(name, order, loop_norms):
-  lora = LoraConfig(
-    q=3, k=((1, 2), (0, 3)), v=2, o=4, gate=3, up=((0, 5), (5, 0)), alpha=7.0
-  )
+  lora = LoraConfig(q=3, k=((1, 2), (0, 3)), v=2, o=4, gate=3, up=((0, 5), (5, 0)), alpha=7.0)
   model = recursive(
-    name,
-    prelude=1,
-    block=2,
-    loops=2,
-    coda=1,
-    order=order,
-    loop_norms=loop_norms,
-    lora=lora,
+    name, prelude=1, block=2, loops=2, coda=1, order=order, loop_norms=loop_norms, lora=lora
   )
   untied = to_untied(model)
   assert untied.config.depth == untied.config.block_layers == 6
   assert untied.config.lora is None and untied.config.loops == 1
   tokens = np.random.default_rng(2).integers(0, 61, (2, 20))
-  np.testing.assert_allclose(
-    logits(untied, tokens), logits(model, tokens), atol=1e-4, rtol=0
-  )
+  np.testing.assert_allclose(logits(untied, tokens), logits(model, tokens), atol=1e-4, rtol=0)
 
 
 def test_untied_model_is_left_as_it_is():

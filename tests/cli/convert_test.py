@@ -15,9 +15,16 @@ from tests import command
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 FIGURES = {
-  'params_unique', 'params_total', 'nll_parent_nats', 'nll_child_nats',
-  'seconds', 'peak_memory_bytes', 'kept', 'ranks', 'calibration_tokens',
-}  # fmt: skip
+  'params_unique',
+  'params_total',
+  'nll_parent_nats',
+  'nll_child_nats',
+  'seconds',
+  'peak_memory_bytes',
+  'kept',
+  'ranks',
+  'calibration_tokens',
+}
 
 
 @pytest.mark.parametrize(
@@ -39,9 +46,7 @@ def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
   assert figures['params_parent'] == rrt.count_params(parent.config).unique
   assert figures['identity_error'] < 1e-4
   assert all(np.min(kept) > 0.9999 for kept in figures['kept'].values())
-  status, printed, error = command.run(
-    'export', f'--model={child}', f'--out={out}'
-  )
+  status, printed, error = command.run('export', f'--model={child}', f'--out={out}')
   assert status == 0, error
   with np.load(GOLDEN / name / 'logits.npz') as stored:
     tokens = stored['tokens']
@@ -57,9 +62,7 @@ def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
     ('nowhere', tmp_path, 'is not just an rrt model'),
     (GOLDEN / 'llama3', tmp_path / 'new', 'no tokenizer .*--init=average'),
   ):
-    status, _, error = command.run(
-      'convert', f'--source={source}', f'--out={out}'
-    )
+    status, _, error = command.run('convert', f'--source={source}', f'--out={out}')
     assert status == 2 and re.search(sentence, error), error
   assert [p.name for p in tmp_path.iterdir()] == ['work.txt']
 
@@ -72,27 +75,18 @@ def test_arguments_are_checked_before_weights_are_read(tmp_path):
   (source / 'config.json').write_text(config)
   (source / 'model.safetensors').write_bytes(b'cannot be read')
   status, _, error = command.run(
-      'convert', f'--source={source}', f'--out={tmp_path / "new"}',
-      '--prelude=3', '--loops=4',
-  )  # fmt: skip
+    'convert', f'--source={source}', f'--out={tmp_path / "new"}', '--prelude=3', '--loops=4'
+  )
   assert status == 2 and 'The parent has 4 layers' in error, error
-  (source / 'config.json').write_text(
-    json.dumps(json.loads(config) | {MARK: 'rrt'})
-  )
-  status, _, error = command.run(
-    'export', f'--model={source}', f'--out={source}'
-  )
+  (source / 'config.json').write_text(json.dumps(json.loads(config) | {MARK: 'rrt'}))
+  status, _, error = command.run('export', f'--model={source}', f'--out={source}')
   assert status == 2 and 'would replace the source' in error, error
   model = save(load(GOLDEN / 'llama3'), tmp_path / 'own')
-  status, _, error = command.run(
-    'convert', f'--source={model}', f'--out={model}', '--init=average'
-  )
+  status, _, error = command.run('convert', f'--source={model}', f'--out={model}', '--init=average')
   assert status == 2 and 'would replace the source' in error, error
   assert sorted(p.name for p in tmp_path.iterdir()) == ['own', 'source']
 
 
 def test_the_table_of_calibrations_starts():
-  status, printed, error = command.run(
-    'experiments.calibration_table', '--help'
-  )
+  status, printed, error = command.run('experiments.calibration_table', '--help')
   assert '--calibration' in printed, (status, error)

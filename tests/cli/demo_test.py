@@ -11,20 +11,30 @@ from tests import runs
 
 def run(tmp_path, *flags):
   return subprocess.run(
-      [sys.executable, '-m', 'rrt', 'demo', f'--out={tmp_path / "out"}', *flags],
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-      capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    [sys.executable, '-m', 'rrt', 'demo', f'--out={tmp_path / "out"}', *flags],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def test_demo_makes_a_model_and_a_page(tmp_path):
   save(runs.parent(), tmp_path / 'parent')
   text = runs.write_text(tmp_path / 'text.jsonl', documents=2000)
   done = run(
-      tmp_path, f'--model={tmp_path / "parent"}', f'--data={text}',
-      '--prelude=1', '--coda=1', '--rank=2', '--steps=3', '--length=16',
-      '--heldout_tokens=200', '--max_new_tokens=4', '--context=16',
-  )  # fmt: skip
+    tmp_path,
+    f'--model={tmp_path / "parent"}',
+    f'--data={text}',
+    '--prelude=1',
+    '--coda=1',
+    '--rank=2',
+    '--steps=3',
+    '--length=16',
+    '--heldout_tokens=200',
+    '--max_new_tokens=4',
+    '--context=16',
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   figures = json.loads(done.stdout.splitlines()[-1])
   page = (tmp_path / 'out' / 'report.html').read_text()

@@ -23,10 +23,17 @@ def place(tmp_path_factory):
 def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   pytest.importorskip('lm_eval')
   status, printed, error = command.run(
-      'evaluate', '--model=child', '--parent=parent', '--text=text.jsonl',
-      '--max_tokens=200', '--loops=all', '--tasks=arc_easy',
-      '--data=.', '--out=out.json', cwd=place,
-  )  # fmt: skip
+    'evaluate',
+    '--model=child',
+    '--parent=parent',
+    '--text=text.jsonl',
+    '--max_tokens=200',
+    '--loops=all',
+    '--tasks=arc_easy',
+    '--data=.',
+    '--out=out.json',
+    cwd=place,
+  )
   assert status == 0, error
   final = command.final(printed)
   assert final['context'] == 32  # By default what the model was made for.
@@ -44,9 +51,13 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 def test_figures_are_printed_even_if_the_disk_is_full(place):
   status, printed, error = command.run(
-      'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
-      '--out=/dev/full', cwd=place,
-  )  # fmt: skip
+    'evaluate',
+    '--model=child',
+    '--text=text.jsonl',
+    '--max_tokens=64',
+    '--out=/dev/full',
+    cwd=place,
+  )
   assert status == 2 and 'cannot be written (No space' in error
   assert command.final(printed)['nll_nats'] > 0
 
@@ -79,8 +90,7 @@ def test_help_is_no_failure(place):
 
 def test_the_deepest_loop_count_is_the_models_own(place):
   status, printed, error = command.run(
-      'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64',
-      '--loops=2,1', cwd=place,
-  )  # fmt: skip
+    'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64', '--loops=2,1', cwd=place
+  )
   assert status == 0, error
   assert command.final(printed)['loops'] == 2

@@ -19,9 +19,14 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize('stream', ['--stream', '--nostream'])
 def test_prints_what_complete_gives(place, stream):
   status, printed, error = command.run(
-      'generate', '--model=child', '--max_new_tokens=8', '--loops=1',
-      *(f'--prompt={p}' for p in PROMPTS), stream, cwd=place,
-  )  # fmt: skip
+    'generate',
+    '--model=child',
+    '--max_new_tokens=8',
+    '--loops=1',
+    *(f'--prompt={p}' for p in PROMPTS),
+    stream,
+    cwd=place,
+  )
   assert status == 0, error
   final = command.final(printed)
   want = complete(runs.child(), PROMPTS, max_new_tokens=8, loops=1)

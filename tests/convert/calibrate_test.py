@@ -68,9 +68,7 @@ def test_more_loops_are_tied_better_than_around_their_mean():
   ranks = (2, 2, 2)
   shared = least_squares.tie(cs, ws, jnp.asarray(ranks))
   mean = least_squares.weighted_mean(cs, ws)
-  assert tied_error(cs, ws, shared, ranks) < 0.8 * tied_error(
-    cs, ws, mean, ranks
-  )
+  assert tied_error(cs, ws, shared, ranks) < 0.8 * tied_error(cs, ws, mean, ranks)
 
 
 def test_refit_finds_the_weight_and_stays_near_it_without_evidence():
@@ -106,9 +104,7 @@ def test_units_are_found_again_in_another_order():
   sign = rng.choice([-1.0, 1.0], 9).astype(np.float32)
   other = permute.reorder(mlp, order, sign)
   kernels = lambda tree: {k: jnp.asarray(v['kernel']) for k, v in tree.items()}
-  found = permute.match_units(
-    kernels(mlp), kernels(other), jnp.eye(6), np.ones(9), np.ones(9)
-  )
+  found = permute.match_units(kernels(mlp), kernels(other), jnp.eye(6), np.ones(9), np.ones(9))
   back = permute.reorder(other, *found)
   jax.tree.map(np.testing.assert_array_equal, mlp, back)
 
@@ -118,9 +114,7 @@ def test_damping_makes_few_tokens_safe():
   x = rng.normal(size=(3, 20)).astype(np.float32)
   c = least_squares.damp(x.T @ x / 3, 1e-2)
   assert np.isfinite(np.linalg.cholesky(np.asarray(c))).all()
-  assert np.isfinite(
-    np.asarray(least_squares.damp(jnp.zeros((4, 4)), 1e-2))
-  ).all()
+  assert np.isfinite(np.asarray(least_squares.damp(jnp.zeros((4, 4)), 1e-2))).all()
 
 
 # ------------------------------------------------------------------- the whole
@@ -128,9 +122,7 @@ def test_damping_makes_few_tokens_safe():
 
 def drift(parent, child, tokens_BxL):
   """Relative error of the last hidden states."""
-  run = lambda m: np.asarray(
-    transformer.forward(m.config, m.params, tokens_BxL).hidden_BxLxD
-  )
+  run = lambda m: np.asarray(transformer.forward(m.config, m.params, tokens_BxL).hidden_BxLxD)
   a, b = run(parent), run(child)
   return float(np.sum((a - b) ** 2) / np.sum(a**2))
 
@@ -151,9 +143,8 @@ def test_calibrated_is_nearer_to_the_parent_than_the_average(family, arguments):
   held_out = tiny.tokens(200, seed=5).reshape(2, 100)
   plain, _ = to_recursive(parent, init='average', **arguments)
   child, report = to_recursive(
-    parent, init='calibrated', calibration=text, calibration_tokens=1024,
-    **arguments,
-  )  # fmt: skip
+    parent, init='calibrated', calibration=text, calibration_tokens=1024, **arguments
+  )
   assert drift(parent, child, held_out) < 0.8 * drift(parent, plain, held_out)
   assert len(report.drift) == 6 - arguments.get('prelude', 0)
   assert report.calibration_tokens >= 1000
@@ -164,27 +155,21 @@ def test_few_tokens_do_no_harm():
   arguments = dict(prelude=1, coda=1, rank=2)
   held_out = tiny.tokens(200, seed=5).reshape(2, 100)
   plain, _ = to_recursive(parent, init='average', **arguments)
-  child, _ = to_recursive(
-    parent, calibration=tiny.tokens(160), calibration_tokens=128, **arguments
-  )
+  child, _ = to_recursive(parent, calibration=tiny.tokens(160), calibration_tokens=128, **arguments)
   assert drift(parent, child, held_out) < drift(parent, plain, held_out)
 
 
 def test_prelude_is_the_parent_and_the_embedding_is_carried():
   parent = tiny.parent(layers=6)
   child, _ = to_recursive(
-    parent, prelude=2, coda=2, rank=1, calibration=tiny.tokens(),
-    calibration_tokens=256,
-  )  # fmt: skip
+    parent, prelude=2, coda=2, rank=1, calibration=tiny.tokens(), calibration_tokens=256
+  )
   layers = parent.params['block']['layers']
   jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(a[:2], b),
-    layers, child.params['prelude']['layers'],
-  )  # fmt: skip
+    lambda a, b: np.testing.assert_array_equal(a[:2], b), layers, child.params['prelude']['layers']
+  )
   for part in ('embed', 'final_norm', 'head'):
-    jax.tree.map(
-      np.testing.assert_array_equal, parent.params[part], child.params[part]
-    )
+    jax.tree.map(np.testing.assert_array_equal, parent.params[part], child.params[part])
 
 
 @pytest.mark.parametrize('family', ['llama', 'gemma3'])
@@ -204,18 +189,15 @@ def test_changed_gains_are_made_up_for(family):
   x_BxLxD = np.random.default_rng(0).normal(size=(2, 20, 12))
   x_BxLxD = x_BxLxD.astype(np.float32)
   np.testing.assert_allclose(
-    walk.step(0, layer, x_BxLxD).end, walk.step(0, other, x_BxLxD).end,
-    atol=1e-4,
-  )  # fmt: skip
+    walk.step(0, layer, x_BxLxD).end, walk.step(0, other, x_BxLxD).end, atol=1e-4
+  )
 
 
 def test_the_walk_is_the_forward_pass():
   parent = tiny.parent('gemma3', layers=4)
   tokens_BxL = tiny.tokens(60).reshape(3, 20)
   layers = parent.params['block']['layers']
-  walk = activations.Walk(
-    parent.config, lambda d: jax.tree.map(lambda t: t[d], layers), tokens_BxL
-  )
+  walk = activations.Walk(parent.config, lambda d: jax.tree.map(lambda t: t[d], layers), tokens_BxL)
   embedded = parent.params['embed']['table'][tokens_BxL] * 12**0.5
   streams = walk.run(embedded.astype(np.float32), 2)
   assert sorted(streams) == [2, 3]
@@ -227,10 +209,7 @@ def test_the_walk_is_the_forward_pass():
 
 
 def test_the_same_text_gives_the_same_child():
-  arguments = dict(
-    prelude=1, coda=1, rank=1, calibration=tiny.tokens(),
-    calibration_tokens=256,
-  )  # fmt: skip
+  arguments = dict(prelude=1, coda=1, rank=1, calibration=tiny.tokens(), calibration_tokens=256)
   a, _ = to_recursive(tiny.parent(layers=4), **arguments)
   b, _ = to_recursive(tiny.parent(layers=4), **arguments)
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)

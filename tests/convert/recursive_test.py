@@ -32,9 +32,7 @@ def difference(a, b):
 @pytest.mark.parametrize('init', ['calibrated', 'stepwise', 'average'])
 def test_one_loop_is_the_parent(family, init):
   parent = tiny.parent(family)
-  child, report = to_recursive(
-    parent, prelude=1, loops=1, coda=1, init=init, rank=3
-  )
+  child, report = to_recursive(parent, prelude=1, loops=1, coda=1, init=init, rank=3)
   assert difference(parent, child) < 1e-4
   assert report.identity_error < 1e-4
 
@@ -55,9 +53,7 @@ def test_full_rank_is_the_parent_at_any_alpha(family, times):
 @pytest.mark.parametrize('order', ['cycle', 'sequence'])
 def test_full_rank_is_the_parent_from_any_start(init, order):
   parent = tiny.parent(layers=6)
-  child, _ = to_recursive(
-    parent, prelude=2, loops=2, order=order, init=init, rank=FULL
-  )
+  child, _ = to_recursive(parent, prelude=2, loops=2, order=order, init=init, rank=FULL)
   assert difference(parent, child) < 1e-4
 
 
@@ -71,12 +67,9 @@ def test_full_rank_is_the_parent_from_any_start(init, order):
     (16, 8, [0, 2, 4, 6, 9, 11, 13, 15]),
     (24, 12, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]),
     (28, 14, [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]),
-    (
-      32, 16,
-      [0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31],
-    ),
+    (32, 16, [0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31]),
   ],
-)  # fmt: skip
+)
 def test_stepwise_takes_the_layers_of_the_paper(depth, block, expected):
   config = tiny.parent(layers=2).config
   config = dataclasses.replace(config, block_layers=block, loops=depth // block)
@@ -85,9 +78,7 @@ def test_stepwise_takes_the_layers_of_the_paper(depth, block, expected):
 
 def test_selection_stays_inside_the_block():
   config = tiny.parent(layers=2).config
-  config = dataclasses.replace(
-    config, prelude_layers=1, block_layers=3, loops=2, coda_layers=1
-  )
+  config = dataclasses.replace(config, prelude_layers=1, block_layers=3, loops=2, coda_layers=1)
   sources = lambda init: source_layers(config, init).tolist()
   assert sources('stepwise') == [1, 3, 6]
   assert sources('lower') == [1, 2, 3]
@@ -98,22 +89,21 @@ def test_selection_stays_inside_the_block():
 @pytest.mark.parametrize('loop_norms', [True, False])
 def test_shared_weights_come_from_the_named_layers(init, loop_norms):
   parent = tiny.parent(layers=4)
-  child, _ = to_recursive(
-    parent, loops=2, init=init, rank=2, loop_norms=loop_norms
-  )
+  child, _ = to_recursive(parent, loops=2, init=init, rank=2, loop_norms=loop_norms)
   layers = parent.params['block']['layers']
   block = child.params['block']['layers']
   q = layers['attn']['q']['kernel']
   gains = layers['attn_norm']['scale']
-  chosen = {
-    'stepwise': q[[0, 3]], 'lower': q[:2], 'upper': q[2:],
-    'average': (q[:2] + q[2:]) / 2,
-  }[init]  # fmt: skip
+  chosen = {'stepwise': q[[0, 3]], 'lower': q[:2], 'upper': q[2:], 'average': (q[:2] + q[2:]) / 2}[
+    init
+  ]
   np.testing.assert_allclose(block['attn']['q']['kernel'], chosen, atol=1e-6)
   own = {
-    'stepwise': gains[[0, 3]], 'lower': gains[:2], 'upper': gains[2:],
+    'stepwise': gains[[0, 3]],
+    'lower': gains[:2],
+    'upper': gains[2:],
     'average': (gains[:2] + gains[2:]) / 2,
-  }[init]  # fmt: skip
+  }[init]
   if loop_norms:
     own = gains[[[0, 2], [1, 3]]]
   np.testing.assert_allclose(block['attn_norm']['scale'], own, atol=1e-6)
@@ -132,9 +122,7 @@ def test_zero_residual_gets_the_usual_start():
 def test_zero_init_leaves_the_shared_weights_alone():
   parent = tiny.parent(layers=4)
   plain, _ = to_recursive(parent, loops=2, init='average')
-  child, _ = to_recursive(
-    parent, loops=2, init='average', rank=2, lora_init='zero'
-  )
+  child, _ = to_recursive(parent, loops=2, init='average', rank=2, lora_init='zero')
   assert difference(plain, child) < 1e-6
 
 
@@ -152,9 +140,7 @@ def test_truncation_error_is_the_tail_of_the_singular_values(alpha):
       residual = w[depth] - (w[depth % 2] + w[depth % 2 + 2]) / 2
       tail = np.linalg.svd(residual, compute_uv=False)[rank:]
       error = merged[name]['kernel'][depth] - w[depth]
-      np.testing.assert_allclose(
-        np.sum(error**2), np.sum(tail**2), rtol=1e-4, atol=1e-6
-      )
+      np.testing.assert_allclose(np.sum(error**2), np.sum(tail**2), rtol=1e-4, atol=1e-6)
       kept = report.kept[name][depth // 2][depth % 2]
       assert abs(kept - (1 - np.sum(tail**2) / np.sum(residual**2))) < 1e-4
 
@@ -164,23 +150,26 @@ def test_truncation_error_is_the_tail_of_the_singular_values(alpha):
 def test_the_count_is_the_closed_form(init, loop_norms):
   parent = tiny.parent(layers=5)
   child, report = to_recursive(
-    parent, prelude=1, loops=2, init=init, rank=3, loop_norms=loop_norms,
-    calibration=tiny.tokens(), calibration_tokens=256,
-  )  # fmt: skip
+    parent,
+    prelude=1,
+    loops=2,
+    init=init,
+    rank=3,
+    loop_norms=loop_norms,
+    calibration=tiny.tokens(),
+    calibration_tokens=256,
+  )
   c = child.config
   assert report.params == count_params(c)
   assert report.params_counted == report.params.unique
   lora = sum(4 * 3 * (i + o) for i, o in c.shapes().values())
   layer = sum(i * o for i, o in c.shapes().values())
   gains = 2 * 12 * (1 + (4 if loop_norms else 2))
-  assert report.params.unique == (
-    3 * layer + gains + lora + 12 + 2 * tiny.VOCAB * 12
-  )
+  assert report.params.unique == (3 * layer + gains + lora + 12 + 2 * tiny.VOCAB * 12)
   shapes = jax.eval_shape(lambda k: init_params(c, k), jax.random.key(0))
   jax.tree.map(
-    lambda got, want: np.testing.assert_equal(got.shape, want.shape),
-    child.params, shapes,
-  )  # fmt: skip
+    lambda got, want: np.testing.assert_equal(got.shape, want.shape), child.params, shapes
+  )
   assert np.isfinite(report.nll_child_nats)
 
 
@@ -196,16 +185,10 @@ def test_a_budget_is_spent_where_it_regains_most(init):
     scale[2] = scale[0]
   budget = 6000
   child, report = to_recursive(
-    parent, loops=2, init=init, budget=budget, calibration=tiny.tokens(),
-    calibration_tokens=256,
-  )  # fmt: skip
-  spent = {
-    name: child.config.lora.table(name, 2, 2) for name in child.config.shapes()
-  }
-  used = sum(
-    int(spent[name].sum()) * (i + o)
-    for name, (i, o) in child.config.shapes().items()
+    parent, loops=2, init=init, budget=budget, calibration=tiny.tokens(), calibration_tokens=256
   )
+  spent = {name: child.config.lora.table(name, 2, 2) for name in child.config.shapes()}
+  used = sum(int(spent[name].sum()) * (i + o) for name, (i, o) in child.config.shapes().items())
   assert 0.8 * budget < used <= budget
   first = sum(int(table[:, 0].sum()) for table in spent.values())
   second = sum(int(table[:, 1].sum()) for table in spent.values())
@@ -217,9 +200,8 @@ def test_a_budget_is_spent_where_it_regains_most(init):
 def test_a_budget_for_everything_is_the_parent(init):
   parent = tiny.parent(layers=4)
   child, report = to_recursive(
-    parent, loops=2, init=init, budget=10**6, calibration=tiny.tokens(),
-    calibration_tokens=256,
-  )  # fmt: skip
+    parent, loops=2, init=init, budget=10**6, calibration=tiny.tokens(), calibration_tokens=256
+  )
   assert difference(parent, child) < 1e-4
   assert report.identity_error < 1e-4 and report.calibration_tokens == 0
 
@@ -234,9 +216,12 @@ def test_a_budget_buys_nothing_where_nothing_is_lacking():
 def test_weights_taken_from_the_parent_show_progress(more):
   told = []
   to_recursive(
-    tiny.parent(layers=4), loops=2, init='average', **more,
+    tiny.parent(layers=4),
+    loops=2,
+    init='average',
+    **more,
     progress=lambda *counts: told.append(counts),
-  )  # fmt: skip
+  )
   assert told == sorted(told) and len(told) > 14
   assert told[-1][0] == told[-1][1] > 0
 
@@ -267,9 +252,7 @@ def test_svd_factors_are_balanced():
   matrix = np.random.default_rng(0).normal(size=(9, 7)).astype(np.float32)
   a, b, kept = least_squares.truncated_svd(matrix, 7)
   np.testing.assert_allclose(a @ b, matrix, atol=1e-5)
-  np.testing.assert_allclose(
-    np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5
-  )
+  np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5)
   assert abs(kept - 1) < 1e-6
 
 
@@ -326,13 +309,8 @@ def test_choices_add_up():
   config = tiny.parent(layers=4).config
   config = dataclasses.replace(config, block_layers=30)
   with pytest.raises(InputError) as error:
-    plan_lib.arrange(
-        config, prelude=8, block=None, loops=2, coda=7, order='cycle',
-        loop_norms=True,
-    )  # fmt: skip
-  found = re.findall(
-    r'prelude=(\d+) block=(\d+) loops=(\d+) coda=(\d+)', str(error.value)
-  )
+    plan_lib.arrange(config, prelude=8, block=None, loops=2, coda=7, order='cycle', loop_norms=True)
+  found = re.findall(r'prelude=(\d+) block=(\d+) loops=(\d+) coda=(\d+)', str(error.value))
   assert len(found) == 3
   for choice in found:
     p, n, r, c = map(int, choice)
@@ -360,9 +338,7 @@ def test_what_needs_no_weights_is_checked_without_them():
 
 
 def test_no_text_is_asked_for_where_nothing_is_fitted():
-  _, report = to_recursive(
-    tiny.parent(layers=4), loops=1, calibration=[1, 2, 3]
-  )
+  _, report = to_recursive(tiny.parent(layers=4), loops=1, calibration=[1, 2, 3])
   assert report.identity_error < 1e-4 and report.nll_child_nats is None
 
 
@@ -385,9 +361,8 @@ def test_rank_flag():
 def test_loops_have_ranks_of_their_own(init):
   parent = tiny.parent(layers=4)
   child, report = to_recursive(
-    parent, loops=2, init=init, rank={'q': (0, 3), 'down': 2},
-    calibration=tiny.tokens(),
-  )  # fmt: skip
+    parent, loops=2, init=init, rank={'q': (0, 3), 'down': 2}, calibration=tiny.tokens()
+  )
   lora = child.config.lora
   assert (lora.q, lora.down, lora.v) == (((0, 0), (3, 3)), 2, 0)
   assert report.ranks['q'] == '0/3' and report.ranks['down'] == 2
@@ -419,9 +394,7 @@ class Letters:
 
 def test_rows_come_from_all_over_a_long_text():
   text = ''.join(chr(ord('a') + i % 26) for i in range(100_000))
-  rows = calibration_data.split_rows(
-    text, Letters(), tokens=700, length=64, vocab_size=61
-  )
+  rows = calibration_data.split_rows(text, Letters(), tokens=700, length=64, vocab_size=61)
   assert rows[0].shape[1] == rows[1].shape[1] == 64
   assert 650 <= rows[0].size <= 750 and rows[1].size >= 64
   for part in rows:

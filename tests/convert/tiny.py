@@ -14,16 +14,28 @@ VOCAB = 61
 def parent(family='llama', layers=4, seed=0, **fields):
   """A vanilla model of odd sizes."""
   shape = dict(
-    family=family, vocab_size=VOCAB, d_model=12, d_ff=20, num_heads=4,
-    num_kv_heads=2, head_dim=6, block_layers=layers, max_context=128,
-  )  # fmt: skip
+    family=family,
+    vocab_size=VOCAB,
+    d_model=12,
+    d_ff=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    block_layers=layers,
+    max_context=128,
+  )
   if family == 'gemma3':
     shape |= dict(
-      unit_offset_norm=True, post_norms=True, qk_norm=True,
-      activation='gelu_tanh', scale_embeddings=True, tie_embeddings=True,
-      windows=(5, 0) * (layers // 2), ropes=(Rope(), Rope(1e6)),
+      unit_offset_norm=True,
+      post_norms=True,
+      qk_norm=True,
+      activation='gelu_tanh',
+      scale_embeddings=True,
+      tie_embeddings=True,
+      windows=(5, 0) * (layers // 2),
+      ropes=(Rope(), Rope(1e6)),
       rope_index=(0, 1) * (layers // 2),
-    )  # fmt: skip
+    )
   config = ModelConfig(**shape | fields)
   rng = np.random.default_rng(seed)
 
@@ -35,9 +47,7 @@ def parent(family='llama', layers=4, seed=0, **fields):
       leaf = noise * leaf.shape[-2] ** -0.5
     return leaf.astype(np.float32)
 
-  shapes = jax.eval_shape(
-    lambda key: init_params(config, key), jax.random.key(0)
-  )
+  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
   return LanguageModel(config, jax.tree_util.tree_map_with_path(draw, shapes))
 
 
@@ -50,7 +60,5 @@ def tokens(count=600, seed=1):
 
 def logits(model, tokens_BxL):
   """The model's logits, as an array."""
-  hidden = transformer.forward(
-    model.config, model.params, tokens_BxL
-  ).hidden_BxLxD
+  hidden = transformer.forward(model.config, model.params, tokens_BxL).hidden_BxLxD
   return np.asarray(transformer.logits(model.config, model.params, hidden))

@@ -28,8 +28,7 @@ def test_plain_wikitext():
   assert corpus.plain_wikitext(PAGE).split('\n\n') == [
     'Albedo (from Latin albus) is the reflecting power of a surface,'
     ' measured over 100 km and more.',
-    'An item that is long enough to be a whole sentence, as it goes on and'
-    ' on until its end.',
+    'An item that is long enough to be a whole sentence, as it goes on and on until its end.',
   ]
   assert corpus.plain_wikitext('#REDIRECT [[Albedo]] ' + 'x' * 200) == ''
 
@@ -80,9 +79,7 @@ def test_reads_the_articles_and_news_of_gensim(tmp_path, monkeypatch):
     for i in range(3)
   )
   dump = f'<mediawiki xmlns="http://wiki">{pages}</mediawiki>'
-  (tmp_path / f'{corpus._WIKIPEDIA}.bz2').write_bytes(
-    bz2.compress(dump.encode())
-  )
+  (tmp_path / f'{corpus._WIKIPEDIA}.bz2').write_bytes(bz2.compress(dump.encode()))
   (tmp_path / 'lee_background.cor').write_text('News one.\nNews two.\n')
   monkeypatch.setattr(corpus, '_gensim', lambda: tmp_path)
   corpus._all.cache_clear()

@@ -45,10 +45,7 @@ class WordTokenizer:
 
 def documents(count, name='d', sizes=(3, 17, 1, 40, 8)):
   """Documents of different lengths whose every word is unlike all others."""
-  return [
-    ' '.join(f'{name}{i}.{j}' for j in range(sizes[i % len(sizes)]))
-    for i in range(count)
-  ]
+  return [' '.join(f'{name}{i}.{j}' for j in range(sizes[i % len(sizes)])) for i in range(count)]
 
 
 def write(path, texts):
@@ -119,14 +116,7 @@ def test_targets_and_positions_stay_inside_a_document(path):
   for got in batches(epoch(path), tokenizer, batch=2, length=16):
     for b in range(2):
       token, target, segment, position, weight = (
-        got[n][b]
-        for n in (
-          'tokens',
-          'targets',
-          'segment_ids',
-          'positions',
-          'weights',
-        )
+        got[n][b] for n in ('tokens', 'targets', 'segment_ids', 'positions', 'weights')
       )
       for i in range(16):
         if weight[i]:
@@ -156,9 +146,7 @@ def test_a_long_document_goes_on_in_the_next_row(tmp_path):
 @pytest.mark.parametrize('prefetch', [0, 3])
 def test_resume_is_exact_at_every_step(path, prefetch):
   def make(tokenizer):
-    return batches(
-      path, tokenizer, batch=2, length=16, seed=5, prefetch=prefetch
-    )
+    return batches(path, tokenizer, batch=2, length=16, seed=5, prefetch=prefetch)
 
   tokenizer = WordTokenizer()
   iterator = make(tokenizer)
@@ -178,14 +166,9 @@ def test_resume_is_exact_at_every_step(path, prefetch):
 
 def test_order_depends_on_the_seed_and_on_nothing_else(path):
   tokenizer = WordTokenizer()
-  make = lambda seed: take(
-    batches(path, tokenizer, batch=2, length=16, seed=seed), 8
-  )
+  make = lambda seed: take(batches(path, tokenizer, batch=2, length=16, seed=seed), 8)
   assert_same(make(1), make(1))
-  assert any(
-    (a['tokens'] != b['tokens']).any()
-    for a, b in zip(make(1), make(2), strict=True)
-  )
+  assert any((a['tokens'] != b['tokens']).any() for a, b in zip(make(1), make(2), strict=True))
 
 
 def test_each_epoch_has_its_own_order(tmp_path):
@@ -226,10 +209,7 @@ def test_processes_share_the_global_batch(path, processes):
     )
     for p in range(processes)
   ]
-  joined = [
-    {n: np.concatenate([s[i][n] for s in shares]) for n in whole[0]}
-    for i in range(6)
-  ]
+  joined = [{n: np.concatenate([s[i][n] for s in shares]) for n in whole[0]} for i in range(6)]
   assert_same(joined, whole)
 
 
@@ -239,12 +219,7 @@ def test_processes_are_disjoint_and_together_complete(path):
   for p in range(2):
     share = collections.Counter()
     for got in batches(
-      epoch(path),
-      tokenizer,
-      batch=2,
-      length=16,
-      process_index=p,
-      process_count=2,
+      epoch(path), tokenizer, batch=2, length=16, process_index=p, process_count=2
     ):
       share.update(got['tokens'][got['tokens'] > 0].tolist())
     seen.append(share)
@@ -257,14 +232,7 @@ def test_going_on_with_another_number_of_processes(path):
   tokenizer = WordTokenizer()
 
   def make(batch, p=0, n=1):
-    return batches(
-      path,
-      tokenizer,
-      batch=batch,
-      length=16,
-      process_index=p,
-      process_count=n,
-    )
+    return batches(path, tokenizer, batch=batch, length=16, process_index=p, process_count=n)
 
   whole = make(4)
   take(whole, 3)
@@ -282,11 +250,7 @@ def test_going_on_with_another_number_of_processes(path):
 
 @pytest.mark.parametrize(
   ('change', 'message'),
-  [
-    ({'seed': 1}, 'seed'),
-    ({'length': 8}, 'length'),
-    ({'batch': 4}, 'global_batch'),
-  ],
+  [({'seed': 1}, 'seed'), ({'length': 8}, 'length'), ({'batch': 4}, 'global_batch')],
 )
 def test_state_of_another_run_is_refused(path, change, message):
   tokenizer = WordTokenizer()
@@ -327,9 +291,7 @@ def test_mix_gives_each_source_its_share_of_the_text(tmp_path):
   for got in take(iterator, 60):
     words = tokenizer.decode(got['tokens'].reshape(-1)).split()
     counts.update(word[0] for word in words)
-  assert counts['s'] / (counts['s'] + counts['l']) == pytest.approx(
-    0.75, abs=0.04
-  )
+  assert counts['s'] / (counts['s'] + counts['l']) == pytest.approx(0.75, abs=0.04)
 
 
 def test_mix_without_weights_reads_all_once(tmp_path):
@@ -341,9 +303,7 @@ def test_mix_without_weights_reads_all_once(tmp_path):
   for got in batches(spec, tokenizer, batch=2, length=16):
     seen.update(got['tokens'][got['tokens'] > 0].tolist())
   texts = documents(7, 'a') + documents(30, 'b')
-  assert seen == collections.Counter(
-    t for d in texts for t in tokenizer.encode(d)
-  )
+  assert seen == collections.Counter(t for d in texts for t in tokenizer.encode(d))
 
 
 def test_fewer_documents_than_rows_are_shared_out(tmp_path):
@@ -494,17 +454,13 @@ class BeginTokenizer(WordTokenizer):
 def test_a_document_that_goes_on_begins_with_the_begin_token(tmp_path):
   path = write(tmp_path / 'a.jsonl', [' '.join(f'w{i}' for i in range(20))])
   tokenizer = BeginTokenizer()
-  rows_of = take(
-    batches(epoch(path), tokenizer, batch=1, length=8, prefetch=0), 3
-  )
+  rows_of = take(batches(epoch(path), tokenizer, batch=1, length=8, prefetch=0), 3)
   words = [2 + i for i in range(20)]
   assert rows_of[0]['tokens'][0].tolist() == [1, *words[:7]]
   assert rows_of[1]['tokens'][0].tolist() == [1, *words[7:14]]
   assert rows_of[2]['tokens'][0].tolist() == [1, *words[14:], 0]
   # Every token is a target once: of the begin token only where text begins.
-  targets = [
-    t for row in rows_of for t in row['targets'][row['weights'] > 0].tolist()
-  ]
+  targets = [t for row in rows_of for t in row['targets'][row['weights'] > 0].tolist()]
   assert targets == [*words, 0]
   for row in rows_of:
     assert row['segment_ids'][0].tolist() == [1] * 8

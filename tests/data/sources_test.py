@@ -15,9 +15,7 @@ TEXTS = ['One day.', 'Zwei Tage, größer.', 'Three\n\nparagraphs 😀.']
 
 
 def write_lines(path, texts, field='text'):
-  data = ''.join(
-    json.dumps({'id': i, field: t}) + '\n' for i, t in enumerate(texts)
-  ).encode()
+  data = ''.join(json.dumps({'id': i, field: t}) + '\n' for i, t in enumerate(texts)).encode()
   compress = {'.gz': gzip.compress, '.xz': lzma.compress, '.zst': _zstd}
   path.write_bytes(compress.get(path.suffix, bytes)(data))
   return str(path)
@@ -58,9 +56,7 @@ def test_text_without_an_ending(tmp_path):
 
 def test_several_zstd_frames_and_gzip_members(tmp_path):
   (tmp_path / 'a.txt.zst').write_bytes(_zstd(b'one ') + _zstd(b'two'))
-  (tmp_path / 'a.txt.gz').write_bytes(
-    gzip.compress(b'one ') + gzip.compress(b'two')
-  )
+  (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(b'one ') + gzip.compress(b'two'))
   assert both(tmp_path) == ['one two'] * 2
 
 
@@ -200,10 +196,7 @@ def test_bad_input_gets_one_sentence(tmp_path, name):
     content[30] ^= 255
   if content is not None:
     (tmp_path / name).write_bytes(content)
-  for read in (
-    lambda p: list(sources.stream(p)),
-    lambda p: sources.open_documents(Source(p)),
-  ):
+  for read in (lambda p: list(sources.stream(p)), lambda p: sources.open_documents(Source(p))):
     with pytest.raises(InputError, match=message) as caught:
       read(str(tmp_path / name))
     assert '\n' not in str(caught.value)

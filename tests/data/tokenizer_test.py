@@ -5,14 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import (
-  decoders,
-  models,
-  normalizers,
-  pre_tokenizers,
-  processors,
-  trainers,
-)
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rrt.data.token_bytes import token_bytes
 from rrt.data.tokenizer import Tokenizer
@@ -126,9 +119,7 @@ def test_bytes_of_sentencepiece_tokens():
 
 
 def test_sentencepiece_from_gguf():
-  ours = Tokenizer.from_gguf(
-    sentencepiece_metadata(**{'tokenizer.ggml.add_space_prefix': False})
-  )
+  ours = Tokenizer.from_gguf(sentencepiece_metadata(**{'tokenizer.ggml.add_space_prefix': False}))
   # The best-scored union first: ▁the before hen.
   assert pieces_of(ours, ' then there') == ['▁the', 'n', '▁there']
   assert pieces_of(ours, 'aaaa') == ['aa', 'aa']
@@ -177,10 +168,7 @@ def test_bos_rules_of_directories(byte_level, tmp_path):
   write('tokenizer_config.json', {'bos_token': '<|im_start|>'})
   plain = Tokenizer.from_directory(tmp_path)
   assert plain.bos_id == 1 and not plain.add_bos
-  write(
-    'tokenizer_config.json',
-    {'bos_token': {'content': '<|im_start|>'}, 'add_bos_token': True},
-  )
+  write('tokenizer_config.json', {'bos_token': {'content': '<|im_start|>'}, 'add_bos_token': True})
   assert Tokenizer.from_directory(tmp_path).encode('a')[0] == 1
   byte_level.post_processor = processors.TemplateProcessing(
     single='<|im_start|> $A', special_tokens=[('<|im_start|>', 1)]
@@ -272,9 +260,7 @@ def test_wrong_input(byte_level, tmp_path):
 
 def test_normalized_text_is_not_needed_to_round_trip(byte_level):
   byte_level.normalizer = normalizers.Lowercase()
-  assert (
-    Tokenizer(byte_level).decode(Tokenizer(byte_level).encode('Aa')) == 'aa'
-  )
+  assert Tokenizer(byte_level).decode(Tokenizer(byte_level).encode('Aa')) == 'aa'
 
 
 # Ids of Hugging Face's own SmolLM2 tokenizer and of SentencePiece on Gemma

@@ -85,17 +85,13 @@ def test_what_a_gate_is_fitted_on(model, rows):
 
   log_p = log_p_of(1), log_p_of(R)
   want = np.sum(np.exp(log_p[1]) * (log_p[1] - log_p[0]), -1)
-  np.testing.assert_allclose(
-    static.divergence_RxNxL[0][scored], want[scored], atol=1e-4
-  )
+  np.testing.assert_allclose(static.divergence_RxNxL[0][scored], want[scored], atol=1e-4)
   assert want[scored].max() > 1e-3
 
 
 @pytest.mark.parametrize('promise', [{'loss': 9.0}, {'agreement': 0.01}])
 def test_a_gate_learns_what_is_promised(model, rows, promise):
-  gate, points = gating.fit_gate(
-    model, rows[:8], lens=False, batch=4, **promise
-  )
+  gate, points = gating.fit_gate(model, rows[:8], lens=False, batch=4, **promise)
   read = every_loop.read_static(model, rows[:8:2], batch=4, fitting=True)
   scored = read.scored_NxL
   target = np.exp(-read.divergence_RxNxL)
@@ -110,17 +106,14 @@ def test_a_gate_learns_what_is_promised(model, rows, promise):
 
 
 def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
-  read = lambda arrays: every_loop.read_static(
-    model, rows, arrays, batch=3, fitting=True
-  )
+  read = lambda arrays: every_loop.read_static(model, rows, arrays, batch=3, fitting=True)
   apart = lambda seen: seen.divergence_RxNxL[:, seen.scored_NxL].mean(1)
   plain = read(None)
   scored, seen = plain.scored_NxL, []
   fitted = fit_lib.fit_lens(plain.states_RxNxLxD[:, scored])
   tuned = tune_lens.tune_lens(
-    model, fitted, plain.states_RxNxLxD, scored, epochs=40,
-    progress=seen.append,
-  )  # fmt: skip
+    model, fitted, plain.states_RxNxLxD, scored, epochs=40, progress=seen.append
+  )
   assert (apart(read(tuned)) < 0.9 * apart(read(fitted))).all()
   assert sum(seen) == 40 * scored.sum() * (model.config.loops - 1)
 
@@ -128,9 +121,7 @@ def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
 @pytest.mark.parametrize('share', [0.01, 0.5])
 def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows, share):
   seen = []
-  got = gating.continued(
-    model, rows, share, slots=3, progress=lambda *at: seen.append(at)
-  )
+  got = gating.continued(model, rows, share, slots=3, progress=lambda *at: seen.append(at))
   own = [i for i, row in enumerate(rows) if got[i] != list(row)]
   for half in (0, 1):
     of_half = [i for i in range(len(rows)) if i % 2 == half]
@@ -142,9 +133,8 @@ def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows, share):
     kept = len(rows[i]) // 4
     assert got[i][:kept] == list(rows[i][:kept])
     want = generate.complete(
-      model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept,
-      ignore_end=True,
-    )  # fmt: skip
+      model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept, ignore_end=True
+    )
     assert got[i][kept:] == want[0].tokens
 
 
@@ -172,11 +162,17 @@ def test_fit_gate_then_evaluate(tmp_path):
   save(runs.child(), tmp_path / 'child')
   runs.write_text(tmp_path / 'text.jsonl')
   status, printed, error = command.run(
-    'fit-gate', '--model=child', '--text=text.jsonl', '--max_tokens=400',
-    '--context=16', '--agreement=0.2', '--lens_epochs=2', '--own=0.5',
+    'fit-gate',
+    '--model=child',
+    '--text=text.jsonl',
+    '--max_tokens=400',
+    '--context=16',
+    '--agreement=0.2',
+    '--lens_epochs=2',
+    '--own=0.5',
     '--out=gated',
     cwd=tmp_path,
-  )  # fmt: skip
+  )
   assert status == 0, error
   fitted = command.final(printed)
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
@@ -185,10 +181,16 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
-    'evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
-    '--context=16', '--exits=all', '--kv=write_ahead,propagate',
-    '--curve=curve.svg', cwd=tmp_path,
-  )  # fmt: skip
+    'evaluate',
+    '--model=gated',
+    '--text=text.jsonl',
+    '--max_tokens=200',
+    '--context=16',
+    '--exits=all',
+    '--kv=write_ahead,propagate',
+    '--curve=curve.svg',
+    cwd=tmp_path,
+  )
   assert status == 0, error
   points = command.final(printed)['exits']
   assert {p['gate'] for p in points} == {*depth.LIVE, *depth.WITH_HEAD}
@@ -201,10 +203,16 @@ def test_fit_gate_then_evaluate(tmp_path):
     return
   tasks_test.write(tmp_path / 'arc_easy.jsonl', tasks_test.ARC)
   status, printed, error = command.run(
-    'evaluate', '--model=gated', '--text=text.jsonl', '--max_tokens=200',
-    '--context=16', '--exits=learned', '--tasks=arc_easy', '--data=.',
+    'evaluate',
+    '--model=gated',
+    '--text=text.jsonl',
+    '--max_tokens=200',
+    '--context=16',
+    '--exits=learned',
+    '--tasks=arc_easy',
+    '--data=.',
     cwd=tmp_path,
-  )  # fmt: skip
+  )
   assert status == 0, error
   final = command.final(printed)
   asked, points = final['tasks_by_exits'], final['exits']
@@ -212,9 +220,7 @@ def test_fit_gate_then_evaluate(tmp_path):
     assert [a[field] for a in asked] == [p[field] for p in points]
   assert all(0 <= a['tasks']['arc_easy'] <= 1 for a in asked)
   # The lower the threshold, the sooner the tokens of the answers leave.
-  loops = [
-    n for _, n in sorted((a['threshold'], a['mean_loops']) for a in asked)
-  ]
+  loops = [n for _, n in sorted((a['threshold'], a['mean_loops']) for a in asked)]
   assert loops == sorted(loops) and loops[0] < loops[-1]
 
 
@@ -228,7 +234,5 @@ def test_fit_gate_then_evaluate(tmp_path):
 )
 def test_exits_that_cannot_work_are_refused(flags, word, tmp_path):
   runs.write_text(tmp_path / 'text.jsonl')
-  status, _, error = command.run(
-    'evaluate', '--model=child', '--tasks=piqa', *flags, cwd=tmp_path
-  )
+  status, _, error = command.run('evaluate', '--model=child', '--tasks=piqa', *flags, cwd=tmp_path)
   assert status == 2 and word in error

@@ -13,14 +13,16 @@ from tests.infer.engine.engine_test import PROMPTS, learned_gate, model
 def test_they_have_the_log_probabilities_of_the_engine(kv):
   m, arrays = model('llama'), learned_gate('llama')
   engine = Engine(
-    m, arrays=arrays, gate='learned', threshold=0.5, kv=kv, slots=3, page=8,
-    logprobs=0,
-  )  # fmt: skip
+    m, arrays=arrays, gate='learned', threshold=0.5, kv=kv, slots=3, page=8, logprobs=0
+  )
   done = engine.run(Request(p, 6, ignore_end=True, logprobs=0) for p in PROMPTS)
   found, loops = early_endings.score_endings(
-    m.config, m.params, [(r.prompt, r.tokens) for r in done],
-    Gate('learned', 0.5, arrays, kv), batch_tokens=64,
-  )  # fmt: skip
+    m.config,
+    m.params,
+    [(r.prompt, r.tokens) for r in done],
+    Gate('learned', 0.5, arrays, kv),
+    batch_tokens=64,
+  )
   for request, (score, greedy) in zip(done, found, strict=True):
     assert score == pytest.approx(sum(p for p, _ in request.told), abs=1e-4)
     assert greedy
@@ -31,14 +33,10 @@ def test_they_have_the_log_probabilities_of_the_engine(kv):
 def test_without_exits_they_are_those_of_full_depth():
   m = model('gemma3')
   pairs = [(p, [3, 1, 4, 1][: 1 + i % 4]) for i, p in enumerate(PROMPTS)]
-  found, loops = early_endings.score_endings(
-    m.config, m.params, pairs, Gate('change', NEVER)
-  )
+  found, loops = early_endings.score_endings(m.config, m.params, pairs, Gate('change', NEVER))
   want = endings.score_endings(m.config, m.params, pairs)
   assert loops == m.config.loops
-  np.testing.assert_allclose(
-    [s for s, _ in found], [s for s, _ in want], atol=1e-4
-  )
+  np.testing.assert_allclose([s for s, _ in found], [s for s, _ in want], atol=1e-4)
   assert [g for _, g in found] == [g for _, g in want]
 
 

@@ -51,9 +51,7 @@ def requests():
 @pytest.mark.parametrize('name', ['llama-cycle', 'gemma3-sequence'])
 def test_equals_whole_rows(name):
   pairs = requests()
-  got = endings.score_endings(
-    configs.CONFIGS[name], params(name), pairs, batch_tokens=100
-  )
+  got = endings.score_endings(configs.CONFIGS[name], params(name), pairs, batch_tokens=100)
   for pair, (score, greedy) in zip(pairs, got, strict=True):
     want, want_greedy = naive(name, *pair)
     np.testing.assert_allclose(score, want, rtol=1e-4)
@@ -69,18 +67,14 @@ def test_greedy_endings_are_told():
     logp = log_probs(params(name), row, config=configs.CONFIGS[name], loops=2)
     ending.append(int(logp[0, len(tokens) - 1].argmax()))
   pairs = [(context, ending), (context, [*ending[:-1], ending[-1] ^ 1])]
-  got = endings.score_endings(
-    configs.CONFIGS[name], params(name), pairs, loops=2
-  )
+  got = endings.score_endings(configs.CONFIGS[name], params(name), pairs, loops=2)
   assert [greedy for _, greedy in got] == [True, False]
 
 
 def test_long_contexts_are_cut_from_the_left():
   name = 'llama-cycle'
   long = tuple(int(t) for t in np.random.default_rng(1).integers(0, 53, 90))
-  ((got, _),) = endings.score_endings(
-    configs.CONFIGS[name], params(name), [(long, (7, 8, 9))]
-  )
+  ((got, _),) = endings.score_endings(configs.CONFIGS[name], params(name), [(long, (7, 8, 9))])
   want, _ = naive(name, long[-62:], (7, 8, 9))
   np.testing.assert_allclose(got, want, rtol=1e-4)
 

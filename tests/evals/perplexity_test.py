@@ -146,8 +146,6 @@ def test_each_row_of_a_text_begins_with_the_begin_token():
 
 def test_bytes_of_a_sentencepiece_vocabulary_that_has_the_byte_letters():
   pieces = ['\u0120', '\u2581', '\u2581caf', '\u00e9', '<0x0A>']
-  core = tokenizers.Tokenizer(
-    tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [])
-  )
+  core = tokenizers.Tokenizer(tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, []))
   lengths = perplexity.byte_lengths(Tokenizer(core), range(5))
   assert lengths.tolist() == [2, 1, 4, 2, 1]

@@ -14,21 +14,14 @@ from rrt.evals import tasks
 from tests import runs
 
 HELLASWAG = [
-    {'query': f'A man {i}', 'choices': ['runs', 'is far away', 'x'], 'label': 1}
-    for i in range(6)
-]  # fmt: skip
+  {'query': f'A man {i}', 'choices': ['runs', 'is far away', 'x'], 'label': 1} for i in range(6)
+]
 WINOGRANDE = [
-    {
-        'context_options': [f'Ann {i}', f'Bob {i}'], 'continuation': 'won.',
-        'label': i % 2,
-    }
-    for i in range(4)
-]  # fmt: skip
+  {'context_options': [f'Ann {i}', f'Bob {i}'], 'continuation': 'won.', 'label': i % 2}
+  for i in range(4)
+]
 LAMBADA = [{'text': 'the ship and the sea'}, {'text': 'one more word'}]
-ARC = [
-    {'query': f'Which {i}?', 'choices': ['a', 'bc'], 'label': 0}
-    for i in range(5)
-]  # fmt: skip
+ARC = [{'query': f'Which {i}?', 'choices': ['a', 'bc'], 'label': 0} for i in range(5)]
 
 
 def write(path, records):
@@ -54,9 +47,7 @@ def data(tmp_path):
 def test_choices(data):
   task = tasks.load_task('hellaswag', data)
   assert (task.kind, task.metric) == ('choices', 'acc_bytes')
-  assert task.docs[0] == {
-    'text': 'A man 0', 'choices': ['runs', 'is far away', 'x'], 'gold': 1
-  }  # fmt: skip
+  assert task.docs[0] == {'text': 'A man 0', 'choices': ['runs', 'is far away', 'x'], 'gold': 1}
   assert not task.pool
 
 
@@ -152,16 +143,12 @@ def test_accuracy_is_by_bytes(harness, data):
     right.append(int(np.argmax(np.divide(scores, sizes))) == doc['gold'])
   assert result.questions == 6 and result.metric == 'acc_bytes'
   np.testing.assert_allclose(result.score, np.mean(right))
-  np.testing.assert_allclose(
-    result.stderr, np.std(right, ddof=1) / np.sqrt(6), atol=1e-9
-  )
+  np.testing.assert_allclose(result.stderr, np.std(right, ddof=1) / np.sqrt(6), atol=1e-9)
 
 
 def test_all_kinds_with_shots_limit_and_loops(harness, data):
   names = 'lambada,winogrande,arc_easy,mine'
-  results = harness.run(
-    model(), names, data=str(data), shots=1, limit=2, loops=1
-  )
+  results = harness.run(model(), names, data=str(data), shots=1, limit=2, loops=1)
   assert [r.task for r in results] == names.split(',')
   assert all(r.questions == 2 and 0 <= r.score <= 1 for r in results)
 
@@ -180,9 +167,7 @@ def test_one_question_has_no_standard_error(harness, data):
   ],
 )
 def test_the_score_of_a_hub_task(harness, scores, metric, stderr):
-  scores = {'alias': 'x', 'sample_len': 3} | {
-    f'{k},none': v for k, v in scores.items()
-  }
+  scores = {'alias': 'x', 'sample_len': 3} | {f'{k},none': v for k, v in scores.items()}
   found = {'results': {'x': scores}, 'n-samples': {'x': {'effective': 3}}}
   result = harness._result('x', found, 'x', '')
   assert (result.metric, result.stderr) == (metric, stderr)
@@ -192,10 +177,7 @@ def test_the_score_of_a_hub_task(harness, scores, metric, stderr):
 def test_scores_of_a_filter_and_of_a_group(harness):
   scores = {'exact_match,strict': 0.5, 'exact_match_stderr,strict': 0.1}
   sizes = {'a': {'effective': 2}, 'b': {'effective': 3}}
-  found = {
-      'results': {'x': scores}, 'n-samples': sizes,
-      'group_subtasks': {'x': ['a', 'b']},
-  }  # fmt: skip
+  found = {'results': {'x': scores}, 'n-samples': sizes, 'group_subtasks': {'x': ['a', 'b']}}
   result = harness._result('x', found, 'x', '')
   assert result.metric == 'exact_match,strict' and result.stderr == 0.1
   assert result.questions == 5
@@ -233,11 +215,7 @@ def test_generate_until(harness):
   (text,) = lm.generate_until([Request('the sea', free)], disable_tqdm=True)
   stop = text[2:4]
   got = lm.generate_until(
-    [
-      Request('the sea', free | {'until': [stop]}),
-      Request('a', free),
-      Request('x' * 300, free),
-    ],
+    [Request('the sea', free | {'until': [stop]}), Request('a', free), Request('x' * 300, free)],
     disable_tqdm=True,
   )
   assert got[0] == text[: text.index(stop)] and len(got) == 3
@@ -260,6 +238,4 @@ def test_lm_eval_knows_the_model_by_name(harness):
 )
 def test_bad_settings_are_refused(harness, data, settings, word):
   with pytest.raises(InputError, match=word):
-    harness.run(
-      model(), **({'names': 'hellaswag', 'data': str(data)} | settings)
-    )
+    harness.run(model(), **({'names': 'hellaswag', 'data': str(data)} | settings))

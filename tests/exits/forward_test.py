@@ -16,9 +16,7 @@ each_model = pytest.mark.parametrize('name', MODELS)
 
 def leaves_by(kind, arrays, threshold):
   def leaves(loops, before_BxLxD, after_BxLxD):
-    score_BxL = score_lib.score_rows(
-      kind, arrays, before_BxLxD, after_BxLxD, loops
-    )
+    score_BxL = score_lib.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
     return score_BxL >= threshold
 
   return leaves

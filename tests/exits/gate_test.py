@@ -26,15 +26,13 @@ def test_a_fit_finds_the_states_that_agree():
   # The engine's score is the same function.
   for r in range(2):
     score = score_lib.score(
-      'learned', gate, states[r], states[r], np.full(4000, r + 1),
-      np.full(4000, 7), None, None,
-    )  # fmt: skip
+      'learned', gate, states[r], states[r], np.full(4000, r + 1), np.full(4000, 7), None, None
+    )
     z = unit[r] @ gate['kernel'][r] + gate['bias'][r]
     np.testing.assert_allclose(score, 1 / (1 + np.exp(-z)), atol=1e-5)
   first = score_lib.score(
-    'learned', gate, states[0], states[0], np.ones(4000, int),
-    np.zeros(4000, int), None, None,
-  )  # fmt: skip
+    'learned', gate, states[0], states[0], np.ones(4000, int), np.zeros(4000, int), None, None
+  )
   assert not np.any(first)
 
 
@@ -64,9 +62,17 @@ def test_a_fit_bears_states_that_always_agree():
 
 def point(threshold, agreements, lost=(0.0, 0.0)):
   return Point(
-    'learned', 'write_ahead', threshold, 1.5, float(np.mean(agreements)), 3.0,
-    float(np.mean(lost)), 10, tuple(agreements), tuple(lost),
-  )  # fmt: skip
+    'learned',
+    'write_ahead',
+    threshold,
+    1.5,
+    float(np.mean(agreements)),
+    3.0,
+    float(np.mean(lost)),
+    10,
+    tuple(agreements),
+    tuple(lost),
+  )
 
 
 def test_the_bound_is_students():
@@ -110,13 +116,8 @@ class Model:
 
 def test_a_gate_is_kept_with_its_model():
   config = type('Config', (), {'loops': 3, 'd_model': 4})
-  arrays = {
-    'kernel': np.arange(8, dtype=np.float32).reshape(2, 4),
-    'bias': np.ones(2, np.float32),
-  }
-  arrays |= fit_lib.fit_lens(
-    np.random.default_rng(0).normal(size=(3, 40, 4)), ridge=0.1
-  )
+  arrays = {'kernel': np.arange(8, dtype=np.float32).reshape(2, 4), 'bias': np.ones(2, np.float32)}
+  arrays |= fit_lib.fit_lens(np.random.default_rng(0).normal(size=(3, 40, 4)), ridge=0.1)
   gate = gate_lib.Gate('learned', 0.8, arrays, 'propagate', {'agreement': 0.9})
   again = gate_lib.stored(Model(gate_lib.store({'a': 1}, gate), config))
   assert again.promise == gate.promise and again.kv == 'propagate'

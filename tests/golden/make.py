@@ -74,14 +74,9 @@ MODELS = {
     max_position_embeddings=64,
     query_pre_attn_scalar=7,
     sliding_window=4,
-    layer_types=['sliding_attention', 'sliding_attention', 'full_attention']
-    * 2,
+    layer_types=['sliding_attention', 'sliding_attention', 'full_attention'] * 2,
     rope_parameters={
-      'full_attention': {
-        'rope_type': 'linear',
-        'rope_theta': 1_000_000.0,
-        'factor': 8.0,
-      },
+      'full_attention': {'rope_type': 'linear', 'rope_theta': 1_000_000.0, 'factor': 8.0},
       'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000.0},
     },
   ),
@@ -118,9 +113,7 @@ def main() -> None:
     model.save_pretrained(HERE / name)
     (HERE / name / 'generation_config.json').unlink(missing_ok=True)
     np.savez_compressed(
-      HERE / name / 'logits.npz',
-      tokens=tokens.astype(np.int32),
-      logits=logits_of(model, tokens),
+      HERE / name / 'logits.npz', tokens=tokens.astype(np.int32), logits=logits_of(model, tokens)
     )
     print(name, model.num_parameters(), 'parameters', file=sys.stderr)
 

@@ -73,10 +73,12 @@ def test_sampled_rows_do_not_depend_on_their_batch():
   def sampling(*seeds):
     n = len(seeds)
     return Sampling(
-        np.full(n, 1.5, np.float32), np.full(n, 20, np.int32),
-        np.full(n, 0.9, np.float32), np.full(n, 0.01, np.float32),
-        np.array(seeds, np.uint32),
-    )  # fmt: skip
+      np.full(n, 1.5, np.float32),
+      np.full(n, 20, np.int32),
+      np.full(n, 0.9, np.float32),
+      np.full(n, 0.01, np.float32),
+      np.array(seeds, np.uint32),
+    )
 
   whole = run('llama-cycle', PROMPTS, sampling=sampling(7, 8, 9))
   for i, prompt in enumerate(PROMPTS):
@@ -96,9 +98,7 @@ def test_end_tokens_end_their_row_alone():
 
 def test_rows_have_room_of_their_own():
   free = run('llama-cycle', PROMPTS)
-  decoder = decode.Decoder(
-    configs.CONFIGS['llama-cycle'], params('llama-cycle')
-  )
+  decoder = decode.Decoder(configs.CONFIGS['llama-cycle'], params('llama-cycle'))
   rows = [[] for _ in PROMPTS]
   for tokens in decoder.run(PROMPTS, [1, 5, 12], call=4):
     for row, drawn in zip(rows, tokens, strict=True):
@@ -108,9 +108,7 @@ def test_rows_have_room_of_their_own():
 
 def test_whoever_iterates_can_end_a_row():
   free = run('llama-cycle', PROMPTS)
-  decoder = decode.Decoder(
-    configs.CONFIGS['llama-cycle'], params('llama-cycle')
-  )
+  decoder = decode.Decoder(configs.CONFIGS['llama-cycle'], params('llama-cycle'))
   steps = decoder.run(PROMPTS, [12] * 3, call=4)
   rows = next(steps)
   try:
@@ -126,9 +124,13 @@ def test_prompts_in_chunks_and_a_cache_that_grows(monkeypatch):
   want = run('llama-cycle', PROMPTS, new=40)
   monkeypatch.setattr(decode, 'CHUNK_TOKENS', 1)
   monkeypatch.setattr(decode, '_SOON', 4)
-  monkeypatch.setattr(decode, 'bucket', lambda n, most=None, least=8: min(
-      -(-n // 8) * 8 if n < 17 else 16 if most is None else -(-n // 8) * 8,
-      most or n + 8))  # fmt: skip
+  monkeypatch.setattr(
+    decode,
+    'bucket',
+    lambda n, most=None, least=8: min(
+      -(-n // 8) * 8 if n < 17 else 16 if most is None else -(-n // 8) * 8, most or n + 8
+    ),
+  )
   assert run('llama-cycle', PROMPTS, new=40, call=8) == want
 
 
@@ -139,23 +141,23 @@ def test_the_context_can_be_filled_to_its_end():
 
 
 def test_decoding_holds_no_logits_of_the_prompt():
-  decoder = decode.Decoder(
-    configs.CONFIGS['llama-cycle'], params('llama-cycle')
-  )
+  decoder = decode.Decoder(configs.CONFIGS['llama-cycle'], params('llama-cycle'))
   config = decoder.static.config
   cache = decode.init_cache(config, 2, 32)
   text = decode.extend.lower(
-      decoder.params, cache, jnp.zeros((2, config.d_model)),
-      jnp.zeros((2, 16), jnp.int32), np.int32(0), np.ones(2, np.int32),
-      static=decoder.static,
-  ).as_text()  # fmt: skip
+    decoder.params,
+    cache,
+    jnp.zeros((2, config.d_model)),
+    jnp.zeros((2, 16), jnp.int32),
+    np.int32(0),
+    np.ones(2, np.int32),
+    static=decoder.static,
+  ).as_text()
   assert f'16x{config.vocab_size}x' not in text
 
 
 def test_clock_counts_tokens():
-  decoder = decode.Decoder(
-    configs.CONFIGS['llama-cycle'], params('llama-cycle')
-  )
+  decoder = decode.Decoder(configs.CONFIGS['llama-cycle'], params('llama-cycle'))
   list(decoder.run(PROMPTS, [6] * 3))
   assert decoder.clock.prefill_tokens == sum(map(len, PROMPTS))
   assert decoder.clock.decode_tokens == 3 * 5
@@ -177,6 +179,4 @@ def test_buckets_are_few_and_hold_what_they_should():
   assert len(sizes) == 15
   assert all(n <= bucket(n) <= max(16, 1.5 * n) for n in range(1, 2049))
   assert bucket(100, 110) == 110
-  assert [bucket(n, least=1) for n in range(1, 8)] == [
-    1, 2, 3, 4, 6, 6, 8
-  ]  # fmt: skip
+  assert [bucket(n, least=1) for n in range(1, 8)] == [1, 2, 3, 4, 6, 6, 8]

@@ -84,9 +84,8 @@ def test_streams_add_up_to_the_text(stop):
     stop = (write('the sea', temperature=1.0)[0].text[6:8],)
   parts = [[], []]
   done = write(
-      ['the sea', 'a'], temperature=1.0, stop=stop,
-      stream=lambda i, text: parts[i].append(text),
-  )  # fmt: skip
+    ['the sea', 'a'], temperature=1.0, stop=stop, stream=lambda i, text: parts[i].append(text)
+  )
   assert [''.join(p) for p in parts] == [c.text for c in done]
 
 
@@ -118,9 +117,7 @@ def test_end_tokens_end_unless_ignored():
   assert len(free.tokens) == 20
   tokenizer = model().tokenizer
   end = free.tokens[4]
-  changed = dataclasses.replace(
-    model(), tokenizer=type(tokenizer)(tokenizer._core, eos_ids=[end])
-  )
+  changed = dataclasses.replace(model(), tokenizer=type(tokenizer)(tokenizer._core, eos_ids=[end]))
   (c,) = complete(changed, 'the sea', temperature=1.5, seed=3)
   first = free.tokens.index(end)
   assert c.tokens == free.tokens[: first + 1]
@@ -141,9 +138,10 @@ def test_fewer_loops():
 def test_chat_uses_the_template():
   tokenizer = runs.tokenizer()
   chatty = type(tokenizer)(
-      tokenizer._core, eos_ids=[0],
-      chat_template="{% for m in messages %}<{{ m['content'] }}>{% endfor %}",
-  )  # fmt: skip
+    tokenizer._core,
+    eos_ids=[0],
+    chat_template="{% for m in messages %}<{{ m['content'] }}>{% endfor %}",
+  )
   changed = dataclasses.replace(model(), tokenizer=chatty)
   (c,) = complete(changed, 'hi', chat=True, max_new_tokens=8)
   assert c == write('<hi>', max_new_tokens=8)[0]

@@ -5,13 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.infer.sampling import (
-  Sampling,
-  keep_min_p,
-  keep_top_k,
-  keep_top_p,
-  sample,
-)
+from rrt.infer.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, sample
 
 V = 301
 
@@ -25,10 +19,12 @@ def sampling(b, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None):
   full = lambda v, t: jnp.full((b,), v, t)
   seeds = range(b) if seeds is None else seeds
   return Sampling(
-      full(temperature, jnp.float32), full(top_k, jnp.int32),
-      full(top_p, jnp.float32), full(min_p, jnp.float32),
-      jnp.asarray(list(seeds), jnp.uint32),
-  )  # fmt: skip
+    full(temperature, jnp.float32),
+    full(top_k, jnp.int32),
+    full(top_p, jnp.float32),
+    full(min_p, jnp.float32),
+    jnp.asarray(list(seeds), jnp.uint32),
+  )
 
 
 def softmax(x):
@@ -88,9 +84,7 @@ def test_seeds_repeat_and_rows_do_not_depend_on_the_batch(logits_BxV):
   again = sample(logits_BxV, sampling(4), step)
   np.testing.assert_array_equal(whole, again)
   for i in range(4):
-    alone = sample(
-      logits_BxV[i : i + 1], sampling(1, seeds=[i]), step[i : i + 1]
-    )
+    alone = sample(logits_BxV[i : i + 1], sampling(1, seeds=[i]), step[i : i + 1])
     assert alone[0] == whole[i]
   other = sample(logits_BxV, sampling(4, seeds=range(10, 14)), step)
   assert np.any(np.asarray(other) != np.asarray(whole))
@@ -102,9 +96,7 @@ def test_frequencies_follow_the_kept_distribution():
   s = sampling(n, top_p=0.9)
   drawn = sample(jnp.repeat(logits, n, 0), s, jnp.zeros(n, jnp.int32))
   share = np.bincount(np.asarray(drawn), minlength=4) / n
-  np.testing.assert_allclose(
-    share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03
-  )
+  np.testing.assert_allclose(share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
 
 
 def test_rules_compile_without_a_sort(logits_BxV):

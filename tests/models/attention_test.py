@@ -35,9 +35,7 @@ def test_runs_of_queries_change_nothing(length, window):
     y, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
     return y, *vjp(dy)
 
-  for a, b in zip(
-    run(attention.attend_causal), run(attention.attend), strict=True
-  ):
+  for a, b in zip(run(attention.attend_causal), run(attention.attend), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -59,8 +57,6 @@ def test_an_empty_cache_is_written_as_any_cache_is(scan, length, name):
   np.testing.assert_allclose(
     known.hidden_BxLxD[:, :fits], unknown.hidden_BxLxD[:, :fits], atol=1e-5
   )
-  for a, b in zip(
-    jax.tree.leaves(known.cache), jax.tree.leaves(unknown.cache), strict=True
-  ):
+  for a, b in zip(jax.tree.leaves(known.cache), jax.tree.leaves(unknown.cache), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.any(np.asarray(a) != 0)

@@ -9,48 +9,56 @@ from rrt.models.init import clear_padding, init_params
 
 _SIZES = dict(vocab_size=53, d_model=24, d_ff=40, max_context=64)
 _HEADS = dict(num_heads=4, num_kv_heads=2, head_dim=6)
-_LORA = LoraConfig(
-  q=3, k=2, v=2, o=3, gate=4, up=((1, 2), (3, 0), (4, 4)), down=4, alpha=6.0
-)
+_LORA = LoraConfig(q=3, k=2, v=2, o=3, gate=4, up=((1, 2), (3, 0), (4, 4)), down=4, alpha=6.0)
 
 
 def llama(**changes) -> ModelConfig:
   fields = dict(
-      family='llama', block_layers=2, prelude_layers=1, loops=3, coda_layers=1,
-      loop_norms=True, lora=_LORA, **_SIZES, **_HEADS,
-  )  # fmt: skip
+    family='llama',
+    block_layers=2,
+    prelude_layers=1,
+    loops=3,
+    coda_layers=1,
+    loop_norms=True,
+    lora=_LORA,
+    **_SIZES,
+    **_HEADS,
+  )
   return ModelConfig(**(fields | changes))
 
 
 def gemma3(**changes) -> ModelConfig:
   """Windows and rotary tables that differ between the loops of a layer."""
   fields = dict(
-      family='gemma3', unit_offset_norm=True, post_norms=True, qk_norm=True,
-      activation='gelu_tanh', scale_embeddings=True, tie_embeddings=True,
-      windows=(0, 3, 0, 3, 3, 3, 0, 2), ropes=(Rope(), Rope(base=1e6)),
-      rope_index=(0, 1, 0, 1, 1, 1, 1, 0),
-  )  # fmt: skip
+    family='gemma3',
+    unit_offset_norm=True,
+    post_norms=True,
+    qk_norm=True,
+    activation='gelu_tanh',
+    scale_embeddings=True,
+    tie_embeddings=True,
+    windows=(0, 3, 0, 3, 3, 3, 0, 2),
+    ropes=(Rope(), Rope(base=1e6)),
+    rope_index=(0, 1, 0, 1, 1, 1, 1, 0),
+  )
   return llama(**(fields | changes))
 
 
 CONFIGS = {
-    'llama-cycle': llama(),
-    'llama-sequence': llama(order='sequence'),
-    'llama-vanilla': llama(
-        prelude_layers=0, coda_layers=0, block_layers=4, loops=1, lora=None,
-        loop_norms=False,
-    ),
-    'gemma3-cycle': gemma3(),
-    'gemma3-sequence': gemma3(order='sequence'),
-}  # fmt: skip
+  'llama-cycle': llama(),
+  'llama-sequence': llama(order='sequence'),
+  'llama-vanilla': llama(
+    prelude_layers=0, coda_layers=0, block_layers=4, loops=1, lora=None, loop_norms=False
+  ),
+  'gemma3-cycle': gemma3(),
+  'gemma3-sequence': gemma3(order='sequence'),
+}
 
 
 def perturbed(config: ModelConfig, seed: int = 0):
   """Random parameters in which nothing is left at zero or one."""
   rng = np.random.default_rng(seed)
-  abstract = jax.eval_shape(
-    lambda key: init_params(config, key), jax.random.key(0)
-  )
+  abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
 
   def draw(path, leaf):
     gain = path[-1].key == 'scale' and not config.unit_offset_norm
@@ -64,6 +72,4 @@ def perturbed(config: ModelConfig, seed: int = 0):
 
 def tokens(config: ModelConfig, batch: int = 2, length: int = 9, seed: int = 7):
   shape = (batch, length)
-  return jax.random.randint(
-    jax.random.key(seed), shape, 0, config.vocab_size, jnp.int32
-  )
+  return jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size, jnp.int32)

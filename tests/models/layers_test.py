@@ -21,12 +21,8 @@ def test_rope_rotates_by_position_times_frequency():
   z = x[..., :4] + 1j * x[..., 4:]
   z = z * np.exp(1j * angle)[None, :, None, :]
   got = apply_rope(jnp.asarray(x), jnp.cos(angle)[None], jnp.sin(angle)[None])
-  np.testing.assert_allclose(
-    got, np.concatenate([z.real, z.imag], -1), atol=1e-5
-  )
-  np.testing.assert_allclose(
-    rope_frequencies(Rope(base=100.0), 8), freq, rtol=1e-6
-  )
+  np.testing.assert_allclose(got, np.concatenate([z.real, z.imag], -1), atol=1e-5)
+  np.testing.assert_allclose(rope_frequencies(Rope(base=100.0), 8), freq, rtol=1e-6)
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
@@ -34,12 +30,8 @@ def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
   rope = Rope(base=5e5, scaling='llama3', factor=8.0, original_context=8192)
   scaled = np.asarray(rope_frequencies(rope, 128))
   wavelength = 2 * np.pi / np.asarray(plain)
-  np.testing.assert_allclose(
-    scaled[wavelength < 2048], plain[wavelength < 2048], rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6
-  )
+  np.testing.assert_allclose(scaled[wavelength < 2048], plain[wavelength < 2048], rtol=1e-6)
+  np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
   between = (wavelength > 2048) & (wavelength < 8192)
   assert between.any()
   assert (scaled[between] < plain[between]).all()
@@ -58,18 +50,14 @@ def test_rms_norm_gains(unit_offset):
   gain = np.linspace(-1, 2, 8).astype(np.float32)
   expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
   expected = expected * (gain + unit_offset)
-  got = rms_norm(
-    jnp.asarray(x), jnp.asarray(gain)[None, None], 1e-6, unit_offset
-  )
+  got = rms_norm(jnp.asarray(x), jnp.asarray(gain)[None, None], 1e-6, unit_offset)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_window_counts_the_token_itself():
   at = jnp.arange(5)[None]
   mask = np.asarray(visible(at, at, jnp.int32(2)))[0]
-  np.testing.assert_array_equal(
-    mask, np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)
-  )
+  np.testing.assert_array_equal(mask, np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool))
   everything = np.asarray(visible(at, at, jnp.int32(0)))[0]
   np.testing.assert_array_equal(everything, np.tri(5, dtype=bool))
 
@@ -85,9 +73,7 @@ def test_grouped_attention_equals_repeated_heads():
   logits = np.where(np.asarray(mask)[:, None], logits, -np.inf)
   weights = np.exp(logits - logits.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
-  np.testing.assert_allclose(
-    got, np.einsum('bhls,bshd->blhd', weights, v3), atol=1e-5
-  )
+  np.testing.assert_allclose(got, np.einsum('bhls,bshd->blhd', weights, v3), atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

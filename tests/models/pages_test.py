@@ -17,15 +17,10 @@ def dense(q, k, v, window):
   """Attention of the last token of each sequence, one after the other."""
   outs = []
   for row, n in enumerate(LENGTHS):
-    mask = attention.visible(
-      jnp.asarray([[n - 1]]), jnp.arange(n)[None], jnp.asarray(window)
-    )
+    mask = attention.visible(jnp.asarray([[n - 1]]), jnp.arange(n)[None], jnp.asarray(window))
     outs.append(
-      attention.attend(
-        q[row : row + 1], k[row : row + 1, :, :, :n], v[row : row + 1, :, :n],
-        mask,
-      )
-    )  # fmt: skip
+      attention.attend(q[row : row + 1], k[row : row + 1, :, :, :n], v[row : row + 1, :, :n], mask)
+    )
   return jnp.concatenate(outs)
 
 
@@ -46,13 +41,9 @@ def filled(config, loop_of_row, dtype='float32', layer=0):
   last = LENGTHS - 1
   rows = np.arange(3)
   loop_Bx1 = jnp.asarray(loop_of_row)[:, None]
-  paged = pages.PagedKV(
-    store, *region.rows(jnp.asarray(rows), loop_Bx1, jnp.ones(3, bool))
-  )
+  paged = pages.PagedKV(store, *region.rows(jnp.asarray(rows), loop_Bx1, jnp.ones(3, bool)))
   new = lambda t: jnp.asarray(t)[:, None]
-  paged = pages.write(
-    paged, new(k[rows, :, :, last]), new(v[rows, :, last]), new(last)
-  )
+  paged = pages.write(paged, new(k[rows, :, :, last]), new(v[rows, :, last]), new(last))
   return q, k, v, paged, region
 
 
@@ -95,9 +86,7 @@ def test_bfloat16_is_kept_bit_for_bit():
   rounded = lambda t: t.astype(jnp.bfloat16).astype(jnp.float32)
   position = jnp.asarray(LENGTHS - 1)[:, None]
   got = pages.attend(q, paged, position)
-  np.testing.assert_allclose(
-    got, dense(q, rounded(k), rounded(v), 0), atol=1e-5
-  )
+  np.testing.assert_allclose(got, dense(q, rounded(k), rounded(v), 0), atol=1e-5)
 
 
 def test_bytes_are_those_of_the_arrays():

@@ -13,12 +13,7 @@ from rrt.models.count import count_params
 from rrt.models.init import init_params
 from rrt.models.passes import block_pass
 from rrt.models.stack import unstack
-from rrt.models.transformer import (
-  forward,
-  likeliest,
-  logits,
-  make_context,
-)
+from rrt.models.transformer import forward, likeliest, logits, make_context
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed, tokens
 
 each_config = pytest.mark.parametrize('name', CONFIGS)
@@ -96,9 +91,7 @@ def test_cached_decoding_equals_full_forward(name, scan):
   hidden = [out.hidden_BxLxD]
   for i in range(4, t_BxL.shape[1]):
     at_Bx1 = jnp.full((2, 1), i)
-    out = step(
-      params, t_BxL[:, i : i + 1], positions_BxL=at_Bx1, cache=out.cache
-    )
+    out = step(params, t_BxL[:, i : i + 1], positions_BxL=at_Bx1, cache=out.cache)
     hidden.append(out.hidden_BxLxD)
   close(jnp.concatenate(hidden, 1), reference(name).hidden_BxLxD)
 
@@ -114,10 +107,7 @@ def test_cached_rows_may_have_different_lengths():
     token_Bx1 = jnp.take_along_axis(t_BxL, at_Bx1, 1)
     out = step(params, token_Bx1, positions_BxL=at_Bx1, cache=out.cache)
     for row, length in enumerate(lengths):
-      close(
-        out.hidden_BxLxD[row, 0],
-        reference('gemma3-cycle').hidden_BxLxD[row, length + i],
-      )
+      close(out.hidden_BxLxD[row, 0], reference('gemma3-cycle').hidden_BxLxD[row, length + i])
 
 
 @pytest.mark.parametrize('name', ['llama-cycle', 'gemma3-cycle'])
@@ -128,11 +118,7 @@ def test_mixed_depth_rows_equal_single_depth_rows(name, scan):
   t_BxL = tokens(config, batch=6)
   x_BxLxD = jax.random.normal(jax.random.key(3), (*t_BxL.shape, config.d_model))
   context = make_context(config, t_BxL)
-  run = jax.jit(
-    lambda x, loop, kvs: block_pass(
-      config, params, x, loop, context, kvs, scan=scan
-    )
-  )
+  run = jax.jit(lambda x, loop, kvs: block_pass(config, params, x, loop, context, kvs, scan=scan))
   empty = cache_lib.init_cache(config, 6, 12, scan=scan, loops=1).block
   kvs = jax.tree.map(lambda t: t[0], empty) if scan else empty[0]
   for cached in (None, kvs):
@@ -144,9 +130,7 @@ def test_mixed_depth_rows_equal_single_depth_rows(name, scan):
       if cached is not None:
         batch_axis = 1 if scan else 0
         pick = functools.partial(np.compress, own, axis=batch_axis)
-        ours, theirs = (
-          [pick(t) for t in jax.tree.leaves(kv)] for kv in (kv_mixed, kv_single)
-        )
+        ours, theirs = ([pick(t) for t in jax.tree.leaves(kv)] for kv in (kv_mixed, kv_single))
         jax.tree.map(close, ours, theirs)
     shuffled, _ = run(x_BxLxD.at[1:].set(0.0), loops_B.at[1:].set(0), cached)
     close(shuffled[0], mixed[0])
@@ -157,9 +141,7 @@ def test_packed_documents_do_not_see_each_other(name):
   config, params, t_BxL = model(name)
   run = jax.jit(functools.partial(forward, config))
   segments_BxL = jnp.broadcast_to(jnp.array([1] * 4 + [2] * 5)[None], (2, 9))
-  positions_BxL = jnp.broadcast_to(
-    jnp.array([*range(4), *range(5)])[None], (2, 9)
-  )
+  positions_BxL = jnp.broadcast_to(jnp.array([*range(4), *range(5)])[None], (2, 9))
   packed = run(
     params, t_BxL, segment_ids_BxL=segments_BxL, positions_BxL=positions_BxL
   ).hidden_BxLxD
@@ -182,17 +164,15 @@ def test_loop_states_end_in_the_last_loop():
 def test_fewer_loops_equal_a_shallower_model():
   config, params, t_BxL = model('llama-vanilla')
   looped = llama(
-      prelude_layers=1, block_layers=1, loops=2, coda_layers=1, lora=None,
-      loop_norms=False,
-  )  # fmt: skip
+    prelude_layers=1, block_layers=1, loops=2, coda_layers=1, lora=None, loop_norms=False
+  )
   layers = params['block']['layers']
   take = lambda *i: {'layers': jax.tree.map(lambda p: p[np.array(i)], layers)}
   child = dict(params, prelude=take(0), block=take(2), coda=take(3))
   for loops, order in ((1, [0, 2, 3]), (2, [0, 2, 2, 3])):
     shallow = llama(
-        prelude_layers=0, coda_layers=0, block_layers=len(order), loops=1,
-        lora=None, loop_norms=False,
-    )  # fmt: skip
+      prelude_layers=0, coda_layers=0, block_layers=len(order), loops=1, lora=None, loop_norms=False
+    )
     expected = forward(shallow, dict(params, block=take(*order)), t_BxL)
     got = forward(looped, child, t_BxL, loops=loops)
     close(got.hidden_BxLxD, expected.hidden_BxLxD)
@@ -259,12 +239,8 @@ def test_unknown_loop_counts_are_refused():
 
 
 def test_the_likeliest_token_is_the_first_of_equals():
-  logits_VxB = jnp.array(
-    [[0.0, 2.0, jnp.nan], [3.0, 2.0, 1.0], [3.0, -1.0, 0.0]]
-  )
+  logits_VxB = jnp.array([[0.0, 2.0, jnp.nan], [3.0, 2.0, 1.0], [3.0, -1.0, 0.0]])
   token_B = likeliest(logits_VxB)
   assert token_B.dtype == jnp.int32
-  assert (
-    token_B[:2].tolist() == jnp.argmax(logits_VxB, 0)[:2].tolist() == [1, 0]
-  )
+  assert token_B[:2].tolist() == jnp.argmax(logits_VxB, 0)[:2].tolist() == [1, 0]
   assert 0 <= int(token_B[2]) < 3  # Of no number, a token all the same.

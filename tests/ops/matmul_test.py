@@ -21,9 +21,7 @@ def test_gradients_are_the_automatic_ones(dtype):
   tolerance = 1e-5 if dtype == 'float32' else 0.1
   for a, b in zip(vjp(dy), wanted_vjp(dy), strict=True):
     assert a.dtype == b.dtype
-    np.testing.assert_allclose(
-      a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance
-    )
+    np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)
 
 
 def test_sums_are_cut_where_they_must_be_exact():
@@ -105,15 +103,10 @@ def test_named_matrices_are_turned_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-  'flags, turned',
-  [('avx2', True), ('avx512f', False), ('avx512f amx_bf16', True)],
+  'flags, turned', [('avx2', True), ('avx512f', False), ('avx512f amx_bf16', True)]
 )
-def test_the_machine_tells_whether_kernels_are_turned(
-  monkeypatch, flags, turned
-):
-  monkeypatch.setattr(
-    matmul.Path, 'read_text', lambda path: f'flags : sse {flags}'
-  )
+def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, turned):
+  monkeypatch.setattr(matmul.Path, 'read_text', lambda path: f'flags : sse {flags}')
   monkeypatch.setattr(matmul.Path, 'exists', lambda path: True)
   matmul._avx512_alone.cache_clear()
   try:
@@ -125,10 +118,13 @@ def test_the_machine_tells_whether_kernels_are_turned(
 @pytest.mark.parametrize(
   'lead, left',
   [
-    ((3, 1), True), ((matmul.FEW + 1, 1), True), ((matmul.FEW + 1,), True),
-    ((1, matmul.FEW), True), ((1, matmul.FEW + 1), False),
+    ((3, 1), True),
+    ((matmul.FEW + 1, 1), True),
+    ((matmul.FEW + 1,), True),
+    ((1, matmul.FEW), True),
+    ((1, matmul.FEW + 1), False),
   ],
-)  # fmt: skip
+)
 def test_long_prompts_alone_are_the_left_factor(lead, left):
   turned = matmul.Turned(jnp.ones((8, 4)))
   jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), turned))

@@ -80,17 +80,11 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
       pad_token_id=0,
     )
   wanted = out[:, prompts.shape[1] :].tolist()
-  written = rrt.complete(
-    ours, prompts.tolist(), max_new_tokens=steps, ignore_end=True
-  )
+  written = rrt.complete(ours, prompts.tolist(), max_new_tokens=steps, ignore_end=True)
   assert [w.tokens for w in written] == wanted
   if ours.config.order == 'cycle':
-    engine = rrt.Engine(
-      ours, slots=2, page=8, steps=3, lossless=ours.config.loops > 1
-    )
-    requests = [
-      rrt.Request(p, steps, ignore_end=True) for p in prompts.tolist()
-    ]
+    engine = rrt.Engine(ours, slots=2, page=8, steps=3, lossless=ours.config.loops > 1)
+    requests = [rrt.Request(p, steps, ignore_end=True) for p in prompts.tolist()]
     assert [r.tokens for r in engine.run(requests)] == wanted
 
 
@@ -116,9 +110,7 @@ def test_one_loop_is_the_parent(name, tmp_path):
 @pytest.mark.parametrize('order', ['cycle', 'sequence'])
 @pytest.mark.parametrize('half_ranks', [1, 2, 4])
 @pytest.mark.parametrize('name', ['llama3', 'gemma3'])
-def test_full_rank_is_the_parent_at_any_alpha(
-  name, half_ranks, order, tmp_path
-):
+def test_full_rank_is_the_parent_at_any_alpha(name, half_ranks, order, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
   rank = min(ours.config.d_model, ours.config.num_heads * ours.config.head_dim)
   child, _ = rrt.to_recursive(
@@ -196,10 +188,7 @@ def test_real_weights(name, tmp_path):
   prompt = tokenizer(PROMPTS[0], return_tensors='pt')['input_ids']
   with torch.no_grad():
     out = theirs.generate(
-      prompt,
-      attention_mask=torch.ones_like(prompt),
-      max_new_tokens=24,
-      do_sample=False,
+      prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
     )
   written = rrt.complete(ours, PROMPTS[0], max_new_tokens=24)[0]
   assert written.tokens == out[0, prompt.shape[1] :].tolist()

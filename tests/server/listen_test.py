@@ -16,9 +16,7 @@ from tests.serving import serving
 IDLE = 0.5  # Seconds.
 
 
-@pytest.mark.skipif(
-  not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='needs TCP_USER_TIMEOUT'
-)
+@pytest.mark.skipif(not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='needs TCP_USER_TIMEOUT')
 def test_the_connection_of_a_stalled_reader_ends():
   with bind('127.0.0.1', 0, 1) as sock:
     sock.listen()
@@ -40,9 +38,7 @@ def address(monkeypatch):
     assert scope['type'] == 'http'  # There is no lifespan.
     await asyncio.sleep(2 * IDLE)
     headers = [(b'content-length', b'4')]
-    await send(
-      {'type': 'http.response.start', 'status': 413, 'headers': headers}
-    )
+    await send({'type': 'http.response.start', 'status': 413, 'headers': headers})
     await send({'type': 'http.response.body', 'body': b'done'})
 
   with serving(slow) as address:

@@ -20,9 +20,7 @@ from tests.serving import serving
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 DRIVER = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(
-  not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver'
-)
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver')
 
 
 @pytest.fixture(scope='module')
@@ -30,13 +28,10 @@ def address():
   """A server with a gate and the lossless mode, on a port of its own."""
   model = runs.child()
   engine = Engine(
-    model, slots=2, page=8, steps=2, lossless=True, gate='change', threshold=2,
-    kv='write_ahead',
-  )  # fmt: skip
+    model, slots=2, page=8, steps=2, lossless=True, gate='change', threshold=2, kv='write_ahead'
+  )
   worker = Worker(engine, model.tokenizer, max_waiting=3)
-  app = Server(
-    worker, model.tokenizer, 'tiny', Limits(4000, max_tokens=40)
-  ).app()
+  app = Server(worker, model.tokenizer, 'tiny', Limits(4000, max_tokens=40)).app()
   with serving(app) as (host, port):
     yield f'http://{host}:{port}/'
 
@@ -46,10 +41,15 @@ def browser(tmp_path_factory):
   options = webdriver.ChromeOptions()
   options.binary_location = CHROMIUM
   for flag in (
-    'headless=new', 'no-sandbox', 'disable-gpu', 'no-first-run',
-    'disable-background-networking', 'disable-component-update',
-    'disable-sync', f'user-data-dir={tmp_path_factory.mktemp("profile")}',
-  ):  # fmt: skip
+    'headless=new',
+    'no-sandbox',
+    'disable-gpu',
+    'no-first-run',
+    'disable-background-networking',
+    'disable-component-update',
+    'disable-sync',
+    f'user-data-dir={tmp_path_factory.mktemp("profile")}',
+  ):
     options.add_argument(f'--{flag}')
   service = webdriver.ChromeService(executable_path=DRIVER)
   driver = webdriver.Chrome(options=options, service=service)
@@ -70,8 +70,9 @@ def fill(browser, name, value):
   browser.execute_script(
     'const e = document.getElementById(arguments[0]);'
     'e.value = arguments[1]; e.dispatchEvent(new Event("input"));',
-    name, value,
-  )  # fmt: skip
+    name,
+    value,
+  )
 
 
 def write(browser):
@@ -121,9 +122,7 @@ def test_the_page_stops_and_says_what_is_wrong(browser, address):
   fill(browser, 'tokens', 12)
   # Both in one turn of the browser's loop: before an answer can come.
   assert not at(browser, 'stop').is_enabled()
-  browser.execute_script(
-    'for (const id of ["go", "stop"]) document.getElementById(id).click();'
-  )
+  browser.execute_script('for (const id of ["go", "stop"]) document.getElementById(id).click();')
   wait_for(browser, lambda b: at(b, 'go').is_enabled())
   assert not at(browser, 'stop').is_enabled()
   assert at(browser, 'text').text == 'The sea'

@@ -70,18 +70,17 @@ def test_a_completion_is_that_of_generate(client, child):
   assert choice['text'] == want.text
   assert reply['model'] == 'tiny' and reply['object'] == 'text_completion'
   assert reply['usage'] == {
-    'prompt_tokens': 7, 'completion_tokens': len(want.tokens),
+    'prompt_tokens': 7,
+    'completion_tokens': len(want.tokens),
     'total_tokens': 7 + len(want.tokens),
-  }  # fmt: skip
+  }
 
 
 def test_a_stream_holds_the_same_text(client):
   whole = client.post('/v1/completions', json=ask()).json()
   reply = client.post(
     '/v1/completions',
-    json=ask(
-      stream=True, stream_options={'include_usage': True}, return_loops=True
-    ),
+    json=ask(stream=True, stream_options={'include_usage': True}, return_loops=True),
   )
   assert reply.headers['content-type'].startswith('text/event-stream')
   found = events(reply)
@@ -98,11 +97,13 @@ def test_a_stream_holds_the_same_text(client):
 
 def test_chats_stops_seeds_and_several_choices(client):
   body = {
-    'messages': [
-      {'role': 'user', 'content': [{'type': 'text', 'text': 'The sea'}]}
-    ],
-    'max_tokens': 10, 'temperature': 1, 'seed': 3, 'n': 2, 'ignore_eos': True,
-  }  # fmt: skip
+    'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'The sea'}]}],
+    'max_tokens': 10,
+    'temperature': 1,
+    'seed': 3,
+    'n': 2,
+    'ignore_eos': True,
+  }
   first = client.post('/v1/chat/completions', json=body).json()
   again = client.post('/v1/chat/completions', json=body).json()
   texts = [c['message']['content'] for c in first['choices']]
@@ -110,29 +111,21 @@ def test_chats_stops_seeds_and_several_choices(client):
   assert texts[0] != texts[1]
   assert first['choices'][0]['message']['role'] == 'assistant'
   assert first['usage']['prompt_tokens'] == len('u:The sea\n')
-  streamed = events(
-    client.post('/v1/chat/completions', json=body | {'stream': True})
-  )
+  streamed = events(client.post('/v1/chat/completions', json=body | {'stream': True}))
   for i in (0, 1):
-    deltas = [
-      e['choices'][0]['delta']
-      for e in streamed
-      if e['choices'][0]['index'] == i
-    ]
+    deltas = [e['choices'][0]['delta'] for e in streamed if e['choices'][0]['index'] == i]
     assert deltas[0]['role'] == 'assistant'
     assert ''.join(d.get('content', '') for d in deltas) == texts[i]
   stop = texts[0][3:5]
-  stopped = client.post(
-    '/v1/chat/completions', json=body | {'n': 1, 'stop': stop}
-  ).json()['choices'][0]
+  stopped = client.post('/v1/chat/completions', json=body | {'n': 1, 'stop': stop}).json()[
+    'choices'
+  ][0]
   assert stopped['message']['content'] == texts[0][: texts[0].index(stop)]
   assert stopped['finish_reason'] == 'stop'
 
 
 def test_log_probabilities_and_penalties(client):
-  plain = client.post(
-    '/v1/completions', json=ask(logprobs=2, ignore_eos=True)
-  ).json()['choices'][0]
+  plain = client.post('/v1/completions', json=ask(logprobs=2, ignore_eos=True)).json()['choices'][0]
   told = plain['logprobs']
   assert len(told['tokens']) == len(told['token_logprobs']) == 12
   for own, top in zip(told['token_logprobs'], told['top_logprobs']):
@@ -140,14 +133,17 @@ def test_log_probabilities_and_penalties(client):
   chat = client.post(
     '/v1/chat/completions',
     json={
-      'messages': [{'role': 'user', 'content': 'x'}], 'logprobs': True,
-      'top_logprobs': 3, 'max_tokens': 4, 'temperature': 0, 'ignore_eos': True,
+      'messages': [{'role': 'user', 'content': 'x'}],
+      'logprobs': True,
+      'top_logprobs': 3,
+      'max_tokens': 4,
+      'temperature': 0,
+      'ignore_eos': True,
     },
-  ).json()['choices'][0]['logprobs']['content']  # fmt: skip
+  ).json()['choices'][0]['logprobs']['content']
   assert len(chat) == 4 and all(len(c['top_logprobs']) == 3 for c in chat)
   other = client.post(
-    '/v1/completions',
-    json=ask(frequency_penalty=2, ignore_eos=True, logprobs=0),
+    '/v1/completions', json=ask(frequency_penalty=2, ignore_eos=True, logprobs=0)
   ).json()['choices'][0]['logprobs']['tokens']
   # '\ufffd' stands for every byte that is no character alone.
   most = lambda tokens: max(tokens.count(t) for t in tokens if t != '\ufffd')
@@ -222,9 +218,7 @@ def test_wrong_fields_are_refused_with_a_reason(client, fields, word):
   ],
 )
 def test_bodies_that_are_no_request_are_refused(client, raw, status):
-  reply = client.post(
-    '/v1/completions', content=raw, headers={'Content-Type': 'application/json'}
-  )
+  reply = client.post('/v1/completions', content=raw, headers={'Content-Type': 'application/json'})
   assert reply.status_code == status, reply.text
   assert reply.json()['error']['message']
 
@@ -242,9 +236,7 @@ def test_log_probabilities_come_with_a_stream(client):
   whole = client.post('/v1/completions', json=body).json()['choices'][0]
   parts = [
     e['choices'][0]['logprobs']
-    for e in events(
-      client.post('/v1/completions', json=body | {'stream': True})
-    )
+    for e in events(client.post('/v1/completions', json=body | {'stream': True}))
   ]
   for field in ('tokens', 'token_logprobs', 'top_logprobs', 'text_offset'):
     joined = [v for part in parts for v in part[field]]
@@ -284,17 +276,13 @@ def test_a_full_queue_asks_to_come_back(client):
 
 def test_many_clients_get_what_each_gets_alone(client, child):
   prompts = [chr(97 + i) * (1 + i) for i in range(8)]
-  want = [
-    generate.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text
-    for p in prompts
-  ]
+  want = [generate.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text for p in prompts]
   got = [''] * len(prompts)
 
   def one(i):
     while True:
       reply = client.post(
-        '/v1/completions',
-        json=ask(prompt=prompts[i], max_tokens=9, ignore_eos=True),
+        '/v1/completions', json=ask(prompt=prompts[i], max_tokens=9, ignore_eos=True)
       )
       if reply.status_code != 429:
         break
@@ -392,9 +380,7 @@ def metric(worker, name):
 
 
 def cancelled(worker):
-  return metric(
-    worker, 'vllm:request_success_total{finished_reason="cancelled"}'
-  )
+  return metric(worker, 'vllm:request_success_total{finished_reason="cancelled"}')
 
 
 LONG = ask(max_tokens=25, ignore_eos=True)  # 7 tokens before, 32 in all
@@ -453,10 +439,12 @@ def test_a_client_that_stops_reading_is_left(child):
         await never.wait()
 
     scope = {
-      'type': 'http', 'method': 'POST', 'path': '/v1/completions',
+      'type': 'http',
+      'method': 'POST',
+      'path': '/v1/completions',
       'headers': [(b'content-type', b'application/json')],
       'query_string': b'',
-    }  # fmt: skip
+    }
     await asyncio.wait_for(app(scope, receive, send), 30)
     await asyncio.to_thread(wait_until, lambda: not worker._tickets)
 
@@ -499,11 +487,13 @@ def listens(url):
 def start(place, *more, **environment):
   """A served tiny model and its address."""
   process = subprocess.Popen(
-    [sys.executable, '-m', 'rrt', 'serve', '--model=child', '--port=0',
-     '--slots=2', *more],
-    cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    [sys.executable, '-m', 'rrt', 'serve', '--model=child', '--port=0', '--slots=2', *more],
+    cwd=place,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
     env=command.environment() | environment,
-  )  # fmt: skip
+  )
   for line in process.stdout:
     if 'http://' in line:
       return process, line.split()[-1]
@@ -520,9 +510,7 @@ def test_openais_client_then_sigterm(tmp_path):
   try:
     client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
     want = generate.complete(child, 'The sea', max_new_tokens=12)[0].text
-    got = client.completions.create(
-      model='child', prompt='The sea', max_tokens=12, temperature=0
-    )
+    got = client.completions.create(model='child', prompt='The sea', max_tokens=12, temperature=0)
     assert got.choices[0].text == want
     pieces = client.completions.create(
       model='child', prompt='The sea', max_tokens=12, temperature=0, stream=True
@@ -534,9 +522,13 @@ def test_openais_client_then_sigterm(tmp_path):
       openai.OpenAI(base_url=url + 'v1', api_key='x').models.list()
     # What runs at SIGTERM is answered to its end; nothing new is taken.
     pieces = client.completions.create(
-      model='child', prompt='a', max_tokens=2000, stream=True,
-      stream_options={'include_usage': True}, extra_body={'ignore_eos': True},
-    )  # fmt: skip
+      model='child',
+      prompt='a',
+      max_tokens=2000,
+      stream=True,
+      stream_options={'include_usage': True},
+      extra_body={'ignore_eos': True},
+    )
     got = [next(pieces)]
     reader = threading.Thread(target=lambda: got.extend(pieces))
     reader.start()
@@ -572,9 +564,11 @@ def test_a_server_that_cannot_work_does_not_start(tmp_path, more, word):
   save(runs.child(), tmp_path / 'child')
   done = subprocess.run(
     [sys.executable, '-m', 'rrt', 'serve', '--model=child', '--port=0', *more],
-    cwd=tmp_path, capture_output=True, text=True,
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
     env=command.environment(),
-  )  # fmt: skip
+  )
   assert done.returncode == 2 and word in done.stderr, done.stderr
 
 

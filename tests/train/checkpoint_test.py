@@ -38,9 +38,7 @@ def state(step=3, sharding=None):
 
 
 def abstract(like):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
 
 
 def fill(directory, steps=(2, 4), keep=2):
@@ -55,11 +53,7 @@ def restore(directory, like=None, config=CONFIG, free=('log_every',)):
 
 
 def assert_same(a, b):
-  jax.tree.map(
-    lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)),
-    a,
-    b,
-  )
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def data_files(directory):

@@ -37,9 +37,7 @@ def test_exits_are_the_outputs_of_models_with_fewer_loops(scan):
 
 @pytest.mark.parametrize('coefficients', ['weighted', 'aggressive'])
 def test_losses_and_gradients_equal_those_of_whole_logits(coefficients):
-  exits = ExitObjective(
-    coefficients, 0.3, cross_entropy=0.7, distillation=0.4, temperature=2.0
-  )
+  exits = ExitObjective(coefficients, 0.3, cross_entropy=0.7, distillation=0.4, temperature=2.0)
   R, B, L, D, V = 3, 2, 7, 5, 11
   keys = jax.random.split(jax.random.key(0), 4)
   hidden = jax.random.normal(keys[0], (R, B, L, D))
@@ -60,16 +58,11 @@ def test_losses_and_gradients_equal_those_of_whole_logits(coefficients):
     return total, jnp.stack(entropies)
 
   def chunked(hidden, head):
-    return exit_losses(
-      exits, Objective(chunk_tokens=4), hidden, head, targets, weights
-    )
+    return exit_losses(exits, Objective(chunk_tokens=4), hidden, head, targets, weights)
 
   grad = lambda f: jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, head)
   got, want = grad(chunked), grad(plain)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
-    got, want,
-  )  # fmt: skip
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)
   # The last loop learns nothing from its pupils.
   np.testing.assert_array_equal(got[1][0][-1], 0)
 
@@ -77,22 +70,20 @@ def test_losses_and_gradients_equal_those_of_whole_logits(coefficients):
 def batch_of(config):
   x = tokens(config)
   return {
-    'tokens': x, 'targets': jnp.roll(x, -1, 1),
-    'weights': jnp.ones(x.shape), 'segment_ids': jnp.ones_like(x),
+    'tokens': x,
+    'targets': jnp.roll(x, -1, 1),
+    'weights': jnp.ones(x.shape),
+    'segment_ids': jnp.ones_like(x),
     'positions': jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape),
-  }  # fmt: skip
+  }
 
 
 def test_a_step_sums_the_losses_of_all_loops():
   config = llama()
   params, batch = perturbed(config), batch_of(config)
   exits = ExitObjective('weighted', distillation=0.0)
-  trained = frozenset(
-    step_lib.trained_paths(optim.trainable(optim.Optimizer(), params))
-  )
-  spec = step_lib.Step(
-    config, Objective(distillation=0.0), None, trained, exits=exits
-  )
+  trained = frozenset(step_lib.trained_paths(optim.trainable(optim.Optimizer(), params)))
+  spec = step_lib.Step(config, Objective(distillation=0.0), None, trained, exits=exits)
   scale = 1 / batch['weights'].sum()
   sums, _, exits_R = step_lib.batch_losses(spec, params, {}, batch, scale)
 
@@ -105,18 +96,16 @@ def test_a_step_sums_the_losses_of_all_loops():
   want = [entropy(r) for r in (1, 2, 3)]
   np.testing.assert_allclose(exits_R, want[:2], rtol=1e-5)
   np.testing.assert_allclose(
-    sums.loss, sum(a * w for a, w in zip((1 / 6, 2 / 6, 3 / 6), want)),
-    rtol=1e-5,
-  )  # fmt: skip
+    sums.loss, sum(a * w for a, w in zip((1 / 6, 2 / 6, 3 / 6), want)), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('name', ['llama-vanilla', 'llama-sequence'])
 def test_models_without_exits_are_refused(name):
   config = CONFIGS[name]
   recipe = Recipe(
-    loss=Objective(distillation=0.0), exits=ExitObjective('weighted'),
-    length=16, batch=8,
-  )  # fmt: skip
+    loss=Objective(distillation=0.0), exits=ExitObjective('weighted'), length=16, batch=8
+  )
   with pytest.raises(InputError, match='two loops or more'):
     setup.check(recipe, None, config, sharding.make_mesh(recipe.mesh))
 

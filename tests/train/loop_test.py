@@ -42,9 +42,7 @@ def test_a_child_learns(text, tmp_path):
     runs.parent(),
     runs.child(),
     runs.recipe(
-      text,
-      steps=30,
-      heldout={'path': text, 'context': 16, 'max_tokens': 400, 'every': 10},
+      text, steps=30, heldout={'path': text, 'context': 16, 'max_tokens': 400, 'every': 10}
     ),
     on_row=rows.append,
   )
@@ -56,10 +54,17 @@ def test_a_child_learns(text, tmp_path):
   assert list(heldout) == [0, 10, 20, 30]
   assert heldout[30] < heldout[0] - 0.5
   for name in (
-    'distillation', 'learning_rate', 'grad_norm', 'grad_norm/lora',
-    'loop_change/2', 'lora_norm/1', 'lora_norm/2', 'tokens_per_second',
-    'memory_bytes', 'skipped',
-  ):  # fmt: skip
+    'distillation',
+    'learning_rate',
+    'grad_norm',
+    'grad_norm/lora',
+    'loop_change/2',
+    'lora_norm/1',
+    'lora_norm/2',
+    'tokens_per_second',
+    'memory_bytes',
+    'skipped',
+  ):
     assert name in trained[-1], name
   # The child that was passed in is as it was, and tying held.
   model = run.model
@@ -74,22 +79,17 @@ def test_a_child_learns(text, tmp_path):
 
 def test_the_text_ends_first(text):
   run = uptrain(
-    runs.parent(),
-    runs.child(),
-    runs.recipe(text, steps=10_000, data={'path': text, 'epochs': 1}),
+    runs.parent(), runs.child(), runs.recipe(text, steps=10_000, data={'path': text, 'epochs': 1})
   )
   assert 5 < run.step < 100
 
 
 def test_a_run_that_diverges_stops_with_the_reason(text, tmp_path):
   bad = dataclasses.replace(
-    runs.child(),
-    params=jax.tree.map(lambda x: x * np.float32('nan'), runs.child().params),
+    runs.child(), params=jax.tree.map(lambda x: x * np.float32('nan'), runs.child().params)
   )
   with pytest.raises(InputError, match='not finite in steps 1 to 3') as e:
-    uptrain(
-      runs.parent(), bad, runs.recipe(text, max_skipped=3), tmp_path / 'run'
-    )
+    uptrain(runs.parent(), bad, runs.recipe(text, max_skipped=3), tmp_path / 'run')
   assert 'learning_rate' in str(e.value)
 
 
@@ -147,9 +147,7 @@ def test_wrong_models_are_told(text):
 
 
 def test_without_a_parent(text):
-  run = uptrain(
-    None, runs.child(), runs.recipe(text, loss={'distillation': 0.0})
-  )
+  run = uptrain(None, runs.child(), runs.recipe(text, loss={'distillation': 0.0}))
   assert all(r['distillation'] == 0 for r in run.history)
 
 
@@ -179,11 +177,14 @@ def test_command_converts(experiment, tmp_path):
   pytest.importorskip('ml_collections')
   text = experiment.parent / 'text.jsonl'
   flags = [
-    '--config.child=', '--config.steps=2', '--config.convert.prelude=1',
-    '--config.convert.coda=1', '--config.convert.rank=2',
+    '--config.child=',
+    '--config.steps=2',
+    '--config.convert.prelude=1',
+    '--config.convert.coda=1',
+    '--config.convert.rank=2',
     f'--config.convert.calibration={text}',
     '--config.convert.calibration_tokens=256',
-  ]  # fmt: skip
+  ]
   out, _ = runs.finish(runs.start(experiment, tmp_path / 'run', *flags))
   model = load(tmp_path / 'run')
   assert (model.config.block_layers, model.config.loops) == (2, 2)
@@ -244,9 +245,7 @@ def test_wrong_conversions_are_told(fields, message):
   ],
   ids=str,
 )
-def test_what_would_fail_later_is_told_before_the_conversion(
-  text, fields, message
-):
+def test_what_would_fail_later_is_told_before_the_conversion(text, fields, message):
   shape = {'prelude': 1, 'block': 2, 'loops': 2, 'coda': 1, 'rank': 2}
   settings = runs.recipe(text) | {'convert': shape, **fields}
   mesh = sharding.make_mesh({'data': -1})
@@ -277,9 +276,7 @@ def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
     setup.prepare(settings(1e-3), workdir)
 
 
-@pytest.mark.parametrize(
-  'text', ['{"config": {"st', '{}', '[]', '{"config": 1}']
-)
+@pytest.mark.parametrize('text', ['{"config": {"st', '{}', '[]', '{"config": 1}'])
 def test_damaged_settings_are_told(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(InputError, match=r'config\.json is damaged'):
@@ -303,13 +300,9 @@ def test_special_tokens_beyond_the_vocabulary_are_told(tmp_path):
   child = runs.child()
   small = dataclasses.replace(child.config, vocab_size=230)
   table = {'table': child.params['embed']['table'][:230]}
-  child = dataclasses.replace(
-    child, config=small, params=child.params | {'embed': table}
-  )
+  child = dataclasses.replace(child, config=small, params=child.params | {'embed': table})
   (tmp_path / 'a.txt').write_text('à' * 2000)
-  fields = runs.recipe(str(tmp_path / 'a.txt')) | {
-    'loss': {'distillation': 0.0}
-  }
+  fields = runs.recipe(str(tmp_path / 'a.txt')) | {'loss': {'distillation': 0.0}}
   with pytest.raises(InputError, match='outside the vocabulary of 230'):
     uptrain(None, child, fields)
   text = runs.write_text(tmp_path / 'b.jsonl')

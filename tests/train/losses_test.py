@@ -54,9 +54,7 @@ def value_and_grads(f, objective, hidden, head, *rest):
     out = f(objective, hidden, head, *rest)
     return out.loss, out
 
-  (_, out), grads = jax.value_and_grad(scalar, (0, 1), has_aux=True)(
-    hidden, head
-  )
+  (_, out), grads = jax.value_and_grad(scalar, (0, 1), has_aux=True)(hidden, head)
   return out, grads
 
 
@@ -66,30 +64,29 @@ def assert_same(objective, args, atol=1e-5):
   for name in LOSSES:
     if name == 'distillation' and not objective.distillation:
       continue
-    np.testing.assert_allclose(
-      getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name
-    )
+    np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name)
   for g, w in zip(got_grads, want_grads):
     np.testing.assert_allclose(g, w, atol=atol, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-  'divergence,temperature',
-  list(itertools.product(losses_lib.DIVERGENCES, (1.0, 2.5))),
+  'divergence,temperature', list(itertools.product(losses_lib.DIVERGENCES, (1.0, 2.5)))
 )
 def test_chunked_equals_plain(divergence, temperature):
   objective = losses_lib.Objective(
-      cross_entropy=0.7, distillation=1.3, divergence=divergence,
-      temperature=temperature, z_loss=1e-2, chunk_tokens=6,
-  )  # fmt: skip
+    cross_entropy=0.7,
+    distillation=1.3,
+    divergence=divergence,
+    temperature=temperature,
+    z_loss=1e-2,
+    chunk_tokens=6,
+  )
   assert_same(objective, inputs())
 
 
 @pytest.mark.parametrize('chunk_tokens', [1, 5, 8, 26, 1000])
 def test_any_chunk_size(chunk_tokens):
-  assert_same(
-    losses_lib.Objective(chunk_tokens=chunk_tokens, z_loss=1e-3), inputs()
-  )
+  assert_same(losses_lib.Objective(chunk_tokens=chunk_tokens, z_loss=1e-3), inputs())
 
 
 def test_only_cross_entropy_or_only_distillation():
@@ -109,13 +106,10 @@ def test_no_teacher_is_needed_without_distillation():
 def test_the_parent_distilled_into_itself_costs_nothing():
   hidden, head, targets, weights, _ = inputs()
   for divergence in losses_lib.DIVERGENCES:
-    objective = losses_lib.Objective(
-      cross_entropy=0.0, divergence=divergence, chunk_tokens=8
-    )
+    objective = losses_lib.Objective(cross_entropy=0.0, divergence=divergence, chunk_tokens=8)
     out, grads = value_and_grads(
-        losses_lib.losses, objective, hidden, head, targets, weights,
-        (hidden, head),
-    )  # fmt: skip
+      losses_lib.losses, objective, hidden, head, targets, weights, (hidden, head)
+    )
     assert abs(float(out.distillation)) < 1e-5
     np.testing.assert_allclose(grads[0], 0, atol=1e-6)
 
@@ -124,11 +118,14 @@ def test_extreme_logits_stay_finite():
   hidden, head, targets, weights, teacher = inputs()
   for divergence in losses_lib.DIVERGENCES:
     out, grads = value_and_grads(
-        losses_lib.losses,
-        losses_lib.Objective(divergence=divergence, chunk_tokens=8),
-        hidden * 1e3, head, targets, weights,
-        (teacher[0] * 1e3, teacher[1]),
-    )  # fmt: skip
+      losses_lib.losses,
+      losses_lib.Objective(divergence=divergence, chunk_tokens=8),
+      hidden * 1e3,
+      head,
+      targets,
+      weights,
+      (teacher[0] * 1e3, teacher[1]),
+    )
     assert np.isfinite(float(out.loss)), divergence
     assert all(np.isfinite(g).all() for g in grads), divergence
 
@@ -147,9 +144,8 @@ def test_bfloat16_gradients_have_their_own_dtypes():
   hidden, head, targets, weights, teacher = inputs()
   objective = losses_lib.Objective(chunk_tokens=8)
   out, (d_hidden, d_head) = value_and_grads(
-      losses_lib.losses, objective, hidden.astype(jnp.bfloat16), head,
-      targets, weights, teacher,
-  )  # fmt: skip
+    losses_lib.losses, objective, hidden.astype(jnp.bfloat16), head, targets, weights, teacher
+  )
   assert d_hidden.dtype == jnp.bfloat16 and d_head.dtype == jnp.float32
   want = plain(objective, hidden, head, targets, weights, teacher)
   np.testing.assert_allclose(out.loss, want.loss, rtol=2e-2)
@@ -174,9 +170,7 @@ def test_no_array_holds_all_logits(chunk_tokens):
   hidden, head, *rest = inputs()
   objective = losses_lib.Objective(chunk_tokens=chunk_tokens)
   jaxpr = jax.make_jaxpr(
-    jax.grad(
-      lambda h, w: losses_lib.losses(objective, h, w, *rest).loss, (0, 1)
-    )
+    jax.grad(lambda h, w: losses_lib.losses(objective, h, w, *rest).loss, (0, 1))
   )(hidden, head)
   shapes = {a.shape for a in avals(jaxpr.jaxpr) if hasattr(a, 'shape')}
   with_vocab = [s for s in shapes if V in s and s != (D, V)]
@@ -184,38 +178,38 @@ def test_no_array_holds_all_logits(chunk_tokens):
   assert max(np.prod(s) for s in with_vocab) <= B * -(-L // 2) * V
 
 
-@pytest.mark.parametrize(
-  'sizes', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}]
-)
+@pytest.mark.parametrize('sizes', [{'data': 8}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
 def test_sharded_equals_one_device(sizes):
   args = inputs(batch=8)
   objective = losses_lib.Objective(chunk_tokens=16)
   want, want_grads = value_and_grads(losses_lib.losses, objective, *args)
   mesh = make_mesh(sizes)
-  place = lambda x, *spec: jax.device_put(
-    x, jax.NamedSharding(mesh, jax.P(*spec))
-  )
+  place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
   rows = lambda x: place(x, ('data', 'fsdp'))
   hidden, head, targets, weights, (t_hidden, t_head) = args
   with jax.set_mesh(mesh):
-    got, got_grads = jax.jit(
-        lambda *a: value_and_grads(losses_lib.losses, objective, *a)
-    )(
-        rows(hidden), place(head, 'fsdp', 'tensor'), rows(targets),
-        rows(weights), (rows(t_hidden), place(t_head, None, 'tensor')),
-    )  # fmt: skip
+    got, got_grads = jax.jit(lambda *a: value_and_grads(losses_lib.losses, objective, *a))(
+      rows(hidden),
+      place(head, 'fsdp', 'tensor'),
+      rows(targets),
+      rows(weights),
+      (rows(t_hidden), place(t_head, None, 'tensor')),
+    )
   np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
   for g, w in zip(got_grads, want_grads):
     np.testing.assert_allclose(g, w, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    'field,value',
-    [
-        ('divergence', 'kl'), ('temperature', 0.0), ('cross_entropy', -1.0),
-        ('chunk_tokens', 0), ('z_loss', float('nan')),
-    ],
-)  # fmt: skip
+  'field,value',
+  [
+    ('divergence', 'kl'),
+    ('temperature', 0.0),
+    ('cross_entropy', -1.0),
+    ('chunk_tokens', 0),
+    ('z_loss', float('nan')),
+  ],
+)
 def test_wrong_values_are_named(field, value):
   with pytest.raises(InputError, match=field):
     losses_lib.Objective(**{field: value})

@@ -34,9 +34,7 @@ def test_flops_against_xla():
 def test_windows_and_loops_cost_what_they_run():
   config = runs.PARENT
   far = metrics.forward_flops(config, 32)
-  near = metrics.forward_flops(
-    dataclasses.replace(config, windows=(4,) * 6), 32
-  )
+  near = metrics.forward_flops(dataclasses.replace(config, windows=(4,) * 6), 32)
   keys = lambda w: (w * (w + 1) / 2 + (32 - w) * w) / 32
   saved = 6 * 4 * config.num_heads * config.head_dim * (keys(32) - keys(4))
   np.testing.assert_allclose(far - near, saved)
@@ -53,9 +51,7 @@ def test_lora_norms_equal_the_products():
     for linear in params['block']['layers'][part].values():
       ab = linear['lora_a'] @ linear['lora_b']
       want += np.sum(np.square(ab), axis=(0, 2, 3))
-  np.testing.assert_allclose(
-    metrics.lora_norms(params), np.sqrt(want), rtol=1e-5
-  )
+  np.testing.assert_allclose(metrics.lora_norms(params), np.sqrt(want), rtol=1e-5)
 
 
 def test_peak_flops_of_a_cpu_is_unknown():
@@ -118,12 +114,17 @@ def test_revision(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'kind,flops', [
-        ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12),
-        ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA L40S', 362e12),
-        ('NVIDIA L4', 121e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12),
-        ('cpu', None),
-    ],
-)  # fmt: skip
+  'kind,flops',
+  [
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA L40S', 362e12),
+    ('NVIDIA L4', 121e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5p', 459e12),
+    ('cpu', None),
+  ],
+)
 def test_peak_flops_by_name(kind, flops):
   assert metrics.peak_of(kind) == flops

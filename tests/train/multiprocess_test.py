@@ -19,18 +19,21 @@ def start_two(file, workdir, *flags):
     port = s.getsockname()[1]
   return [
     runs.start(
-      file, workdir, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-      f'--process={i}', *flags, devices=2,
+      file,
+      workdir,
+      f'--coordinator=127.0.0.1:{port}',
+      '--processes=2',
+      f'--process={i}',
+      *flags,
+      devices=2,
     )
     for i in range(2)
-  ]  # fmt: skip
+  ]
 
 
 def test_two_processes_equal_one(tmp_path):
   file = runs.write_experiment(tmp_path)
-  flags = (
-    '--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8',
-  )  # fmt: skip
+  flags = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8')
   runs.finish(runs.start(file, tmp_path / 'one', *flags, devices=4))
 
   two = start_two(file, tmp_path / 'two', *flags)
@@ -51,9 +54,13 @@ def test_two_processes_equal_one(tmp_path):
 def test_the_text_may_end_at_different_steps(tmp_path):
   file = runs.write_experiment(tmp_path)
   flags = (
-    '--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=5000',
-    '--config.data.epochs=1', '--config.length=32', '--config.log_every=1',
-  )  # fmt: skip
+    '--config.mesh.data=2',
+    '--config.mesh.fsdp=2',
+    '--config.steps=5000',
+    '--config.data.epochs=1',
+    '--config.length=32',
+    '--config.log_every=1',
+  )
   outs = [runs.finish(p) for p in start_two(file, tmp_path / 'run', *flags)]
   steps = len(runs.losses(tmp_path / 'run'))
   assert steps > 1

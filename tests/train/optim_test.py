@@ -14,9 +14,7 @@ from tests import runs
 
 
 def leaves_by_path(tree):
-  return dict(
-    zip(jax.tree.leaves(optim.paths(tree)), jax.tree.leaves(tree), strict=True)
-  )
+  return dict(zip(jax.tree.leaves(optim.paths(tree)), jax.tree.leaves(tree), strict=True))
 
 
 def chosen(train):
@@ -67,9 +65,7 @@ def test_schedule_warms_up_and_falls():
 
 @pytest.mark.parametrize('warmup', [0, 1, 2])
 def test_short_warmups(warmup):
-  o = optim.Optimizer(
-    learning_rate=1.0, warmup_steps=warmup, schedule='constant'
-  )
+  o = optim.Optimizer(learning_rate=1.0, warmup_steps=warmup, schedule='constant')
   assert float(optim.schedule(o, 5)(max(warmup - 1, 0))) == 1.0
 
 
@@ -88,9 +84,7 @@ def test_equals_plain_adamw():
   grads = jax.tree.map(lambda p: 0.3 * p, params)
   updates, _ = want.update(grads, want.init(params), params)
   np.testing.assert_allclose(got['a/kernel'], updates['a']['kernel'], rtol=1e-6)
-  np.testing.assert_allclose(
-    got['b/scale'], updates['b']['scale'] + 0.1 * 0.5, rtol=1e-5
-  )
+  np.testing.assert_allclose(got['b/scale'], updates['b']['scale'] + 0.1 * 0.5, rtol=1e-5)
 
 
 def test_rules_override_by_path_and_the_first_wins():
@@ -98,10 +92,7 @@ def test_rules_override_by_path_and_the_first_wins():
   o = optim.Optimizer(
     learning_rate=0.1,
     schedule='constant',
-    rules=(
-      ('^embed', {'multiplier': 0.5}),
-      ('e', {'learning_rate': 0.7, 'schedule': 'constant'}),
-    ),
+    rules=(('^embed', {'multiplier': 0.5}), ('e', {'learning_rate': 0.7, 'schedule': 'constant'})),
   )
   got = one_update(o, params)
   np.testing.assert_allclose(got['embed/table'], -0.05, rtol=1e-5)
@@ -111,11 +102,16 @@ def test_rules_override_by_path_and_the_first_wins():
 @pytest.mark.parametrize(
   'fields',
   [
-    {'learning_rate': 0.0}, {'schedule': 'exponential'}, {'beta2': 1.0},
-    {'weight_decay': -0.1}, {'clip': -1.0}, {'final_rate': 2.0},
-    {'train': '('}, {'rules': (('a', {'speed': 1.0}),)},
+    {'learning_rate': 0.0},
+    {'schedule': 'exponential'},
+    {'beta2': 1.0},
+    {'weight_decay': -0.1},
+    {'clip': -1.0},
+    {'final_rate': 2.0},
+    {'train': '('},
+    {'rules': (('a', {'speed': 1.0}),)},
   ],
-)  # fmt: skip
+)
 def test_wrong_values_are_named(fields):
   name = 'speed' if 'rules' in fields else next(iter(fields))
   with pytest.raises(InputError, match=r'\(' if name == 'train' else name):

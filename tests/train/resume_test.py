@@ -44,14 +44,10 @@ def test_resumed_equals_uninterrupted(text, whole, tmp_path, at, every):
       raise Killed
 
   with pytest.raises(Killed):
-    uptrain(
-      runs.parent(), runs.child(), settings, tmp_path / 'run', on_row=kill
-    )
+    uptrain(runs.parent(), runs.child(), settings, tmp_path / 'run', on_row=kill)
   run = uptrain(runs.parent(), runs.child(), settings, tmp_path / 'run')
   assert series(run.history) == series(whole.history)
-  jax.tree.map(
-    np.testing.assert_array_equal, run.model.params, whole.model.params
-  )
+  jax.tree.map(np.testing.assert_array_equal, run.model.params, whole.model.params)
 
 
 def test_resumed_on_another_mesh(text, whole, tmp_path):
@@ -63,14 +59,10 @@ def test_resumed_on_another_mesh(text, whole, tmp_path):
       raise Killed
 
   with pytest.raises(Killed):
-    uptrain(
-      runs.parent(), runs.child(), settings, tmp_path / 'run', on_row=kill
-    )
+    uptrain(runs.parent(), runs.child(), settings, tmp_path / 'run', on_row=kill)
   settings['mesh'] = {'fsdp': 8}
   run = uptrain(runs.parent(), runs.child(), settings, tmp_path / 'run')
-  np.testing.assert_allclose(
-    series(run.history), series(whole.history), rtol=1e-4
-  )
+  np.testing.assert_allclose(series(run.history), series(whole.history), rtol=1e-4)
 
 
 def until(process, workdir, step, seconds=900):
@@ -128,9 +120,7 @@ def test_sigkill_ten_times(tmp_path):
 def test_sigterm_saves_and_leaves(tmp_path):
   pytest.importorskip('ml_collections')
   file = runs.write_experiment(tmp_path)
-  run, flags = tmp_path / 'run', (
-    '--config.steps=20000', '--config.checkpoint_every=20000',
-  )  # fmt: skip
+  run, flags = tmp_path / 'run', ('--config.steps=20000', '--config.checkpoint_every=20000')
   process = runs.start(file, run, *flags)
   until(process, run, 2)
   process.send_signal(signal.SIGTERM)

@@ -32,10 +32,7 @@ def make_mesh(sizes):
   if sizes != ONE:
     return sharding.make_mesh(sizes)
   return jax.make_mesh(
-    (1, 1, 1),
-    sharding.AXES,
-    (jax.sharding.AxisType.Auto,) * 3,
-    devices=jax.devices()[:1],
+    (1, 1, 1), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1]
   )
 
 
@@ -72,9 +69,7 @@ def build(sizes=ONE, train='all', optimizer=None, child=None, **fields):
     parent = None
   spec, own = teacher.with_teacher(spec, parent, child, mesh)
   state = step_lib.init_state(spec, child.params, mesh)
-  shardings = jax.tree.map(
-    lambda x: x.sharding, step_lib.abstract_state(spec, mesh)
-  )
+  shardings = jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(spec, mesh))
   return mesh, spec, state, own, step_lib.jit_step(spec, mesh, shardings)
 
 
@@ -168,14 +163,9 @@ def test_the_loss_is_what_it_says():
   """One step's loss from plain forward passes and whole logits."""
   losses, metrics, _ = run(steps=1)
   b, child, parent = batch(), runs.child(), runs.parent()
-  where = {
-    'positions_BxL': b['positions'],
-    'segment_ids_BxL': b['segment_ids'],
-  }
+  where = {'positions_BxL': b['positions'], 'segment_ids_BxL': b['segment_ids']}
   logits = lambda m: transformer.logits(
-    m.config,
-    m.params,
-    transformer.forward(m.config, m.params, b['tokens'], **where).hidden_BxLxD,
+    m.config, m.params, transformer.forward(m.config, m.params, b['tokens'], **where).hidden_BxLxD
   )
   log_q, log_p = (jax.nn.log_softmax(logits(m)) for m in (child, parent))
   w = b['weights'] / b['weights'].sum()
@@ -210,9 +200,7 @@ def test_only_what_is_asked_for_is_trained():
   moved = {k for k in before if not np.array_equal(before[k], after[k])}
   assert moved and all('lora' in k or k.endswith('scale') for k in moved)
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
-  assert moments == 2 * sum(
-    v.size for k, v in before.items() if 'lora' in k or k.endswith('scale')
-  )
+  assert moments == 2 * sum(v.size for k, v in before.items() if 'lora' in k or k.endswith('scale'))
   assert 'grad_norm/lora' in metrics and 'grad_norm/embed' not in metrics
 
 
@@ -235,9 +223,7 @@ def test_sharing_changes_no_loss():
   config, params = runs.PARENT, runs.parent().params
   spec = dataclasses.replace(spec, teacher_config=config, shared=frozenset())
   own = traverse_util.flatten_dict(params, sep='/')
-  step = step_lib.jit_step(
-    spec, mesh, jax.tree.map(lambda x: x.sharding, state)
-  )
+  step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, state))
   losses = []
   with jax.set_mesh(mesh):
     for i in range(3):
@@ -285,9 +271,7 @@ def test_loop_changes():
 
 
 def test_sequence_order_trains():
-  config = runs.PARENT.with_recursion(
-    prelude=0, block=3, loops=2, coda=0, order='sequence'
-  )
+  config = runs.PARENT.with_recursion(prelude=0, block=3, loops=2, coda=0, order='sequence')
   losses, metrics, _ = run(child=runs.model(config, 3))
   assert losses[-1] < losses[0] and 'loop_change/2' not in metrics
 
@@ -298,11 +282,7 @@ def test_without_a_parent():
 
 
 # Measured on jax 0.10.2; the tolerance covers other versions and machines.
-GOLDEN = {
-  'cross_entropy': 6.244025,
-  'distillation': 0.8659066,
-  'grad_norm': 3.045592,
-}
+GOLDEN = {'cross_entropy': 6.244025, 'distillation': 0.8659066, 'grad_norm': 3.045592}
 
 
 def test_golden_first_step():
@@ -324,6 +304,5 @@ def test_golden_first_step():
 def test_mesh_sizes_are_checked():
   with pytest.raises(InputError, match='num_heads'):
     sharding.check_mesh(
-      dataclasses.replace(runs.CHILD, num_heads=2, num_kv_heads=1),
-      make_mesh({'tensor': 8}),
+      dataclasses.replace(runs.CHILD, num_heads=2, num_kv_heads=1), make_mesh({'tensor': 8})
     )

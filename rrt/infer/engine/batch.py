@@ -27,9 +27,7 @@ class Rows(NamedTuple):
   def put(self, table, values):
     """The table with the rows' entries replaced where they are real."""
     slot_B = jnp.where(self.live_B, self.slot_B, table.shape[0])
-    return table.at[slot_B, self.k_B].set(
-      jnp.asarray(values, table.dtype), mode='drop'
-    )
+    return table.at[slot_B, self.k_B].set(jnp.asarray(values, table.dtype), mode='drop')
 
 
 def pick(plan: Plan, wanted_SxK, order_SxK, count: int) -> Rows:

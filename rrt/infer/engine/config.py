@@ -123,17 +123,17 @@ class Options:
       need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
     for field in ('context', 'lanes', 'draws', 'pool'):
       value = getattr(self, field)
-      need(
-        value is None or _whole(value), field, 'must be a whole number, 1 up'
-      )
+      need(value is None or _whole(value), field, 'must be a whole number, 1 up')
     need(
-      self.lookup in range(17) and not isinstance(self.lookup, bool), 'lookup',
+      self.lookup in range(17) and not isinstance(self.lookup, bool),
+      'lookup',
       'must lie in 0 (never) to 16',
-    )  # fmt: skip
+    )
     need(
-      isinstance(self.logprobs, int) and -1 <= self.logprobs <= 100, 'logprobs',
+      isinstance(self.logprobs, int) and -1 <= self.logprobs <= 100,
+      'logprobs',
       'must lie in -1 (none) to 100',
-    )  # fmt: skip
+    )
     need(self.kv in KV_POLICIES, 'kv', f'must be one of {KV_POLICIES}')
     score_lib.check_kind(self.gate)
     for field in ('dtype', 'kv_dtype', 'weight_dtype'):
@@ -142,9 +142,10 @@ class Options:
     need(self.lora in LORA, 'lora', f'must be one of {LORA}')
     longest = config.max_context
     need(
-      self.context is None or self.context <= longest, 'context',
+      self.context is None or self.context <= longest,
+      'context',
       f'the model was made for {longest} tokens',
-    )  # fmt: skip
+    )
     if config.loops > 1 and config.order != 'cycle':
       raise InputError(
         f'order={config.order!r}: tokens at different loops can share a '
@@ -152,37 +153,37 @@ class Options:
         'the model and serve it untied.'
       )
     need(
-      self.gate == 'none' or self.kv != 'own', 'kv',
-      "tokens that leave early need another policy: 'write_ahead', "
-      "'propagate' or 'exact_fill'",
-    )  # fmt: skip
-    need(
-      self.gate == 'none' or self.threshold is not None, 'threshold',
-      'a gate needs one',
-    )  # fmt: skip
+      self.gate == 'none' or self.kv != 'own',
+      'kv',
+      "tokens that leave early need another policy: 'write_ahead', 'propagate' or 'exact_fill'",
+    )
+    need(self.gate == 'none' or self.threshold is not None, 'threshold', 'a gate needs one')
     # Guesses are written ahead of what windowed pages must still hold.
     need(
-      self.page >= config.loops, 'page',
-      f'must be at least the {config.loops} loops of the model',
-    )  # fmt: skip
+      self.page >= config.loops, 'page', f'must be at least the {config.loops} loops of the model'
+    )
     need(
       self.mean_loops is None or 1 <= self.mean_loops <= config.loops,
-      'mean_loops', f'must lie in 1 to {config.loops}',
-    )  # fmt: skip
+      'mean_loops',
+      f'must lie in 1 to {config.loops}',
+    )
     most = self.slots * (config.loops if self.several else 1)
     need(
-      self.lanes is None or self.slots <= self.lanes <= most, 'lanes',
+      self.lanes is None or self.slots <= self.lanes <= most,
+      'lanes',
       f'must lie in {self.slots} (slots) to {most}',
-    )  # fmt: skip
+    )
     if self.lossless:
       need(
-        self.kv != 'exact_fill', 'kv',
+        self.kv != 'exact_fill',
+        'kv',
         'the lossless mode has its own tokens in the lanes that this needs',
-      )  # fmt: skip
+      )
       need(
-        self.draft_loop < config.loops, 'draft_loop',
+        self.draft_loop < config.loops,
+        'draft_loop',
         f'must be below the {config.loops} loops of the model',
-      )  # fmt: skip
+      )
 
   def with_stored_gate(self, model: LanguageModel) -> tuple[Options, Any]:
     """These options with the gate that is kept with a model, and its arrays.
@@ -192,9 +193,7 @@ class Options:
     """
     gate = gate_lib.stored(model)
     if gate is None:
-      raise InputError(
-        "gate='stored': this model has no gate; rrt fit-gate fits one."
-      )
+      raise InputError("gate='stored': this model has no gate; rrt fit-gate fits one.")
     kv = gate.kv if self.kv == 'own' else self.kv
     threshold, mean_loops = self.threshold, self.mean_loops
     if threshold is None:
@@ -233,16 +232,26 @@ class Options:
     return Plan(
       config=config,
       layout=pages.make_layout(config, self.slots, context, self.page),
-      page=self.page, slots=self.slots, context=context, lanes=lanes,
-      draws=draws, pool=min(pool, draws), flights=flights, steps=self.steps,
+      page=self.page,
+      slots=self.slots,
+      context=context,
+      lanes=lanes,
+      draws=draws,
+      pool=min(pool, draws),
+      flights=flights,
+      steps=self.steps,
       least_rows=_LEAST_BFLOAT16 if slow_row else 1,
-      kv=self.kv, gate=self.gate, lossless=self.lossless,
+      kv=self.kv,
+      gate=self.gate,
+      lossless=self.lossless,
       draft_loop=self.draft_loop,
       draft_vocab=min(self.draft_vocab, config.vocab_size),
-      lookup=self.lookup if self.lossless else 0, dtype=self.dtype,
-      kv_dtype=self.kv_dtype or self.dtype, penalties=self.penalties,
+      lookup=self.lookup if self.lossless else 0,
+      dtype=self.dtype,
+      kv_dtype=self.kv_dtype or self.dtype,
+      penalties=self.penalties,
       logprobs=self.logprobs,
-    )  # fmt: skip
+    )
 
   def _draws_and_pool(self, config, lanes: int) -> tuple[int, int]:
     """Rows of a draw, and how many it waits for."""

@@ -29,12 +29,7 @@ from rrt.infer import generate as generate_lib
 from rrt.infer.detokenize import Completion, Text
 from rrt.infer.engine import speculate
 from rrt.infer.engine.config import Options, check_fit
-from rrt.infer.engine.request import (
-  Request,
-  empty_table,
-  told,
-  with_request,
-)
+from rrt.infer.engine.request import Request, empty_table, told, with_request
 from rrt.infer.engine.state import admit, drop, init_state
 from rrt.infer.engine.step import call
 from rrt.infer.generate import Settings
@@ -61,9 +56,8 @@ class Engine:
   """
 
   def __init__(
-    self, model: LanguageModel, options: Options | None = None,
-    arrays: Any = None, **changes,
-  ):  # fmt: skip
+    self, model: LanguageModel, options: Options | None = None, arrays: Any = None, **changes
+  ):
     """Allocates the cache.
 
     Args:
@@ -102,9 +96,7 @@ class Engine:
     self._counters = jax.device_get(self._state.counters)
     self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
-    self._threshold = (
-      gate_lib.NEVER if options.threshold is None else options.threshold
-    )
+    self._threshold = gate_lib.NEVER if options.threshold is None else options.threshold
     self._table = empty_table(options.slots)
     self._cancelled = np.zeros(options.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
@@ -164,18 +156,15 @@ class Engine:
     self._admit()
     if any(self.running):
       self._state, drawn, counters = _call(
-        self.plan, self._params, self._gate, self._table, self._end_E,
-        self._state,
-      )  # fmt: skip
+        self.plan, self._params, self._gate, self._table, self._end_E, self._state
+      )
       self._pending.append((list(self.running), drawn, counters))
     if not self._pending or (len(self._pending) == 1 and any(self.running)):
       return []
     return self._read()
 
   def run(
-    self,
-    requests: Iterable[Request],
-    progress: Callable[[int, int], None] | None = None,
+    self, requests: Iterable[Request], progress: Callable[[int, int], None] | None = None
   ) -> list[Request]:
     """Runs requests to their ends.
 
@@ -224,29 +213,28 @@ class Engine:
     ends = () if settings.ignore_end else tuple(self.ends)
     requests = [
       Request(
-        p, min(settings.max_new_tokens, self.context - len(p)),
-        settings.temperature, settings.top_k, settings.top_p, settings.min_p,
-        seed, settings.ignore_end,
+        p,
+        min(settings.max_new_tokens, self.context - len(p)),
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        settings.min_p,
+        seed,
+        settings.ignore_end,
         text=Text(self._tokenizer, p, ends, settings.stop, i, show),
       )
       for i, (p, seed) in enumerate(zip(ids, seeds, strict=True))
-    ]  # fmt: skip
+    ]
     self.run(requests)
     return [
-      r.text.finish(
-        len(r.prompt),
-        'length' if r.room == settings.max_new_tokens else 'context',
-      )
+      r.text.finish(len(r.prompt), 'length' if r.room == settings.max_new_tokens else 'context')
       for r in requests
       if r.text is not None
     ]
 
   def figures(self) -> dict[str, Any]:
     """The device's counters as numbers; see `flights.Counters`."""
-    return {
-      name: np.asarray(value).tolist()
-      for name, value in self._totals._asdict().items()
-    }
+    return {name: np.asarray(value).tolist() for name, value in self._totals._asdict().items()}
 
   def _read(self) -> list[Request]:
     """Hands out what the oldest unread call drew."""
@@ -256,8 +244,10 @@ class Engine:
     # The device counts modulo 2^32.
     self._totals = jax.tree.map(
       lambda total, new, old: total + (new.astype(np.int64) - old) % 2**32,
-      self._totals, self._counters, before,
-    )  # fmt: skip
+      self._totals,
+      self._counters,
+      before,
+    )
     changed = []
     for slot, request in enumerate(running):
       if request is None or request.finish:
@@ -289,9 +279,7 @@ class Engine:
     for slot, running in enumerate(self.running):
       if running is None and self.waiting:
         request = self.waiting.popleft()
-        self._table = with_request(
-          self._table, slot, request, self._threshold, self.plan.lossless
-        )
+        self._table = with_request(self._table, slot, request, self._threshold, self.plan.lossless)
         self.running[slot] = request
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
@@ -301,10 +289,14 @@ class Engine:
           prompt_L = np.full(size, vocab, np.int32)
           prompt_L[: len(request.prompt)] = request.prompt
         self._state = _admit(
-          self.plan, self._state, jnp.int32(slot),
-          jnp.int32(request.prompt[-1]), jnp.int32(len(request.prompt) - 1),
-          cache, prompt_L,
-        )  # fmt: skip
+          self.plan,
+          self._state,
+          jnp.int32(slot),
+          jnp.int32(request.prompt[-1]),
+          jnp.int32(len(request.prompt) - 1),
+          cache,
+          prompt_L,
+        )
 
   def _prefill(self, tokens: Sequence[int]):
     """The cache of one row after its prompt; None for none."""
@@ -322,9 +314,14 @@ class Engine:
       tokens_1xL = np.zeros((1, width), np.int32)
       tokens_1xL[0, : len(part)] = part
       last_1xD, cache = decode.extend(
-        self._params, cache, last_1xD, jnp.asarray(tokens_1xL),
-        jnp.int32(start) if start else None, length_1, static=static,
-      )  # fmt: skip
+        self._params,
+        cache,
+        last_1xD,
+        jnp.asarray(tokens_1xL),
+        jnp.int32(start) if start else None,
+        length_1,
+        static=static,
+      )
     return cache
 
 

@@ -57,9 +57,7 @@ class Request:
   logprobs: int | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   loops: list[int] = dataclasses.field(default_factory=list)
-  told: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(
-    default_factory=list
-  )
+  told: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
   text: Text | None = None
   finish: str = ''
 
@@ -70,9 +68,12 @@ class Request:
     if not isinstance(self.seed, Integral):
       raise InputError(f'seed={self.seed!r}: must be whole.')
     Settings(
-      temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-      min_p=self.min_p, seed=self.seed,
-    ).check()  # fmt: skip
+      temperature=self.temperature,
+      top_k=self.top_k,
+      top_p=self.top_p,
+      min_p=self.min_p,
+      seed=self.seed,
+    ).check()
     for field in 'presence', 'frequency', 'repetition':
       value = getattr(self, field)
       if not isinstance(value, Real) or not abs(value) < _LARGE:
@@ -85,41 +86,30 @@ class Request:
     if penal != (0, 0, 1) and not plan.penalties:
       raise InputError('Penalties need an engine with penalties=True.')
     if self.repetition <= 0:
-      raise InputError(
-        f'repetition={self.repetition}: must be above 0; 1 is none.'
-      )
+      raise InputError(f'repetition={self.repetition}: must be above 0; 1 is none.')
     if self.threshold is not None and plan.gate == 'none':
       raise InputError('threshold: needs an engine with a gate.')
     if self.lossless and not plan.lossless:
       raise InputError('lossless: needs an engine with lossless=True.')
     if self.logprobs is not None and not (
-      isinstance(self.logprobs, Integral)
-      and 0 <= self.logprobs <= plan.logprobs
+      isinstance(self.logprobs, Integral) and 0 <= self.logprobs <= plan.logprobs
     ):
       raise InputError(
-        f'logprobs={self.logprobs}: this engine tells up to '
-        f'{plan.logprobs} (-1: none).'
+        f'logprobs={self.logprobs}: this engine tells up to {plan.logprobs} (-1: none).'
       )
 
 
 def empty_table(slots: int) -> Requests:
   """The table of an engine without requests."""
   f = functools.partial(np.zeros, slots)
-  sampling = Sampling(
-    f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32)
-  )
-  penalties = Penalties(
-    f(np.float32), f(np.float32), np.ones(slots, np.float32)
-  )
-  return Requests(
-    f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool)
-  )
+  sampling = Sampling(f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32))
+  penalties = Penalties(f(np.float32), f(np.float32), np.ones(slots, np.float32))
+  return Requests(f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool))
 
 
 def with_request(
-  table: Requests, slot: int, request: Request, threshold: float,
-  lossless: bool,
-) -> Requests:  # fmt: skip
+  table: Requests, slot: int, request: Request, threshold: float, lossless: bool
+) -> Requests:
   """A new table, as the old one may still be on its way to the device.
 
   Args:
@@ -140,29 +130,32 @@ def with_request(
 
   r, s = request, table.sampling
   sampling = Sampling(
-    put(s.temperature_B, r.temperature), put(s.top_k_B, r.top_k),
-    put(s.top_p_B, r.top_p), put(s.min_p_B, r.min_p), put(s.seed_B, r.seed),
-  )  # fmt: skip
+    put(s.temperature_B, r.temperature),
+    put(s.top_k_B, r.top_k),
+    put(s.top_p_B, r.top_p),
+    put(s.min_p_B, r.min_p),
+    put(s.seed_B, r.seed),
+  )
   p = table.penalties
   penalties = Penalties(
-    put(p.presence_B, r.presence), put(p.frequency_B, r.frequency),
+    put(p.presence_B, r.presence),
+    put(p.frequency_B, r.frequency),
     put(p.repetition_B, r.repetition),
-  )  # fmt: skip
+  )
   return Requests(
-    put(table.room_S, r.room), put(table.ends_S, not r.ignore_end),
-    put(table.threshold_S, threshold), sampling, penalties,
+    put(table.room_S, r.room),
+    put(table.ends_S, not r.ignore_end),
+    put(table.threshold_S, threshold),
+    sampling,
+    penalties,
     put(table.logprobs_S, r.logprobs is not None),
     put(table.lossless_S, lossless),
-  )  # fmt: skip
+  )
 
 
 def told(drawn: Drawn, new_I, slot: int, count: int):
   """Log-probabilities of one slot's new tokens."""
-  own, top, top_own = (
-    drawn.logprob_S,
-    drawn.top_token_SxA,
-    drawn.top_logprob_SxA,
-  )
+  own, top, top_own = (drawn.logprob_S, drawn.top_token_SxA, drawn.top_logprob_SxA)
   if own is None or top is None or top_own is None:
     return []
   return [
@@ -170,11 +163,7 @@ def told(drawn: Drawn, new_I, slot: int, count: int):
       float(own[i, slot]),
       [
         (int(t), float(p))
-        for t, p in zip(
-          top[i, slot, :count],
-          top_own[i, slot, :count],
-          strict=True,
-        )
+        for t, p in zip(top[i, slot, :count], top_own[i, slot, :count], strict=True)
       ],
     )
     for i in np.flatnonzero(new_I)

@@ -13,25 +13,8 @@ import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
 from rrt.infer.engine import speculate
-from rrt.infer.engine.batch import (
-  Rows,
-  context_of,
-  once,
-  paged,
-  pick,
-  stores_of,
-)
-from rrt.infer.engine.state import (
-  DUE,
-  EMPTY,
-  ENTER,
-  LAST,
-  RUN,
-  Drawn,
-  Plan,
-  State,
-  nothing_drawn,  # fmt: skip
-)
+from rrt.infer.engine.batch import Rows, context_of, once, paged, pick, stores_of
+from rrt.infer.engine.state import DUE, EMPTY, ENTER, LAST, RUN, Drawn, Plan, State, nothing_drawn
 from rrt.infer.sampling import penalize, sample
 from rrt.models import passes, transformer
 
@@ -63,9 +46,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     def read(carry):
       state, _ = carry
       state, hidden_BxD = _coda(plan, params, gate, state, rows, final_B)
-      return state, _head(
-        plan, params, requests, state, rows, final_B, hidden_BxD
-      )
+      return state, _head(plan, params, requests, state, rows, final_B, hidden_BxD)
 
     carry = state, (known_B, _untold(plan, rows))
     if plan.lookup:
@@ -74,9 +55,7 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
       carry = read(carry)
     state, (token_B, told) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
-    state, token_S, loops_S = _commit(
-      plan, requests, end_E, state, rows, final_B, token_B
-    )
+    state, token_S, loops_S = _commit(plan, requests, end_E, state, rows, final_B, token_B)
     by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
@@ -105,17 +84,13 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
     again = lambda t_B: jnp.tile(t_B, R - 1)
     fills = Rows(again(rows.slot_B), again(rows.k_B), again(final_B))
     loop_B = jnp.repeat(jnp.arange(1, R, dtype=jnp.int32), len(final_B))
-    fills = fills._replace(
-      live_B=fills.live_B & (fills.of(f.loop_SxK) <= loop_B)
-    )
+    fills = fills._replace(live_B=fills.live_B & (fills.of(f.loop_SxK) <= loop_B))
 
     def fill(carry):
       # Of what is carried, nothing is computed before it is wanted.
       block_kvs, x_Bx1xD = carry
       kvs = paged(block_kvs, plan.layout.block, fills, loop_B[:, None])
-      kvs = passes.fill_pass(
-        c, params, x_Bx1xD, loop_B, context_of(plan, again(position_B)), kvs
-      )
+      kvs = passes.fill_pass(c, params, x_Bx1xD, loop_B, context_of(plan, again(position_B)), kvs)
       return stores_of(kvs), x_Bx1xD
 
     any_fills = jnp.any(fills.live_B)
@@ -131,16 +106,12 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
   return state, hidden_Bx1xD[:, 0]
 
 
-def _head(
-  plan: Plan, params, requests, state: State, rows: Rows, final_B, hidden_BxD
-):
+def _head(plan: Plan, params, requests, state: State, rows: Rows, final_B, hidden_BxD):
   """Head and draw; (token_B, what `_logprobs` tells).
 
   Where no row is final, all rows guess among the draft vocabulary.
   """
-  read = lambda params: transformer.logits_by_column(
-    plan.config, params, hidden_BxD, plan.dtype
-  )
+  read = lambda params: transformer.logits_by_column(plan.config, params, hidden_BxD, plan.dtype)
 
   def full():
     logits_VxB = read(params)
@@ -183,9 +154,8 @@ def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
     return sample(logits_BxV, sampling, count_B)
 
   return jax.lax.cond(
-    jnp.any(rows.live_B & wants_B), by_rules,
-    lambda: transformer.likeliest(logits_VxB),
-  )  # fmt: skip
+    jnp.any(rows.live_B & wants_B), by_rules, lambda: transformer.likeliest(logits_VxB)
+  )
 
 
 def _drawn_before(state: State, rows: Rows):
@@ -194,14 +164,10 @@ def _drawn_before(state: State, rows: Rows):
   assert state.seen is not None
   drawn_BxV = state.seen.drawn_SxV[slot_B]
   position_BxK = f.position_SxK[slot_B]
-  guessed_BxK = (f.stage_SxK[slot_B] != EMPTY) & (
-    position_BxK > state.base_S[slot_B][:, None]
-  )
+  guessed_BxK = (f.stage_SxK[slot_B] != EMPTY) & (position_BxK > state.base_S[slot_B][:, None])
   guessed_BxK &= position_BxK <= rows.of(f.position_SxK)[:, None]
   rows_Bx1 = jnp.arange(slot_B.shape[0])[:, None]
-  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(
-    guessed_BxK.astype(jnp.int32)
-  )
+  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(guessed_BxK.astype(jnp.int32))
 
 
 def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
@@ -222,9 +188,7 @@ def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
   asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
-  return jax.lax.cond(
-    jnp.any(rows.live_B & asked_B), told, lambda: _untold(plan, rows)
-  )
+  return jax.lax.cond(jnp.any(rows.live_B & asked_B), told, lambda: _untold(plan, rows))
 
 
 def _untold(plan: Plan, rows: Rows):
@@ -235,16 +199,12 @@ def _untold(plan: Plan, rows: Rows):
   return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
-def _commit(
-  plan: Plan, requests, end_E, state: State, rows: Rows, final_B, token_B
-):
+def _commit(plan: Plan, requests, end_E, state: State, rows: Rows, final_B, token_B):
   """Takes drawn tokens over: ends, confirms, drops and starts flights."""
   S, K = plan.slots, plan.flights
   f, base_S = state.flights, state.base_S
   slots_S = jnp.arange(S)
-  final_S = Rows(rows.slot_B, rows.k_B, final_B).put(
-    jnp.zeros((S, K), bool), True
-  )
+  final_S = Rows(rows.slot_B, rows.k_B, final_B).put(jnp.zeros((S, K), bool), True)
   drawn_SxK = rows.put(jnp.full((S, K), -1, jnp.int32), token_B)
   k_S, next_S = base_S % K, (base_S + 1) % K
   got_S = jnp.any(final_S, 1)
@@ -255,9 +215,7 @@ def _commit(
   ended_S = got_S & (ended_S | (count_S >= requests.room_S))
 
   younger_SxK = f.position_SxK > base_S[:, None]
-  guessed_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[
-    slots_S, next_S
-  ]
+  guessed_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[slots_S, next_S]
   right_S = got_S & guessed_S & (f.token_SxK[slots_S, next_S] == token_S)
   # The flight that was drawn from ends, or goes on to fill its missing loops.
   fills_S = jnp.zeros(S, bool)
@@ -266,18 +224,15 @@ def _commit(
   of_base_SxK = jnp.arange(K)[None, :] == k_S[:, None]
   stage_SxK = f.stage_SxK
   stage_SxK = jnp.where(
-    got_S[:, None] & of_base_SxK,
-    jnp.where(fills_S[:, None], RUN, EMPTY), stage_SxK,
-  )  # fmt: skip
+    got_S[:, None] & of_base_SxK, jnp.where(fills_S[:, None], RUN, EMPTY), stage_SxK
+  )
   wrong_S = got_S & ~right_S
   stage_SxK = jnp.where(wrong_S[:, None] & younger_SxK, EMPTY, stage_SxK)
   stage_SxK = jnp.where(ended_S[:, None], EMPTY, stage_SxK)
   f = f._replace(
     stage_SxK=stage_SxK,
     asks_SxK=f.asks_SxK & ~(got_S[:, None] & of_base_SxK),
-    fills_SxK=jnp.where(
-      got_S[:, None] & of_base_SxK, fills_S[:, None], f.fills_SxK
-    ),
+    fills_SxK=jnp.where(got_S[:, None] & of_base_SxK, fills_S[:, None], f.fills_SxK),
   )
   new = Rows(slots_S, next_S, wrong_S & ~ended_S)
   f = speculate.start(f, new, token_S, base_S + 1)
@@ -292,18 +247,20 @@ def _commit(
   seen = state.seen
   if seen is not None:
     add_S = got_S.astype(jnp.int32)
-    seen = seen._replace(
-      drawn_SxV=seen.drawn_SxV.at[slots_S, token_S].add(add_S)
-    )
+    seen = seen._replace(drawn_SxV=seen.drawn_SxV.at[slots_S, token_S].add(add_S))
   state = state._replace(
     seen=seen,
-    live_S=state.live_S & ~ended_S, base_S=base_S + got_S, count_S=count_S,
+    live_S=state.live_S & ~ended_S,
+    base_S=base_S + got_S,
+    count_S=count_S,
     flights=f,
     counters=n._replace(
-      draws=add(n.draws, rows.live_B), draw_steps=n.draw_steps + 1,
-      guesses=add(n.guesses, got_S & guessed_S), right=add(n.right, right_S),
+      draws=add(n.draws, rows.live_B),
+      draw_steps=n.draw_steps + 1,
+      guesses=add(n.guesses, got_S & guessed_S),
+      right=add(n.right, right_S),
       revised=add(n.revised, revised_S),
       depths_R=n.depths_R + jnp.sum(depth_SxR, 0, dtype=jnp.int32),
     ),
-  )  # fmt: skip
+  )
   return state, token_S, loops_S

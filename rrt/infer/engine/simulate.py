@@ -54,13 +54,11 @@ class Policy:
     """
     if plan.flights > 1:
       raise InputError(
-        'Only schedules of one token a slot are simulated, not the lossless '
-        'mode nor exact_fill.'
+        'Only schedules of one token a slot are simulated, not the lossless mode nor exact_fill.'
       )
     return cls(
-      plan.slots, plan.config.loops, plan.draws, plan.pool, plan.steps,
-      plan.page, plan.fills,
-    )  # fmt: skip
+      plan.slots, plan.config.loops, plan.draws, plan.pool, plan.steps, plan.page, plan.fills
+    )
 
 
 @dataclasses.dataclass
@@ -116,9 +114,7 @@ _EMPTY, _ENTER, _RUN, _DUE = range(4)
 
 
 def schedule(
-  policy: Policy,
-  work: Sequence[tuple[int, int]],
-  depth_SxT: np.ndarray | None = None,
+  policy: Policy, work: Sequence[tuple[int, int]], depth_SxT: np.ndarray | None = None
 ) -> Passes:
   """Counts the passes of an offline drain: all requests wait at the start.
 

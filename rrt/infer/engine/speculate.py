@@ -17,14 +17,7 @@ S slots, K flights a slot, B rows of a pass, C context.
 import jax.numpy as jnp
 
 from rrt.infer.engine.batch import Rows
-from rrt.infer.engine.state import (
-  EMPTY,
-  ENTER,
-  LAST,
-  Flights,
-  Plan,
-  State,
-)
+from rrt.infer.engine.state import EMPTY, ENTER, LAST, Flights, Plan, State
 from rrt.models import transformer
 
 UNKNOWN = -1
@@ -110,19 +103,12 @@ def take(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
   could_B = f.token_SxK[behind_B] < plan.draft_vocab
   revises_B &= could_B | jnp.any(final_B)
   # The oldest revision of a slot counts; the flights behind it go.
-  cut_S = (
-    jnp.full(plan.slots, LAST)
-    .at[rows.slot_B]
-    .min(jnp.where(revises_B, position_B, LAST))
-  )
+  cut_S = jnp.full(plan.slots, LAST).at[rows.slot_B].min(jnp.where(revises_B, position_B, LAST))
   gone_SxK = f.position_SxK > cut_S[:, None]
   f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
   starts_B = asked_B & (position_B <= cut_S[rows.slot_B])
   starts_B &= f.stage_SxK[behind_B] == EMPTY
-  return (
-    start(f, Rows(*behind_B, starts_B), token_B, position_B + 1),
-    cut_S < LAST,
-  )
+  return (start(f, Rows(*behind_B, starts_B), token_B, position_B + 1), cut_S < LAST)
 
 
 def start(f: Flights, rows: Rows, token_B, position_B) -> Flights:

@@ -241,20 +241,18 @@ def init_state(plan: Plan) -> State:
   if plan.lookup:
     text_SxC = jnp.zeros((S, plan.context), jnp.int32)
   return State(
-    jnp.zeros(S, bool), jnp.zeros(S, jnp.int32), jnp.zeros(S, jnp.int32),
+    jnp.zeros(S, bool),
+    jnp.zeros(S, jnp.int32),
+    jnp.zeros(S, jnp.int32),
     Flights(table, table, table, table, table, off, off, x),
     pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
-    Counters(
-      zero, zero, zero, zero, zero, zero, zero, zero, zero,
-      jnp.zeros(R, jnp.int32),
-    ),
-    seen, text_SxC,
-  )  # fmt: skip
+    Counters(zero, zero, zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)),
+    seen,
+    text_SxC,
+  )
 
 
-def admit(
-  plan: Plan, state: State, slot, token, position, cache, prompt_L
-) -> State:
+def admit(plan: Plan, state: State, slot, token, position, cache, prompt_L) -> State:
   """Puts a sequence into a slot.
 
   Args:
@@ -281,9 +279,7 @@ def admit(
   )
   stores = state.stores
   if cache is not None:
-    put = lambda store, region, loop, kv: pages.insert(
-      store, region, loop, slot, kv, position
-    )
+    put = lambda store, region, loop, kv: pages.insert(store, region, loop, slot, kv, position)
     block = list(stores.block)
     for r, kvs in enumerate(cache.block):
       for n, kv in enumerate(kvs):
@@ -300,9 +296,8 @@ def admit(
   if seen is not None:
     seen = Seen(
       seen.drawn_SxV.at[slot].set(0),
-      seen.prompt_SxV.at[slot].set(False)
-      .at[slot, prompt_L].set(True, mode='drop'),
-    )  # fmt: skip
+      seen.prompt_SxV.at[slot].set(False).at[slot, prompt_L].set(True, mode='drop'),
+    )
   text_SxC = state.text_SxC
   if text_SxC is not None:
     text_SxC = text_SxC.at[slot, : prompt_L.shape[0]].set(prompt_L)
@@ -310,14 +305,15 @@ def admit(
     live_S=state.live_S.at[slot].set(True),
     base_S=state.base_S.at[slot].set(position),
     count_S=state.count_S.at[slot].set(0),
-    flights=f, stores=stores, seen=seen, text_SxC=text_SxC,
-  )  # fmt: skip
+    flights=f,
+    stores=stores,
+    seen=seen,
+    text_SxC=text_SxC,
+  )
 
 
 def drop(state: State, gone_S) -> State:
   """Ends the sequences of some slots."""
   f = state.flights
   stage_SxK = jnp.where(gone_S[:, None], EMPTY, f.stage_SxK)
-  return state._replace(
-    live_S=state.live_S & ~gone_S, flights=f._replace(stage_SxK=stage_SxK)
-  )
+  return state._replace(live_S=state.live_S & ~gone_S, flights=f._replace(stage_SxK=stage_SxK))

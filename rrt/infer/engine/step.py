@@ -19,13 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
-from rrt.infer.engine.batch import (
-  context_of,
-  once,
-  paged,
-  pick,
-  stores_of,
-)
+from rrt.infer.engine.batch import context_of, once, paged, pick, stores_of
 from rrt.infer.engine.sampler import draw
 from rrt.infer.engine.state import (
   DUE,
@@ -36,7 +30,7 @@ from rrt.infer.engine.state import (
   Plan,
   Requests,
   State,
-  nothing_drawn,  # fmt: skip
+  nothing_drawn,
 )
 from rrt.models import passes
 
@@ -64,9 +58,7 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)
 
-  none = jax.tree.map(
-    lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), nothing_drawn(plan)
-  )
+  none = jax.tree.map(lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), nothing_drawn(plan))
   # A sequence that was just admitted has not been through the prelude.
   carry = (jnp.int32(0), enter(plan, params, state), none)
   _, state, drawn = jax.lax.while_loop(
@@ -93,9 +85,8 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
     loop_BxW = jnp.minimum(loop_BxW + ahead_1xR, R - 1)
   kvs = paged(state.stores.block, plan.layout.block, rows, loop_BxW)
   x_Bx1xD, kvs = passes.block_pass(
-    c, params, before_BxD[:, None], loop_B, context_of(plan, position_B), kvs,
-    scan=False,
-  )  # fmt: skip
+    c, params, before_BxD[:, None], loop_B, context_of(plan, position_B), kvs, scan=False
+  )
   after_BxD = x_Bx1xD[:, 0]
 
   loop_B = loop_B + 1
@@ -104,9 +95,15 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   leaves_B = loop_B == R
   if plan.gate != 'none':
     sure_B = score_lib.score(
-      plan.gate, gate, before_BxD, after_BxD, loop_B, position_B, rows.slot_B,
+      plan.gate,
+      gate,
+      before_BxD,
+      after_BxD,
+      loop_B,
+      position_B,
+      rows.slot_B,
       state.count_S[rows.slot_B],
-    )  # fmt: skip
+    )
     sure_B = sure_B >= requests.threshold_S[rows.slot_B]
     leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, DUE), RUN)
@@ -125,8 +122,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
     flights=f,
     stores=state.stores._replace(block=stores_of(kvs)),
     counters=counters._replace(
-      steps=counters.steps + 1,
-      lanes=counters.lanes + jnp.sum(rows.live_B, dtype=jnp.int32),
+      steps=counters.steps + 1, lanes=counters.lanes + jnp.sum(rows.live_B, dtype=jnp.int32)
     ),
   )
 
@@ -147,21 +143,18 @@ def enter(plan: Plan, params, state: State) -> State:
     stores = state.stores
     kvs = paged(stores.prelude, plan.layout.prelude, rows, zero_Bx1)
     x_Bx1xD, kvs = passes.enter(
-      plan.config, params, token_B[:, None], context_of(plan, position_B), kvs,
-      plan.dtype,
-    )  # fmt: skip
+      plan.config, params, token_B[:, None], context_of(plan, position_B), kvs, plan.dtype
+    )
     stage_B = jnp.full_like(token_B, RUN)
     f = f._replace(
-      stage_SxK=rows.put(f.stage_SxK, stage_B),
-      x_SxKxD=rows.put(f.x_SxKxD, x_Bx1xD[:, 0]),
+      stage_SxK=rows.put(f.stage_SxK, stage_B), x_SxKxD=rows.put(f.x_SxKxD, x_Bx1xD[:, 0])
     )
     waits_SxK = f.stage_SxK == ENTER
     f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, f.wait_SxK))
     n = state.counters
     stalls = n.stalls + jnp.sum(waits_SxK, dtype=jnp.int32)
     return state._replace(
-      flights=f, stores=stores._replace(prelude=stores_of(kvs)),
-      counters=n._replace(stalls=stalls),
-    )  # fmt: skip
+      flights=f, stores=stores._replace(prelude=stores_of(kvs)), counters=n._replace(stalls=stalls)
+    )
 
   return once(jnp.any(wanted_SxK), body, state)

@@ -34,9 +34,7 @@ from tests.models.configs import CONFIGS, gemma3, llama, perturbed
 
 RNG = np.random.default_rng(0)
 # Lengths around the pages of 8 tokens and the windows of 2 and 3.
-PROMPTS = [
-  [int(t) for t in RNG.integers(0, 53, n)] for n in (1, 8, 5, 17, 9, 2, 30)
-]
+PROMPTS = [[int(t) for t in RNG.integers(0, 53, n)] for n in (1, 8, 5, 17, 9, 2, 30)]
 ROOMS = [7, 12, 9, 3, 1, 16, 8]
 MODELS = {'llama': llama(), 'gemma3': gemma3()}
 each_model = pytest.mark.parametrize('name', MODELS)
@@ -45,9 +43,7 @@ each_model = pytest.mark.parametrize('name', MODELS)
 @functools.cache
 def model(name):
   config = MODELS[name] if name in MODELS else CONFIGS[name]
-  return types.SimpleNamespace(
-    config=config, params=perturbed(config), tokenizer=None, meta={}
-  )
+  return types.SimpleNamespace(config=config, params=perturbed(config), tokenizer=None, meta={})
 
 
 @functools.cache
@@ -65,17 +61,14 @@ def learned_gate(name):
 def expected(name, **rest):
   m = model(name)
   return [
-    oracle.decode(m.config, m.params, p, n, **rest)
-    for p, n in zip(PROMPTS, ROOMS, strict=True)
+    oracle.decode(m.config, m.params, p, n, **rest) for p, n in zip(PROMPTS, ROOMS, strict=True)
   ]
 
 
 def written(engine, order=None, **settings):
   """What the engine makes of all prompts, submitted in some order."""
   order = range(len(PROMPTS)) if order is None else order
-  requests = {
-    i: Request(PROMPTS[i], ROOMS[i], ignore_end=True, **settings) for i in order
-  }
+  requests = {i: Request(PROMPTS[i], ROOMS[i], ignore_end=True, **settings) for i in order}
   engine.run(requests.values())
   assert all(r.finish == 'length' for r in requests.values())
   return [(requests[i].tokens, requests[i].loops) for i in range(len(PROMPTS))]
@@ -92,11 +85,7 @@ def test_full_depth_equals_the_plain_decoder(name):
 
 @each_model
 @pytest.mark.parametrize(
-  'options',
-  [
-    dict(slots=1, steps=1),
-    dict(slots=4, steps=5, draws=2, pool=1),
-  ],
+  'options', [dict(slots=1, steps=1), dict(slots=4, steps=5, draws=2, pool=1)]
 )
 def test_no_shape_of_the_engine_changes_a_token(name, options):
   engine = Engine(model(name), page=8, **options)
@@ -110,8 +99,7 @@ def test_many_slots_go_out_of_step(name):
 
 
 @pytest.mark.parametrize(
-  'backend, alone, turned',
-  [('cpu', False, True), ('cpu', True, False), ('gpu', False, False)],
+  'backend, alone, turned', [('cpu', False, True), ('cpu', True, False), ('gpu', False, False)]
 )
 def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, turned):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
@@ -129,16 +117,14 @@ def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, turned):
 
 def test_a_step_without_a_draw_computes_no_head():
   """XLA moves out of a loop what does not depend on its rounds."""
-  config = llama(
-    vocab_size=61, prelude_layers=0, coda_layers=0, tie_embeddings=True
-  )
-  m = types.SimpleNamespace(
-    config=config, params=perturbed(config), tokenizer=None, meta={}
-  )
+  config = llama(vocab_size=61, prelude_layers=0, coda_layers=0, tie_embeddings=True)
+  m = types.SimpleNamespace(config=config, params=perturbed(config), tokenizer=None, meta={})
   e = Engine(m, slots=3, page=8, steps=2)
-  text = engines._call.lower(
-    e.plan, e._params, e._gate, e._table, e._end_E, e._state
-  ).compile().as_text()  # fmt: skip
+  text = (
+    engines._call.lower(e.plan, e._params, e._gate, e._table, e._end_E, e._state)
+    .compile()
+    .as_text()
+  )
   products, computation = collections.defaultdict(set), ''
   for line in text.splitlines():
     if line.endswith('{'):
@@ -152,9 +138,7 @@ def test_a_step_without_a_draw_computes_no_head():
 
 
 def test_draws_are_sized_by_the_expected_depth(monkeypatch):
-  config = dataclasses.replace(
-    model('llama').config, prelude_layers=0, coda_layers=0
-  )
+  config = dataclasses.replace(model('llama').config, prelude_layers=0, coda_layers=0)
   sized = lambda slots=32, **more: Options(slots=slots, **more).plan(config)
   shape = lambda plan: (plan.draws, plan.pool)
   # A draw of all costs little more than one of few, and waits for a third.
@@ -188,9 +172,7 @@ def test_draws_are_sized_by_the_expected_depth(monkeypatch):
 def test_tokens_sorted_by_loop_get_the_same_lora(name):
   gate = learned_gate(name)
   rest = dict(kv='write_ahead', gate='learned', threshold=0.5)
-  engine = Engine(
-    model(name), slots=3, page=8, steps=4, lora='grouped', arrays=gate, **rest
-  )
+  engine = Engine(model(name), slots=3, page=8, steps=4, lora='grouped', arrays=gate, **rest)
   assert 'lora_a' in str(jax.tree.structure(engine._params))
   assert written(engine) == expected(name, arrays=gate, **rest)
 
@@ -198,11 +180,11 @@ def test_tokens_sorted_by_loop_get_the_same_lora(name):
 def test_weights_are_rounded_and_the_arithmetic_is_not():
   m = model('llama')
   rounded = types.SimpleNamespace(
-    config=m.config, tokenizer=None, meta={},
-    params=jax.tree.map(
-      np.asarray, cast(cast(m.params, 'bfloat16'), 'float32')
-    ),
-  )  # fmt: skip
+    config=m.config,
+    tokenizer=None,
+    meta={},
+    params=jax.tree.map(np.asarray, cast(cast(m.params, 'bfloat16'), 'float32')),
+  )
   want = written(Engine(rounded, slots=3, page=8))
   assert want != expected('llama')
   assert written(Engine(m, slots=3, page=8, weight_dtype='bfloat16')) == want
@@ -215,9 +197,7 @@ def test_bfloat16_does_not_depend_on_the_batch_either(name):
   order = np.random.default_rng(5).permutation(len(PROMPTS))
   assert written(engine, order) == want
   for slots in (1, 3):
-    exact = Engine(
-      model(name), slots=slots, page=8, steps=4, dtype='bfloat16', lossless=True
-    )
+    exact = Engine(model(name), slots=slots, page=8, steps=4, dtype='bfloat16', lossless=True)
     assert written(exact) == want
 
 
@@ -228,21 +208,15 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
   want = expected(name, kv=kv, gate='learned', arrays=gate, threshold=0.5)
   depths = {n for _, loops in want for n in loops}
   assert depths == {1, 2, 3}
-  options = Options(
-    slots=3, page=8, steps=4, gate='learned', threshold=0.5, kv=kv, draws=2
-  )
+  options = Options(slots=3, page=8, steps=4, gate='learned', threshold=0.5, kv=kv, draws=2)
   engine = Engine(model(name), options, arrays=gate)
   assert written(engine) == want
   counted = engine.figures()['depths_R']
-  assert counted == [
-    sum(loops.count(n) for _, loops in want) for n in (1, 2, 3)
-  ]
+  assert counted == [sum(loops.count(n) for _, loops in want) for n in (1, 2, 3)]
 
 
 @each_model
-@pytest.mark.parametrize(
-  ('kv', 'tuned'), [('write_ahead', False), ('propagate', True)]
-)
+@pytest.mark.parametrize(('kv', 'tuned'), [('write_ahead', False), ('propagate', True)])
 def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
   config, gate = model(name).config, learned_gate(name)
   rng = np.random.default_rng(2)
@@ -261,23 +235,17 @@ def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
   rest = dict(kv=kv, gate='learned', threshold=0.5)
   want = expected(name, arrays=gate | lens, **rest)
   assert want != expected(name, arrays=gate, **rest)
-  engine = Engine(
-    model(name), slots=3, page=8, steps=4, arrays=gate | lens, **rest
-  )
+  engine = Engine(model(name), slots=3, page=8, steps=4, arrays=gate | lens, **rest)
   assert written(engine) == want
   # A lens changes guesses and never the text.
-  exact = Engine(
-    model(name), slots=3, page=8, steps=4, lossless=True, arrays=lens
-  )
+  exact = Engine(model(name), slots=3, page=8, steps=4, lossless=True, arrays=lens)
   assert written(exact) == expected(name)
 
 
 def test_policies_differ_where_tokens_leave_early():
   gate = learned_gate('llama')
   found = {
-    kv: str(
-      expected('llama', kv=kv, gate='learned', arrays=gate, threshold=0.5)
-    )
+    kv: str(expected('llama', kv=kv, gate='learned', arrays=gate, threshold=0.5))
     for kv in ('write_ahead', 'propagate', 'exact_fill')
   }
   assert len(set(found.values())) == 3
@@ -286,9 +254,7 @@ def test_policies_differ_where_tokens_leave_early():
 @each_model
 def test_a_hidden_state_that_changes_little_leaves(name):
   want = expected(name, kv='write_ahead', gate='change', threshold=0.8)
-  options = Options(
-    slots=4, page=8, steps=4, gate='change', kv='write_ahead', threshold=2
-  )
+  options = Options(slots=4, page=8, steps=4, gate='change', kv='write_ahead', threshold=2)
   engine = Engine(model(name), options)
   assert written(engine, threshold=0.8) == want
   assert written(engine) == expected(name)
@@ -312,9 +278,7 @@ def test_lossless_equals_full_depth(name, options):
   assert 0 < figures['right'] < figures['guesses']
   assert bool(figures['revised']) == (options.get('draft_loop', 1) == 1)
   # Right guesses save steps; even wrong ones cost none.
-  alone = Engine(
-    model(name), slots=options['slots'], page=8, steps=options['steps']
-  )
+  alone = Engine(model(name), slots=options['slots'], page=8, steps=options['steps'])
   written(alone)
   assert figures['steps'] < alone.figures()['steps']
 
@@ -326,9 +290,16 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
   early = expected(name, kv=kv, gate='learned', arrays=gate, threshold=0.5)
   exact = expected(name)
   engine = Engine(
-    model(name), arrays=gate, lossless=True, gate='learned', threshold=2, kv=kv,
-    slots=3, page=8, steps=4,
-  )  # fmt: skip
+    model(name),
+    arrays=gate,
+    lossless=True,
+    gate='learned',
+    threshold=2,
+    kv=kv,
+    slots=3,
+    page=8,
+    steps=4,
+  )
   kinds = [dict(threshold=0.5), {}, dict(threshold=0.5, lossless=True)]
   requests = [
     Request(p, n, ignore_end=True, **kinds[i % 3])
@@ -344,12 +315,8 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
   'options', [dict(lanes=12, draws=2), dict(lanes=9, draws=3), dict(lanes=4)]
 )
 def test_a_guess_stays_a_loop_behind_its_predecessor(options):
-  engine = Engine(
-    model('llama'), lossless=True, slots=4, page=8, steps=1, **options
-  )
-  waiting = [
-    Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True)
-  ]
+  engine = Engine(model('llama'), lossless=True, slots=4, page=8, steps=1, **options)
+  waiting = [Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True)]
   pairs = 0
   for turn in itertools.count():
     # Not all at once, so that guesses fly when new sequences need lanes.
@@ -363,11 +330,10 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
     f = state.flights
     for slot in range(4):
       under_way = [
-        (int(f.position_SxK[slot, k]), int(f.stage_SxK[slot, k]),
-         int(f.loop_SxK[slot, k]))
+        (int(f.position_SxK[slot, k]), int(f.stage_SxK[slot, k]), int(f.loop_SxK[slot, k]))
         for k in range(engine.plan.flights)
         if f.stage_SxK[slot, k] != EMPTY
-      ]  # fmt: skip
+      ]
       under_way.sort()
       for older, younger in itertools.pairwise(under_way):
         pairs += 1
@@ -381,14 +347,10 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
 
 def test_two_hundred_prompts_lossless_as_at_full_depth():
   rng = np.random.default_rng(7)
-  prompts = [
-    [int(t) for t in rng.integers(0, 53, n)] for n in rng.integers(1, 12, 200)
-  ]
+  prompts = [[int(t) for t in rng.integers(0, 53, n)] for n in rng.integers(1, 12, 200)]
   texts = {}
   for lossless in (False, True):
-    engine = Engine(
-      model('llama'), slots=6, page=8, steps=8, context=24, lossless=lossless
-    )
+    engine = Engine(model('llama'), slots=6, page=8, steps=8, context=24, lossless=lossless)
     done = engine.run(Request(p, 12, ignore_end=True) for p in prompts)
     texts[lossless] = [r.tokens for r in done]
   assert engine.figures()['right'] > 50
@@ -399,9 +361,9 @@ def test_two_hundred_prompts_lossless_as_at_full_depth():
 @pytest.mark.parametrize('lookup', [1, 2, 3])
 def test_what_followed_before_is_guessed(lookup):
   rng = np.random.default_rng(lookup)
-  plan = Options(
-    slots=8, context=24, page=8, lossless=True, lookup=lookup
-  ).plan(model('llama').config)
+  plan = Options(slots=8, context=24, page=8, lossless=True, lookup=lookup).plan(
+    model('llama').config
+  )
   K = plan.flights
   text_SxC = rng.integers(0, 4, (8, 24))
   position_SxK = rng.integers(0, 24, (8, K))
@@ -411,20 +373,19 @@ def test_what_followed_before_is_guessed(lookup):
   state = state._replace(
     text_SxC=jax.numpy.asarray(text_SxC),
     flights=state.flights._replace(position_SxK=jax.numpy.asarray(position_SxK)),
-  )  # fmt: skip
+  )
   table = empty_table(8)
   table.sampling.temperature_B[7] = 0.5
-  rows = Rows(
-    np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool)
-  )
+  rows = Rows(np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool))
   got = speculate.from_text(plan, table, state, rows)
   want = []
   for slot, k in zip(rows.slot_B, rows.k_B, strict=True):
     text, p = text_SxC[slot].tolist(), position_SxK[slot, k]
     ends = [
-      j for j in range(lookup - 1, p)
+      j
+      for j in range(lookup - 1, p)
       if text[j - lookup + 1 : j + 1] == text[p - lookup + 1 : p + 1]
-    ]  # fmt: skip
+    ]
     found = ends and slot != 7
     want.append(text[ends[-1] + 1] if found else speculate.UNKNOWN)
   assert got.tolist() == want
@@ -432,13 +393,9 @@ def test_what_followed_before_is_guessed(lookup):
 
 
 def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
-  engine = Engine(
-    model('llama'), slots=2, page=8, steps=4, context=64, lossless=True
-  )
+  engine = Engine(model('llama'), slots=2, page=8, steps=4, context=64, lossless=True)
   rooms = 24, 3, 9, 5, 2
-  requests = [
-    Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, rooms, strict=False)
-  ]
+  requests = [Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, rooms, strict=False)]
   last = {}
   for request in requests:
     engine.submit(request)
@@ -457,9 +414,8 @@ def test_text_that_repeats_itself_is_guessed_from_it():
   figures, texts = {}, {}
   for lookup in (0, 2):
     engine = Engine(
-      model('llama'), slots=1, page=8, steps=4, context=64, lossless=True,
-      lookup=lookup,
-    )  # fmt: skip
+      model('llama'), slots=1, page=8, steps=4, context=64, lossless=True, lookup=lookup
+    )
     done = engine.run(Request(p, 32, ignore_end=True) for p in PROMPTS[:3])
     texts[lookup] = [r.tokens for r in done]
     figures[lookup] = engine.figures()
@@ -469,9 +425,7 @@ def test_text_that_repeats_itself_is_guessed_from_it():
 
 
 def test_speculation_ends_where_no_lane_is_free():
-  engine = Engine(
-    model('llama'), lossless=True, slots=2, lanes=2, page=8, steps=4
-  )
+  engine = Engine(model('llama'), lossless=True, slots=2, lanes=2, page=8, steps=4)
   request = lambda: Request(PROMPTS[1], ROOMS[1], ignore_end=True)
   engine.run([request(), request()])
   assert engine.figures()['guesses'] == 0
@@ -482,16 +436,17 @@ def test_speculation_ends_where_no_lane_is_free():
 def test_lossless_sampling_equals_full_depth_sampling():
   one = lambda v, kind: np.array([v], kind)
   sampling = Sampling(
-    one(0.7, np.float32), one(9, np.int32), one(0.95, np.float32),
-    one(0.01, np.float32), one(11, np.uint32),
-  )  # fmt: skip
+    one(0.7, np.float32),
+    one(9, np.int32),
+    one(0.95, np.float32),
+    one(0.01, np.float32),
+    one(11, np.uint32),
+  )
   want = expected('llama', sampling=sampling)
   assert want != expected('llama')
   settings = dict(temperature=0.7, top_k=9, top_p=0.95, min_p=0.01, seed=11)
   for more in ({}, {'draft_vocab': 20}):
-    engine = Engine(
-      model('llama'), lossless=True, slots=3, page=8, steps=4, **more
-    )
+    engine = Engine(model('llama'), lossless=True, slots=3, page=8, steps=4, **more)
     assert written(engine, **settings) == want
 
 
@@ -500,37 +455,32 @@ def test_requests_keep_their_own_rules_side_by_side(lossless):
   m = model('llama')
   one = lambda v, kind: np.array([v], kind)
   sampling = Sampling(
-    one(0.9, np.float32), one(0, np.int32), one(1, np.float32),
-    one(0, np.float32), one(5, np.uint32),
-  )  # fmt: skip
+    one(0.9, np.float32),
+    one(0, np.int32),
+    one(1, np.float32),
+    one(0, np.float32),
+    one(5, np.uint32),
+  )
   costs = (0.3, 0.2, 1.3)
   plain, hot, dear, told = (
     Request(PROMPTS[2], 14, ignore_end=True),
     Request(PROMPTS[2], 14, 0.9, seed=5, ignore_end=True),
-    Request(
-      PROMPTS[2], 14, presence=0.3, frequency=0.2, repetition=1.3,
-      ignore_end=True,
-    ),
+    Request(PROMPTS[2], 14, presence=0.3, frequency=0.2, repetition=1.3, ignore_end=True),
     Request(PROMPTS[2], 14, logprobs=3, ignore_end=True),
-  )  # fmt: skip
-  engine = Engine(
-    m, slots=3, page=8, steps=4, penalties=True, logprobs=5, lossless=lossless
   )
-  engine.run([plain, hot, dear, told, second := dataclasses.replace(
-    dear, tokens=[], loops=[], finish='')])  # fmt: skip
+  engine = Engine(m, slots=3, page=8, steps=4, penalties=True, logprobs=5, lossless=lossless)
+  engine.run(
+    [plain, hot, dear, told, second := dataclasses.replace(dear, tokens=[], loops=[], finish='')]
+  )
   logprobs = []
-  decode = lambda **rest: oracle.decode(
-    m.config, m.params, PROMPTS[2], 14, **rest
-  )[0]
+  decode = lambda **rest: oracle.decode(m.config, m.params, PROMPTS[2], 14, **rest)[0]
   assert plain.tokens == told.tokens == decode(logprobs=logprobs)
   assert hot.tokens == decode(sampling=sampling)
   # A slot's counts begin anew with each sequence in it.
   assert dear.tokens == second.tokens == decode(penalties=costs)
   assert len({str(r.tokens) for r in (plain, hot, dear)}) == 3
   assert not plain.told and len(told.told) == 14
-  for token, (own, top), want in zip(
-    told.tokens, told.told, logprobs, strict=True
-  ):
+  for token, (own, top), want in zip(told.tokens, told.told, logprobs, strict=True):
     assert own == pytest.approx(want[token], abs=1e-4)
     order = np.argsort(-want)[:3]
     assert [t for t, _ in top] == order.tolist()
@@ -547,9 +497,16 @@ def test_replayed_depths_are_kept():
     assert request.loops == loops[slot, :12].tolist()
     m = model('llama')
     want = oracle.decode(
-      m.config, m.params, request.prompt, 12, kv='propagate', gate='replay',
-      arrays={'loops': loops}, threshold=1, slot=slot,
-    )  # fmt: skip
+      m.config,
+      m.params,
+      request.prompt,
+      12,
+      kv='propagate',
+      gate='replay',
+      arrays={'loops': loops},
+      threshold=1,
+      slot=slot,
+    )
     assert (request.tokens, request.loops) == want
 
 
@@ -559,13 +516,10 @@ def test_an_end_token_ends_a_sequence(lossless):
   end = tokens[4]
   m = model('llama')
   ending = types.SimpleNamespace(
-    config=m.config, params=m.params,
-    tokenizer=types.SimpleNamespace(eos_ids=[end]), meta={},
-  )  # fmt: skip
-  engine = Engine(ending, slots=2, page=8, steps=4, lossless=lossless)
-  ended, beyond = engine.run(
-    [Request(PROMPTS[1], 12), Request(PROMPTS[1], 12, ignore_end=True)]
+    config=m.config, params=m.params, tokenizer=types.SimpleNamespace(eos_ids=[end]), meta={}
   )
+  engine = Engine(ending, slots=2, page=8, steps=4, lossless=lossless)
+  ended, beyond = engine.run([Request(PROMPTS[1], 12), Request(PROMPTS[1], 12, ignore_end=True)])
   first = tokens.index(end)
   assert (ended.tokens, ended.finish) == (tokens[: first + 1], 'end')
   assert (beyond.tokens, beyond.finish) == (tokens, 'length')
@@ -599,10 +553,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(context=65), 'context=65: the model was made for 64'),
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),
     (dict(lossless=True, lookup=-1), 'lookup=-1'),
-    (
-      dict(lossless=True, gate='change', kv='exact_fill', threshold=1),
-      "kv='exact_fill'",
-    ),
+    (dict(lossless=True, gate='change', kv='exact_fill', threshold=1), "kv='exact_fill'"),
     (dict(slots=10**9), 'GiB are free'),
     (dict(logprobs=-2), 'logprobs=-2'),
     (dict(page=2), 'page=2'),
@@ -684,23 +635,16 @@ def test_a_stop_string_frees_its_slot(child):
     'The sea', max_new_tokens=24, ignore_end=True
   )[0]
   stop = whole.text[3:5]
-  want = generate.complete(
-    child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True
-  )
+  want = generate.complete(child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True)
   engine = Engine(child, slots=1, page=8, steps=2)
-  got = engine.generate(
-    ['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_end=True
-  )
+  got = engine.generate(['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_end=True)
   assert got == want and got[0].finish_reason == 'stop'
   assert engine.figures()['depths_R'][-1] < 2 * 24
 
 
 def test_the_gate_kept_with_a_model_is_used(child):
   config = child.config
-  arrays = {
-    'kernel': np.zeros((1, config.d_model), np.float32),
-    'bias': np.ones(1, np.float32),
-  }
+  arrays = {'kernel': np.zeros((1, config.d_model), np.float32), 'bias': np.ones(1, np.float32)}
   gate = gate_lib.Gate('learned', 0.5, arrays, 'propagate')
   gated = dataclasses.replace(child, meta=gate_lib.store(child.meta, gate))
   engine = Engine(gated, slots=1, page=8, gate='stored')
@@ -718,9 +662,12 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
   slots = int(rng.integers(2, 6))
   kind = ('exact', 'early', 'full')[seed // 2]
   options = dict(
-    slots=slots, steps=int(rng.integers(1, 7)), page=int(rng.choice([4, 8])),
-    draws=int(rng.integers(1, slots + 1)), pool=int(rng.integers(1, slots + 1)),
-  )  # fmt: skip
+    slots=slots,
+    steps=int(rng.integers(1, 7)),
+    page=int(rng.choice([4, 8])),
+    draws=int(rng.integers(1, slots + 1)),
+    pool=int(rng.integers(1, slots + 1)),
+  )
   rest, arrays = {}, None
   if kind == 'early':
     arrays = learned_gate(name)
@@ -731,9 +678,7 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
   want = expected(name, arrays=arrays, **rest)
   engine = Engine(model(name), arrays=arrays, **options, **rest)
   numbers = rng.permutation(np.repeat(np.arange(len(PROMPTS)), 2))
-  asked = [
-    (int(i), Request(PROMPTS[i], ROOMS[i], ignore_end=True)) for i in numbers
-  ]
+  asked = [(int(i), Request(PROMPTS[i], ROOMS[i], ignore_end=True)) for i in numbers]
   gone = {int(i) for i in rng.choice(len(asked), 3, replace=False)}
   late = list(asked)
   while late or engine.busy:
@@ -755,9 +700,7 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
 
 def test_counts_go_on_where_the_devices_overflow():
   engine = Engine(model('llama'), slots=2, page=8, steps=2)
-  near = jax.tree.map(
-    lambda n: np.full_like(n, 2**31 - 3), engine._state.counters
-  )
+  near = jax.tree.map(lambda n: np.full_like(n, 2**31 - 3), engine._state.counters)
   engine._state = engine._state._replace(counters=near)
   engine._counters = near
   figures = []
@@ -779,10 +722,7 @@ def test_counts_go_on_where_the_devices_overflow():
 )
 def test_arrays_that_do_not_fit_are_refused(arrays, word):
   with pytest.raises(InputError, match=word):
-    Engine(
-      model('llama'), gate='learned', threshold=0.5, kv='propagate',
-      arrays=arrays,
-    )  # fmt: skip
+    Engine(model('llama'), gate='learned', threshold=0.5, kv='propagate', arrays=arrays)
 
 
 @pytest.mark.parametrize('names', ['lens_in', 'lens_in lens_out'])

@@ -28,10 +28,20 @@ _block = _jit(passes.block_pass, 'scan')
 
 
 def decode(
-  config, params, prompt, room, *, kv='own', gate='none', arrays=None,
-  threshold=2.0, slot=0, sampling=None, penalties=(0.0, 0.0, 1.0),
+  config,
+  params,
+  prompt,
+  room,
+  *,
+  kv='own',
+  gate='none',
+  arrays=None,
+  threshold=2.0,
+  slot=0,
+  sampling=None,
+  penalties=(0.0, 0.0, 1.0),
   logprobs=None,
-):  # fmt: skip
+):
   """Tokens, and the loops after which each was drawn.
 
   Log-probabilities of all tokens before penalties are appended to `logprobs`.
@@ -39,31 +49,20 @@ def decode(
   params = unstack(params)
   cache = init_cache(config, 1, config.max_context)
   if len(prompt) > 1:
-    cache = _forward(
-      config, params, jnp.asarray([prompt[:-1]]), cache=cache, scan=False
-    ).cache
+    cache = _forward(config, params, jnp.asarray([prompt[:-1]]), cache=cache, scan=False).cache
   prelude, block, coda = cache.prelude, list(cache.block), cache.coda
   token, position = prompt[-1], len(prompt) - 1
   tokens, depths = [], []
   for count in range(room):
     token_1x1 = jnp.asarray([[token]])
     context = make_context(config, token_1x1, jnp.asarray([[position]]))
-    x, prelude = _enter(
-      config, params, token_1x1, context, prelude, dtype='float32'
-    )
+    x, prelude = _enter(config, params, token_1x1, context, prelude, dtype='float32')
     for r in range(config.loops):
       before = x
       x, block[r] = _block(config, params, x, r, context, block[r], scan=False)
       one = lambda v: jnp.asarray([v])
       sure = score_lib.score(
-        gate,
-        arrays,
-        before[:, 0],
-        x[:, 0],
-        one(r + 1),
-        one(position),
-        one(slot),
-        one(count),
+        gate, arrays, before[:, 0], x[:, 0], one(r + 1), one(position), one(slot), one(count)
       )
       if float(sure[0]) >= threshold:
         break
@@ -75,9 +74,7 @@ def decode(
       elif kv == 'propagate':
         block[j] = _projected(config, params, left, j, context, block[j])
       elif kv == 'exact_fill':
-        x, block[j] = _block(
-          config, params, x, j, context, block[j], scan=False
-        )
+        x, block[j] = _block(config, params, x, j, context, block[j], scan=False)
     if r + 1 < config.loops and arrays and 'lens_kernel' in arrays:
       kernel, bias = arrays['lens_kernel'][r], arrays['lens_bias'][r]
       beside = 0
@@ -95,9 +92,7 @@ def decode(
     elif sampling is None:
       token = int(greedy_token(config, params, hidden[:, 0])[0])
     else:
-      token = int(
-        sample(jnp.asarray(raw)[None], sampling, jnp.asarray([count]))[0]
-      )
+      token = int(sample(jnp.asarray(raw)[None], sampling, jnp.asarray([count]))[0])
     tokens.append(token)
     position += 1
   return tokens, depths
@@ -117,12 +112,8 @@ def _copied(source, target, position):
   """Target with source's keys and values at one position."""
   return tuple(
     t._replace(
-      k_BxGxDhxS=t.k_BxGxDhxS.at[..., position].set(
-        s.k_BxGxDhxS[..., position]
-      ),
-      v_BxGxSxDh=t.v_BxGxSxDh.at[:, :, position].set(
-        s.v_BxGxSxDh[:, :, position]
-      ),
+      k_BxGxDhxS=t.k_BxGxDhxS.at[..., position].set(s.k_BxGxDhxS[..., position]),
+      v_BxGxSxDh=t.v_BxGxSxDh.at[:, :, position].set(s.v_BxGxSxDh[:, :, position]),
     )
     for s, t in zip(source, target, strict=True)
   )
@@ -134,9 +125,7 @@ def _projected(config, params, x, loop, context, kvs):
   new = []
   for n, kv in enumerate(kvs):
     layer = params['block'][f'layers_{n}']
-    y = Norm(config, config.d_model, looped=True).apply(
-      {'params': layer['attn_norm']}, x, loop
-    )
+    y = Norm(config, config.d_model, looped=True).apply({'params': layer['attn_norm']}, x, loop)
     place = passes.Place(*(None if t is None else t[n] for t in (window, rope)))
     _, kv = Attention(config, looped=True).apply(
       {'params': layer['attn']}, y, kv, place, loop, context

@@ -28,35 +28,31 @@ def replayed(slots):
 def test_passes_are_those_of_the_engine(options, early, monkeypatch):
   calls = []
   call = engines._call
-  monkeypatch.setattr(
-    engines, '_call', lambda *args: calls.append(1) or call(*args)
-  )
+  monkeypatch.setattr(engines, '_call', lambda *args: calls.append(1) or call(*args))
   table = replayed(options['slots']) if early else None
   gate = dict(gate='replay', threshold=1.0, kv=early)
   engine = Engine(
-    model('llama'), page=8, **options, **(gate if early else {}),
+    model('llama'),
+    page=8,
+    **options,
+    **(gate if early else {}),
     arrays={'loops': table} if early else None,
-  )  # fmt: skip
-  engine.run(
-    Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True)
   )
+  engine.run(Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True))
   figures = engine.figures()
   found = simulate.schedule(
     simulate.Policy.of(engine.plan),
-    [(len(p), n) for p, n in zip(PROMPTS, ROOMS, strict=True)], table,
-  )  # fmt: skip
+    [(len(p), n) for p, n in zip(PROMPTS, ROOMS, strict=True)],
+    table,
+  )
   assert found.tokens == sum(ROOMS) == sum(figures['depths_R'])
-  assert (
-    found.steps, found.lanes, found.stalls, len(found.draw_pages)
-  ) == tuple(
+  assert (found.steps, found.lanes, found.stalls, len(found.draw_pages)) == tuple(
     figures[k] for k in ('steps', 'lanes', 'stalls', 'draw_steps')
-  )  # fmt: skip
+  )
   assert found.fill_passes == figures['fill_passes']
   assert (found.fill_passes > 0) == (early == 'propagate')
   assert found.calls == len(calls)
-  assert sorted(found.prompts) == sorted(
-    len(p) - 1 for p in PROMPTS if len(p) > 1
-  )
+  assert sorted(found.prompts) == sorted(len(p) - 1 for p in PROMPTS if len(p) > 1)
 
 
 def test_refilled_lanes_need_fewer_launches_than_lanes_in_step():
@@ -65,28 +61,27 @@ def test_refilled_lanes_need_fewer_launches_than_lanes_in_step():
   depths = rng.integers(1, 4, (8, 500))
   steps = {
     pool: simulate.schedule(
-      simulate.Policy(slots=8, loops=3, draws=8, pool=pool, steps=4), work,
-      depths,
+      simulate.Policy(slots=8, loops=3, draws=8, pool=pool, steps=4), work, depths
     ).steps
     for pool in (1, 8)
-  }  # fmt: skip
-  full = simulate.schedule(
-    simulate.Policy(slots=8, loops=3, draws=8, pool=8, steps=4), work
-  ).steps
+  }
+  full = simulate.schedule(simulate.Policy(slots=8, loops=3, draws=8, pool=8, steps=4), work).steps
   # Two loops of three on average; among eight one nearly always goes on.
   assert steps[1] < 0.75 * full < 0.9 * full < steps[8] <= full
 
 
 def test_seconds_are_the_sum_of_the_passes():
   passes = simulate.Passes(
-    calls=3, block_pages=[1, 2], draw_pages=[2], enter_pages=[1], prompts=[5],
-    fill_passes=4,
-  )  # fmt: skip
+    calls=3, block_pages=[1, 2], draw_pages=[2], enter_pages=[1], prompts=[5], fill_passes=4
+  )
   times = simulate.Times(
-    block=lambda pages: 10.0 * pages, draw=lambda pages: 1.0 * pages,
-    enter=lambda pages: 0.1, prefill=lambda tokens: 0.01 * tokens, fill=5.0,
+    block=lambda pages: 10.0 * pages,
+    draw=lambda pages: 1.0 * pages,
+    enter=lambda pages: 0.1,
+    prefill=lambda tokens: 0.01 * tokens,
+    fill=5.0,
     call=0.001,
-  )  # fmt: skip
+  )
   assert simulate.seconds(passes, times) == pytest.approx(52.153)
 
 
@@ -99,9 +94,7 @@ def test_several_tokens_a_slot_are_not_simulated():
 def test_the_papers_tokens_a_second_follow_from_its_block_times():
   for family in paper_tables.VANILLA:
     ours = paper_tables.vanilla_rates(family)[0]
-    assert ours == pytest.approx(
-      paper_tables.VANILLA[family].rates[0], rel=0.001
-    )
+    assert ours == pytest.approx(paper_tables.VANILLA[family].rates[0], rel=0.001)
   found = paper_tables.rebuild()
   predicted = [f for f in found if not f.fitted]
   assert len(predicted) == 24
@@ -111,6 +104,4 @@ def test_the_papers_tokens_a_second_follow_from_its_block_times():
   assert all(0.15 < f.error < 0.2 for f in misprinted)
   assert all(abs(f.error) < 0.045 for f in predicted if f not in misprinted)
   # The times of the short setting give the ratios of table K.4.
-  assert all(
-    f.short_ratio == pytest.approx(f.row.short_ratio, rel=0.125) for f in found
-  )
+  assert all(f.short_ratio == pytest.approx(f.row.short_ratio, rel=0.125) for f in found)
