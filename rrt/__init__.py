@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from rrt.checkpoints.load import load, save
   from rrt.checkpoints.save_hf import save_hf
-  from rrt.config import LoraConfig, ModelConfig
+  from rrt.config import ModelConfig
   from rrt.convert.recursive import to_recursive
   from rrt.errors import InputError
   from rrt.evals.perplexity import score
@@ -25,15 +25,18 @@ if TYPE_CHECKING:
   from rrt.model import LanguageModel
   from rrt.models.count import count_params
   from rrt.models.untie import to_untied
+  from rrt.relax.gain import Gain
+  from rrt.relax.lora import Lora
   from rrt.train.loop import uptrain
 
 __version__ = '0.1.0'
 
 _HOMES = {
   'Engine': 'rrt.infer.engine.engine',
+  'Gain': 'rrt.relax.gain',
   'InputError': 'rrt.errors',
   'LanguageModel': 'rrt.checkpoints.load',
-  'LoraConfig': 'rrt.config',
+  'Lora': 'rrt.relax.lora',
   'ModelConfig': 'rrt.config',
   'Request': 'rrt.infer.engine.request',
   'complete': 'rrt.infer.generate',
@@ -49,9 +52,10 @@ _HOMES = {
 
 __all__ = [
   'Engine',
+  'Gain',
   'InputError',
   'LanguageModel',
-  'LoraConfig',
+  'Lora',
   'ModelConfig',
   'Request',
   'complete',

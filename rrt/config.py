@@ -1,4 +1,4 @@
-"""The shape of a model: its layers, their recursion and their relaxation.
+"""The shape of a model: its layers, their recursion and their relaxations.
 
 One frozen dataclass describes a vanilla model (`loops=1`), its recursive child
 and the reduced-size baseline. Depth is `L = P + N * R + C`: `P` prelude and
@@ -10,20 +10,21 @@ which they run, from 0 to L - 1.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rrt.errors import InputError
+from rrt.relax import registry
+
+if TYPE_CHECKING:
+  from rrt.relax.base import Relaxation
 
 ORDERS = ('cycle', 'sequence')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 FAMILIES = ('llama', 'gemma', 'gemma3')
 SCALINGS = ('', 'linear', 'llama3')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
-
-# One rank for all positions, or a table [R][N] of ranks.
-Rank = int | tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,55 +48,6 @@ class Rope:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_context: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Per-loop low-rank relaxation of the block's seven linears.
-
-  A rank is one integer for all positions or a table [R][N], indexed by loop
-  and layer. Arrays are as wide as the largest rank of their component;
-  narrower positions are padded with zeros in both factors. Such columns add
-  nothing, get exactly zero gradients, and are not counted as parameters.
-
-  Attributes:
-    q, k, v, o, gate, up, down: ranks; 0 leaves the component without LoRA.
-    alpha: the forward pass scales the low-rank product by alpha / (the
-      component's largest rank); None means a scale of 1.
-  """
-
-  q: Rank = 0
-  k: Rank = 0
-  v: Rank = 0
-  o: Rank = 0
-  gate: Rank = 0
-  up: Rank = 0
-  down: Rank = 0
-  alpha: float | None = None
-
-  def table(self, component: str, loops: int, layers: int) -> np.ndarray:
-    """Ranks of one component by position, int [R, N]."""
-    rank = getattr(self, component)
-    if isinstance(rank, int):
-      return np.full((loops, layers), rank, np.int32)
-    return np.asarray(rank, np.int32)
-
-  def width(self, component: str) -> int:
-    """The component's largest rank: the width of its arrays."""
-    rank = getattr(self, component)
-    return rank if isinstance(rank, int) else max(max(r) for r in rank)
-
-  def uniform(self, component: str) -> bool:
-    """Whether all positions have the component's largest rank."""
-    rank = getattr(self, component)
-    return isinstance(rank, int) or len({v for r in rank for v in r}) == 1
-
-  def scale(self, component: str) -> float:
-    """What the forward pass multiplies the low-rank product with."""
-    width = self.width(component)
-    if self.alpha is None or not width:
-      return 1.0
-    return self.alpha / width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +82,8 @@ class ModelConfig:
     ropes: the distinct rotary tables.
     rope_index: which of `ropes` by depth; () is the first for all.
     loop_norms: the block's norm gains have a leading loops axis.
-    lora: the per-loop low-rank relaxation, or None.
+    relax: the relaxations of the block, applied in this order; see
+      `rrt.relax.base.Relaxation`.
   """
 
   family: str
@@ -158,7 +111,7 @@ class ModelConfig:
   ropes: tuple[Rope, ...] = (Rope(),)
   rope_index: tuple[int, ...] = ()
   loop_norms: bool = False
-  lora: LoraConfig | None = None
+  relax: tuple[Relaxation, ...] = ()
 
   def __post_init__(self):
     _check(self)
@@ -210,7 +163,7 @@ class ModelConfig:
     coda: int,
     order: str = 'cycle',
     loop_norms: bool = False,
-    lora: LoraConfig | None = None,
+    relax: tuple[Relaxation, ...] = (),
   ) -> ModelConfig:
     """The same model with its depth arranged as prelude, block x loops, coda.
 
@@ -231,12 +184,13 @@ class ModelConfig:
       coda_layers=coda,
       order=order,
       loop_norms=loop_norms,
-      lora=lora,
+      relax=relax,
     )
 
   def to_json(self) -> dict[str, Any]:
     """Plain dicts, lists and numbers; `from_json` reverses it."""
-    return dataclasses.asdict(self)
+    fields = dataclasses.asdict(dataclasses.replace(self, relax=()))
+    return fields | {'relax': [registry.to_json(r) for r in self.relax]}
 
   @classmethod
   def from_json(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -248,9 +202,8 @@ class ModelConfig:
     fields = dict(fields)
     try:
       fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
-      if fields.get('lora') is not None:
-        fields['lora'] = LoraConfig(**{k: _as_tuple(v) for k, v in fields['lora'].items()})
-      return cls(**{k: _as_tuple(v) for k, v in fields.items()})
+      relax = tuple(registry.from_json(r) for r in fields.pop('relax', ()))
+      return cls(**{k: _as_tuple(v) for k, v in fields.items()}, relax=relax)
     except TypeError as e:
       raise InputError(f'The model configuration does not fit: {e}.') from e
 
@@ -338,19 +291,18 @@ def _check(c: ModelConfig) -> None:
     'rope_index',
     f'must point into the {len(c.ropes)} tables of ropes',
   )
-  if c.lora is None:
-    return
-  if c.lora.alpha is not None and not is_number(c.lora.alpha):
-    raise InputError(f'lora.alpha={c.lora.alpha!r}: must be a finite number above 0, or none.')
-  for name, (d_in, d_out) in c.shapes().items():
-    table = c.lora.table(name, c.loops, c.block_layers)
-    if table.shape != (c.loops, c.block_layers):
+  _check_relax(c)
+
+
+def _check_relax(c: ModelConfig) -> None:
+  """Raises InputError for relaxations that cannot work, alone or together."""
+  kinds = [r.kind for r in c.relax]
+  if len(set(kinds)) < len(kinds):
+    raise InputError(f'relax={kinds}: each kind of relaxation can be given once.')
+  for relaxation in c.relax:
+    if relaxation.site == 'block' and c.order != 'cycle':
       raise InputError(
-        f'lora.{name} has ranks of shape {table.shape}; it needs '
-        f'({c.loops}, {c.block_layers}): loops x block_layers.'
+        f'relax: {relaxation.kind!r} relaxes a whole pass through the block, which '
+        f'the {c.order} order does not have; take order=cycle.'
       )
-    if table.min() < 0 or table.max() > min(d_in, d_out):
-      raise InputError(
-        f'lora.{name}={getattr(c.lora, name)!r}: a rank must lie between 0 '
-        f'and {min(d_in, d_out)}, the smaller side of the matrix.'
-      )
+    relaxation.check(relaxation.hosts(c))

@@ -16,6 +16,7 @@ from rrt.config import ModelConfig
 from rrt.models import cache as cache_lib
 from rrt.models import pages
 from rrt.models.layers import Linear, Norm, apply_rope
+from rrt.models.relaxed import relax, relaxations_of
 from rrt.sharding import constrain
 
 # Queries of a run of `attend_causal`: at least, and runs: at most.
@@ -145,10 +146,9 @@ class Attention(nn.Module):
 
   def setup(self):
     c, looped = self.config, self.looped
-    self.q = Linear(c, 'q', ('embed', 'heads'), looped)
-    self.k = Linear(c, 'k', ('embed', 'kv'), looped)
-    self.v = Linear(c, 'v', ('embed', 'kv'), looped)
-    self.o = Linear(c, 'o', ('heads', 'embed'), looped)
+    self.q, self.k = Linear(c, 'q', looped), Linear(c, 'k', looped)
+    self.v, self.o = Linear(c, 'v', looped), Linear(c, 'o', looped)
+    self.relaxed = relaxations_of(self, c, 'kv', looped)
     if c.qk_norm:
       self.q_norm = Norm(c, c.head_dim, looped)
       self.k_norm = Norm(c, c.head_dim, looped)
@@ -163,12 +163,13 @@ class Attention(nn.Module):
 
   def keys_values(self, x_BxLxD, place: Place, loop, context: Context):
     """Keys after RoPE, and values, both [B, L, G, Dh]."""
-    k_BxLxGxDh = self.heads(self.k(x_BxLxD, loop))
+    kv = self.heads(self.k(x_BxLxD, loop)), self.heads(self.v(x_BxLxD, loop))
+    k_BxLxGxDh, v_BxLxGxDh = relax(self, self.relaxed, x_BxLxD, kv, loop)
     if self.config.qk_norm:
       k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
     cos = pick_rope(context.cos_TxBxLxK, place.rope)
     sin = pick_rope(context.sin_TxBxLxK, place.rope)
-    return apply_rope(k_BxLxGxDh, cos, sin), self.heads(self.v(x_BxLxD, loop))
+    return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
 
   def remember(self, x_BxLxD, kv, place: Place, loop, context: Context):
     """Writes keys and values of x, attends to nothing; the written cache."""

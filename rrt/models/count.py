@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from rrt.config import ModelConfig
+from rrt.relax.base import count_all
 
 
 class ParamCount(NamedTuple):
@@ -33,17 +34,6 @@ def norms(config: ModelConfig) -> int:
   return gains + (2 * config.head_dim if config.qk_norm else 0)
 
 
-def lora(config: ModelConfig) -> int:
-  """Weights of all low-rank factors; the padding of rank tables left out."""
-  if config.lora is None:
-    return 0
-  R, N = config.loops, config.block_layers
-  return sum(
-    int(config.lora.table(name, R, N).sum()) * (d_in + d_out)
-    for name, (d_in, d_out) in config.shapes().items()
-  )
-
-
 def count_params(config: ModelConfig) -> ParamCount:
   """Counts parameters in closed form (paper, tables 1 and 3)."""
   c = config
@@ -52,6 +42,7 @@ def count_params(config: ModelConfig) -> ParamCount:
   layer = linears(c) + norms(c)
   block = linears(c) + norms(c) * (c.loops if c.loop_norms else 1)
   own = c.prelude_layers + c.coda_layers
-  unique = own * layer + c.block_layers * block + lora(c) + c.d_model
-  total = c.depth * layer + lora(c) + c.d_model
+  relaxations = count_all(c)
+  unique = own * layer + c.block_layers * block + relaxations + c.d_model
+  total = c.depth * layer + relaxations + c.d_model
   return ParamCount(unique + embedding, unique, total + embedding, total)

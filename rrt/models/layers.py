@@ -1,13 +1,14 @@
 """Norm, linear, rotary embedding, gated MLP: the maths and its thin modules.
 
 B batch, L length, D model, F out or ffn, H heads, Dh head size, R loops,
-r rank, T rotary tables.
+T rotary tables.
 
 `loop` is an int scalar, or int [B] with one loop a row; whatever differs by
 loop is looked up with it, so that training and depth-wise batching run the
 same code.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -17,18 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
+from rrt.models.relaxed import relax, relaxations_of
 from rrt.ops.matmul import Turned, matmul
-from rrt.relax import lora
-
-
-def at_loop(table_RxD, loop, ndim: int):
-  """Rows of a per-loop table, shaped to broadcast against an ndim array.
-
-  Returns [1, .., 1, D] for a scalar loop, [B, 1, .., 1, D] for one a row.
-  """
-  rows = table_RxD[loop]
-  lead = rows.shape[:1] if rows.ndim == 2 else (1,)
-  return rows.reshape(*lead, *(1,) * (ndim - 2), rows.shape[-1])
+from rrt.relax.base import LINEAR_AXES, at_loop
 
 
 def rms_norm(x, gain, eps: float, unit_offset: bool):
@@ -113,58 +105,28 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-  """y = x W, plus its low-rank relaxation inside the block."""
+  """y = x W, and inside the block its relaxations."""
 
   config: ModelConfig
   component: str
-  axes: tuple[str, str]
   looped: bool = False
 
   @nn.compact
   def __call__(self, x_BxLxD, loop=0):
     c = self.config
-    d_in, d_out = c.shapes()[self.component]
+    shape = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
     kernel_DxF: Any = self.get_variable('params', 'kernel')
     if isinstance(kernel_DxF, Turned):
-      if kernel_DxF.shape != (d_in, d_out):
+      if kernel_DxF.shape != shape:
         raise ValueError(
-          f'{self.component}: a kernel of {kernel_DxF.shape} was given, and '
-          f'{(d_in, d_out)} is needed.'
+          f'{self.component}: a kernel of {kernel_DxF.shape} was given, and {shape} is needed.'
         )
     else:
-      kernel_DxF = self.param(
-        'kernel', nn.with_logical_partitioning(scaled, self.axes), (d_in, d_out), jnp.float32
-      )
-    y_BxLxF = matmul(x_BxLxD, kernel_DxF)
-    rank = c.lora.width(self.component) if self.looped and c.lora else 0
-    if not c.lora or not rank:
-      return y_BxLxF
-    scale = c.lora.scale(self.component)
-    if self.has_variable('params', 'lora_a_wide'):  # From `lora.widen_all`.
-      return y_BxLxF + lora.low_rank_wide(
-        x_BxLxD,
-        self.get_variable('params', 'lora_a_wide'),
-        self.get_variable('params', 'lora_b_wide'),
-        loop,
-        c.loops,
-        scale,
-      )
-    a_RxDxr = self.param(
-      'lora_a',
-      nn.with_logical_partitioning(
-        nn.initializers.normal(d_in**-0.5), ('loops', self.axes[0], 'rank')
-      ),
-      (c.loops, d_in, rank),
-      jnp.float32,
-    )
-    b_RxrxF = self.param(
-      'lora_b',
-      nn.with_logical_partitioning(nn.initializers.zeros, ('loops', 'rank', self.axes[1])),
-      (c.loops, rank, d_out),
-      jnp.float32,
-    )
-    return y_BxLxF + lora.low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale)
+      init = nn.with_logical_partitioning(scaled, LINEAR_AXES[self.component])
+      kernel_DxF = self.param('kernel', init, shape, jnp.float32)
+    relaxed = relaxations_of(self, c, self.component, self.looped)
+    return relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
 
 
 def activate(gate, activation: str):
@@ -175,19 +137,19 @@ def activate(gate, activation: str):
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x))."""
+  """down(act(gate(x)) * up(x)), and inside the block its relaxations."""
 
   config: ModelConfig
   looped: bool = False
 
   def setup(self):
-    wide, narrow = ('embed', 'mlp'), ('mlp', 'embed')
-    self.gate = Linear(self.config, 'gate', wide, self.looped)
-    self.up = Linear(self.config, 'up', wide, self.looped)
-    self.down = Linear(self.config, 'down', narrow, self.looped)
+    linear = functools.partial(Linear, self.config, looped=self.looped)
+    self.gate, self.up, self.down = linear('gate'), linear('up'), linear('down')
+    self.relaxed = relaxations_of(self, self.config, 'mlp', self.looped)
 
   def __call__(self, x_BxLxD, loop=0):
-    return self.down(self.hidden(x_BxLxD, loop), loop)
+    y_BxLxD = self.down(self.hidden(x_BxLxD, loop), loop)
+    return relax(self, self.relaxed, x_BxLxD, y_BxLxD, loop)
 
   def hidden(self, x_BxLxD, loop=0):
     """The down projection's input, [B, L, F]."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context
 from rrt.models.layers import Mlp, Norm
+from rrt.models.relaxed import AUX, relax, relaxations_of
 from rrt.ops import matmul
 from rrt.sharding import constrain
 
@@ -116,6 +117,7 @@ class Stack(nn.Module):
   def __call__(self, x_BxLxD, xs, context: Context):
     """Xs is (KVs by layer, Places by layer, loop); a scan's body."""
     kvs, places, loop = xs
+    start_BxLxD = x_BxLxD
     layer: Any = Layer
     more: dict[str, Any] = {}
     if self.repeats:
@@ -125,7 +127,7 @@ class Stack(nn.Module):
     if self.scan:
       layers = nn.scan(
         layer,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, AUX: 0},
         split_rngs={'params': True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=self.count,
@@ -139,7 +141,11 @@ class Stack(nn.Module):
         x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(places, i)), loop, context)
         new.append(kv)
       kvs = in_form_of(kvs, new)
-    return x_BxLxD, (kvs, x_BxLxD if self.keep else None)
+    relaxed = relaxations_of(self, self.config, 'block', self.looped)
+    y_BxLxD = relax(self, relaxed, start_BxLxD, x_BxLxD, loop)
+    if relaxed and context.left_BxL is not None:
+      y_BxLxD = jnp.where(context.left_BxL[:, :, None], x_BxLxD, y_BxLxD)
+    return y_BxLxD, (kvs, y_BxLxD if self.keep else None)
 
 
 def unstack(params):
@@ -153,7 +159,10 @@ def unstack(params):
     if 'layers' not in part:
       return part
     count = jax.tree.leaves(part['layers'])[0].shape[0]
-    return {f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers']) for i in range(count)}
+    rest = {k: v for k, v in part.items() if k != 'layers'}
+    return rest | {
+      f'layers_{i}': jax.tree.map(lambda t, i=i: t[i], part['layers']) for i in range(count)
+    }
 
   return {
     name: split(part) if name in ('prelude', 'block', 'coda') else part

@@ -24,8 +24,10 @@ from rrt.errors import InputError
 from rrt.models.attention import Context, Place
 from rrt.models.cache import Cache
 from rrt.models.layers import Norm, rope_tables
+from rrt.models.relaxed import AUX, collect
 from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
 from rrt.ops.matmul import float32_is_float32
+from rrt.relax.base import NO_AUX, Aux
 from rrt.sharding import constrain
 
 
@@ -38,12 +40,14 @@ class Output(NamedTuple):
     cache: the written cache, if one was given.
     exits_RxBxLxD: after coda and final norm, had all tokens left after each
       loop, if asked for; the last is `hidden_BxLxD`.
+    aux: losses and statistics of the relaxations, if asked for.
   """
 
   hidden_BxLxD: jax.Array
   loops_RxBxLxD: jax.Array | None
   cache: Cache | None
   exits_RxBxLxD: jax.Array | None = None
+  aux: Aux = NO_AUX
 
 
 class Transformer(nn.Module):
@@ -106,6 +110,7 @@ class Transformer(nn.Module):
       run = nn.scan(
         Stack,
         variable_broadcast='params',
+        variable_axes={AUX: 0},
         split_rngs={'params': False},
         in_axes=(0, nn.broadcast),
         length=R,
@@ -236,6 +241,7 @@ def forward(
   loops: int | None = None,
   return_loops: bool = False,
   return_exits: bool = False,
+  return_aux: bool = False,
   dtype=jnp.float32,
   remat: str = 'none',
   scan: bool = True,
@@ -254,6 +260,7 @@ def forward(
     return_loops: also return the block's output after each loop.
     return_exits: also return what the head would read, had all tokens left
       after each loop; takes no cache.
+    return_aux: also return what the relaxations return besides their outputs.
     dtype: of the computation.
     remat: 'none', 'full' or 'dots'.
     scan: scan over layers and loops, or unroll them.
@@ -264,17 +271,12 @@ def forward(
   if not scan:
     params = unstack(params)
   model: Any = Transformer(config, dtype, remat, scan)
+  inputs = (tokens_BxL, positions_BxL, segment_ids_BxL, cache, loops, return_loops, return_exits)
   with float32_is_float32(dtype):
-    return model.apply(
-      {'params': params},
-      tokens_BxL,
-      positions_BxL,
-      segment_ids_BxL,
-      cache,
-      loops,
-      return_loops,
-      return_exits,
-    )
+    if not return_aux:
+      return model.apply({'params': params}, *inputs)
+    out, sown = model.apply({'params': params}, *inputs, mutable=[AUX])
+  return out._replace(aux=collect(config, sown.get(AUX, {}), scan))
 
 
 def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):

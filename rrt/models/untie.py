@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from rrt.config import ModelConfig
+from rrt.errors import InputError
 from rrt.model import LanguageModel
+from rrt.relax import registry
+from rrt.relax.base import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 
@@ -17,15 +20,19 @@ def to_untied(model: LanguageModel) -> LanguageModel:
   """The same function with loops 1 and all layers in one block.
 
   Args:
-    model: vanilla or recursive; with prelude, coda, LoRA and per-loop norms.
+    model: vanilla or recursive; with prelude, coda, relaxations and per-loop
+      norms.
 
   Returns:
     A model of `config.depth` layers; the given one if it is that already.
+
+  Raises:
+    InputError: a relaxation that no untied model can hold.
   """
   c = model.config
-  if c.loops == 1 and c.block_layers == c.depth and not c.lora:
-    if not c.loop_norms:
-      return model
+  if c.loops == 1 and c.block_layers == c.depth and not c.relax and not c.loop_norms:
+    return model
+  check_mergeable(c)
   config = dataclasses.replace(
     c,
     block_layers=c.depth,
@@ -34,14 +41,14 @@ def to_untied(model: LanguageModel) -> LanguageModel:
     coda_layers=0,
     order='cycle',
     loop_norms=False,
-    lora=None,
+    relax=(),
   )
   params: dict[str, Any] = {
     part: model.params[part] for part in ('embed', 'final_norm', 'head') if part in model.params
   }
   layers: dict[str, Any] = {}
   for path, leaf in flatten(model.params['block']['layers']).items():
-    if path.rsplit('/', 1)[-1] in ('lora_a', 'lora_b'):
+    if registry.kind_of_path(path):
       continue
     shape = leaf.shape[1 + _has_loops(c, path) :]
     stacked = np.empty((c.depth, *shape), leaf.dtype)
@@ -50,6 +57,17 @@ def to_untied(model: LanguageModel) -> LanguageModel:
     set_path(layers, path, stacked)
   params['block'] = {'layers': layers}
   return LanguageModel(config, params, model.tokenizer, dict(model.meta))
+
+
+def check_mergeable(config: ModelConfig) -> None:
+  """Raises InputError for a relaxation that no untied model can hold."""
+  for relaxation in config.relax:
+    if relaxation.unmergeable:
+      raise InputError(
+        f'relax: {relaxation.kind!r} cannot be merged into untied weights: '
+        f'{relaxation.unmergeable}. Save it with rrt.save, and run it with rrt generate or '
+        'rrt serve.'
+      )
 
 
 def _has_loops(config: ModelConfig, path: str) -> bool:
@@ -68,27 +86,23 @@ def _values(config: ModelConfig, params: dict, path: str) -> Iterator[tuple[int,
   c = config
   if c.prelude_layers:
     yield from enumerate(stack('prelude'))
+  stacked = stack('block')
   for (loop, layer), depth in np.ndenumerate(c.block_depths()):
-    yield int(depth), _merged(c, params, path, stack('block'), loop, layer)
+    if _has_loops(c, path):
+      yield int(depth), stacked[layer, loop]
+    else:
+      yield int(depth), _merged(c, params['block'], path, stacked[layer], (loop, layer))
   if c.coda_layers:
     yield from enumerate(stack('coda'), c.depth - c.coda_layers)
 
 
-def _merged(c, params, path, stacked, loop, layer) -> np.ndarray:
-  """A block leaf at one position."""
-  if _has_loops(c, path):
-    return stacked[layer, loop]
-  *parents, _ = path.split('/')
-  component = parents[-1]
-  rank = 0
-  if c.lora is not None and path.endswith('kernel'):
-    rank = int(c.lora.table(component, c.loops, c.block_layers)[loop, layer])
-  if not rank:
-    return stacked[layer]
-  tree = params['block']['layers']
-  for key in parents:
-    tree = tree[key]
-  a, b = (np.asarray(tree[k][layer, loop]) for k in ('lora_a', 'lora_b'))
-  # In float64, so that the only rounding is that of the merged weight.
-  a, b = a[:, :rank].astype(np.float64), b[:rank].astype(np.float64)
-  return stacked[layer] + c.lora.scale(component) * (a @ b)
+def _merged(config, block, path: str, value: np.ndarray, position) -> np.ndarray:
+  """A block leaf at one position, with what relaxes it merged in."""
+  parent, _, leaf = path.rpartition('/')
+  if leaf != 'kernel':
+    return value
+  for relaxation, host, _ in relaxed_hosts(config):
+    if host.path == parent:
+      leaves = own_leaves(subtree(block, host), relaxation.kind)
+      value = relaxation.merge(value, leaves, position, host)
+  return value

@@ -1,14 +1,188 @@
 """Per-loop LoRA: y = x W + scale * x A[loop] B[loop] (paper, eq. 3 and 4).
 
-B batch, L length, D in, F out, R loops, r rank.
+B batch, L length, D in, F out, R loops, r rank, N layers.
 """
 
-from typing import Any
+from __future__ import annotations
 
+import dataclasses
+from typing import Any, ClassVar
+
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rrt.ops.matmul import Turned, matmul, slice_columns
+from rrt.errors import InputError
+from rrt.ops import least_squares
+from rrt.ops.matmul import Turned, matmul, pays_to_turn, slice_columns, turn
+from rrt.relax.base import NO_AUX, Fitted, Host, Leaf, Leaves, Relaxation
+
+# One rank for all positions, or a table [R][N] of ranks.
+Rank = int | tuple[tuple[int, ...], ...]
+# Ranks of all loops together from which sorting rows by loop pays off on an
+# accelerator.
+_LARGE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Relaxation):
+  """A low-rank term a loop on each of the block's seven linears.
+
+  A rank is one integer for all positions or a table [R][N], indexed by loop
+  and layer. Arrays are as wide as the largest rank of their component;
+  narrower positions are padded with zeros in both factors. Such columns add
+  nothing, get exactly zero gradients, and are not counted as parameters.
+
+  Attributes:
+    q, k, v, o, gate, up, down: ranks; 0 leaves the component without LoRA.
+    alpha: the forward pass scales the low-rank product by alpha / (the
+      component's largest rank); None means a scale of 1.
+  """
+
+  kind: ClassVar[str] = 'lora'
+  site: ClassVar[str] = 'linear'
+
+  q: Rank = 0
+  k: Rank = 0
+  v: Rank = 0
+  o: Rank = 0
+  gate: Rank = 0
+  up: Rank = 0
+  down: Rank = 0
+  alpha: float | None = None
+
+  def table(self, component: str, loops: int, layers: int) -> np.ndarray:
+    """Ranks of one component by position, int [R, N]."""
+    rank = getattr(self, component)
+    if isinstance(rank, int):
+      return np.full((loops, layers), rank, np.int32)
+    return np.asarray(rank, np.int32)
+
+  def width(self, component: str) -> int:
+    """The component's largest rank: the width of its arrays."""
+    rank = getattr(self, component)
+    return rank if isinstance(rank, int) else max(max(r) for r in rank)
+
+  def uniform(self, component: str) -> bool:
+    """Whether all positions have the component's largest rank."""
+    rank = getattr(self, component)
+    return isinstance(rank, int) or len({v for r in rank for v in r}) == 1
+
+  def scale(self, component: str) -> float:
+    """The factor of the low-rank product in the forward pass."""
+    width = self.width(component)
+    if self.alpha is None or not width:
+      return 1.0
+    return self.alpha / width
+
+  def check(self, hosts: tuple[Host, ...]) -> None:
+    if self.alpha is not None and not (
+      isinstance(self.alpha, (int, float)) and 0 < self.alpha < 1e300
+    ):
+      raise InputError(f'lora.alpha={self.alpha!r}: must be a finite number above 0, or none.')
+    for host in hosts:
+      table = self.table(host.name, host.loops, host.layers)
+      if table.shape != (host.loops, host.layers):
+        raise InputError(
+          f'lora.{host.name} has ranks of shape {table.shape}; it needs '
+          f'({host.loops}, {host.layers}): loops x block_layers.'
+        )
+      most = min(host.d_in, host.d_out)
+      if table.min() < 0 or table.max() > most:
+        raise InputError(
+          f'lora.{host.name}={getattr(self, host.name)!r}: a rank must lie between 0 '
+          f'and {most}, the smaller side of the matrix.'
+        )
+
+  def leaves(self, host: Host) -> dict[str, Leaf]:
+    R, r = host.loops, self.width(host.name)
+    if not r:
+      return {}
+    start = nn.initializers.normal(host.d_in**-0.5)
+    return {
+      'lora_a': Leaf((R, host.d_in, r), ('loops', host.axes[0], 'rank'), start),
+      'lora_b': Leaf((R, r, host.d_out), ('loops', 'rank', host.axes[1]), nn.initializers.zeros),
+    }
+
+  def apply(self, params: Leaves, x, y, loop, host: Host):
+    scale = self.scale(host.name)
+    if 'lora_a_wide' in params:  # From `prepare`.
+      a_DxRr, b_RrxF = params['lora_a_wide'], params['lora_b_wide']
+      return y + low_rank_wide(x, a_DxRr, b_RrxF, loop, host.loops, scale), NO_AUX
+    return y + low_rank(x, params['lora_a'], params['lora_b'], loop, scale), NO_AUX
+
+  def mask(self, params: Leaves, host: Host) -> Leaves:
+    if self.uniform(host.name):
+      return params
+    table_RxN = self.table(host.name, host.loops, host.layers)
+    own_NxRxr = np.arange(self.width(host.name)) < table_RxN.T[:, :, None]
+    return {
+      'lora_a': params['lora_a'] * own_NxRxr[:, :, None, :],
+      'lora_b': params['lora_b'] * own_NxRxr[:, :, :, None],
+    }
+
+  def prepare(self, params: Leaves, host: Host, layout: str) -> Leaves:
+    if layout == 'auto':
+      large = host.loops * self.width(host.name) >= _LARGE
+      layout = 'grouped' if large and jax.default_backend() != 'cpu' else 'wide'
+    if layout == 'grouped':
+      return params
+    a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])
+    wide: dict[str, Any] = {'lora_a_wide': a_DxRr, 'lora_b_wide': b_RrxF}
+    return turn(wide, tuple(wide)) if pays_to_turn() else wide
+
+  def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
+    loop, layer = position
+    rank = int(self.table(host.name, host.loops, host.layers)[loop, layer])
+    if not rank:
+      return base_IxO
+    a, b = (np.asarray(params[k][layer, loop]) for k in ('lora_a', 'lora_b'))
+    # In float64, so that the only rounding is that of the merged weight.
+    a, b = a[:, :rank].astype(np.float64), b[:rank].astype(np.float64)
+    return base_IxO + self.scale(host.name) * (a @ b)
+
+  def count(self, host: Host) -> int:
+    ranks = self.table(host.name, host.loops, host.layers).sum()
+    return int(ranks) * (host.d_in + host.d_out)
+
+  def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
+    ranks_R = self.table(host.name, host.loops, host.layers)[:, layer]
+    if not ranks_R.any():
+      return None
+    return least_squares.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
+
+  def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
+    """The best low-rank approximation of what the shared weight lacks.
+
+    In the norm of the inputs where their covariance is known, else the
+    truncated SVD of the paper (eq. 4).
+    """
+    loop, layer = position
+    rank = int(self.table(host.name, host.loops, host.layers)[loop, layer])
+    width = self.width(host.name)
+    rest_IxO = target_IxO - base_IxO
+    if c_IxI is None:
+      a_Ixr, b_rxO, _ = least_squares.truncated_svd(rest_IxO, rank)
+      a_Ixr = np.pad(a_Ixr, ((0, 0), (0, width - rank)))
+      b_rxO = np.pad(b_rxO, ((0, width - rank), (0, 0)))
+    else:
+      a_Ixr, b_rxO, _ = least_squares.low_rank(c_IxI, rest_IxO, rank, width)
+    # The forward pass multiplies the product by the scale.
+    root = self.scale(host.name) ** -0.5
+    leaves = {'lora_a': a_Ixr * root, 'lora_b': b_rxO * root}
+    return Fitted(leaves, base_IxO + a_Ixr @ b_rxO)
+
+  def is_exact(self, host: Host) -> bool:
+    table = self.table(host.name, host.loops, host.layers)
+    return table.min() == min(host.d_in, host.d_out)
+
+  def square_norm(self, params: Leaves, host: Host):
+    """|A B|^2 = trace((A^T A)(B B^T)), without alpha: no A B is built."""
+    a, b = params['lora_a'], params['lora_b']
+    aa = jnp.einsum('nrdi,nrdj->nrij', a, a)
+    bb = jnp.einsum('nrif,nrjf->nrij', b, b)
+    return jnp.einsum('nrij,nrij->r', aa, bb)
 
 
 def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
@@ -92,24 +266,7 @@ def widen(a_RxDxr, b_RxrxF):
   return a_DxRr, b_RxrxF.reshape(R * r, -1)
 
 
-def widen_all(params: dict[str, Any]) -> dict[str, Any]:
-  """Unstacked parameters with every LoRA side by side, laid out once.
-
-  Inside a loop the layout would be made anew at every step.
-  """
-  if 'lora_a' in params:
-    rest = {k: v for k, v in params.items() if not k.startswith('lora_')}
-    a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])
-    return rest | {'lora_a_wide': a_DxRr, 'lora_b_wide': b_RrxF}
-  return {k: widen_all(v) if isinstance(v, dict) else v for k, v in params.items()}
-
-
 def _scaled(y_BxLxF, scale):
   if scale == 1.0:
     return y_BxLxF
   return y_BxLxF * jnp.asarray(scale, y_BxLxF.dtype)
-
-
-def merge(kernel_DxF, a_Dxr, b_rxF, scale=1.0):
-  """W' + scale * A B of one position: what an untied model holds there."""
-  return kernel_DxF + scale * (a_Dxr @ b_rxF)

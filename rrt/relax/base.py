@@ -1,0 +1,337 @@
+"""The contract of a relaxation: what a shared layer does differently by loop.
+
+A relaxation is a frozen dataclass in `ModelConfig.relax`. It says where it
+sits (its *hosts*), which parameters it adds there and how they change the
+host's output. Training, decoding, the engine, conversion, export, counting,
+sharding and metrics know relaxations through this class alone.
+
+`docs/dev/add_relaxation.md` walks through adding one.
+
+B batch, L length, D model, I inputs and O outputs of a host, N layers of the
+block, R loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SITES = ('linear', 'mlp', 'kv', 'block')
+# Logical axes of the seven linears' inputs and outputs; see `rrt.sharding`.
+LINEAR_AXES = {
+  'q': ('embed', 'heads'),
+  'k': ('embed', 'kv'),
+  'v': ('embed', 'kv'),
+  'o': ('heads', 'embed'),
+  'gate': ('embed', 'mlp'),
+  'up': ('embed', 'mlp'),
+  'down': ('mlp', 'embed'),
+}
+# How the engine lays out per-loop factors for rows at several loops.
+LAYOUTS = ('auto', 'wide', 'grouped')
+
+Leaves = dict[str, Any]
+
+
+class Host(NamedTuple):
+  """The part of a block layer that a relaxation sits on.
+
+  Attributes:
+    site: one of `SITES`.
+    name: of the linear ('q' to 'down'), or the site's own name.
+    path: of the subtree with its parameters, in a block layer: 'attn/q',
+      'mlp', 'attn'; of the block itself ''.
+    d_in, d_out: I and O. For 'kv', O is the size of keys (or values) of all
+      heads.
+    axes: logical axes of inputs and outputs.
+    loops, layers: R and N; N is 1 for the block itself.
+  """
+
+  site: str
+  name: str
+  path: str
+  d_in: int
+  d_out: int
+  axes: tuple[str, str]
+  loops: int
+  layers: int
+
+
+class Leaf(NamedTuple):
+  """One array of parameters of a relaxation, without the layers axis.
+
+  Attributes:
+    shape: with the loops axis first, where the array differs by loop.
+    axes: logical axes, as many.
+    init: (key, shape, dtype) to initial values. Those of all leaves together
+      must leave the host's output as it is.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: Callable[..., jax.Array]
+
+
+class Aux(NamedTuple):
+  """What `apply` returns besides the output.
+
+  Attributes:
+    losses: name -> float32 scalar, added to the training loss, summed over
+      all positions; a coefficient is the relaxation's own to apply.
+    stats: name -> array, for the metrics, averaged over all positions.
+  """
+
+  losses: Mapping[str, jax.Array] = {}
+  stats: Mapping[str, jax.Array] = {}
+
+
+NO_AUX = Aux()
+
+
+class Fitted(NamedTuple):
+  """The closed-form fit of a relaxation at one position.
+
+  Attributes:
+    leaves: values of the position, without layers and loops axes.
+    merged_IxO: the host's weight with this relaxation merged in, float32.
+  """
+
+  leaves: Leaves
+  merged_IxO: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaxation:
+  """Base class; a subclass is a frozen dataclass of JSON values.
+
+  Class attributes:
+    kind: its name in configurations. Names of its leaves are `kind` or begin
+      with `kind` and an underscore.
+    site: 'linear' (a linear's output), 'mlp' (the MLP's output), 'kv' (keys
+      and values before RoPE) or 'block' (the output of a pass through the
+      block, CYCLE order only).
+    row_independent: whether a row's result does not depend on the other rows
+      of its batch. If not, the engine refuses the model.
+    unmergeable: why an untied model cannot hold what this computes; '' where
+      it can. `to_untied` and `rrt export` refuse with this reason.
+  """
+
+  kind: ClassVar[str]
+  site: ClassVar[str]
+  row_independent: ClassVar[bool] = True
+  unmergeable: ClassVar[str] = ''
+
+  def check(self, hosts: tuple[Host, ...]) -> None:
+    """Raises InputError for a field that cannot work on these hosts."""
+
+  def hosts(self, config) -> tuple[Host, ...]:
+    """All hosts of its site in a `ModelConfig`."""
+    return hosts_of(config, self.site)
+
+  def leaves(self, host: Host) -> dict[str, Leaf]:
+    """The parameters on a host; {} leaves the host alone."""
+    raise NotImplementedError
+
+  def apply(self, params: Leaves, x, y, loop, host: Host):
+    """The host's output, relaxed.
+
+    Args:
+      params: the leaves of one layer, all loops; laid out by `prepare` or as
+        `leaves` describes them.
+      x: the host's input, [B, L, I].
+      y: its output so far, [B, L, O]; for 'kv' the pair (keys, values), each
+        [B, L, G, Dh].
+      loop: int scalar, or int [B] with one loop a row. Both give a row the
+        same result.
+      host: where.
+
+    Returns:
+      (y, Aux), y of the same shape and dtype.
+    """
+    raise NotImplementedError
+
+  def mask(self, params: Leaves, host: Host) -> Leaves:
+    """The leaves of all layers with padding set to zero; [N, ...] each.
+
+    Padded entries must get zero gradients and are not counted.
+    """
+    return params
+
+  def prepare(self, params: Leaves, host: Host, layout: str) -> Leaves:
+    """The leaves of one layer as the engine keeps them.
+
+    Args:
+      params: as `leaves` describes them.
+      host: where.
+      layout: one of `LAYOUTS`.
+    """
+    return params
+
+  def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
+    """The weight of one position with the relaxation merged in.
+
+    Args:
+      base_IxO: a linear's weight, with earlier relaxations merged.
+      params: the leaves of all layers, [N, ...], numpy.
+      position: (loop, layer).
+      host: where.
+
+    Returns:
+      [I, O]; None where it cannot be merged, and `unmergeable` says why.
+    """
+    return None
+
+  def count(self, host: Host) -> int:
+    """Unique parameters on a host, in all layers, padding left out."""
+    return host.layers * sum(int(np.prod(leaf.shape)) for leaf in self.leaves(host).values())
+
+  def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
+    """The shared weight that goes best with this relaxation, or None.
+
+    None leaves the choice to the conversion, which takes the weighted mean.
+
+    Args:
+      cs_RxIxI: covariances of each loop's inputs.
+      ws_RxIxO: the weights that the loops stand for.
+      layer: of the block.
+      host: where.
+    """
+    return None
+
+  def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted | None:
+    """Fits one position in closed form; None starts it without effect.
+
+    Minimises `||x (merged - target)||^2` over the relaxation's parameters.
+
+    Args:
+      base_IxO: the shared weight, with earlier relaxations merged.
+      target_IxO: the weight to stand for.
+      c_IxI: covariance of the inputs x, positive definite; None for the
+        identity (no calibration text).
+      position: (loop, layer).
+      host: where.
+    """
+    return None
+
+  def is_exact(self, host: Host) -> bool:
+    """Whether `fit` reaches any target at every position."""
+    return False
+
+  def square_norm(self, params: Leaves, host: Host) -> jax.Array | None:
+    """Size of the change by loop, float32 [R], for the metrics; or None.
+
+    Args:
+      params: the leaves of all layers, [N, ...].
+      host: where.
+    """
+    return None
+
+
+def hosts_of(config, site: str) -> tuple[Host, ...]:
+  """The hosts of a site in a `ModelConfig`'s block."""
+  c = config
+  kv = c.num_kv_heads * c.head_dim
+  counts = {'loops': c.loops, 'layers': c.block_layers}
+  if site == 'linear':
+    part = lambda name: 'mlp' if name in ('gate', 'up', 'down') else 'attn'
+    return tuple(
+      Host(site, name, f'{part(name)}/{name}', *shape, LINEAR_AXES[name], **counts)
+      for name, shape in c.shapes().items()
+    )
+  both = ('embed', 'embed')
+  if site == 'mlp':
+    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, **counts),)
+  if site == 'kv':
+    return (Host(site, site, 'attn', c.d_model, kv, ('embed', 'kv'), **counts),)
+  return (Host(site, site, '', c.d_model, c.d_model, both, c.loops, 1),)
+
+
+def at_loop(table_RxD, loop, ndim: int):
+  """Rows of a per-loop table, shaped to broadcast against an ndim array.
+
+  Returns [1, .., 1, D] for a scalar loop, [B, 1, .., 1, D] for one a row.
+  """
+  rows = table_RxD[loop]
+  lead = rows.shape[:1] if rows.ndim == 2 else (1,)
+  return rows.reshape(*lead, *(1,) * (ndim - 2), rows.shape[-1])
+
+
+def relaxed_hosts(config):
+  """(relaxation, host, its leaves' descriptions) of a `ModelConfig`, in order."""
+  for relaxation in config.relax:
+    for host in relaxation.hosts(config):
+      leaves = relaxation.leaves(host)
+      if leaves:
+        yield relaxation, host, leaves
+
+
+def subtree(block: dict[str, Any], host: Host) -> dict[str, Any]:
+  """The parameters beside which a host's leaves lie.
+
+  Args:
+    block: `params['block']`, stacked, or the tree of one layer.
+    host: where.
+  """
+  tree = block if host.site == 'block' else block.get('layers', block)
+  for key in host.path.split('/') if host.path else ():
+    tree = tree[key]
+  return tree
+
+
+def own_leaves(tree: dict[str, Any], kind: str) -> Leaves:
+  """The leaves of one kind among the parameters of a host."""
+  return {k: v for k, v in tree.items() if (k == kind or k.startswith(f'{kind}_'))}
+
+
+def mask_all(config, params):
+  """Parameters with the padding of all relaxations set to zero."""
+  params = jax.tree.map(lambda p: p, params)  # New dicts, the same arrays.
+  for relaxation, host, _ in relaxed_hosts(config):
+    tree = subtree(params['block'], host)
+    tree.update(relaxation.mask(own_leaves(tree, relaxation.kind), host))
+  return params
+
+
+def prepare_all(config, params, layout: str = 'auto'):
+  """Unstacked parameters with all relaxations laid out for the engine."""
+  params = jax.tree.map(lambda p: p, params)
+  for relaxation, host, _ in relaxed_hosts(config):
+    block = params['block']
+    layers = [f'layers_{n}' for n in range(config.block_layers)]
+    for part in [block] if host.site == 'block' else [block[n] for n in layers]:
+      tree = subtree(part, host)
+      leaves = own_leaves(tree, relaxation.kind)
+      for name in leaves:
+        del tree[name]
+      tree.update(relaxation.prepare(leaves, host, layout))
+  return params
+
+
+def count_all(config) -> int:
+  """Unique parameters of all relaxations of a `ModelConfig`."""
+  return sum(relaxation.count(host) for relaxation, host, _ in relaxed_hosts(config))
+
+
+def padding(config) -> int:
+  """Entries of their arrays that are padding and not counted."""
+  stored = sum(
+    host.layers * sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
+    for _, host, leaves in relaxed_hosts(config)
+  )
+  return stored - count_all(config)
+
+
+def norms(config, params) -> dict[str, jax.Array]:
+  """Frobenius norms of what each kind of relaxation adds, [R] by kind."""
+  squares: dict[str, jax.Array] = {}
+  for relaxation, host, _ in relaxed_hosts(config):
+    leaves = own_leaves(subtree(params['block'], host), relaxation.kind)
+    square_R = relaxation.square_norm(leaves, host)
+    if square_R is not None:
+      squares[relaxation.kind] = squares.get(relaxation.kind, jnp.zeros(())) + square_R
+  return {kind: jnp.sqrt(square_R) for kind, square_R in squares.items()}

@@ -1,0 +1,78 @@
+"""Per-loop gains: y = (x W + earlier relaxations) * g[loop], a vector a loop.
+
+A gain of zero at o and down makes a looped layer add nothing to the residual
+stream: what deleting the layer at that position does is one of its values.
+
+I inputs, O outputs, R loops, N layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from flax import linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Relaxation, at_loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain(Relaxation):
+  """A gain a loop on every output channel of some linears.
+
+  It multiplies what the relaxations before it in `ModelConfig.relax` give,
+  so that it stands behind `Lora`. It costs R x O parameters a linear.
+
+  Attributes:
+    components: the linears that have it.
+  """
+
+  kind: ClassVar[str] = 'gain'
+  site: ClassVar[str] = 'linear'
+
+  components: tuple[str, ...] = ('o', 'down')
+
+  def check(self, hosts: tuple[Host, ...]) -> None:
+    if not self.components or len(set(self.components)) < len(self.components):
+      raise InputError(
+        f'gain.components={self.components!r}: must name one linear or more, each once.'
+      )
+    for name in self.components:
+      if name not in LINEAR_AXES:
+        raise InputError(
+          f'gain.components names {name!r}; the linears are {", ".join(LINEAR_AXES)}.'
+        )
+
+  def leaves(self, host: Host) -> dict[str, Leaf]:
+    if host.name not in self.components:
+      return {}
+    shape, axes = (host.loops, host.d_out), ('loops', host.axes[1])
+    return {'gain': Leaf(shape, axes, nn.initializers.ones)}
+
+  def apply(self, params: Leaves, x, y, loop, host: Host):
+    return y * at_loop(params['gain'], loop, y.ndim).astype(y.dtype), NO_AUX
+
+  def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
+    loop, layer = position
+    gain_O = np.asarray(params['gain'][layer, loop], np.float64)
+    return base_IxO * gain_O[None, :]
+
+  def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
+    """Weighted least squares, channel by channel.
+
+    With v and w a channel's columns of base and target, and C the covariance
+    of the inputs, g = (v^T C w) / (v^T C v).
+    """
+    cv_IxO = base_IxO if c_IxI is None else c_IxI @ base_IxO
+    power_O = jnp.sum(base_IxO * cv_IxO, 0)
+    cross_O = jnp.sum(target_IxO * cv_IxO, 0)
+    # A channel that is zero stays so whatever its gain.
+    gain_O = jnp.where(power_O > 0, cross_O / jnp.where(power_O > 0, power_O, 1.0), 1.0)
+    return Fitted({'gain': gain_O}, base_IxO * gain_O[None, :])
+
+  def square_norm(self, params: Leaves, host: Host):
+    """The squared distance of all gains from 1."""
+    return jnp.sum((params['gain'] - 1.0) ** 2, (0, 2))
