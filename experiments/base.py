@@ -88,7 +88,7 @@ def paper(c):
   c.optimizer.beta2 = 0.95
   c.mesh.data, c.mesh.fsdp = 1, -1
   # As the paper: plain means and plain SVD, norms shared by all loops.
-  c.convert.init, c.convert.lora_init = 'average', 'svd'
+  c.convert.init, c.convert.relax_init = 'average', 'fit'
   c.convert.loop_norms = False
   c.log_every, c.checkpoint_every, c.keep = 10, 500, 3
   return c

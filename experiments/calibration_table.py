@@ -108,15 +108,15 @@ _CELLS = flags.DEFINE_string('cells', '.*', 'Names of cells to run, a pattern.')
 
 WEIGHTS_ONLY = dataclasses.replace(
   ALL_STEPS,
-  own_inputs=False,
+  child_inputs=False,
   parent_outputs=False,
-  tie_with_lora=False,
-  align_units=False,
+  tie_jointly=False,
+  permute_units=False,
   refit_coda=False,
 )
-OWN_INPUTS = dataclasses.replace(WEIGHTS_ONLY, own_inputs=True)
+OWN_INPUTS = dataclasses.replace(WEIGHTS_ONLY, child_inputs=True)
 OUTPUTS = dataclasses.replace(OWN_INPUTS, parent_outputs=True)
-TIED = dataclasses.replace(OUTPUTS, tie_with_lora=True)
+TIED = dataclasses.replace(OUTPUTS, tie_jointly=True)
 CODA = dataclasses.replace(TIED, refit_coda=True)
 
 # Method -> arguments of `to_recursive`; each adds one step to the one before.

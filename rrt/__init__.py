@@ -25,18 +25,14 @@ if TYPE_CHECKING:
   from rrt.model import LanguageModel
   from rrt.models.count import count_params
   from rrt.models.untie import to_untied
-  from rrt.relax.gain import Gain
-  from rrt.relax.lora import Lora
   from rrt.train.loop import uptrain
 
 __version__ = '0.1.0'
 
 _HOMES = {
   'Engine': 'rrt.infer.engine.engine',
-  'Gain': 'rrt.relax.gain',
   'InputError': 'rrt.errors',
   'LanguageModel': 'rrt.checkpoints.load',
-  'Lora': 'rrt.relax.lora',
   'ModelConfig': 'rrt.config',
   'Request': 'rrt.infer.engine.request',
   'complete': 'rrt.infer.generate',
@@ -52,10 +48,8 @@ _HOMES = {
 
 __all__ = [
   'Engine',
-  'Gain',
   'InputError',
   'LanguageModel',
-  'Lora',
   'ModelConfig',
   'Request',
   'complete',
@@ -71,6 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+  if name == 'relax':
+    return importlib.import_module('rrt.relax')
   if name not in _HOMES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(_HOMES[name]), name)

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from rrt.config import LoraConfig, ModelConfig, Rope
+from rrt.config import ModelConfig, Rope
 from rrt.errors import InputError
 from rrt.models.count import count_params
+from rrt.relax.lora import Lora
 from tests.models.configs import CONFIGS, llama
 
 
@@ -118,7 +119,7 @@ def test_published_parameter_counts(name):
       r'ropes\[0\].high_freq_factor=4.0: must be above',
     ),
     (dict(ropes=(Rope(original_context=0),)), r'ropes\[0\].original_context=0: must be'),
-    (dict(lora=LoraConfig(q=1, alpha=NAN)), r'lora.alpha=nan: must be'),
+    (dict(relax=(Lora(q=1, alpha=NAN),)), r'lora.alpha=nan: must be'),
     (dict(loops=2), r'lora.up has ranks of shape \(3, 2\)'),
   ],
 )

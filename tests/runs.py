@@ -14,10 +14,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from rrt.checkpoints.load import save
-from rrt.config import LoraConfig, ModelConfig
+from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.model import LanguageModel
-from rrt.models.init import clear_padding, init_params
+from rrt.models.init import init_params
+from rrt.relax.base import mask_all
+from rrt.relax.lora import Lora
 
 PARENT = ModelConfig(
   family='llama',
@@ -38,7 +40,7 @@ CHILD = PARENT.with_recursion(
   coda=1,
   loop_norms=True,
   # One rank table: its padding must stay zero.
-  lora=LoraConfig(q=2, k=2, v=2, o=2, gate=((1, 3), (2, 0)), up=2, down=2),
+  relax=(Lora(q=2, k=2, v=2, o=2, gate=((1, 3), (2, 0)), up=2, down=2),),
 )
 
 
@@ -69,7 +71,7 @@ def model(config: ModelConfig, seed: int) -> LanguageModel:
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
   leaves = [np.asarray(x) + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
-  params = clear_padding(config, jax.tree.unflatten(tree, leaves))
+  params = mask_all(config, jax.tree.unflatten(tree, leaves))
   params = jax.tree.map(np.asarray, params)
   return LanguageModel(config, params, tokenizer(), {'name': 'tiny'})
 

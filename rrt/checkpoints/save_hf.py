@@ -1,8 +1,7 @@
 """Exports a relaxed recursive model as the untied model that it computes.
 
-Every position gets weights of its own, `kernel + scale * lora_a @ lora_b`,
-and norm gains of its own, in the order in which the positions run. The result
-is an ordinary model of the family: the oracle that a recursive model is held
+Every position gets weights of its own, its relaxations merged in, and norm
+gains of its own, in the order in which the positions run. The result is an ordinary model of the family: the oracle that a recursive model is held
 against, and what other software loads.
 """
 

@@ -1,4 +1,4 @@
-"""Calibrated conversion: shared weights and LoRA fitted to real activations.
+"""Calibrated conversion: shared weights and relaxations fitted to activations.
 
 The paper averages the tied layers and takes a plain SVD of what is left,
 which treats every direction of a layer's input alike. Here the parent reads a
@@ -43,98 +43,69 @@ from rrt.convert.activations import (
   set_kernel,
   with_norms,
 )
+from rrt.convert.weights import TINY, ChildWeights
 from rrt.ops import least_squares
-
-TINY = 1e-30  # What sizes that may be zero are divided by at least.
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-  """Which steps of the calibration are taken; all, but for experiments.
+class CalibrationConfig:
+  """The steps of the calibration; all are taken, but for experiments.
 
   Attributes:
-    own_inputs: each layer is fitted on the child's inputs, with the errors
+    child_inputs: each layer is fitted on the child's inputs, with the errors
       of the layers before it; otherwise on the parent's.
     parent_outputs: and towards the parent's outputs and residual stream;
       otherwise towards the parent's weights.
-    tie_with_lora: shared weights are chosen together with the low-rank
-      terms; otherwise they are weighted means.
-    align_units: hidden units are lined up before weights are shared.
+    tie_jointly: shared weights are chosen together with the relaxations that
+      can (`Relaxation.tie`); otherwise they are weighted means.
+    permute_units: hidden units are aligned before weights are shared.
     refit_coda: the coda's layers are refitted too.
     ridge: how strongly the covariances that weight means and SVDs are
       shrunk towards their diagonals.
   """
 
-  own_inputs: bool = True
+  child_inputs: bool = True
   parent_outputs: bool = True
-  tie_with_lora: bool = True
-  align_units: bool = True
+  tie_jointly: bool = True
+  permute_units: bool = True
   refit_coda: bool = True
   ridge: float = 1e-2
 
 
-ALL_STEPS = Steps()
-
-
-@dataclasses.dataclass
-class Fitted:
-  """What calibration found.
-
-  Attributes:
-    shared: component -> weights of the block's layers, [N, I, O].
-    low_a: component -> [N, R, I, r].
-    low_b: component -> [N, R, r, O].
-    coda: layer trees in order.
-    kept: component -> share of the residual's energy that the low-rank
-      terms keep, [R, N].
-    drift: by depth from the block on, `||child - parent||^2 / ||parent||^2`
-      of the residual stream after it.
-  """
-
-  shared: dict[str, np.ndarray]
-  low_a: dict[str, np.ndarray]
-  low_b: dict[str, np.ndarray]
-  coda: list[Any]
-  kept: dict[str, np.ndarray]
-  drift: list[float]
+ALL_STEPS = CalibrationConfig()
 
 
 def calibrate(
   walk: Walk,
-  child: ModelConfig,
+  weights: ChildWeights,
   streams: dict[int, Stream],
-  norms: Callable[[int], dict[str, Any]],
   *,
-  steps: Steps = ALL_STEPS,
+  steps: CalibrationConfig = ALL_STEPS,
   progress: Callable[[int], None] = lambda n: None,
-) -> Fitted:
+) -> None:
   """Fits a child's linears to its parent, layer after layer.
 
   Args:
     walk: the parent and the calibration tokens.
-    child: the child's config; its LoRA ranks say what is fitted.
+    weights: the child's, filled here: shared weights, relaxations, coda.
     streams: from `walk.run(.., child.prelude_layers)`; emptied on the way.
-    norms: depth -> the child's gains, as the norm leaves of a layer tree.
     steps: which steps to take.
     progress: called with the number of layers done since the last call.
   """
+  child = weights.config
   P, R, N = child.prelude_layers, child.loops, child.block_layers
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
-  fitted = _empty(child)
   h_BxLxD = streams[P].start
   for depth in range(P, walk.config.depth):
-    layer, end_BxLxD = _fit_layer(
-      walk, child, fitted, depth, at.get(depth), streams, h_BxLxD, norms, steps
-    )
+    layer, end_BxLxD = _fit_layer(walk, weights, depth, at.get(depth), streams, h_BxLxD, steps)
     if depth not in at:
-      fitted.coda.append(jax.tree.map(np.asarray, layer))
+      weights.coda.append(jax.tree.map(np.asarray, layer))
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
     size = np.sum(streams[depth].end ** 2, dtype=np.float64)
-    fitted.drift.append(float(gap / max(size, TINY)))
+    weights.drift.append(float(gap / max(size, TINY)))
     del streams[depth]  # A layer looks ahead to later loops, never back.
     h_BxLxD = end_BxLxD
     progress(1)
-  return fitted
 
 
 def spectra(
@@ -142,7 +113,7 @@ def spectra(
   child: ModelConfig,
   streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
-  steps: Steps = ALL_STEPS,
+  steps: CalibrationConfig = ALL_STEPS,
 ) -> dict[str, np.ndarray]:
   """What a weighted mean would lack, for `budgets.spend`.
 
@@ -154,7 +125,7 @@ def spectra(
   found = {name: np.zeros((R, N, min(shape))) for name, shape in child.shapes().items()}
   for n in range(N):
     depths = [child.depth_of(r, n) for r in range(R)]
-    if steps.align_units:
+    if steps.permute_units:
       walk.align(depths[0], depths[1:], streams)
     layers = [with_norms(walk.config, walk.layer(d), norms(d)) for d in depths]
     for site, names in SITES.items():
@@ -175,47 +146,32 @@ def spectra(
   return found
 
 
-def _empty(child: ModelConfig) -> Fitted:
-  """Arrays for what is to be found."""
-  R, N = child.loops, child.block_layers
-  fitted = Fitted({}, {}, {}, [], {}, [])
-  for name, (d_in, d_out) in child.shapes().items():
-    fitted.shared[name] = np.zeros((N, d_in, d_out), np.float32)
-    fitted.kept[name] = np.ones((R, N))
-    width = child.lora.width(name) if child.lora else 0
-    if width:
-      fitted.low_a[name] = np.zeros((N, R, d_in, width), np.float32)
-      fitted.low_b[name] = np.zeros((N, R, width, d_out), np.float32)
-  return fitted
-
-
 def _fit_layer(
   walk: Walk,
-  child: ModelConfig,
-  fitted: Fitted,
+  weights: ChildWeights,
   depth: int,
   position: tuple[int, int] | None,
   streams: dict[int, Stream],
   h_BxLxD: np.ndarray,
-  norms: Callable[[int], dict[str, Any]],
-  steps: Steps,
+  steps: CalibrationConfig,
 ):
   """Fits one depth, site after site; returns its merged layer and output."""
-  c, R = walk.config, child.loops
+  c, child, norms = walk.config, weights.config, weights.norms_at
+  R = child.loops
   stream = Stream(h_BxLxD, np.empty_like(h_BxLxD), np.empty_like(h_BxLxD))
   later = {}
   if position is not None and position[0] == 0:
     depths = [child.depth_of(r, position[1]) for r in range(1, R)]
-    if steps.align_units:
+    if steps.permute_units:
       walk.align(depth, depths, streams)
     later = {d: with_norms(c, walk.layer(d), norms(d)) for d in depths}
   parent = walk.layer(depth)
   layer = with_norms(c, parent, norms(depth))
   # What is seen of the inputs: the child's, or (for experiments) the parent's.
   seen, source = (stream, layer)
-  if not steps.own_inputs:
+  if not steps.child_inputs:
     seen, source = streams[depth], with_norms(c, parent, norms(depth))
-  refits = steps.own_inputs and steps.parent_outputs
+  refits = steps.child_inputs and steps.parent_outputs
   if position is None:
     refits = refits and steps.refit_coda
   for site, names in SITES.items():
@@ -238,7 +194,7 @@ def _fit_layer(
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
-        target_IxO = _relax(child, fitted, name, position, cs_RxIxI, ws_RxIxO, steps)
+        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, steps)
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
@@ -295,23 +251,14 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
-def _relax(child, fitted: Fitted, name, position, cs_RxIxI, ws_RxIxO, steps: Steps):
-  """W' + A B of a position, towards ws[0]; at its first loop W' as well."""
+def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, steps):
+  """Fits one linear at a position towards ws[0]; at its first loop W' as well."""
   r, n = position
-  ranks_R = np.zeros(child.loops, np.int32)
-  if child.lora:
-    ranks_R = child.lora.table(name, child.loops, child.block_layers)[:, n]
-  if r == 0 and steps.tie_with_lora:
-    fitted.shared[name][n] = least_squares.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
-  elif r == 0:
-    fitted.shared[name][n] = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
-  shared_IxO = jnp.asarray(fitted.shared[name][n])
-  rest_IxO = ws_RxIxO[0] - shared_IxO
-  width = child.lora.width(name) if child.lora else 0
-  a_Ixw, b_wxO, kept = least_squares.low_rank(cs_RxIxI[0], rest_IxO, int(ranks_R[r]), width)
-  fitted.kept[name][r, n] = kept
-  if not width:
-    return shared_IxO
-  fitted.low_a[name][n, r] = a_Ixw
-  fitted.low_b[name][n, r] = b_wxO
-  return shared_IxO + a_Ixw @ b_wxO
+  if r == 0:
+    shared_IxO = None
+    if steps.tie_jointly:
+      shared_IxO = weights.tie(name, n, cs_RxIxI, ws_RxIxO)
+    if shared_IxO is None:
+      shared_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
+    weights.shared[name][n] = shared_IxO
+  return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))

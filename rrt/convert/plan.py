@@ -1,71 +1,163 @@
-"""The shape of a child: how its depth is arranged, and its LoRA ranks."""
+"""The shape of a child: `ConvertConfig`, the arrangement of its depth, its ranks."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 import dataclasses
+import difflib
+from typing import Any
 
 import numpy as np
 
-from rrt.config import COMPONENTS, ORDERS, LoraConfig, ModelConfig, is_number
+from rrt.config import ORDERS, ModelConfig
+from rrt.convert import calibration_data, rank_budget
 from rrt.errors import InputError
+from rrt.relax import registry
+from rrt.relax.base import Relaxation, hosts_of
+from rrt.relax.ranks import LoopRanks, parse_ranks, with_ranks
 
-# One rank for all loops, or one a loop.
-LoopRanks = int | tuple[int, ...]
+INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
+RELAX_INITS = ('fit', 'zero')
 
 
-def arrange(
-  parent: ModelConfig,
-  *,
-  prelude: int,
-  block: int | None,
-  loops: int,
-  coda: int,
-  order: str,
-  loop_norms: bool,
-) -> ModelConfig:
-  """The child's config, without LoRA.
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+  """How a vanilla model becomes a recursive one.
 
-  Args:
-    parent: a vanilla model's config.
-    prelude: layers of their own before the block.
+  Attributes:
+    prelude: layers kept as they are before the block.
     block: layers of the block; None for what the rest leaves.
     loops: times the block runs.
     coda: layers of their own after the block.
     order: 'cycle' or 'sequence'.
-    loop_norms: whether gains differ by loop.
+    init: of the block's shared weights, one of `INITS`.
+    rank: of the low-rank term on every linear, or by component:
+      `{'q': 32, ...}`; where the loops differ a tuple, one a loop. Capped at
+      the smaller side of the matrix. 0 for none. Also the words that
+      `rrt convert --rank` takes.
+    budget: parameters of low-rank terms to spend over positions and matrices
+      where they regain most, instead of `rank`.
+    alpha: the low-rank product is scaled by alpha / rank; None for 1. The
+      factors make up for it.
+    relax: further relaxations, behind the low-rank one: objects, or words
+      such as 'gain' (see `rrt.relax.registry.parse`).
+    relax_init: 'fit' starts relaxations from what the shared weights lack,
+      'zero' without effect.
+    loop_norms: every loop keeps its own norm gains.
+    calibration: path of the text to fit on and to measure on; None takes
+      English text found in the installation.
+    calibration_tokens: how many to fit on.
+  """
+
+  prelude: int = 0
+  block: int | None = None
+  loops: int = 2
+  coda: int = 0
+  order: str = 'cycle'
+  init: str = 'calibrated'
+  rank: int | str | tuple[int, ...] | Mapping[str, LoopRanks] | None = 0
+  budget: int | None = None
+  alpha: float | None = None
+  relax: tuple[str | Relaxation, ...] = ()
+  relax_init: str = 'fit'
+  loop_norms: bool = True
+  calibration: str | None = None
+  calibration_tokens: int = 8192
+
+  def replace(self, **changes) -> ConvertConfig:
+    """The same with some fields changed.
+
+    Raises:
+      InputError: a field that does not exist.
+    """
+    known = [f.name for f in dataclasses.fields(self)]
+    for name in changes:
+      if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f'did you mean {near[0]}?' if near else f'the fields are {", ".join(known)}.'
+        raise InputError(f'{name}={changes[name]!r}: a conversion has no such field; {hint}')
+    return dataclasses.replace(self, **changes)
+
+  def relaxations(self) -> tuple[Relaxation, ...]:
+    """`relax` as objects."""
+    words = (self.relax,) if isinstance(self.relax, (str, Relaxation)) else self.relax
+    return tuple(registry.parse(r) if isinstance(r, str) else r for r in words)
+
+
+def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
+  """The shape of the child that `to_recursive` makes of a parent.
+
+  All that can be told without the weights is checked. A budget's ranks are
+  only known when it is spent; here the child is without low-rank terms then.
+
+  Raises:
+    InputError: a field that cannot work, in one sentence.
+  """
+  c = convert
+  if c.init not in INITS:
+    raise InputError(f'init={c.init!r}: must be one of {", ".join(INITS)}.')
+  if c.relax_init not in RELAX_INITS:
+    raise InputError(f'relax_init={c.relax_init!r}: must be one of {", ".join(RELAX_INITS)}.')
+  config = arrange(parent, c)
+  rank_budget.check(c.budget, c.rank)
+  calibration_data.check_tokens(c.calibration_tokens)
+  return with_relaxations(config, c, c.rank)
+
+
+def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> ModelConfig:
+  """A child's config with low-rank terms of some ranks and the further ones.
+
+  Raises:
+    InputError: ranks or relaxations that cannot work.
+  """
+  rank = parse_ranks(rank) if isinstance(rank, str) else rank
+  relax = with_ranks(config, rank, convert.alpha)
+  return dataclasses.replace(config, relax=relax + convert.relaxations())
+
+
+def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
+  """The child's config, without relaxations.
 
   Raises:
     InputError: the parent is recursive, or prelude + block x loops + coda
       is not its depth; then with the nearest choices that are.
   """
-  if parent.loops != 1 or parent.lora is not None:
+  c, block = convert, convert.block
+  if parent.loops != 1 or parent.relax:
     state = f'is already recursive (loops={parent.loops})'
     if parent.loops == 1:
-      state = 'has LoRA, although it is not recursive (loops=1)'
+      state = 'has relaxations, although it is not recursive (loops=1)'
     raise InputError(
       f'The parent {state}; convert a vanilla model, or export this one to an untied model first.'
     )
-  if order not in ORDERS:
-    raise InputError(f'order={order!r}: must be one of {", ".join(ORDERS)}.')
+  if c.order not in ORDERS:
+    raise InputError(f'order={c.order!r}: must be one of {", ".join(ORDERS)}.')
   for name, value, least in (
-    ('prelude', prelude, 0),
-    ('loops', loops, 1),
-    ('coda', coda, 0),
+    ('prelude', c.prelude, 0),
+    ('loops', c.loops, 1),
+    ('coda', c.coda, 0),
     ('block', 1 if block is None else block, 1),
   ):
     if not isinstance(value, int) or value < least:
       raise InputError(f'{name}={value!r}: must be a whole number, {least} or more.')
   depth = parent.depth
-  left = depth - prelude - coda
-  if block is None and left > 0 and left % loops == 0:
-    block = left // loops
-  if block is None or prelude + block * loops + coda != depth:
+  left = depth - c.prelude - c.coda
+  if block is None and left > 0 and left % c.loops == 0:
+    block = left // c.loops
+  if block is None or c.prelude + block * c.loops + c.coda != depth:
     given = '' if block is None else f'block {block} x '
-    choices = '; or '.join(_nearest(depth, prelude, block, loops, coda))
+    choices = '; or '.join(_nearest(depth, c.prelude, block, c.loops, c.coda))
     raise InputError(
-      f'The parent has {depth} layers, which prelude {prelude} + {given}'
-      f'loops {loops} + coda {coda} cannot make up. Choose {choices}.'
+      f'The parent has {depth} layers, which prelude {c.prelude} + {given}'
+      f'loops {c.loops} + coda {c.coda} cannot make up. Choose {choices}.'
     )
   return parent.with_recursion(
-    prelude=prelude, block=block, loops=loops, coda=coda, order=order, loop_norms=loop_norms
+    prelude=c.prelude,
+    block=block,
+    loops=c.loops,
+    coda=c.coda,
+    order=c.order,
+    loop_norms=c.loop_norms,
   )
 
 
@@ -86,59 +178,16 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
   return [f'prelude={p} block={n} loops={r} coda={c}' for _, _, p, n, r, c in sorted(found)[:count]]
 
 
-def with_ranks(
-  config: ModelConfig, rank: LoopRanks | dict[str, LoopRanks] | None, alpha: float | None = None
-) -> ModelConfig:
-  """A child's config with LoRA; ranks are capped at the matrices.
-
-  Args:
-    config: from `arrange`.
-    rank: one for all seven linears, or by component (`q` to `down`); each a
-      whole number or a tuple of R of them, one a loop.
-    alpha: LoRA's scale is alpha / the largest rank; None for 1.
-
-  Raises:
-    InputError: a negative rank, an unknown component, ranks for another
-      number of loops, an alpha of 0.
-  """
-  if alpha is not None and not is_number(alpha):
-    raise InputError(f'alpha={alpha!r}: must be a finite number above 0.')
-  ranks = rank if isinstance(rank, dict) else dict.fromkeys(COMPONENTS, rank)
-  capped = {}
-  for name, value in ranks.items():
-    if name not in COMPONENTS:
-      raise InputError(f'rank names {name!r}; the linears are {", ".join(COMPONENTS)}.')
-    capped[name] = _capped(config, name, 0 if value is None else value)
-  lora = None
-  if any(np.any(value) for value in capped.values()):
-    lora = LoraConfig(**capped, alpha=None if alpha is None else float(alpha))
-  return dataclasses.replace(config, lora=lora)
-
-
-def _capped(config: ModelConfig, name: str, value: LoopRanks):
-  """A component's rank, or its table [R][N] where loops differ."""
-  ranks_R = value if isinstance(value, tuple) else (value,) * config.loops
-  for r in ranks_R:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-      raise InputError(
-        f'rank={value!r}: must be a whole number, 0 or more, or a tuple of them, one a loop.'
-      )
-  if len(ranks_R) != config.loops:
-    raise InputError(
-      f'rank={value!r} has {len(ranks_R)} numbers; the model has {config.loops} loops.'
-    )
-  ranks_R = tuple(min(r, *config.shapes()[name]) for r in ranks_R)
-  if len(set(ranks_R)) == 1:
-    return ranks_R[0]
-  return tuple((r,) * config.block_layers for r in ranks_R)
-
-
-def is_full_rank(config: ModelConfig) -> bool:
-  """Whether LoRA can tell every weight of every position apart."""
-  return config.lora is not None and all(
-    config.lora.table(name, config.loops, config.block_layers).min() == min(shape)
-    for name, shape in config.shapes().items()
+def is_exact(config: ModelConfig, convert: ConvertConfig) -> bool:
+  """Whether a child can only compute what its parent does."""
+  fits = convert.relax_init == 'fit'
+  full = fits and all(
+    any(r.is_exact(host) for r in config.relax if r.site == 'linear')
+    for host in hosts_of(config, 'linear')
   )
+  if config.loops == 1:
+    return convert.init != 'random' or full
+  return config.loop_norms and full
 
 
 def source_layers(config: ModelConfig, init: str) -> np.ndarray:

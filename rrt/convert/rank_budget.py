@@ -1,12 +1,11 @@
-"""Ranks from a budget: LoRA parameters go where they regain most."""
+"""Ranks from a budget: low-rank parameters go where they regain most."""
 
 from collections.abc import Mapping
-import dataclasses
 import itertools
 
 import numpy as np
 
-from rrt.config import LoraConfig, ModelConfig
+from rrt.config import ModelConfig
 from rrt.errors import InputError
 
 STEP = 8  # Ranks are multiples of this, or the whole matrix.
@@ -23,8 +22,8 @@ def check(budget: int | None, rank: object) -> None:
 
 
 def spend(
-  config: ModelConfig, spectra: Mapping[str, np.ndarray], budget: int, alpha: float | None
-) -> ModelConfig:
+  config: ModelConfig, spectra: Mapping[str, np.ndarray], budget: int
+) -> dict[str, np.ndarray]:
   """Gives each position and matrix its rank, greedily.
 
   A step of rank costs (in + out) parameters a direction and regains the
@@ -33,15 +32,14 @@ def spend(
   last one.
 
   Args:
-    config: the child's, without LoRA.
+    config: the child's.
     spectra: component -> singular values of what the shared weight lacks at
       each position, relative to the norm of the position's own weight,
       [R, N, K], falling.
-    budget: how many LoRA parameters to spend, at most.
-    alpha: as in `LoraConfig`.
+    budget: how many parameters of low-rank terms to spend, at most.
 
   Returns:
-    The config with rank tables; without LoRA if the budget buys no step.
+    Ranks by component, int [R, N].
   """
   R, N = config.loops, config.block_layers
   steps = []  # (worth a parameter, cost, component, loop, layer, rank)
@@ -61,9 +59,4 @@ def spend(
     if cost <= left and ranks[name][r, n] == low:
       ranks[name][r, n] = high
       left -= cost
-  if not any(table.any() for table in ranks.values()):
-    return dataclasses.replace(config, lora=None)
-  tables = {
-    name: tuple(tuple(int(v) for v in row) for row in table) for name, table in ranks.items()
-  }
-  return dataclasses.replace(config, lora=LoraConfig(**tables, alpha=alpha))
+  return ranks

@@ -1,127 +1,86 @@
-"""A vanilla model becomes a recursive one: which layers, which weights.
+"""Converts a vanilla model into a relaxed recursive one.
 
 `to_recursive` arranges the parent's L layers as prelude, block x loops and
-coda, finds weights for the shared block (paper, section 2: stepwise, average,
-lower, upper, random; or ours, calibrated) and low-rank relaxations that take
-the block back towards the parent at each position (eq. 4).
-
-The work itself is `rrt.convert.select`.
+coda (`plan.py`), finds the block's shared weights and relaxations, either by
+the paper's rules (`select.py`) or fitted to text (`calibrate.py`), and reports
+what was kept (`report.py`).
 """
 
-from collections.abc import Callable, Sequence
-import time
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert import calibration_data, rank_budget
-from rrt.convert.plan import LoopRanks, arrange, with_ranks
+from rrt.convert import calibration_data, rank_budget, select
+from rrt.convert.activations import Walk
+from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
+from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
 from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
-from rrt.convert.select import Conversion, is_exact, one_blas_thread
+from rrt.convert.weights import ChildWeights
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.untie import to_untied
+from rrt.ops.matmul import float32_is_float32
 from rrt.tree import flatten
 
-INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
 ROW = 1024  # Tokens of a calibration row.
-CALIBRATION_TOKENS = 8192
 
 
-def plan(
-  parent: ModelConfig,
-  *,
-  prelude: int = 0,
-  block: int | None = None,
-  loops: int = 2,
-  coda: int = 0,
-  order: str = 'cycle',
-  init: str = 'calibrated',
-  rank: LoopRanks | dict[str, LoopRanks] | None = 0,
-  budget: int | None = None,
-  alpha: float | None = None,
-  lora_init: str = 'svd',
-  loop_norms: bool = True,
-  calibration_tokens: int = CALIBRATION_TOKENS,
-  seed: int = 0,
-) -> ModelConfig:
-  """The shape of the child that `to_recursive` makes of a parent.
+@contextlib.contextmanager
+def one_blas_thread():
+  """LAPACK on one thread, and products of float32 numbers in float32.
 
-  All that can be told without the weights is checked. A budget's ranks are
-  only known when it is spent; here the child is without LoRA then.
-
-  Args:
-    parent: a vanilla model's config; the others as in `to_recursive`.
-
-  Raises:
-    InputError: an argument that cannot work, in one sentence.
+  OpenBLAS and XLA each have a thread pool; together they slow an
+  eigendecomposition down by a factor of 6 to 20.
   """
-  if init not in INITS:
-    raise InputError(f'init={init!r}: must be one of {", ".join(INITS)}.')
-  if lora_init not in ('svd', 'zero'):
-    raise InputError(f"lora_init={lora_init!r}: must be 'svd' or 'zero'.")
-  if not isinstance(seed, int) or not 0 <= seed < 2**32:
-    raise InputError(f'seed={seed!r}: must be from 0 to 2**32 - 1.')
-  config = arrange(
-    parent, prelude=prelude, block=block, loops=loops, coda=coda, order=order, loop_norms=loop_norms
-  )
-  rank_budget.check(budget, rank)
-  calibration_data.check_tokens(calibration_tokens)
-  return with_ranks(config, rank, alpha)
+  limit: Any = contextlib.nullcontext()
+  try:
+    import scipy.linalg  # noqa: F401  (jax's LAPACK, which must be loaded)
+    import threadpoolctl
+  except ImportError:
+    pass  # Without the extra `convert` it is only slower.
+  else:
+    limit = threadpoolctl.threadpool_limits(1, 'blas')
+  with limit, float32_is_float32('float32'):
+    yield
 
 
 @one_blas_thread()
 def to_recursive(
   parent: LanguageModel,
+  convert: ConvertConfig | None = None,
   *,
-  prelude: int = 0,
-  block: int | None = None,
-  loops: int = 2,
-  coda: int = 0,
-  order: str = 'cycle',
-  init: str = 'calibrated',
-  rank: LoopRanks | dict[str, LoopRanks] | None = 0,
-  budget: int | None = None,
-  alpha: float | None = None,
-  lora_init: str = 'svd',
-  loop_norms: bool = True,
   calibration: str | Sequence[int] | None = None,
-  calibration_tokens: int = CALIBRATION_TOKENS,
   seed: int = 0,
-  steps: calibrate_lib.Steps = calibrate_lib.ALL_STEPS,
+  steps: CalibrationConfig = ALL_STEPS,
   progress: Callable[[int, int], None] | None = None,
+  **changes: Any,
 ) -> tuple[LanguageModel, Report]:
   """Converts a vanilla model into a relaxed recursive one.
 
-  With full-rank LoRA and per-loop norms, or with one loop, the child computes
-  what the parent does, at any alpha.
+  With full-rank low-rank terms and per-loop norms, or with one loop, the child
+  computes what the parent does, at any alpha.
 
   Args:
     parent: a vanilla model.
-    prelude: layers kept as they are before the block.
-    block: layers of the block; worked out from the rest when None.
-    loops: times the block runs.
-    coda: layers of their own after the block.
-    order: 'cycle' or 'sequence'.
-    init: the block's shared weights, one of `INITS`.
-    rank: of the LoRA of every linear, or by component: `{'q': 32, ...}`;
-      where the loops differ a tuple, one a loop. Capped at the smaller side
-      of the matrix. 0 for none.
-    budget: LoRA parameters to spend over positions and matrices where they
-      regain most, instead of `rank`.
-    alpha: LoRA's scale is alpha / rank; None for a scale of 1. The factors
-      make up for it.
-    lora_init: 'svd' of what the shared weights lack, or 'zero'.
-    loop_norms: every loop keeps its own norm gains.
-    calibration: text, or token ids, to fit on and to measure on; None takes
-      English text that is found in the installation. Where nothing is
-      fitted, text that is too short is not measured on.
-    calibration_tokens: how many to fit on.
-    seed: of random weights.
+    convert: what to make of it; keyword arguments change single fields.
+    calibration: text, or token ids, to fit on and to measure on; None reads
+      `convert.calibration`. Where nothing is fitted, text that is too short
+      is not measured on.
+    seed: of weights drawn at random.
     steps: of the calibration; all of them, but for experiments.
     progress: called with (layers done, layers in all) as work proceeds.
+    **changes: fields of `ConvertConfig`.
 
   Returns:
     (the child, the report).
@@ -131,50 +90,24 @@ def to_recursive(
       work starts; or weights with NaN or infinity.
   """
   start = time.monotonic()
-  config = plan(
-    parent.config,
-    prelude=prelude,
-    block=block,
-    loops=loops,
-    coda=coda,
-    order=order,
-    init=init,
-    rank=rank,
-    budget=budget,
-    alpha=alpha,
-    lora_init=lora_init,
-    loop_norms=loop_norms,
-    calibration_tokens=calibration_tokens,
-    seed=seed,
-  )
+  if 'calibration' in changes:
+    raise InputError('calibration: give the text, or its path in a ConvertConfig.')
+  convert = (convert or ConvertConfig()).replace(**changes)
+  if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    raise InputError(f'seed={seed!r}: must be from 0 to 2**32 - 1.')
+  config = plan(parent.config, convert)
   check_finite(parent, 'parent', 'load it again or take another checkpoint')
-  fits = init == 'calibrated' and not is_exact(config, init, lora_init)
-  fit_BxL = held_out_BxL = np.zeros((0, 0), np.int32)
-  if fits or calibration is not None:
-    if calibration is None:
-      calibration = calibration_data.calibration_text(None, calibration_tokens)
-    try:
-      fit_BxL, held_out_BxL = calibration_data.split_rows(
-        calibration,
-        parent.tokenizer,
-        tokens=calibration_tokens,
-        length=min(ROW, config.max_context),
-        vocab_size=config.vocab_size,
-      )
-    except calibration_data.TooLittleText:
-      if fits:
-        raise
+  fits = convert.init == 'calibrated' and not is_exact(config, convert)
+  fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits)
   untied = to_untied(parent)
-  job = Conversion(untied, config, init, lora_init, seed)
-  if fits:
-    job.calibrate(fit_BxL, budget, alpha, steps, progress)
-  else:
-    job.select(budget, alpha, progress)
-  config, params = job.config, job.params()
-  report = start_report(untied.config, config, init)
-  report.kept = {k: v.tolist() for k, v in job.kept.items()}
-  report.drift = job.drift
-  report.calibration_tokens = fit_BxL.size if job.fitted else 0
+  job = _Job(untied, config, convert, seed, steps, progress)
+  weights = job.calibrated(fit_BxL) if fits else job.selected()
+  config, params = weights.config, weights.to_params(untied.params)
+
+  report = start_report(untied.config, config, convert.init)
+  report.kept = {k: v.tolist() for k, v in weights.kept.items()}
+  report.drift = weights.drift
+  report.calibration_tokens = fit_BxL.size if weights.drift else 0
   report.params_counted = count_arrays(config, params)
   meta = dict(parent.meta)
   child = LanguageModel(config, params, parent.tokenizer, meta)
@@ -183,7 +116,7 @@ def to_recursive(
     report.nll_parent_nats = cross_entropy(untied, held_out_BxL)
     report.nll_child_nats = cross_entropy(child, held_out_BxL)
     report.held_out_tokens = held_out_BxL.size - len(held_out_BxL)
-  if is_exact(config, init, lora_init):
+  if is_exact(config, convert):
     tokens_BxL = held_out_BxL
     if not tokens_BxL.size:
       ids = np.random.default_rng(seed).integers(0, config.vocab_size, 64)
@@ -193,6 +126,112 @@ def to_recursive(
   report.peak_memory_bytes = console.peak_memory_bytes()
   meta['conversion'] = report.to_json()
   return child, report
+
+
+def _calibration_rows(
+  parent: LanguageModel,
+  config: ModelConfig,
+  convert: ConvertConfig,
+  calibration: str | Sequence[int] | None,
+  fits: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows to fit on and rows to measure on; empty where there is no text."""
+  nothing = np.zeros((0, 0), np.int32)
+  if calibration is None and convert.calibration is None and not fits:
+    return nothing, nothing
+  if calibration is None:
+    calibration = calibration_data.calibration_text(convert.calibration, convert.calibration_tokens)
+  try:
+    return calibration_data.split_rows(
+      calibration,
+      parent.tokenizer,
+      tokens=convert.calibration_tokens,
+      length=min(ROW, config.max_context),
+      vocab_size=config.vocab_size,
+    )
+  except calibration_data.TooLittleText:
+    if fits:
+      raise
+    return nothing, nothing
+
+
+@dataclasses.dataclass
+class _Job:
+  """Finds the weights of one child, either way."""
+
+  parent: LanguageModel
+  config: ModelConfig  # The child's; a budget adds its low-rank terms.
+  convert: ConvertConfig
+  seed: int
+  steps: CalibrationConfig
+  progress: Callable[[int, int], None] | None
+
+  def _weights(self) -> ChildWeights:
+    fits = self.convert.relax_init == 'fit'
+    return ChildWeights(self.config, self._layers(), self.convert.init, self.seed, fits)
+
+  def _layers(self) -> Any:
+    return self.parent.params['block']['layers']
+
+  def _spend(self, spectra: dict[str, np.ndarray]) -> None:
+    """Turns the budget into ranks."""
+    ranks = rank_budget.spend(self.config, spectra, self.convert.budget or 0)
+    self.config = with_relaxations(self.config, self.convert, ranks)
+
+  def selected(self) -> ChildWeights:
+    """Shared weights by the paper's rules, relaxations fitted to weights."""
+    c, layers = self.config, self._layers()
+    budget = self.convert.budget is not None
+    positions = c.loops * c.block_layers
+    linears = len(c.shapes())
+    total = c.block_layers + positions * (2 if budget else 1)
+    count = _counter(total, self.progress, parts=linears)
+    shared = select.select_shared(c, layers, self.convert.init, self.seed, count)
+    if budget:
+      self._spend(select.spectra(c, layers, shared, count))
+    weights = self._weights()
+    weights.shared = shared
+    select.fit_relaxations(weights, layers, count)
+    return weights
+
+  def calibrated(self, tokens_BxL: np.ndarray) -> ChildWeights:
+    """Shared weights, relaxations and coda fitted to text."""
+    c = self.config
+    count = _counter(2 * c.depth - c.prelude_layers, self.progress)
+    at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), self._layers())
+    walk = Walk(self.parent.config, at_depth, tokens_BxL)
+    streams = walk.run(self._embed(tokens_BxL), c.prelude_layers, count)
+    if self.convert.budget is not None:
+      norms = self._weights().norms_at
+      self._spend(calibrate_lib.spectra(walk, c, streams, norms, self.steps))
+      if is_exact(self.config, self.convert):  # Any shared weight will do.
+        self.convert = self.convert.replace(budget=None)
+        return self.selected()
+    weights = self._weights()
+    calibrate_lib.calibrate(walk, weights, streams, steps=self.steps, progress=count)
+    return weights
+
+  def _embed(self, tokens_BxL: np.ndarray) -> np.ndarray:
+    """The input of the first layer, float32 [B, L, D]."""
+    c = self.config
+    x_BxLxD = np.asarray(self.parent.params['embed']['table'])[tokens_BxL]
+    scale = c.d_model**0.5 if c.scale_embeddings else 1.0
+    return x_BxLxD.astype(np.float32) * np.float32(scale)
+
+
+def _counter(
+  total: int, progress: Callable[[int, int], None] | None, parts: int = 1
+) -> Callable[[int], None]:
+  """Counts work in parts of a layer, and reports it in layers."""
+  done = 0
+
+  def count(n: int = 1) -> None:
+    nonlocal done
+    done += n
+    if progress:
+      progress(done // parts, total)
+
+  return count
 
 
 def check_finite(model: LanguageModel, who: str, mend: str) -> None:

@@ -13,6 +13,8 @@ from rrt.evals import perplexity
 from rrt.model import LanguageModel
 from rrt.models import transformer
 from rrt.models.count import ParamCount, count_params
+from rrt.relax.base import padding
+from rrt.relax.ranks import LOW_RANK, ranks_of
 
 
 @dataclasses.dataclass
@@ -22,7 +24,9 @@ class Report:
   Attributes:
     shape: prelude + block x loops + coda, in words.
     init: how the shared weights were found.
-    ranks: component -> LoRA rank, 'a/b/...' by loop, or 'smallest-largest'.
+    ranks: component -> rank of its low-rank term, 'a/b/...' by loop, or
+      'smallest-largest'.
+    relaxations: all of them, in words.
     parent_params: the parent's counts, closed form.
     params: the child's counts, closed form.
     params_counted: unique parameters in the child's arrays, without the
@@ -47,6 +51,7 @@ class Report:
   shape: str
   init: str
   ranks: dict[str, Any]
+  relaxations: str
   parent_params: ParamCount
   params: ParamCount
   params_counted: int = 0
@@ -78,7 +83,7 @@ class Report:
     )
     equal = 'equals' if self.params_counted == self.params.unique else 'IS NOT'
     print(
-      f'{self.shape}, {self.init}, LoRA {_in_words(self.ranks)}\n'
+      f'{self.shape}, {self.init}, {self.relaxations}\n'
       f'unique parameters counted: {self.params_counted:,}, which {equal} the '
       'closed form\n'
     )
@@ -122,6 +127,7 @@ def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:
     shape=f'{shape} layers in {c.order} order',
     init=init,
     ranks=_ranks(child),
+    relaxations=_in_words(child),
     parent_params=count_params(parent),
     params=count_params(child),
   )
@@ -129,12 +135,7 @@ def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:
 
 def _ranks(config: ModelConfig) -> dict[str, Any]:
   ranks: dict[str, Any] = {}
-  for name in config.shapes():
-    lora = config.lora
-    if lora is None:
-      ranks[name] = 0
-      continue
-    table_RxN = lora.table(name, config.loops, config.block_layers)
+  for name, table_RxN in ranks_of(config).items():
     low, high = int(table_RxN.min()), int(table_RxN.max())
     if low == high:
       ranks[name] = low
@@ -145,26 +146,21 @@ def _ranks(config: ModelConfig) -> dict[str, Any]:
   return ranks
 
 
-def _in_words(ranks: dict[str, Any]) -> str:
-  values = set(ranks.values())
-  if values == {0}:
-    return 'none'
-  if len(values) == 1:
-    return f'rank {values.pop()}'
-  return 'ranks ' + ', '.join(f'{k} {v}' for k, v in ranks.items())
+def _in_words(config: ModelConfig) -> str:
+  """The relaxations of a child: 'low rank 64, gain' or 'no relaxation'."""
+  ranks = _ranks(config)
+  values, words = set(ranks.values()), []
+  if len(values) > 1:
+    words.append('low ranks ' + ', '.join(f'{k} {v}' for k, v in ranks.items()))
+  elif values != {0}:
+    words.append(f'low rank {values.pop()}')
+  words += [r.kind for r in config.relax if not isinstance(r, LOW_RANK)]
+  return ', '.join(words) or 'no relaxation'
 
 
 def count_arrays(config: ModelConfig, params: Any) -> int:
-  """Unique parameters in a tree, without the padding of rank tables."""
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  if config.lora is None:
-    return count
-  R, N = config.loops, config.block_layers
-  for name, (d_in, d_out) in config.shapes().items():
-    table = config.lora.table(name, R, N)
-    padding = R * N * config.lora.width(name) - int(table.sum())
-    count -= padding * (d_in + d_out)
-  return count
+  """Unique parameters in a tree, without the padding of relaxations."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding(config)
 
 
 def cross_entropy(model: LanguageModel, rows_BxL: np.ndarray) -> float:

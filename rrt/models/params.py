@@ -29,9 +29,8 @@ def turned(params):
   """Unstacked parameters with matrices as decoding multiplies them fastest."""
   if not matmul.pays_to_turn():
     return params
-  names = 'kernel', 'lora_a_wide', 'lora_b_wide'
   parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
-  return params | matmul.turn(parts, names)
+  return params | matmul.turn(parts, ('kernel',))
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:

@@ -101,7 +101,7 @@ def low_rank(c_IxI, m_IxO, rank, width: int):
 
 @jax.jit
 def tie(cs_RxIxI, ws_RxIxO, ranks_R):
-  """The shared weight that serves all loops best, given their LoRA ranks.
+  """The shared weight that serves all loops best, given the ranks of their terms.
 
   Minimises `sum_b ||x_b (W_b - W' - A_b B_b)||^2` over W' and the low-rank
   terms. What the loops' low-rank terms take up need not lie on opposite

@@ -119,12 +119,14 @@ class Relaxation:
       of its batch. If not, the engine refuses the model.
     unmergeable: why an untied model cannot hold what this computes; '' where
       it can. `to_untied` and `rrt export` refuse with this reason.
+    decay: whether weight decay applies; not where zero is not neutral.
   """
 
   kind: ClassVar[str]
   site: ClassVar[str]
   row_independent: ClassVar[bool] = True
   unmergeable: ClassVar[str] = ''
+  decay: ClassVar[bool] = True
 
   def check(self, hosts: tuple[Host, ...]) -> None:
     """Raises InputError for a field that cannot work on these hosts."""
@@ -236,18 +238,18 @@ def hosts_of(config, site: str) -> tuple[Host, ...]:
   """The hosts of a site in a `ModelConfig`'s block."""
   c = config
   kv = c.num_kv_heads * c.head_dim
-  counts = {'loops': c.loops, 'layers': c.block_layers}
+  counts = c.loops, c.block_layers
   if site == 'linear':
     part = lambda name: 'mlp' if name in ('gate', 'up', 'down') else 'attn'
     return tuple(
-      Host(site, name, f'{part(name)}/{name}', *shape, LINEAR_AXES[name], **counts)
-      for name, shape in c.shapes().items()
+      Host(site, name, f'{part(name)}/{name}', d_in, d_out, LINEAR_AXES[name], *counts)
+      for name, (d_in, d_out) in c.shapes().items()
     )
   both = ('embed', 'embed')
   if site == 'mlp':
-    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, **counts),)
+    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, *counts),)
   if site == 'kv':
-    return (Host(site, site, 'attn', c.d_model, kv, ('embed', 'kv'), **counts),)
+    return (Host(site, site, 'attn', c.d_model, kv, ('embed', 'kv'), *counts),)
   return (Host(site, site, '', c.d_model, c.d_model, both, c.loops, 1),)
 
 

@@ -32,6 +32,7 @@ class Gain(Relaxation):
 
   kind: ClassVar[str] = 'gain'
   site: ClassVar[str] = 'linear'
+  decay: ClassVar[bool] = False
 
   components: tuple[str, ...] = ('o', 'down')
 

@@ -11,8 +11,34 @@ from rrt.errors import InputError
 from rrt.relax.base import LINEAR_AXES, Relaxation, hosts_of
 from rrt.relax.lora import Lora
 
+LOW_RANK = Lora  # The relaxation that ranks are of.
 # One rank for all loops, or one a loop.
 LoopRanks = int | tuple[int, ...]
+
+
+def parse_ranks(text: str) -> LoopRanks | dict[str, LoopRanks]:
+  """'64', '32/96' by loop, or 'q:32,down:32/96' by linear.
+
+  Raises:
+    InputError: it is none of them.
+  """
+
+  def one(text: str) -> LoopRanks:
+    ranks_R = tuple(map(int, text.split('/')))
+    return ranks_R if len(ranks_R) > 1 else ranks_R[0]
+
+  try:
+    if ':' not in text:
+      return one(text)
+    pairs = [pair.split(':') for pair in text.split(',')]
+    ranks = {name.strip(): one(value) for name, value in pairs}
+  except ValueError as e:
+    raise InputError(
+      f'rank={text!r}: give a whole number, q:32,v:32,... by linear, or 32/96 by loop.'
+    ) from e
+  if len(ranks) < len(pairs):
+    raise InputError(f'rank={text!r}: give each linear once.')
+  return ranks
 
 
 def with_ranks(
@@ -23,7 +49,7 @@ def with_ranks(
   Args:
     config: the child's `ModelConfig`.
     rank: one for all seven linears, or by component (`q` to `down`); each a
-      whole number or a tuple of R of them, one a loop.
+      whole number, a tuple of R of them, one a loop, or an array [R, N].
     alpha: LoRA's scale is alpha / the largest rank; None for 1.
 
   Raises:
@@ -45,8 +71,10 @@ def with_ranks(
   return (Lora(**capped, alpha=None if alpha is None else float(alpha)),)
 
 
-def _capped(config, name: str, value: LoopRanks):
-  """A component's rank, or its table [R][N] where loops differ."""
+def _capped(config, name: str, value: LoopRanks | np.ndarray) -> Any:
+  """A component's rank, or its table [R][N] where positions differ."""
+  if isinstance(value, np.ndarray):  # A table already, of a budget.
+    return tuple(tuple(int(v) for v in row) for row in value)
   ranks_R = value if isinstance(value, tuple) else (value,) * config.loops
   for r in ranks_R:
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
@@ -61,16 +89,6 @@ def _capped(config, name: str, value: LoopRanks):
   if len(set(ranks_R)) == 1:
     return ranks_R[0]
   return tuple((r,) * config.block_layers for r in ranks_R)
-
-
-def with_tables(tables: Mapping[str, np.ndarray], alpha: float | None) -> tuple[Relaxation, ...]:
-  """LoRA of rank tables, component -> int [R, N]; () where all are 0."""
-  if not any(table.any() for table in tables.values()):
-    return ()
-  ranks: dict[str, Any] = {
-    name: tuple(tuple(int(v) for v in row) for row in table) for name, table in tables.items()
-  }
-  return (Lora(**ranks, alpha=alpha),)
 
 
 def ranks_of(config) -> dict[str, np.ndarray]:

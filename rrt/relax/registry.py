@@ -17,13 +17,15 @@ if TYPE_CHECKING:
   from rrt.relax.base import Relaxation
 
 # kind -> module:class; loaded when first asked for.
-KINDS: dict[str, str | type] = {'lora': 'rrt.relax.lora:Lora', 'gain': 'rrt.relax.gain:Gain'}
+KINDS: dict[str, str | type[Relaxation]] = {
+  'lora': 'rrt.relax.lora:Lora',
+  'gain': 'rrt.relax.gain:Gain',
+}
 # Names in a block layer that leaves must not take.
-_TAKEN = ('kernel', 'scale', 'bias', 'table', 'attn', 'mlp', 'layers', 'q', 'k', 'v', 'o')
-_TAKEN += ('gate', 'up', 'down', 'q_norm', 'k_norm')
+_TAKEN = set('kernel scale bias table attn mlp layers q k v o gate up down'.split())
 
 
-def register(cls: type) -> type:
+def register(cls: type[Relaxation]) -> type[Relaxation]:
   """Makes a kind known to configurations; usable as a decorator.
 
   Raises:
@@ -37,7 +39,7 @@ def register(cls: type) -> type:
   return cls
 
 
-def class_of(kind: str) -> type:
+def class_of(kind: str) -> type[Relaxation]:
   """The class of a kind.
 
   Raises:
@@ -50,8 +52,9 @@ def class_of(kind: str) -> type:
     raise InputError(f'relax: there is no relaxation {kind!r}; {hint}')
   if isinstance(found, str):
     module, name = found.split(':')
-    found = getattr(importlib.import_module(module), name)
-    KINDS[kind] = found
+    loaded = getattr(importlib.import_module(module), name)
+    KINDS[kind] = loaded
+    return loaded
   return found
 
 
@@ -73,7 +76,7 @@ def from_json(fields: dict[str, Any]) -> Relaxation:
     InputError: the kind or a field is unknown.
   """
   fields = dict(fields)
-  cls = class_of(fields.pop('kind', None))
+  cls = class_of(fields.pop('kind', ''))
   _check_known(cls, fields)
   return cls(**{k: _as_tuple(v) for k, v in fields.items()})
 
@@ -96,7 +99,7 @@ def parse(text: str) -> Relaxation:
   return cls(**{k: _value(hints[k], v, f'relax={text!r}: {k}') for k, v in words.items()})
 
 
-def _check_known(cls: type, fields: dict[str, Any]) -> None:
+def _check_known(cls: type[Relaxation], fields: dict[str, Any]) -> None:
   known = [f.name for f in dataclasses.fields(cls)]
   for name in fields:
     if name not in known:

@@ -37,7 +37,7 @@ def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any],
     exits=ExitObjective(),
     objective=Objective(distillation=0.0, chunk_tokens=recipe.loss.chunk_tokens),
   )
-  nats = jax.jit(lambda p, b: batch_losses(plain, p, {}, b, 1.0)[0].loss)
+  nats = jax.jit(lambda p, b: batch_losses(plain, p, {}, b, 1.0).sums.cross_entropy)
 
   def mean(params) -> float:
     total = sum(float(nats(params, to_mesh(b, mesh))) for b in batches)

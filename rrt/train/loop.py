@@ -21,18 +21,16 @@ from typing import Any, NamedTuple, cast
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from rrt import sharding
 from rrt.model import LanguageModel
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
-from rrt.train import optim
 from rrt.train import step as step_lib
 from rrt.train.heldout import open_heldout
 from rrt.train.recipe import Recipe
-from rrt.train.setup import check, next_batch, open_data
+from rrt.train.setup import check, make_step, next_batch, open_data
 from rrt.train.teacher import with_teacher
 
 
@@ -82,26 +80,12 @@ def uptrain(
     parent.tokenizer.check_same_ids(child.tokenizer)
   data = open_data(recipe, child.tokenizer, child.config.vocab_size)
 
-  # What is trained, by which optimizer; what the parent shares with it.
-  o = recipe.optimizer
-  trained = step_lib.trained_paths(optim.trainable(o, child.params))
-  weights, _ = step_lib.split(child.params, trained)
-  spec = step_lib.Step(
-    config=child.config,
-    objective=recipe.loss,
-    optimizer=optim.make_optimizer(o, weights, recipe.steps),
-    trained=trained,
-    clip=o.clip,
-    accumulate=recipe.accumulate,
-    dtype=jnp.dtype(recipe.dtype),
-    remat=recipe.remat,
-    exits=recipe.exits,
-  )
+  spec = make_step(recipe, child.config, child.params)
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
   spec, teacher = with_teacher(spec, parent, child, mesh)
 
   # Go on from the newest checkpoint, or begin with the child as it is.
-  abstract = step_lib.abstract_state(spec, mesh, recipe.seed)
+  abstract = step_lib.abstract_state(spec, mesh)
   checkpoints = checkpoint_lib.open_checkpoints(workdir, recipe.keep)
   restored = checkpoints.restore(abstract, recipe.to_dict(), Recipe.FREE)
   if restored:
@@ -109,7 +93,7 @@ def uptrain(
     data.set_state(positions)
   else:
     step = 0
-    state = step_lib.init_state(spec, child.params, mesh, recipe.seed)
+    state = step_lib.init_state(spec, child.params, mesh)
   train_step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
 
   log = metrics_lib.Log(recipe, spec, workdir, step, on_row)

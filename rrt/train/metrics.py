@@ -19,13 +19,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rrt import console
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.models.count import linears, lora
+from rrt.models.count import linears
+from rrt.relax.base import count_all
+from rrt.relax.base import norms as norms_of
 from rrt.train import optim
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets.
@@ -63,7 +64,7 @@ def forward_flops(config: ModelConfig, length: int) -> float:
   activations and softmaxes are left out.
   """
   c = config
-  matmuls = c.depth * linears(c) + lora(c) + c.d_model * c.vocab_size
+  matmuls = c.depth * linears(c) + count_all(c) + c.d_model * c.vocab_size
   keys = 0.0
   for depth in range(c.depth):
     window = (c.windows[depth] if c.windows else 0) or length
@@ -102,21 +103,8 @@ def memory_bytes() -> int:
   return stats.get('peak_bytes_in_use') or console.peak_memory_bytes()
 
 
-@jax.jit
-def lora_norms(params) -> jax.Array:
-  """Frobenius norm of all products A B, by loop; float32 [R].
-
-  |A B|^2 = trace((A^T A)(B B^T)): nothing of the size of a weight is built.
-  """
-  squares = []
-  for part in ('attn', 'mlp'):
-    for linear in params['block']['layers'][part].values():
-      if 'lora_a' in linear:
-        a, b = linear['lora_a'], linear['lora_b']
-        aa = jnp.einsum('nrdi,nrdj->nrij', a, a)
-        bb = jnp.einsum('nrif,nrjf->nrij', b, b)
-        squares.append(jnp.einsum('nrij,nrij->r', aa, bb))
-  return jnp.sqrt(sum(squares))
+# Frobenius norms of what each kind of relaxation adds, by loop.
+relaxation_norms = jax.jit(norms_of, static_argnums=0)
 
 
 def revision(directory: Path) -> str:
@@ -268,8 +256,8 @@ class Log:
   def step(self, step: int, metrics, params) -> None:
     """Takes the metrics of a step that may still be running."""
     norms = None
-    if step % self._recipe.log_every == 0 and self._spec.config.lora:
-      norms = lora_norms(params)
+    if step % self._recipe.log_every == 0 and self._spec.config.relax:
+      norms = relaxation_norms(self._spec.config, params)
     self.flush()
     self._pending = (step, metrics, norms)
 
@@ -298,8 +286,9 @@ class Log:
     row = {'step': step, **values}
     row['learning_rate'] = float(self._schedule(step - 1 - values['skipped']))
     if norms is not None:
-      for r, norm in enumerate(np.asarray(norms)):
-        row[f'lora_norm/{r + 1}'] = float(norm)
+      for kind, norm_R in norms.items():
+        for r, norm in enumerate(np.asarray(norm_R)):
+          row[f'{kind}_norm/{r + 1}'] = float(norm)
     # The first interval holds the compilation: it is not timed.
     if self._clock:
       rate = (step - self._clock[0]) / (now - self._clock[1])

@@ -1,8 +1,9 @@
 """AdamW by parameter path: what is trained, how fast, with what decay.
 
-A parameter's path is its name in the tree, as in 'block/layers/mlp/up/lora_a'
+A parameter's path is its name in the tree, as in 'block/layers/mlp/up/kernel'
 or 'final_norm/scale'. Patterns are regular expressions that are searched for
-in it: 'lora' is every adapter, '^block/.*kernel$' the shared matrices.
+in it: '^block/.*kernel$' is the shared matrices, the name of a kind of
+relaxation all of its parameters.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import jax
 import optax
 
 from rrt.errors import InputError
+from rrt.relax import registry
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 # What `train` may be besides a pattern.
-TRAIN = {'all': '', 'relaxations': r'lora_[ab]$|_norm/scale$'}
-# Gains are never decayed: they are no directions to shrink.
-NO_DECAY = r'/scale$'
+TRAIN = ('all', 'relaxations')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Optimizer:
   """AdamW with warm-up, a schedule, clipping, and rules by path.
 
   Attributes:
-    train: 'all' (the paper's way), 'relaxations' (LoRA and norms), or a
-      pattern; the rest stays as it is, without moments or gradients.
+    train: 'all' (the paper's way), 'relaxations' (and norms), or a pattern; the rest stays as it is, without moments or gradients.
     learning_rate: the highest.
     warmup_steps: linearly from 0.
     schedule: after the warm-up: 'cosine' or 'linear' down to `final_rate`,
@@ -82,11 +81,11 @@ class Optimizer:
       ):
         raise InputError(
           f'optimizer.rules: {rule!r} is not a pair of a pattern and a dict; '
-          "write them as (('lora', {'multiplier': 0.5}),)."
+          "write them as (('norm', {'multiplier': 0.5}),)."
         )
     for pattern in (self.train, *(p for p, _ in self.rules)):
       try:
-        re.compile(TRAIN.get(pattern, pattern))
+        re.compile(pattern_of(pattern))
       except re.error as e:
         raise InputError(f'optimizer: {pattern!r} is no regular expression: {e}.') from e
     for _, fields in self.rules:
@@ -116,13 +115,28 @@ def paths(tree) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: '/'.join(str(k.key) for k in path), tree)
 
 
+def pattern_of(train: str) -> str:
+  """The pattern that `Optimizer.train` stands for."""
+  if train == 'relaxations':
+    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$'
+  return '' if train == 'all' else train
+
+
+def is_decayed(path: str) -> bool:
+  """Whether weight decay applies: not to gains, whose neutral value is 1."""
+  kind = registry.kind_of_path(path)
+  if kind is not None:
+    return registry.class_of(kind).decay
+  return not path.endswith('/scale')
+
+
 def trainable(o: Optimizer, params) -> Any:
   """A tree of bools: which parameters are trained.
 
   Raises:
     InputError: the pattern is in no path.
   """
-  pattern = TRAIN.get(o.train, o.train)
+  pattern = pattern_of(o.train)
   chosen = jax.tree.map(lambda p: re.search(pattern, p) is not None, paths(params))
   if not any(jax.tree.leaves(chosen)):
     raise InputError(
@@ -186,7 +200,7 @@ def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
     b2=o.beta2,
     eps=o.eps,
     weight_decay=o.weight_decay,
-    mask=lambda tree: jax.tree.map(lambda path: re.search(NO_DECAY, path) is None, paths(tree)),
+    mask=lambda tree: jax.tree.map(is_decayed, paths(tree)),
   )
 
 

@@ -15,6 +15,7 @@ import json
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
+from rrt.convert.plan import ConvertConfig
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import Source
 from rrt.errors import InputError
@@ -24,41 +25,6 @@ from rrt.train.optim import Optimizer
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'full')
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-  """How the parent becomes the child; arguments of `rrt.to_recursive`.
-
-  Attributes:
-    prelude: unique layers before the block.
-    block: layers of the block; None for what is left over.
-    loops: times the block runs.
-    coda: unique layers after the block.
-    order: 'cycle' or 'sequence'.
-    init: of the shared weights: 'calibrated', 'average', 'stepwise', ...
-    rank: of LoRA, for all linears; 0 for none.
-    budget: instead of a rank: parameters of LoRA, spread by what each regains.
-    alpha: LoRA's scale is alpha / rank; None for a scale of 1.
-    lora_init: 'svd' or 'zero'.
-    loop_norms: norm gains of each loop's own.
-    calibration: text for `init='calibrated'`: a path, or 'builtin'.
-    calibration_tokens: how much of it.
-  """
-
-  prelude: int = 0
-  block: int | None = None
-  loops: int = 2
-  coda: int = 0
-  order: str = 'cycle'
-  init: str = 'calibrated'
-  rank: int = 0
-  budget: int | None = None
-  alpha: float | None = None
-  lora_init: str = 'svd'
-  loop_norms: bool = True
-  calibration: str = 'builtin:train'
-  calibration_tokens: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +120,9 @@ class Recipe:
 
   parent: str = 'smollm2-135m'
   child: str = ''
-  convert: Conversion = dataclasses.field(default_factory=Conversion)
+  convert: ConvertConfig = dataclasses.field(
+    default_factory=lambda: ConvertConfig(calibration='builtin:train')
+  )
   steps: int = 100
   batch: int = 2
   length: int = 512

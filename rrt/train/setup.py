@@ -6,7 +6,6 @@ of minutes or a training of days begins.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from rrt import console, sharding
 from rrt.checkpoints import native
 from rrt.checkpoints.load import check_save, load, save
 from rrt.config import ModelConfig
+from rrt.convert.plan import plan, with_relaxations
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.model import LanguageModel
@@ -64,6 +65,33 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
       f'mesh.tensor={mesh.shape["tensor"]}: must divide the '
       f'{jax.local_device_count()} devices of a process.'
     )
+
+
+def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
+  """The train step of a recipe, without a teacher.
+
+  Args:
+    recipe: the settings.
+    config: the child.
+    params: its parameters, arrays or shapes.
+
+  Raises:
+    InputError: a pattern of the optimizer that is in no path.
+  """
+  o = recipe.optimizer
+  trained = step_lib.trained_paths(optim.trainable(o, params))
+  weights, _ = step_lib.split(params, trained)
+  return step_lib.Step(
+    config=config,
+    objective=recipe.loss,
+    optimizer=optim.make_optimizer(o, weights, recipe.steps),
+    trained=trained,
+    clip=o.clip,
+    accumulate=recipe.accumulate,
+    dtype=jnp.dtype(recipe.dtype),
+    remat=recipe.remat,
+    exits=recipe.exits,
+  )
 
 
 def open_data(recipe: Recipe, tokenizer, vocab_size: int) -> pipeline.Batches:
@@ -169,13 +197,14 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   from rrt.convert.calibration_data import calibration_text
   from rrt.convert.recursive import to_recursive
 
-  fields = dataclasses.asdict(recipe.convert)
-  fields['calibration'] = calibration_text(
-    fields['calibration'], fields['calibration_tokens'], recipe.data.field
+  text = calibration_text(
+    recipe.convert.calibration, recipe.convert.calibration_tokens, recipe.data.field
   )
   bar = console.Progress(parent.config.depth, 'convert', 'layers')
   with bar:
-    child, report = to_recursive(parent, seed=recipe.seed, progress=bar.to, **fields)
+    child, report = to_recursive(
+      parent, recipe.convert, calibration=text, seed=recipe.seed, progress=bar.to
+    )
   report.show()
   return child
 
@@ -188,15 +217,9 @@ def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
   Raises:
     InputError: no such child can be made of the parent.
   """
-  # Here, so that training a converted child needs no converter.
-  from rrt.convert.plan import with_ranks
-  from rrt.convert.recursive import plan
-
-  fields = dataclasses.asdict(recipe.convert)
-  del fields['calibration']
-  config = plan(parent, seed=recipe.seed, **fields)
+  config = plan(parent, recipe.convert)
   if recipe.convert.budget:
-    config = with_ranks(config, 1, recipe.convert.alpha)
+    config = with_relaxations(config, recipe.convert, 1)
   return config
 
 

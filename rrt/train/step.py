@@ -12,7 +12,7 @@ B batch, L length, D model, R loops.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import struct, traverse_util
 import jax
@@ -25,8 +25,10 @@ from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models import transformer
 from rrt.models.init import boxed_params, init_params
+from rrt.relax import registry
+from rrt.relax.base import Aux
 from rrt.train.exit_losses import ExitObjective, exit_losses
-from rrt.train.losses import Objective, losses
+from rrt.train.losses import Losses, Objective, losses
 from rrt.train.optim import paths
 
 Batch = dict[str, jax.Array]
@@ -40,8 +42,6 @@ class TrainState(struct.PyTreeNode):
     step: batches taken so far, skipped ones included; int32.
     params: the child's parameters, float32.
     opt_state: of the trained parameters.
-    rng: key data for what draws at random; nothing does yet, but the layout
-      of checkpoints has its place.
     skipped: steps whose loss or gradient was not finite; they changed nothing.
     skipped_in_a_row: those since the last good step.
   """
@@ -49,7 +49,6 @@ class TrainState(struct.PyTreeNode):
   step: jax.Array
   params: Params
   opt_state: optax.OptState
-  rng: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
 
@@ -118,23 +117,22 @@ def param_shardings(config: ModelConfig, mesh) -> Any:
   return sharding_lib.shardings(boxed, mesh)
 
 
-def _init(params, optimizer, trained, seed) -> TrainState:
+def _init(params, optimizer, trained) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,
     params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
     opt_state=optimizer.init(split(params, trained)[0]),
-    rng=jax.random.key_data(jax.random.key(seed)),
     skipped=zero,
     skipped_in_a_row=zero,
   )
 
 
-def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
+def abstract_state(spec: Step, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated."""
   by_path = traverse_util.flatten_dict(param_shardings(spec.config, mesh), sep='/')
   shapes = jax.eval_shape(
-    lambda: _init(init_params(spec.config, jax.random.key(0)), spec.optimizer, spec.trained, seed)
+    lambda: _init(init_params(spec.config, jax.random.key(0)), spec.optimizer, spec.trained)
   )
 
   def sharding_of(path, x):
@@ -149,14 +147,14 @@ def abstract_state(spec: Step, mesh, seed: int = 0) -> TrainState:
   )
 
 
-def init_state(spec: Step, params: Params, mesh, seed: int = 0) -> TrainState:
+def init_state(spec: Step, params: Params, mesh) -> TrainState:
   """The state at step 0: one jitted function, laid out from the start.
 
   The arrays of `params` are copied, never donated.
   """
-  out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh, seed))
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
   with jax.set_mesh(mesh):
-    return jax.jit(lambda p: _init(p, spec.optimizer, spec.trained, seed), out_shardings=out)(
+    return jax.jit(lambda p: _init(p, spec.optimizer, spec.trained), out_shardings=out)(
       place(params, out.params)
     )
 
@@ -199,14 +197,14 @@ def train_step(
     child = merge(trained, frozen)
     parent = merge(teacher, {k: v for k, v in frozen.items() if k in spec.shared})
     aux = batch_losses(spec, child, parent, micro, scale)
-    return aux[0].loss, aux
+    return aux.sums.loss, aux
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if spec.accumulate == 1:
     (_, aux), grads = grad_fn(trained, batch)
   else:
     aux, grads = _accumulate(grad_fn, trained, batch, spec.accumulate)
-  sums, loop_change_R, exits_R = aux
+  sums = aux.sums
 
   norm, norms = gradient_norms(grads)
   if spec.clip:
@@ -237,19 +235,40 @@ def train_step(
   }
   if spec.objective.z_loss:
     metrics['z_loss'] = sums.z_loss
-  for r in range(loop_change_R.shape[0]):
-    metrics[f'loop_change/{r + 2}'] = loop_change_R[r]
-  for r in range(exits_R.shape[0]):
-    metrics[f'exit_cross_entropy/{r + 1}'] = exits_R[r]
+  for r, change in enumerate(aux.loop_change_R):
+    metrics[f'loop_change/{r + 2}'] = change
+  for r, nats in enumerate(aux.exits_R):
+    metrics[f'exit_cross_entropy/{r + 1}'] = nats
+  for name, value in {**aux.relax.losses, **aux.relax.stats}.items():
+    entries = [('', value)] if not value.ndim else enumerate(value.reshape(-1))
+    metrics |= {f'relax/{name}/{i}'.rstrip('/'): v for i, v in entries}
   return after, metrics
 
 
-def batch_losses(spec: Step, child, parent, batch, scale):
+class BatchLosses(NamedTuple):
+  """What one (micro)batch gives.
+
+  Attributes:
+    sums: the losses; those of relaxations are in `sums.loss` alone.
+    loop_change_R: how much loops 2..R changed x.
+    exits_R: cross-entropies after loops 1..R-1, [0] unless they are trained.
+    relax: losses and statistics of the relaxations.
+  """
+
+  sums: Losses
+  loop_change_R: jax.Array
+  exits_R: jax.Array
+  relax: Aux
+
+
+def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
   """Losses of one (micro)batch.
 
-  Returns:
-    The losses, how much loops 2..R changed x, and the cross-entropies after
-    loops 1..R-1, [0] unless they are trained.
+  Args:
+    spec: what the step is made of.
+    child, parent: their parameters.
+    batch: tokens, targets, segment_ids, positions and weights, all [B, L].
+    scale: of the weights: one over the tokens of the whole batch.
   """
   weights_BxL = batch['weights'] * scale
   where = {
@@ -265,6 +284,7 @@ def batch_losses(spec: Step, child, parent, batch, scale):
     batch['tokens'],
     return_loops=many,
     return_exits=early,
+    return_aux=bool(spec.config.relax),
     remat=spec.remat,
     **where,
   )
@@ -283,8 +303,11 @@ def batch_losses(spec: Step, child, parent, batch, scale):
     loss, exits_R = exit_losses(spec.exits, spec.objective, out.exits_RxBxLxD, head, *text)
     last = spec.exits.of_loops(spec.config.loops)[-1]
     sums = sums._replace(loss=last * sums.loss + loss)
+  # Of the whole batch's tokens: microbatches add up.
   share = jnp.sum(weights_BxL)
-  return sums, share * loop_changes(out.loops_RxBxLxD), exits_R
+  aux = jax.tree.map(lambda value: share * value, out.aux)
+  sums = sums._replace(loss=sums.loss + sum(aux.losses.values()))
+  return BatchLosses(sums, share * loop_changes(out.loops_RxBxLxD), exits_R, aux)
 
 
 def loop_changes(h_RxBxLxD: jax.Array | None) -> jax.Array:
@@ -320,15 +343,13 @@ def _accumulate(grad_fn, trained, batch: Batch, count: int):
 def gradient_norms(grads: Params):
   """The global norm of flat gradients, and one a group of parameters.
 
-  Groups: lora, norms, and the shared or own weights of each part (embed,
+  Groups: each kind of relaxation, norms, and the weights of each part (embed,
   prelude, block, coda, head).
   """
   squares: dict[str, jax.Array] = {}
   for path, g in grads.items():
-    group = path.split('/')[0]
-    if '/lora_' in path:
-      group = 'lora'
-    elif path.endswith('/scale'):
+    group = registry.kind_of_path(path) or path.split('/')[0]
+    if path.endswith('/scale'):
       group = 'norms'
     square = jnp.sum(jnp.square(g.astype(jnp.float32)))
     squares[group] = squares.get(group, 0.0) + square

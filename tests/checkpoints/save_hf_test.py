@@ -14,12 +14,12 @@ from rrt.checkpoints import safetensors
 from rrt.checkpoints import save_hf as save_hf_lib
 from rrt.checkpoints.load import load
 from rrt.checkpoints.save_hf import save_hf
-from rrt.config import LoraConfig
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models import transformer
 from rrt.models.init import init_params
 from rrt.models.untie import to_untied
+from rrt.relax.lora import Lora
 from rrt.tree import flatten
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
@@ -52,7 +52,7 @@ def clear_padding(config, params):
   for part in ('attn', 'mlp'):
     for name, leaves in layer[part].items():
       if 'lora_a' in leaves:
-        table = config.lora.table(name, config.loops, config.block_layers)
+        table = config.relax[0].table(name, config.loops, config.block_layers)
         for (loop, n), rank in np.ndenumerate(table):
           leaves['lora_a'][n, loop, :, rank:] = 0
           leaves['lora_b'][n, loop, rank:] = 0
@@ -68,13 +68,13 @@ def family_config(name):
 @pytest.mark.parametrize('name', ['llama3', 'gemma3'])
 @pytest.mark.parametrize('order, loop_norms', [('cycle', False), ('sequence', True)])
 def test_untied_computes_the_same(name, order, loop_norms):
-  lora = LoraConfig(q=3, k=((1, 2), (0, 3)), v=2, o=4, gate=3, up=((0, 5), (5, 0)), alpha=7.0)
+  lora = Lora(q=3, k=((1, 2), (0, 3)), v=2, o=4, gate=3, up=((0, 5), (5, 0)), alpha=7.0)
   model = recursive(
-    name, prelude=1, block=2, loops=2, coda=1, order=order, loop_norms=loop_norms, lora=lora
+    name, prelude=1, block=2, loops=2, coda=1, order=order, loop_norms=loop_norms, relax=(lora,)
   )
   untied = to_untied(model)
   assert untied.config.depth == untied.config.block_layers == 6
-  assert untied.config.lora is None and untied.config.loops == 1
+  assert untied.config.relax == () and untied.config.loops == 1
   tokens = np.random.default_rng(2).integers(0, 61, (2, 20))
   np.testing.assert_allclose(logits(untied, tokens), logits(model, tokens), atol=1e-4, rtol=0)
 

@@ -7,17 +7,17 @@ import jax
 import numpy as np
 import pytest
 
-from rrt.cli.convert import parse_rank
-from rrt.config import LoraConfig
 from rrt.convert import calibration_data
 from rrt.convert import plan as plan_lib
-from rrt.convert.plan import source_layers
-from rrt.convert.recursive import INITS, plan, to_recursive
+from rrt.convert.plan import INITS, ConvertConfig, plan, source_layers
+from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.init import init_params
 from rrt.models.untie import to_untied
 from rrt.ops import least_squares
+from rrt.relax.lora import Lora
+from rrt.relax.ranks import parse_ranks
 from tests.convert import tiny
 
 TOKENS = tiny.tokens(40).reshape(2, 20)
@@ -122,7 +122,7 @@ def test_zero_residual_gets_the_usual_start():
 def test_zero_init_leaves_the_shared_weights_alone():
   parent = tiny.parent(layers=4)
   plain, _ = to_recursive(parent, loops=2, init='average')
-  child, _ = to_recursive(parent, loops=2, init='average', rank=2, lora_init='zero')
+  child, _ = to_recursive(parent, loops=2, init='average', rank=2, relax_init='zero')
   assert difference(plain, child) < 1e-6
 
 
@@ -187,7 +187,7 @@ def test_a_budget_is_spent_where_it_regains_most(init):
   child, report = to_recursive(
     parent, loops=2, init=init, budget=budget, calibration=tiny.tokens(), calibration_tokens=256
   )
-  spent = {name: child.config.lora.table(name, 2, 2) for name in child.config.shapes()}
+  spent = {name: child.config.relax[0].table(name, 2, 2) for name in child.config.shapes()}
   used = sum(int(spent[name].sum()) * (i + o) for name, (i, o) in child.config.shapes().items())
   assert 0.8 * budget < used <= budget
   first = sum(int(table[:, 0].sum()) for table in spent.values())
@@ -209,7 +209,7 @@ def test_a_budget_for_everything_is_the_parent(init):
 def test_a_budget_buys_nothing_where_nothing_is_lacking():
   parent = tiny.parent(layers=2)
   child, report = to_recursive(parent, loops=1, init='average', budget=3000)
-  assert child.config.lora is None and report.params == report.parent_params
+  assert child.config.relax == () and report.params == report.parent_params
 
 
 @pytest.mark.parametrize('more', [dict(rank=0), dict(rank=2), dict(budget=900)])
@@ -269,7 +269,7 @@ def test_svd_factors_are_balanced():
     (dict(prelude=-1), 'prelude=-1: must be'),
     (dict(order='spiral'), "order='spiral'"),
     (dict(init='best'), "init='best'"),
-    (dict(lora_init='one'), "lora_init='one'"),
+    (dict(relax_init='one'), "relax_init='one'"),
     (dict(seed=-1), 'seed=-1: must be'),
     (dict(rank=-1), 'rank=-1'),
     (dict(rank={'x': 1}), "rank names 'x'"),
@@ -309,7 +309,7 @@ def test_choices_add_up():
   config = tiny.parent(layers=4).config
   config = dataclasses.replace(config, block_layers=30)
   with pytest.raises(InputError) as error:
-    plan_lib.arrange(config, prelude=8, block=None, loops=2, coda=7, order='cycle', loop_norms=True)
+    plan_lib.arrange(config, ConvertConfig(prelude=8, loops=2, coda=7))
   found = re.findall(r'prelude=(\d+) block=(\d+) loops=(\d+) coda=(\d+)', str(error.value))
   assert len(found) == 3
   for choice in found:
@@ -324,9 +324,9 @@ def test_a_single_layer_has_one_choice():
 
 def test_what_needs_no_weights_is_checked_without_them():
   config = tiny.parent(layers=6).config
-  child = plan(config, prelude=1, loops=2, coda=1, rank=3)
-  assert (child.block_layers, child.lora.q) == (2, 3)
-  assert plan(config, loops=2, budget=100).lora is None
+  child = plan(config, ConvertConfig(prelude=1, loops=2, coda=1, rank=3))
+  assert (child.block_layers, child.relax[0].q) == (2, 3)
+  assert plan(config, ConvertConfig(loops=2, budget=100)).relax == ()
   for arguments, sentence in (
     (dict(prelude=3, loops=4), 'The parent has 6 layers'),
     (dict(rank=2, budget=100), 'choose one'),
@@ -334,7 +334,7 @@ def test_what_needs_no_weights_is_checked_without_them():
     (dict(calibration_tokens=3), 'calibration_tokens=3'),
   ):
     with pytest.raises(InputError, match=sentence):
-      plan(config, **arguments)
+      plan(config, ConvertConfig(**arguments))
 
 
 def test_no_text_is_asked_for_where_nothing_is_fitted():
@@ -348,13 +348,13 @@ def test_an_empty_path_is_no_text():
 
 
 def test_rank_flag():
-  assert parse_rank('64') == 64
-  assert parse_rank('q:8, down:16') == {'q': 8, 'down': 16}
-  assert parse_rank('0/16') == (0, 16)
-  assert parse_rank('q:8,down:0/16') == {'q': 8, 'down': (0, 16)}
+  assert parse_ranks('64') == 64
+  assert parse_ranks('q:8, down:16') == {'q': 8, 'down': 16}
+  assert parse_ranks('0/16') == (0, 16)
+  assert parse_ranks('q:8,down:0/16') == {'q': 8, 'down': (0, 16)}
   for text in ('q', 'q:x', '', '1.5', 'q:4,q:8', '4/', '/4', 'q:4/x'):
     with pytest.raises(InputError, match='rank='):
-      parse_rank(text)
+      parse_ranks(text)
 
 
 @pytest.mark.parametrize('init', ['calibrated', 'average'])
@@ -363,7 +363,7 @@ def test_loops_have_ranks_of_their_own(init):
   child, report = to_recursive(
     parent, loops=2, init=init, rank={'q': (0, 3), 'down': 2}, calibration=tiny.tokens()
   )
-  lora = child.config.lora
+  (lora,) = child.config.relax
   assert (lora.q, lora.down, lora.v) == (((0, 0), (3, 3)), 2, 0)
   assert report.ranks['q'] == '0/3' and report.ranks['down'] == 2
   assert report.params_counted == report.params.unique
@@ -403,7 +403,7 @@ def test_rows_come_from_all_over_a_long_text():
 
 def test_ranks_of_a_table_pad_with_zeros():
   config = tiny.parent(layers=2).config
-  lora = LoraConfig(q=((1, 3), (2, 0)))
-  config = dataclasses.replace(config, loops=2, block_layers=2, lora=lora)
+  lora = Lora(q=((1, 3), (2, 0)))
+  config = dataclasses.replace(config, loops=2, block_layers=2, relax=(lora,))
   assert lora.width('q') == 3
   assert count_params(config).unique > 0

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rrt.config import LoraConfig, ModelConfig, Rope
-from rrt.models.init import clear_padding, init_params
+from rrt.config import ModelConfig, Rope
+from rrt.models.init import init_params
+from rrt.relax.base import mask_all
+from rrt.relax.lora import Lora
 
 _SIZES = dict(vocab_size=53, d_model=24, d_ff=40, max_context=64)
 _HEADS = dict(num_heads=4, num_kv_heads=2, head_dim=6)
-_LORA = LoraConfig(q=3, k=2, v=2, o=3, gate=4, up=((1, 2), (3, 0), (4, 4)), down=4, alpha=6.0)
+_LORA = Lora(q=3, k=2, v=2, o=3, gate=4, up=((1, 2), (3, 0), (4, 4)), down=4, alpha=6.0)
 
 
 def llama(**changes) -> ModelConfig:
@@ -20,7 +22,7 @@ def llama(**changes) -> ModelConfig:
     loops=3,
     coda_layers=1,
     loop_norms=True,
-    lora=_LORA,
+    relax=(_LORA,),
     **_SIZES,
     **_HEADS,
   )
@@ -48,7 +50,7 @@ CONFIGS = {
   'llama-cycle': llama(),
   'llama-sequence': llama(order='sequence'),
   'llama-vanilla': llama(
-    prelude_layers=0, coda_layers=0, block_layers=4, loops=1, lora=None, loop_norms=False
+    prelude_layers=0, coda_layers=0, block_layers=4, loops=1, relax=(), loop_norms=False
   ),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),
@@ -67,7 +69,7 @@ def perturbed(config: ModelConfig, seed: int = 0):
     return jnp.asarray(values, jnp.float32)
 
   params = jax.tree_util.tree_map_with_path(draw, abstract)
-  return clear_padding(config, params)
+  return mask_all(config, params)
 
 
 def tokens(config: ModelConfig, batch: int = 2, length: int = 9, seed: int = 7):

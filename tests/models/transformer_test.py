@@ -40,9 +40,9 @@ def test_parameters_match_the_closed_form(name):
   config, params, _ = model(name)
   stored = sum(p.size for p in jax.tree.leaves(params))
   padding = 0
-  if config.lora:
+  for relaxation in config.relax:
     for component, (d_in, d_out) in config.shapes().items():
-      ranks = config.lora.table(component, config.loops, config.block_layers)
+      ranks = relaxation.table(component, config.loops, config.block_layers)
       padding += int((ranks.max() - ranks).sum()) * (d_in + d_out)
   assert stored - padding == count_params(config).unique
 
@@ -164,14 +164,14 @@ def test_loop_states_end_in_the_last_loop():
 def test_fewer_loops_equal_a_shallower_model():
   config, params, t_BxL = model('llama-vanilla')
   looped = llama(
-    prelude_layers=1, block_layers=1, loops=2, coda_layers=1, lora=None, loop_norms=False
+    prelude_layers=1, block_layers=1, loops=2, coda_layers=1, relax=(), loop_norms=False
   )
   layers = params['block']['layers']
   take = lambda *i: {'layers': jax.tree.map(lambda p: p[np.array(i)], layers)}
   child = dict(params, prelude=take(0), block=take(2), coda=take(3))
   for loops, order in ((1, [0, 2, 3]), (2, [0, 2, 2, 3])):
     shallow = llama(
-      prelude_layers=0, coda_layers=0, block_layers=len(order), loops=1, lora=None, loop_norms=False
+      prelude_layers=0, coda_layers=0, block_layers=len(order), loops=1, relax=(), loop_norms=False
     )
     expected = forward(shallow, dict(params, block=take(*order)), t_BxL)
     got = forward(looped, child, t_BxL, loops=loops)
@@ -181,7 +181,7 @@ def test_fewer_loops_equal_a_shallower_model():
 def test_random_relaxation_starts_at_zero():
   config = gemma3()
   params = init_params(config, jax.random.key(0))
-  plain = gemma3(lora=None)
+  plain = gemma3(relax=())
   bare = jax.tree.map(lambda p: p, params)
   for part in ('attn', 'mlp'):
     for linear in bare['block']['layers'][part].values():
@@ -203,7 +203,7 @@ def test_loops_get_different_relaxations_at_initialisation():
 def test_padding_of_rank_tables_gets_no_gradient():
   config = CONFIGS['llama-cycle']
   up = gradient('llama-cycle', 'none')['block']['layers']['mlp']['up']
-  ranks_RxN = config.lora.table('up', 3, 2)
+  ranks_RxN = config.relax[0].table('up', 3, 2)
   for n in range(2):
     for r in range(3):
       k = ranks_RxN[r, n]

@@ -30,7 +30,6 @@ def state(step=3, sharding=None):
       'b': {'scale': jnp.arange(5.0)},
     },
     opt_state=({'a/kernel': jnp.ones((64, 32))}, jnp.int32(7)),
-    rng=jnp.array([1, 2], jnp.uint32),
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
   )

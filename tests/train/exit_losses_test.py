@@ -85,7 +85,7 @@ def test_a_step_sums_the_losses_of_all_loops():
   trained = frozenset(step_lib.trained_paths(optim.trainable(optim.Optimizer(), params)))
   spec = step_lib.Step(config, Objective(distillation=0.0), None, trained, exits=exits)
   scale = 1 / batch['weights'].sum()
-  sums, _, exits_R = step_lib.batch_losses(spec, params, {}, batch, scale)
+  sums, _, exits_R, _ = step_lib.batch_losses(spec, params, {}, batch, scale)
 
   def entropy(loops):
     hidden = forward(config, params, batch['tokens'], loops=loops).hidden_BxLxD

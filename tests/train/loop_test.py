@@ -31,9 +31,9 @@ def experiment(tmp_path_factory):
 def held(config, params):
   """Numbers in a tree, the padding of rank tables left out."""
   ones = jax.tree.map(lambda x: np.ones(x.shape), params)
-  from rrt.models.init import clear_padding
+  from rrt.relax.base import mask_all
 
-  return sum(int(x.sum()) for x in jax.tree.leaves(clear_padding(config, ones)))
+  return sum(int(x.sum()) for x in jax.tree.leaves(mask_all(config, ones)))
 
 
 def test_a_child_learns(text, tmp_path):

@@ -182,7 +182,7 @@ def test_counts_and_padding_survive_training():
   params, config = jax.device_get(state.params), runs.CHILD
   held = sum(x.size for x in jax.tree.leaves(params))
   gate = params['block']['layers']['mlp']['gate']
-  ranks_NxR = config.lora.table('gate', 2, 2).T
+  ranks_NxR = config.relax[0].table('gate', 2, 2).T
   padding = 0
   for n in range(2):
     for r in range(2):

@@ -14,13 +14,12 @@ from rrt.exits import score as score_lib
 from rrt.infer.engine.state import Plan
 from rrt.models import count, pages
 from rrt.models.params import DTYPES
+from rrt.relax.base import LAYOUTS
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
 
 KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
-LORA = ('auto', 'wide', 'grouped')
-_LARGE = 256  # Ranks of all loops together, from which grouping pays.
 # Rows that cost little more than one, on a CPU and on accelerators.
 _FEW_CPU, _FEW = 8, 128
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
@@ -79,11 +78,10 @@ class Options:
     kv_dtype: of the cache; None for the same.
     weight_dtype: 'bfloat16' rounds the weights to it and goes on computing in
       `dtype`, which is the fastest on a CPU; None rounds nothing.
-    lora: how tokens of several loops take their loops' LoRA. 'wide' computes
-      all loops' and masks, with two dense products; 'grouped' sorts the tokens
-      by loop (`jax.lax.ragged_dot`, which is a dense product a loop on a CPU);
-      'auto' is 'grouped' where an accelerator runs ranks that add up to 256
-      or more.
+    relax_layout: of per-loop factors, for rows at several loops. 'wide'
+      computes the products of all loops and masks the others, with dense
+      matmuls; 'grouped' sorts the rows by loop (`jax.lax.ragged_dot`, on a CPU
+      a dense product a loop); 'auto' leaves it to the relaxation.
     penalties: whether requests may ask for penalties, for which the tokens of
       each slot are counted.
     logprobs: how many alternatives requests may ask log-probabilities of; -1
@@ -108,7 +106,7 @@ class Options:
   dtype: str = 'float32'
   kv_dtype: str | None = None
   weight_dtype: str | None = None
-  lora: str = 'auto'
+  relax_layout: str = 'auto'
   penalties: bool = False
   logprobs: int = -1
 
@@ -139,7 +137,7 @@ class Options:
     for field in ('dtype', 'kv_dtype', 'weight_dtype'):
       value = getattr(self, field) or self.dtype
       need(value in DTYPES, field, f'must be one of {DTYPES}')
-    need(self.lora in LORA, 'lora', f'must be one of {LORA}')
+    need(self.relax_layout in LAYOUTS, 'relax_layout', f'must be one of {LAYOUTS}')
     longest = config.max_context
     need(
       self.context is None or self.context <= longest,
@@ -152,6 +150,12 @@ class Options:
         'launch in the cycle order only; convert with order=cycle, or export '
         'the model and serve it untied.'
       )
+    for relaxation in config.relax:
+      if not relaxation.row_independent:
+        raise InputError(
+          f'relax: {relaxation.kind!r} couples the rows of a batch, so that a token would '
+          'depend on the sequences beside it; use rrt.complete or rrt generate.'
+        )
     need(
       self.gate == 'none' or self.kv != 'own',
       'kv',
@@ -208,13 +212,6 @@ class Options:
   def several(self) -> bool:
     """Whether a slot may have several tokens under way."""
     return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
-
-  def groups_lora(self, config) -> bool:
-    """Whether tokens are sorted by loop for their LoRA."""
-    if self.lora != 'auto' or config.lora is None:
-      return self.lora == 'grouped'
-    widest = max(config.lora.width(c) for c in config.shapes())
-    return jax.default_backend() != 'cpu' and config.loops * widest >= _LARGE
 
   def plan(self, config) -> Plan:
     """What the device step is compiled for."""

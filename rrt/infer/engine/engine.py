@@ -36,7 +36,7 @@ from rrt.infer.generate import Settings
 from rrt.models.cache import init_cache
 from rrt.models.params import bucket, cast, turned
 from rrt.models.stack import unstack
-from rrt.relax import lora
+from rrt.relax.base import prepare_all
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
@@ -84,9 +84,7 @@ class Engine:
     if options.weight_dtype:
       params = cast(params, options.weight_dtype)
     params = cast(params, options.dtype)
-    if not options.groups_lora(model.config):
-      params = lora.widen_all(params)
-    params = turned(params)
+    params = turned(prepare_all(model.config, params, options.relax_layout))
     self._params = speculate.with_draft_head(self.plan, params)
     self._gate = score_lib.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids

@@ -172,7 +172,9 @@ def test_draws_are_sized_by_the_expected_depth(monkeypatch):
 def test_tokens_sorted_by_loop_get_the_same_lora(name):
   gate = learned_gate(name)
   rest = dict(kv='write_ahead', gate='learned', threshold=0.5)
-  engine = Engine(model(name), slots=3, page=8, steps=4, lora='grouped', arrays=gate, **rest)
+  engine = Engine(
+    model(name), slots=3, page=8, steps=4, relax_layout='grouped', arrays=gate, **rest
+  )
   assert 'lora_a' in str(jax.tree.structure(engine._params))
   assert written(engine) == expected(name, arrays=gate, **rest)
 
@@ -558,7 +560,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(logprobs=-2), 'logprobs=-2'),
     (dict(page=2), 'page=2'),
     (dict(lanes=3), 'lanes=3'),
-    (dict(lora='deep'), "lora='deep'"),
+    (dict(relax_layout='deep'), "relax_layout='deep'"),
     (dict(weight_dtype='int8'), "weight_dtype='int8'"),
     (dict(gate='change', kv='propagate'), 'threshold=None'),
     (dict(gate='learned', kv='propagate', threshold=1), "gate='learned'"),

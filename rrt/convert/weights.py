@@ -1,0 +1,187 @@
+"""The weights of a child while they are found, position by position.
+
+N block layers, R loops, I inputs and O outputs of a linear, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.config import ModelConfig
+from rrt.convert.plan import source_layers
+from rrt.relax.base import Leaves, hosts_of, relaxed_hosts
+from rrt.tree import flatten, set_path
+
+TINY = 1e-30  # The least divisor of sizes that may be zero.
+
+
+class ChildWeights:
+  """Shared weights, relaxations, norm gains and a refitted coda.
+
+  Attributes:
+    config: the child's.
+    shared: component -> [N, I, O].
+    relax: (kind, path of the host) -> leaves, [N, ...] each, from their
+      initial values.
+    norms: gains of the block by path: [N, R, D] per loop, else [N, D].
+    coda: the coda's layer trees, where they were refitted.
+    kept: component -> share of what the shared weight lacks that its
+      relaxations regain, [R, N].
+    drift: by depth from the block on, `||child - parent||^2 / ||parent||^2`
+      of the residual stream after it.
+  """
+
+  def __init__(self, config: ModelConfig, layers: Any, init: str, seed: int, fits: bool):
+    """Starts from initial values.
+
+    Args:
+      config: the child's, its relaxations known.
+      layers: the parent's stacked layers.
+      init: of the shared weights; tied gains come from the same layers.
+      seed: of initial values drawn at random.
+      fits: whether relaxations are fitted; otherwise they stay without effect.
+    """
+    self.config, self._layers, self._fits = config, layers, fits
+    self.hosts = {host.name: host for host in hosts_of(config, 'linear')}
+    R, N = config.loops, config.block_layers
+    self.shared = {
+      name: np.zeros((N, h.d_in, h.d_out), np.float32) for name, h in self.hosts.items()
+    }
+    self.kept: dict[str, np.ndarray] = {}
+    self.relax: dict[tuple[str, str], Leaves] = {}
+    key = jax.random.key(seed)
+    for relaxation, host, described in relaxed_hosts(config):
+      leaves = {}
+      for name, leaf in described.items():
+        key, *own = jax.random.split(key, 1 + host.layers)
+        drawn = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
+        leaves[name] = drawn[0] if host.site == 'block' else np.stack(drawn)
+      masked = relaxation.mask(leaves, host)
+      self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
+      if host.site == 'linear':
+        self.kept[host.name] = np.zeros((R, N))
+    self.coda: list[Any] = []
+    self.drift: list[float] = []
+    self.norms = _norms(config, layers, init)
+
+  def norms_at(self, depth: int) -> dict[str, Any]:
+    """The child's gains at a depth, as a tree."""
+    positions = {int(d): p for p, d in np.ndenumerate(self.config.block_depths())}
+    tree: dict[str, Any] = {}
+    for path, leaf in flatten(self._layers).items():
+      if not path.endswith('scale'):
+        continue
+      gain = np.asarray(leaf[depth], np.float32)
+      if depth in positions:
+        r, n = positions[depth]
+        gain = self.norms[path][n]
+        gain = gain[r] if self.config.loop_norms else gain
+      set_path(tree, path, jnp.asarray(gain))
+    return tree
+
+  def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
+    """The shared weight that a relaxation asks for, or None."""
+    for relaxation in self.config.relax if self._fits else ():
+      host = self.hosts[name]
+      if relaxation.site == 'linear' and relaxation.leaves(host):
+        shared_IxO = relaxation.tie(cs_RxIxI, ws_RxIxO, layer, host)
+        if shared_IxO is not None:
+          return shared_IxO
+    return None
+
+  def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None):
+    """Fits the relaxations of one linear at one position, in their order.
+
+    Args:
+      name: of the linear, whose shared weight is set.
+      position: (loop, layer).
+      target_IxO: the weight to stand for.
+      c_IxI: covariance of the inputs; None for the identity.
+
+    Returns:
+      The shared weight with the relaxations merged in, [I, O] float32.
+    """
+    loop, layer = position
+    host, shared_IxO = self.hosts[name], self.shared[name][layer]
+    merged_IxO = shared_IxO if c_IxI is None else jnp.asarray(shared_IxO)
+    lacks = bool(np.any(np.asarray(target_IxO) != shared_IxO))
+    for relaxation in self.config.relax if self._fits and lacks else ():
+      if relaxation.site != 'linear' or not relaxation.leaves(host):
+        continue
+      fitted = relaxation.fit(merged_IxO, target_IxO, c_IxI, position, host)
+      if fitted is not None:
+        for leaf, value in fitted.leaves.items():
+          self.relax[relaxation.kind, host.path][leaf][layer, loop] = value
+        merged_IxO = fitted.merged_IxO
+    if name in self.kept:
+      kept = _energy(target_IxO - merged_IxO, c_IxI) / max(
+        _energy(target_IxO - shared_IxO, c_IxI), TINY
+      )
+      self.kept[name][loop, layer] = max(1.0 - kept, 0.0) if lacks else 1.0
+    return merged_IxO
+
+  def to_params(self, source: dict[str, Any]) -> dict[str, Any]:
+    """The child's parameter tree, in the parent's dtype.
+
+    Called once: arrays are given away as they are placed, so that a large
+    block is not in memory twice.
+
+    Args:
+      source: the parent's parameters.
+    """
+    c = self.config
+    tree: dict[str, Any] = {
+      part: source[part] for part in ('embed', 'final_norm', 'head') if part in source
+    }
+    dtype = np.asarray(source['embed']['table']).dtype
+    block: dict[str, Any] = {}
+    for path, gains in self.norms.items():
+      set_path(block, path, gains.astype(dtype, copy=False))
+    for name in list(self.shared):
+      leaf = self.shared.pop(name).astype(dtype, copy=False)
+      set_path(block, f'{self.hosts[name].path}/kernel', leaf)
+    tree['block'] = {'layers': block}
+    for relaxation, host, _ in relaxed_hosts(c):
+      leaves = self.relax.pop((relaxation.kind, host.path))
+      part = tree['block'] if host.site == 'block' else block
+      for name in list(leaves):
+        path = f'{host.path}/{name}' if host.path else name
+        set_path(part, path, leaves.pop(name).astype(dtype, copy=False))
+    first, last = c.prelude_layers, c.depth - c.coda_layers
+    take = lambda some: jax.tree.map(lambda t: np.asarray(t[some]), self._layers)
+    if c.prelude_layers:
+      tree['prelude'] = {'layers': take(slice(0, first))}
+    if self.coda:
+      stack = lambda *leaves: np.stack(leaves).astype(dtype, copy=False)
+      tree['coda'] = {'layers': jax.tree.map(stack, *self.coda)}
+    elif c.coda_layers:
+      tree['coda'] = {'layers': take(slice(last, c.depth))}
+    return tree
+
+
+def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]:
+  """Gains of the block by path; tied ones as `init` takes the weights, or means."""
+  depths_NxR = config.block_depths().T
+  gains = {}
+  for path, leaf in flatten(layers).items():
+    if not path.endswith('scale'):
+      continue
+    leaf = np.asarray(leaf, np.float32)
+    if config.loop_norms:
+      gains[path] = leaf[depths_NxR]
+    elif init in ('stepwise', 'lower', 'upper'):
+      gains[path] = leaf[source_layers(config, init)]
+    else:
+      gains[path] = leaf[depths_NxR].mean(1)
+  return gains
+
+
+def _energy(m_IxO, c_IxI) -> float:
+  """||x M||^2 of inputs x with covariance C; of M itself without one."""
+  if c_IxI is None:
+    return float(np.sum(np.asarray(m_IxO, np.float64) ** 2))
+  return float(jnp.sum(m_IxO * (c_IxI @ m_IxO)))
