@@ -4,6 +4,10 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Programs that several tests, processes or runs compile are compiled once.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path('.jax_cache').absolute()))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 import jax
 import pytest

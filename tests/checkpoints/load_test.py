@@ -19,6 +19,8 @@ from rrt.checkpoints.load import check_apart, check_save, importlib, load, load_
 from rrt.checkpoints.save_hf import save_hf
 from rrt.config import ModelConfig
 from rrt.errors import InputError
+from rrt.families import registry
+from rrt.families.base import wanted_rows
 from rrt.model import LanguageModel
 from rrt.models.init import init_params
 from tests import runs
@@ -381,7 +383,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
       tensors[row.hf.format(depth)] = np.zeros(shape[::-1] if transposed else shape, np.float32)
   size = sum(t.nbytes for t in tensors.values())
   safetensors.write(tmp_path / 'model.safetensors', tensors)
-  fields = checkpoints.family.family_of(c).to_hf(c)
+  fields = registry.family_of(c).to_hf(c)
   (tmp_path / 'config.json').write_text(json.dumps(fields))
   script = (
     'import resource, sys; from rrt import pretrained\n'
@@ -398,8 +400,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
 
 
 def family_of(config):
-  family = checkpoints.family
-  return list(family.wanted_rows(config, family.family_of(config)))
+  return list(wanted_rows(config, registry.family_of(config)))
 
 
 def test_a_directory_with_more_in_it_is_not_replaced(tmp_path):
