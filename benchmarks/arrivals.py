@@ -46,7 +46,7 @@ def engine(runner) -> Contender:
       if not runner.busy:
         time.sleep(max(at[sent] - now, 0))
         continue
-      for request in runner.turn():
+      for request in runner.step():
         now = time.perf_counter() - began
         i = index[id(request)]
         seen[i] += [now] * (len(request.tokens) - len(seen[i]))

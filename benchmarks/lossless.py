@@ -43,7 +43,7 @@ def main(_):
   context = length + FLAGS.new_tokens
   both = dict(slots=FLAGS.slots, context=context, dtype=FLAGS.dtype)
   full = Engine(model, **both)
-  lossless = Engine(model, lossless=True, lanes=FLAGS.lanes, **both)
+  lossless = Engine(model, lossless=True, max_batch_tokens=FLAGS.max_batch_tokens, **both)
   figures: dict = {
     'machine': common.machine(1),
     'model': FLAGS.model,
@@ -52,7 +52,7 @@ def main(_):
     'new_tokens': FLAGS.new_tokens,
     'dtype': FLAGS.dtype,
     'slots': FLAGS.slots,
-    'lanes': lossless.plan.lanes,
+    'lanes': lossless.plan.max_batch_tokens,
   }
   table = []
   for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):
@@ -71,10 +71,10 @@ def main(_):
     ]
     after = lossless.figures()
     same = sum(a == b for a, b in zip(*texts, strict=True))
-    guesses, right = (after[k] - before[k] for k in ('guesses', 'right'))
-    figures[name] = {'same': same, 'guesses': guesses, 'right': right}
-    share = f'{100 * right / max(guesses, 1):.0f} %'
-    table.append((name, f'{same} of {count}', guesses, share))
+    draft_tokens, num_accepted = (after[k] - before[k] for k in ('guesses', 'right'))
+    figures[name] = {'same': same, 'guesses': draft_tokens, 'right': num_accepted}
+    share = f'{100 * num_accepted / max(draft_tokens, 1):.0f} %'
+    table.append((name, f'{same} of {count}', draft_tokens, share))
   console.table(table, ('drawn', 'texts as full depth', 'guesses', 'right'))
   differ = any(figures[n]['same'] < count for n in ('greedy', 'sampled'))
   common.save(FLAGS.out, figures)

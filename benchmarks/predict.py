@@ -255,7 +255,7 @@ class Contender:
       'steps': self._passes.steps,
       'draw_steps': len(self._passes.draw_pages),
       'fill_passes': self._passes.fill_passes,
-      'lanes': self._passes.lanes,
+      'lanes': self._passes.max_batch_tokens,
       'stalls': self._passes.stalls,
     }
     return counted | {

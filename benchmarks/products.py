@@ -3,9 +3,9 @@
     python -m benchmarks.products
 
 Each figure is of one product of `rrt.ops.matmul.matmul` with a kernel as
-training holds it and with a `Turned` one, as decoding does; two dozen kernels
+training holds it and with a `TransposedKernel` one, as decoding does; two dozen kernels
 in turn, so that they come from memory as a model's do. Decoding has none on
-cores with AVX-512 and no AMX (`matmul.pays_to_turn`).
+cores with AVX-512 and no AMX (`matmul.prefers_transposed`).
 """
 
 from absl import flags
@@ -31,7 +31,7 @@ def main(_):
   table = []
   for shape in _SHAPES:
     kernels = [jax.random.normal(k, shape).astype(FLAGS.dtype) for k in keys]
-    forms = {'right': kernels, 'left': [matmul.Turned(k.T) for k in kernels]}
+    forms = {'right': kernels, 'left': [matmul.TransposedKernel(k.T) for k in kernels]}
     for rows in map(int, FLAGS.rows):
       x = jax.random.normal(keys[0], (rows, 1, shape[0])).astype(FLAGS.dtype)
       product = jax.jit(lambda x, ks: [matmul.matmul(x, k) for k in ks])

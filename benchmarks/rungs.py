@@ -138,12 +138,12 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
   exits = dict(gate='replay', threshold=1.0, kv='propagate', arrays=arrays)
   slots = FLAGS.slots
   # Lanes for guesses only where there are few sequences.
-  guessing = dict(lossless=True, lanes=min(max(slots, 8), slots * config.loops))
+  guessing = dict(lossless=True, max_batch_tokens=min(max(slots, 8), slots * config.loops))
   return {
-    'tied': dict(draws=slots, pool=slots),
-    'static': dict(batch=slots, draws=slots, pool=slots),
+    'tied': dict(max_sampled_tokens=slots, min_sampled_tokens=slots),
+    'static': dict(batch=slots, max_sampled_tokens=slots, min_sampled_tokens=slots),
     'depth-wise': {},
-    'in step': dict(draws=slots, pool=slots, **exits),
+    'in step': dict(max_sampled_tokens=slots, min_sampled_tokens=slots, **exits),
     'depth-wise exits': dict(mean_loops=depth, **exits),
     'copied exits': dict(mean_loops=depth, **exits | {'kv': 'write_ahead'}),
     'lossless': guessing,

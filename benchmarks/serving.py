@@ -192,7 +192,7 @@ def main(_):
       found |= bounds(name, device, figures, model.config)
       found |= {
         'stall_share': device['stalls'] / max(ran, 1),
-        'lane_share': device['lanes'] / (device['steps'] * run.engine.plan.lanes),
+        'lane_share': device['lanes'] / (device['steps'] * run.engine.plan.max_batch_tokens),
       }
     costs = Costs.of(model.config, tied='mean_loops' in found)
     depth_run = found.get('mean_loops', R)

@@ -55,12 +55,18 @@ ways = {
   'early exits, in step': (8, 8, depths),
   'early exits, refilled': (8, 1, depths),
 }
-for name, (draws, pool, table) in ways.items():
-  policy = simulate.Policy(slots=8, loops=3, draws=draws, pool=pool, steps=8)
+for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
+  policy = simulate.Policy(
+    slots=8,
+    loops=3,
+    max_sampled_tokens=max_sampled_tokens,
+    min_sampled_tokens=min_sampled_tokens,
+    steps=8,
+  )
   found = simulate.schedule(policy, work, table)
   print(
     f'{name:24} {found.steps:5} launches, '
-    f'{found.lanes / found.steps / 8:4.0%} of the lanes busy, '
+    f'{found.max_batch_tokens / found.steps / 8:4.0%} of the lanes busy, '
     f'coda and head {len(found.draw_pages)} times'
   )
 
@@ -117,7 +123,7 @@ def run(**options):
 exits = dict(gate='replay', threshold=1.0, kv='propagate', arrays={'loops': table})
 found = {
   'full depth': run(),
-  'exits, in step': run(pool=4, **exits),
+  'exits, in step': run(min_sampled_tokens=4, **exits),
   'exits, refilled': run(**exits),
 }
 plt.bar(list(found), [int(f['steps']) for _, f in found.values()])

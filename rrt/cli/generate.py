@@ -105,7 +105,7 @@ def main(argv) -> None:
   settings.check()
   generate.check_texts(prompts)
   model = load(_MODEL.value)
-  writer = generate.Writer(model, loops=_LOOPS.value, dtype=_DTYPE.value)
+  writer = generate.Generator(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
   screen = _Screen(heads, live=_STREAM.value)
   done = writer.complete(prompts, settings, screen.show)

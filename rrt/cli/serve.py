@@ -130,7 +130,7 @@ def main(argv) -> None:
       '--api_key_file or RRT_API_KEY.'
     )
   from rrt.checkpoints.load import load
-  from rrt.infer.engine.config import Options
+  from rrt.infer.engine.config import EngineConfig
   from rrt.infer.engine.engine import Engine
   from rrt.server.app import Limits, Server
   from rrt.server.connection import http_server
@@ -143,12 +143,12 @@ def main(argv) -> None:
     raise InputError('The model has no tokenizer, so it cannot be served.')
   if _GATE.value == 'change' and _THRESHOLD.value is None:
     raise InputError('--gate=change needs a --threshold.')
-  options = Options(
+  options = EngineConfig(
     slots=_SLOTS.value,
     context=_CONTEXT.value or min(2048, model.config.max_context),
     gate=_GATE.value,
     lossless=_LOSSLESS.value,
-    lanes=_LANES.value,
+    max_batch_tokens=_LANES.value,
     steps=_STEPS.value,
     weight_dtype=_WEIGHT_DTYPE.value,
     kv='propagate' if _GATE.value == 'change' else 'own',

@@ -3,7 +3,7 @@
 A layer is taken to pieces where its linears read: what q, k and v read, what
 o reads, what gate and up read, what down reads. All parts run on chunks of
 rows, so that the device's memory does not grow with the tokens. What does is
-the host's: `Walk.run` keeps the residual stream after attention and after the
+the host's: `LayerActivations.run` keeps the residual stream after attention and after the
 MLP at each depth that it returns, 2 x tokens x D float32 a depth.
 
 B rows, L length, T tokens, D model, F hidden units, I inputs, O outputs.
@@ -19,7 +19,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert import permute
-from rrt.models.attention import Attention, Context, Place
+from rrt.models.attention import Attention, AttnSpec, Context
 from rrt.models.layers import Mlp, rms_norm
 from rrt.models.transformer import make_context
 
@@ -93,11 +93,11 @@ def _norm(config: ModelConfig, gain_D, x_BxLxD):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mixed(config: ModelConfig, attn, x_BxLxD, place: Place, context: Context):
+def _mixed(config: ModelConfig, attn, x_BxLxD, attn_spec: AttnSpec, context: Context):
   """What the output projection reads."""
   module = Attention(config)
   params = {'params': attn}
-  return module.apply(params, x_BxLxD, None, place, 0, context, method='mixed')[0]
+  return module.apply(params, x_BxLxD, None, attn_spec, 0, context, method='mixed')[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,7 +151,7 @@ def gather_out(config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, g
   return c_IxI + x_TxI.T @ x_TxI, k_IxD + x_TxI.T @ e_TxD
 
 
-class Walk:
+class LayerActivations:
   """The calibration tokens' way through a parent and its child.
 
   Attributes:
@@ -180,10 +180,10 @@ class Walk:
   def context(self, rows: slice) -> Context:
     return make_context(self.config, jnp.asarray(self._tokens_BxL[rows]))
 
-  def place(self, depth: int) -> Place:
+  def attn_spec(self, depth: int) -> AttnSpec:
     """Window and rotary table of a depth."""
     pick = lambda values: jnp.asarray(values[depth]) if values else None
-    return Place(pick(self.config.windows), pick(self.config.rope_index))
+    return AttnSpec(pick(self.config.windows), pick(self.config.rope_index))
 
   def inputs(self, site: str, layer, depth: int, rows: slice, stream: Stream):
     """What a site's linears read for a chunk of rows, [B, L, I]."""
@@ -192,8 +192,8 @@ class Walk:
       x_BxLxD = _norm(c, layer['attn_norm']['scale'], stream.start[rows])
       if site == 'attn_in':
         return x_BxLxD
-      context, place = self.context(rows), self.place(depth)
-      return _mixed(c, layer['attn'], x_BxLxD, place, context)
+      context, attn_spec = self.context(rows), self.attn_spec(depth)
+      return _mixed(c, layer['attn'], x_BxLxD, attn_spec, context)
     x_BxLxD = _norm(c, layer['mlp_norm']['scale'], stream.middle[rows])
     return x_BxLxD if site == 'mlp_in' else _hidden(c, layer['mlp'], x_BxLxD)
 

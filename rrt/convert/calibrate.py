@@ -35,8 +35,8 @@ from rrt.config import ModelConfig
 from rrt.convert.activations import (
   CHECKED,
   SITES,
+  LayerActivations,
   Stream,
-  Walk,
   gather,
   gather_out,
   kernel_of,
@@ -76,7 +76,7 @@ ALL_STEPS = CalibrationConfig()
 
 
 def calibrate(
-  walk: Walk,
+  activations: LayerActivations,
   weights: ChildWeights,
   streams: dict[int, Stream],
   *,
@@ -86,7 +86,7 @@ def calibrate(
   """Fits a child's linears to its parent, layer after layer.
 
   Args:
-    walk: the parent and the calibration tokens.
+    activations: the parent and the calibration tokens.
     weights: the child's, filled here: shared weights, relaxations, coda.
     streams: from `walk.run(.., child.prelude_layers)`; emptied on the way.
     steps: which steps to take.
@@ -96,8 +96,10 @@ def calibrate(
   P, R, N = child.prelude_layers, child.loops, child.block_layers
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
   h_BxLxD = streams[P].start
-  for depth in range(P, walk.config.depth):
-    layer, end_BxLxD = _fit_layer(walk, weights, depth, at.get(depth), streams, h_BxLxD, steps)
+  for depth in range(P, activations.config.depth):
+    layer, end_BxLxD = _fit_layer(
+      activations, weights, depth, at.get(depth), streams, h_BxLxD, steps
+    )
     if depth not in at:
       weights.coda.append(jax.tree.map(np.asarray, layer))
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
@@ -109,7 +111,7 @@ def calibrate(
 
 
 def spectra(
-  walk: Walk,
+  activations: LayerActivations,
   child: ModelConfig,
   streams: dict[int, Stream],
   norms: Callable[[int], dict[str, Any]],
@@ -126,12 +128,12 @@ def spectra(
   for n in range(N):
     depths = [child.depth_of(r, n) for r in range(R)]
     if steps.permute_units:
-      walk.align(depths[0], depths[1:], streams)
-    layers = [with_norms(walk.config, walk.layer(d), norms(d)) for d in depths]
+      activations.align(depths[0], depths[1:], streams)
+    layers = [with_norms(activations.config, activations.layer(d), norms(d)) for d in depths]
     for site, names in SITES.items():
       cs_RxIxI = jnp.stack(
         [
-          least_squares.damp(walk.covariance(site, layer, d, streams[d]), steps.ridge)
+          least_squares.damp(activations.covariance(site, layer, d, streams[d]), steps.ridge)
           for d, layer in zip(depths, layers, strict=True)
         ]
       )
@@ -147,7 +149,7 @@ def spectra(
 
 
 def _fit_layer(
-  walk: Walk,
+  activations: LayerActivations,
   weights: ChildWeights,
   depth: int,
   position: tuple[int, int] | None,
@@ -156,16 +158,16 @@ def _fit_layer(
   steps: CalibrationConfig,
 ):
   """Fits one depth, site after site; returns its merged layer and output."""
-  c, child, norms = walk.config, weights.config, weights.norms_at
+  c, child, norms = activations.config, weights.config, weights.norms_at
   R = child.loops
   stream = Stream(h_BxLxD, np.empty_like(h_BxLxD), np.empty_like(h_BxLxD))
   later = {}
   if position is not None and position[0] == 0:
     depths = [child.depth_of(r, position[1]) for r in range(1, R)]
     if steps.permute_units:
-      walk.align(depth, depths, streams)
-    later = {d: with_norms(c, walk.layer(d), norms(d)) for d in depths}
-  parent = walk.layer(depth)
+      activations.align(depth, depths, streams)
+    later = {d: with_norms(c, activations.layer(d), norms(d)) for d in depths}
+  parent = activations.layer(depth)
   layer = with_norms(c, parent, norms(depth))
   # What is seen of the inputs: the child's, or (for experiments) the parent's.
   seen, source = (stream, layer)
@@ -175,14 +177,14 @@ def _fit_layer(
   if position is None:
     refits = refits and steps.refit_coda
   for site, names in SITES.items():
-    xs = [walk.inputs(site, source, depth, rows, seen) for rows in walk.chunks]
-    found = _targets(walk, site, parent, layer, depth, streams[depth], stream, xs)
+    xs = [activations.inputs(site, source, depth, rows, seen) for rows in activations.chunks]
+    found = _targets(activations, site, parent, layer, depth, streams[depth], stream, xs)
     c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
     cs_RxIxI = jnp.stack(
       [
         c_IxI,
         *(
-          least_squares.damp(walk.covariance(site, other, d, streams[d]), steps.ridge)
+          least_squares.damp(activations.covariance(site, other, d, streams[d]), steps.ridge)
           for d, other in later.items()
         ),
       ]
@@ -198,12 +200,12 @@ def _fit_layer(
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
-      for rows, x_BxLxI in zip(walk.chunks, xs, strict=True):
-        new[rows] = walk.write(site, layer, x_BxLxI, old[rows])
+      for rows, x_BxLxI in zip(activations.chunks, xs, strict=True):
+        new[rows] = activations.write(site, layer, x_BxLxI, old[rows])
   return layer, stream.end
 
 
-def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
+def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
   """E[x^T x], and by linear E[x^T (y - x W)] of the child's inputs x.
 
   y is the parent's output on its own inputs; for what writes to the residual
@@ -215,15 +217,15 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
   """
   size, last = xs[0].shape[-1], len(xs) - 1
   zeros = lambda columns: jnp.zeros((size, columns))
-  columns = size if site.endswith('in') else walk.config.d_model
+  columns = size if site.endswith('in') else activations.config.d_model
   sums = [[zeros(size), zeros(columns)] for _ in range(2)]
   part, name = site.split('_')[0], SITES[site][0]
   post = layer.get(f'{part}_post_norm', {}).get('scale')
-  for i, (rows, x_BxLxI) in enumerate(zip(walk.chunks, xs, strict=True)):
+  for i, (rows, x_BxLxI) in enumerate(zip(activations.chunks, xs, strict=True)):
     checked = i % CHECKED == CHECKED - 1 or (last < CHECKED - 1 and i == last)
     some = sums[checked]
     if site.endswith('in'):
-      target_BxLxI = walk.inputs(site, parent, depth, rows, wanted)
+      target_BxLxI = activations.inputs(site, parent, depth, rows, wanted)
       some[:] = gather(*some, x_BxLxI, target_BxLxI)
       continue
     if site == 'attn_out':
@@ -232,14 +234,14 @@ def _targets(walk, site, parent, layer, depth, wanted: Stream, own, xs):
       gap_BxLxD = wanted.end[rows] - own.middle[rows]
     y_BxLxD = None
     if post is not None:
-      y_BxLxD = walk.inputs(site, parent, depth, rows, wanted)
+      y_BxLxD = activations.inputs(site, parent, depth, rows, wanted)
       y_BxLxD = y_BxLxD @ kernel_of(parent, name)
     some[:] = gather_out(
-      walk.config, *some, x_BxLxI, kernel_of(layer, name), post, gap_BxLxD, y_BxLxD
+      activations.config, *some, x_BxLxI, kernel_of(layer, name), post, gap_BxLxD, y_BxLxD
     )
   found = []
   for c_IxI, k in sums:
-    c_IxI, k = c_IxI / walk.tokens, k / walk.tokens
+    c_IxI, k = c_IxI / activations.tokens, k / activations.tokens
     if site.endswith('out'):
       found.append((c_IxI, {name: k}))
       continue

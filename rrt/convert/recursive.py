@@ -22,7 +22,7 @@ from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
 from rrt.convert import calibration_data, rank_budget, select
-from rrt.convert.activations import Walk
+from rrt.convert.activations import LayerActivations
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
 from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
@@ -199,16 +199,16 @@ class _Job:
     c = self.config
     count = _counter(2 * c.depth - c.prelude_layers, self.progress)
     at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), self._layers())
-    walk = Walk(self.parent.config, at_depth, tokens_BxL)
-    streams = walk.run(self._embed(tokens_BxL), c.prelude_layers, count)
+    activations = LayerActivations(self.parent.config, at_depth, tokens_BxL)
+    streams = activations.run(self._embed(tokens_BxL), c.prelude_layers, count)
     if self.convert.budget is not None:
       norms = self._weights().norms_at
-      self._spend(calibrate_lib.spectra(walk, c, streams, norms, self.steps))
+      self._spend(calibrate_lib.spectra(activations, c, streams, norms, self.steps))
       if is_exact(self.config, self.convert):  # Any shared weight will do.
         self.convert = self.convert.replace(budget=None)
         return self.selected()
     weights = self._weights()
-    calibrate_lib.calibrate(walk, weights, streams, steps=self.steps, progress=count)
+    calibrate_lib.calibrate(activations, weights, streams, steps=self.steps, progress=count)
     return weights
 
   def _embed(self, tokens_BxL: np.ndarray) -> np.ndarray:

@@ -193,7 +193,7 @@ def _leave(config, params, gate, context, after_BxLxD, loops):
   """What the head would read of tokens that left after some loops."""
   loops_BxL = jnp.full(after_BxLxD.shape[:2], loops)
   read_BxLxD = score_lib.through_lens(gate, after_BxLxD, loops_BxL)
-  return passes.leave(config, params, read_BxLxD, context, None, scan=True)[0]
+  return passes.run_coda(config, params, read_BxLxD, context, None, scan=True)[0]
 
 
 def _confidences(config, margin_BxL, entropy_BxL):

@@ -74,7 +74,7 @@ class RrtLM(TemplateLM):
       batch_tokens = _ROW_TOKENS * rows
     self.batch_tokens = batch_tokens
     self._params = cast(self.model.params, dtype)
-    self._writer: generate.Writer | None = None
+    self._writer: generate.Generator | None = None
 
   @property
   def max_length(self) -> int:
@@ -180,7 +180,7 @@ class RrtLM(TemplateLM):
     """What the model writes after each context."""
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
-      self._writer = generate.Writer(limited, loops=self.loops, dtype=self.dtype)
+      self._writer = generate.Generator(limited, loops=self.loops, dtype=self.dtype)
     by_settings: dict[generate.Settings, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)

@@ -53,7 +53,7 @@ def forward_early(
     leaves: (loops run, x before the last of them, x after it), both
       [B, L, D], to bool [B, L]: which tokens leave.
     kv: what skipped loops keep: 'write_ahead', 'propagate' or 'exact_fill';
-      see `rrt.infer.engine.config.Options`.
+      see `rrt.infer.engine.config.EngineConfig`.
     dtype: of the computation.
     lens: (block's output, depth_BxL) to what the coda reads; see
       `rrt.exits.score.through_lens`.
@@ -61,7 +61,7 @@ def forward_early(
   B, L = tokens_BxL.shape
   G, Dh, R = config.num_kv_heads, config.head_dim, config.loops
   context = make_context(config, tokens_BxL)
-  x_BxLxD, _ = passes.enter(config, params, tokens_BxL, context, None, dtype, scan=True)
+  x_BxLxD, _ = passes.run_prelude(config, params, tokens_BxL, context, None, dtype, scan=True)
   left_BxL = jnp.zeros((B, L), bool)
   depth_BxL = jnp.full((B, L), R, jnp.int32)
   held = None
@@ -83,7 +83,7 @@ def forward_early(
       left_BxL |= goes_BxL
   context = context._replace(left_BxL=None)
   read_BxLxD = lens(out_BxLxD, depth_BxL) if lens else out_BxLxD
-  hidden_BxLxD, _ = passes.leave(config, params, read_BxLxD, context, None, scan=True)
+  hidden_BxLxD, _ = passes.run_coda(config, params, read_BxLxD, context, None, scan=True)
   return Early(hidden_BxLxD, depth_BxL, out_BxLxD)
 
 

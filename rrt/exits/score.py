@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.ops.matmul import Turned, matmul, pays_to_turn
+from rrt.ops.matmul import TransposedKernel, matmul, prefers_transposed
 
 KINDS = ('none', 'learned', 'change', 'replay')
 
@@ -109,9 +109,9 @@ def on_device(gate: Any, dtype: str = 'float32') -> Any:
     if not name.startswith('lens_'):
       return jnp.asarray(value)
     loops = tuple(jnp.asarray(v, dtype) for v in value)
-    if name == 'lens_bias' or not pays_to_turn():
+    if name == 'lens_bias' or not prefers_transposed():
       return loops
-    return tuple(Turned(v.T) for v in loops)
+    return tuple(TransposedKernel(v.T) for v in loops)
 
   return {k: part(k, v) for k, v in (gate or {}).items()} or None
 

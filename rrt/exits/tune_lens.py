@@ -72,7 +72,7 @@ def tune_lens(
 
   def log_p(params, few, x_BxLxD):
     context = transformer.make_context(config, jnp.zeros(x_BxLxD.shape[:2], jnp.int32))
-    hidden_BxLxD, _ = passes.leave(config, params, x_BxLxD, context, None, scan=True)
+    hidden_BxLxD, _ = passes.run_coda(config, params, x_BxLxD, context, None, scan=True)
     logits_BxLxV = transformer.logits(config, few, hidden_BxLxD, 'float32')
     return jax.nn.log_softmax(logits_BxLxV, -1)
 

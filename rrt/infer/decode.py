@@ -22,7 +22,7 @@ from rrt.config import ModelConfig
 from rrt.infer.sampling import Array, Sampling, sample
 from rrt.models import transformer
 from rrt.models.cache import Cache, as_empty, init_cache
-from rrt.models.params import bucket, cast, turned
+from rrt.models.params import bucket, cast, transpose_kernels
 from rrt.models.stack import unstack
 
 CALL = 32  # tokens that one call of `advance` can hold
@@ -178,7 +178,7 @@ class Decoder:
   Attributes:
     static: the model's shape, the loops it runs, the dtype it computes in.
     params: weights in that dtype on the device, one subtree a layer; see
-      `turned`.
+      `transpose_kernels`.
     clock: what all calls so far took.
   """
 
@@ -188,7 +188,7 @@ class Decoder:
     loops = config.loops if loops is None else loops
     transformer.check_loops(config, loops)
     self.static = Static(config, loops, dtype)
-    self.params = turned(cast(unstack(params), dtype))
+    self.params = transpose_kernels(cast(unstack(params), dtype))
     self.clock = Clock()
 
   def run(

@@ -28,7 +28,7 @@ _GLANCE = 8  # tokens between looks of the host, where text is watched
 
 
 def complete(
-  model: LanguageModel | Writer,
+  model: LanguageModel | Generator,
   prompts: str | Sequence[str] | Sequence[Sequence[int]],
   *,
   max_new_tokens: int = 128,
@@ -47,7 +47,7 @@ def complete(
   """Continues each prompt.
 
   Args:
-    model: what `rrt.load` gives, or a `Writer` over it, which keeps the
+    model: what `rrt.load` gives, or a `Generator` over it, which keeps the
       prepared weights from call to call.
     prompts: a text, texts, or lists of token ids.
     max_new_tokens: tokens to write at most.
@@ -85,8 +85,8 @@ def complete(
     ignore_end,
   )
   settings.check()
-  if not isinstance(model, Writer):
-    model = Writer(model, loops=loops, dtype=dtype)
+  if not isinstance(model, Generator):
+    model = Generator(model, loops=loops, dtype=dtype)
   return model.complete(prompts, settings, stream)
 
 
@@ -161,7 +161,7 @@ class Settings:
     return [self.seed[i] for i in rows]
 
 
-class Writer:
+class Generator:
   """A model whose weights stay prepared between calls of `complete`.
 
   Attributes:

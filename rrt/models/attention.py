@@ -53,7 +53,7 @@ class Context(NamedTuple):
     )
 
 
-class Place(NamedTuple):
+class AttnSpec(NamedTuple):
   """What differs by depth besides weights; a scalar, or one value a row.
 
   Attributes:
@@ -153,45 +153,45 @@ class Attention(nn.Module):
       self.q_norm = Norm(c, c.head_dim, looped)
       self.k_norm = Norm(c, c.head_dim, looped)
 
-  def __call__(self, x_BxLxD, kv, place: Place, loop, context: Context):
-    o_BxLxE, kv = self.mixed(x_BxLxD, kv, place, loop, context)
+  def __call__(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
+    o_BxLxE, kv = self.mixed(x_BxLxD, kv, attn_spec, loop, context)
     return self.o(o_BxLxE, loop), kv
 
   def heads(self, y_BxLxE):
     """[B, L, heads, Dh]."""
     return y_BxLxE.reshape(*y_BxLxE.shape[:2], -1, self.config.head_dim)
 
-  def keys_values(self, x_BxLxD, place: Place, loop, context: Context):
+  def keys_values(self, x_BxLxD, attn_spec: AttnSpec, loop, context: Context):
     """Keys after RoPE, and values, both [B, L, G, Dh]."""
     kv = self.heads(self.k(x_BxLxD, loop)), self.heads(self.v(x_BxLxD, loop))
     k_BxLxGxDh, v_BxLxGxDh = relax(self, self.relaxed, x_BxLxD, kv, loop)
     if self.config.qk_norm:
       k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
-    cos = pick_rope(context.cos_TxBxLxK, place.rope)
-    sin = pick_rope(context.sin_TxBxLxK, place.rope)
+    cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
+    sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
 
-  def remember(self, x_BxLxD, kv, place: Place, loop, context: Context):
+  def remember(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
     """Writes keys and values of x, attends to nothing; the written cache."""
-    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
     return pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, context.positions_BxL)
 
-  def mixed(self, x_BxLxD, kv, place: Place, loop, context: Context):
+  def mixed(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
     """The output projection's input [B, L, H * Dh], and the written cache."""
     c = self.config
     q_BxLxHxDh = self.heads(self.q(x_BxLxD, loop))
-    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, place, loop, context)
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
     if c.qk_norm:
       q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
-    cos = pick_rope(context.cos_TxBxLxK, place.rope)
-    sin = pick_rope(context.sin_TxBxLxK, place.rope)
+    cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
+    sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     positions_BxL = context.positions_BxL
     if isinstance(kv, pages.PagedKV):
       kv = pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
-      o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, place.window)
+      o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, attn_spec.window)
       return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv
     alone = kv is None or isinstance(kv, (cache_lib.EmptyKV, cache_lib.HeldKV))
     if isinstance(kv, cache_lib.HeldKV):
@@ -200,7 +200,7 @@ class Attention(nn.Module):
     elif kv is not None:
       kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
     if alone:
-      mask_BxLxL = visible(positions_BxL, positions_BxL, place.window)
+      mask_BxLxL = visible(positions_BxL, positions_BxL, attn_spec.window)
       if context.segments_BxL is not None:
         s = context.segments_BxL
         mask_BxLxL &= s[:, :, None] == s[:, None, :]
@@ -213,6 +213,6 @@ class Attention(nn.Module):
         q_BxLxHxDh,
         kv.k_BxGxDhxS.astype(x_BxLxD.dtype),
         kv.v_BxGxSxDh.astype(x_BxLxD.dtype),
-        visible(positions_BxL, slots_1xS, place.window),
+        visible(positions_BxL, slots_1xS, attn_spec.window),
       )
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

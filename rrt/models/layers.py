@@ -19,7 +19,7 @@ import numpy as np
 
 from rrt.config import ModelConfig, Rope
 from rrt.models.relaxed import relax, relaxations_of
-from rrt.ops.matmul import Turned, matmul
+from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.relax.base import LINEAR_AXES, at_loop
 
 
@@ -117,7 +117,7 @@ class Linear(nn.Module):
     shape = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
     kernel_DxF: Any = self.get_variable('params', 'kernel')
-    if isinstance(kernel_DxF, Turned):
+    if isinstance(kernel_DxF, TransposedKernel):
       if kernel_DxF.shape != shape:
         raise ValueError(
           f'{self.component}: a kernel of {kernel_DxF.shape} was given, and {shape} is needed.'

@@ -28,7 +28,7 @@ from rrt.models.cache import KV
 _HIDDEN = -1e30
 
 
-class Store(NamedTuple):
+class KVPool(NamedTuple):
   """Keys (after RoPE) and values of one layer, in all loops and slots.
 
   bfloat16 lies here as the uint16 of its bits: XLA's CPU backend would copy
@@ -43,19 +43,19 @@ class PagedKV(NamedTuple):
   """A store and the pages of this step's rows.
 
   Attributes:
-    store: of the layer.
+    kv_pool: of the layer.
     base_BxW: first pages of the row in the loops it writes; it reads the
       first. A base past the last page writes nothing.
     count_BxW: how many pages it has there.
   """
 
-  store: Store
+  kv_pool: KVPool
   base_BxW: jax.Array
   count_BxW: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Region:
+class PageRange:
   """Where one layer keeps its loops: of slot s, at base + s * count.
 
   Attributes:
@@ -76,27 +76,27 @@ class Region:
     return jnp.where(live_B[:, None], base_BxW, self.pages), count_BxW
 
 
-class Layout(NamedTuple):
+class CacheLayout(NamedTuple):
   """Regions of prelude, block and coda, by layer."""
 
-  prelude: tuple[Region, ...]
-  block: tuple[Region, ...]
-  coda: tuple[Region, ...]
+  prelude: tuple[PageRange, ...]
+  block: tuple[PageRange, ...]
+  coda: tuple[PageRange, ...]
 
 
-class Stores(NamedTuple):
+class KVPools(NamedTuple):
   """Stores of prelude, block and coda, by layer."""
 
-  prelude: tuple[Store, ...]
-  block: tuple[Store, ...]
-  coda: tuple[Store, ...]
+  prelude: tuple[KVPool, ...]
+  block: tuple[KVPool, ...]
+  coda: tuple[KVPool, ...]
 
 
-def make_layout(config: ModelConfig, slots: int, context: int, page: int) -> Layout:
+def make_cache_layout(config: ModelConfig, slots: int, context: int, page: int) -> CacheLayout:
   """Lays out `slots` sequences of up to `context` tokens each."""
   windows = config.windows or (0,) * config.depth
 
-  def region(depths: Sequence[int]) -> Region:
+  def page_range(depths: Sequence[int]) -> PageRange:
     base, count, end = [], [], 0
     for depth in depths:
       pages = math.ceil(context / page)
@@ -105,34 +105,35 @@ def make_layout(config: ModelConfig, slots: int, context: int, page: int) -> Lay
       base.append(end)
       count.append(pages)
       end += slots * pages
-    return Region(tuple(base), tuple(count), end)
+    return PageRange(tuple(base), tuple(count), end)
 
   P, L = config.prelude_layers, config.depth
-  return Layout(
-    tuple(region([d]) for d in range(P)),
-    tuple(region(list(d_R)) for d_R in config.block_depths().T),
-    tuple(region([d]) for d in range(L - config.coda_layers, L)),
+  return CacheLayout(
+    tuple(page_range([d]) for d in range(P)),
+    tuple(page_range(list(d_R)) for d_R in config.block_depths().T),
+    tuple(page_range([d]) for d in range(L - config.coda_layers, L)),
   )
 
 
-def layout_bytes(config: ModelConfig, layout: Layout, page: int, dtype) -> int:
+def layout_bytes(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> int:
   """Bytes of all stores of a layout."""
   pages = sum(r.pages for part in layout for r in part)
   position = 2 * config.num_kv_heads * config.head_dim
   return pages * page * position * jnp.dtype(dtype).itemsize
 
 
-def init_stores(config: ModelConfig, layout: Layout, page: int, dtype) -> Stores:
+def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KVPools:
   """Empty stores."""
   G, Dh = config.num_kv_heads, config.head_dim
   kept = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
-  def store(region: Region) -> Store:
-    return Store(
-      jnp.zeros((region.pages, G, Dh, page), kept), jnp.zeros((region.pages, G, page, Dh), kept)
+  def kv_pool(page_range: PageRange) -> KVPool:
+    return KVPool(
+      jnp.zeros((page_range.pages, G, Dh, page), kept),
+      jnp.zeros((page_range.pages, G, page, Dh), kept),
     )
 
-  return Stores(*(tuple(map(store, part)) for part in layout))
+  return KVPools(*(tuple(map(kv_pool, part)) for part in layout))
 
 
 def pack(x, dtype):
@@ -151,14 +152,14 @@ def unpack(x, dtype):
 
 def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   """Puts one token a row at its position, in all loops that it writes."""
-  k_PxGxDhxC, v_PxGxCxDh = kv.store
+  k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
   P, C = v_PxGxCxDh.shape[0], v_PxGxCxDh.shape[2]
   page_BxW = kv.base_BxW + (position_Bx1 // C) % kv.count_BxW
   page_BxW = jnp.where(kv.base_BxW < P, page_BxW, P)
   at_BxW = jnp.broadcast_to(position_Bx1 % C, page_BxW.shape)
   wide = lambda t, like: jnp.broadcast_to(pack(t, like.dtype), (*page_BxW.shape, *t.shape[2:]))
   return kv._replace(
-    store=Store(
+    kv_pool=KVPool(
       k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(wide(k_Bx1xGxDh, k_PxGxDhxC), mode='drop'),
       v_PxGxCxDh.at[page_BxW, :, at_BxW].set(wide(v_Bx1xGxDh, v_PxGxCxDh), mode='drop'),
     )
@@ -172,10 +173,10 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
     q_Bx1xHxDh: scaled queries.
     kv: with this step's tokens written.
     position_Bx1: of each row's token.
-    window: as in `Place`: None, a scalar, or one a row; 0 is global.
+    window: as in `AttnSpec`: None, a scalar, or one a row; 0 is global.
   """
   B, _, H, Dh = q_Bx1xHxDh.shape
-  k_PxGxDhxC, v_PxGxCxDh = kv.store
+  k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
   P, G, C, _ = v_PxGxCxDh.shape
   # Small products in bfloat16 are slower than in float32 on a CPU.
   cpu = jax.default_backend() == 'cpu'
@@ -230,32 +231,36 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
   return out_BxGxMxDh.reshape(B, 1, H, Dh).astype(q_Bx1xHxDh.dtype)
 
 
-def insert(store: Store, region: Region, loop: int, slot, kv: KV, length):
+def insert(kv_pool: KVPool, page_range: PageRange, loop: int, slot, kv: KV, length):
   """Moves one prefilled row into a slot's pages of one loop.
 
   Args:
-    store: of the layer.
-    region: of the layer.
+    kv_pool: of the layer.
+    page_range: of the layer.
     loop: which loop `kv` belongs to.
     slot: int scalar.
     kv: of one row: keys [1, G, Dh, S], values [1, G, S, Dh].
     length: int scalar; how many of its tokens count.
   """
   G, S, Dh = kv.v_BxGxSxDh.shape[1:]
-  P, C = store.v_PxGxCxDh.shape[0], store.v_PxGxCxDh.shape[2]
+  P, C = kv_pool.v_PxGxCxDh.shape[0], kv_pool.v_PxGxCxDh.shape[2]
   pad = -S % C
   pages = (S + pad) // C
   k_GxDhxS = jnp.pad(kv.k_BxGxDhxS[0], ((0, 0), (0, 0), (0, pad)))
   v_GxSxDh = jnp.pad(kv.v_BxGxSxDh[0], ((0, 0), (0, pad), (0, 0)))
   k_cxGxDhxC = k_GxDhxS.reshape(G, Dh, pages, C).transpose(2, 0, 1, 3)
   v_cxGxCxDh = v_GxSxDh.reshape(G, pages, C, Dh).swapaxes(0, 1)
-  count = region.count[loop]
+  count = page_range.count[loop]
   kept = min(count, pages)
   from_c = (length - 1) // C - kept + 1 + jnp.arange(kept)
-  base = region.base[loop] + slot * count
+  base = page_range.base[loop] + slot * count
   to_c = jnp.where((from_c >= 0) & (length > 0), base + from_c % count, P)
   from_c = jnp.clip(from_c, 0, pages - 1)
-  return Store(
-    store.k_PxGxDhxC.at[to_c].set(pack(k_cxGxDhxC[from_c], store.k_PxGxDhxC.dtype), mode='drop'),
-    store.v_PxGxCxDh.at[to_c].set(pack(v_cxGxCxDh[from_c], store.v_PxGxCxDh.dtype), mode='drop'),
+  return KVPool(
+    kv_pool.k_PxGxDhxC.at[to_c].set(
+      pack(k_cxGxDhxC[from_c], kv_pool.k_PxGxDhxC.dtype), mode='drop'
+    ),
+    kv_pool.v_PxGxCxDh.at[to_c].set(
+      pack(v_cxGxCxDh[from_c], kv_pool.v_PxGxCxDh.dtype), mode='drop'
+    ),
   )

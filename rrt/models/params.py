@@ -25,12 +25,12 @@ def cast(params, dtype: str):
   )
 
 
-def turned(params):
+def transpose_kernels(params):
   """Unstacked parameters with matrices as decoding multiplies them fastest."""
-  if not matmul.pays_to_turn():
+  if not matmul.prefers_transposed():
     return params
   parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
-  return params | matmul.turn(parts, ('kernel',))
+  return params | matmul.transpose_named(parts, ('kernel',))
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:

@@ -1,7 +1,7 @@
 """One part of the model at a time: what depth-wise batching launches.
 
-A token goes through `enter` (embedding and prelude), `block_pass` as often as
-it needs, and `leave` (coda and final norm). Each row of a pass is a token of
+A token goes through `run_prelude` (embedding and prelude), `block_pass` as often as
+it needs, and `run_coda` (coda and final norm). Each row of a pass is a token of
 its own sequence at its own position and, in the block, in its own loop; its
 result does not depend on the other rows.
 
@@ -11,14 +11,14 @@ B batch, L query length, D model, R loops, N block layers.
 from flax import linen as nn
 
 from rrt.config import ModelConfig
-from rrt.models.attention import Attention, Context, Place
+from rrt.models.attention import Attention, AttnSpec, Context
 from rrt.models.layers import Norm
 from rrt.models.stack import Stack, unstack
-from rrt.models.transformer import embed, places
+from rrt.models.transformer import attn_specs, embed
 from rrt.ops.matmul import float32_is_float32
 
 
-def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, scan: bool = False):
+def run_prelude(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, scan: bool = False):
   """Embedding and prelude.
 
   Args:
@@ -39,13 +39,13 @@ def enter(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, scan: bo
   stack = Stack(config, config.prelude_layers, scan=scan)
   with float32_is_float32(dtype):
     x_BxLxD, (kvs, _) = stack.apply(
-      {'params': params['prelude']}, x_BxLxD, (kvs, places(config)[0], 0), context
+      {'params': params['prelude']}, x_BxLxD, (kvs, attn_specs(config)[0], 0), context
     )
   return x_BxLxD, kvs
 
 
-def leave(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: bool = False):
-  """Coda and final norm of the block's output; arguments as for `enter`.
+def run_coda(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: bool = False):
+  """Coda and final norm of the block's output; arguments as for `run_prelude`.
 
   Returns:
     (hidden_BxLxD, kvs): what the head takes, and the written KVs.
@@ -54,7 +54,7 @@ def leave(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: boo
     if config.coda_layers:
       stack = Stack(config, config.coda_layers, scan=scan)
       x_BxLxD, (kvs, _) = stack.apply(
-        {'params': params['coda']}, x_BxLxD, (kvs, places(config)[2], 0), context
+        {'params': params['coda']}, x_BxLxD, (kvs, attn_specs(config)[2], 0), context
       )
     norm: nn.Module = Norm(config, config.d_model)
     return norm.apply({'params': params['final_norm']}, x_BxLxD), kvs
@@ -88,20 +88,20 @@ def block_pass(
   if not scan:
     params = unstack(params)
   stack = Stack(config, config.block_layers, looped=True, remat=remat, scan=scan)
-  xs = (kvs, block_places(config, loop), loop)
+  xs = (kvs, block_attn_specs(config, loop), loop)
   with float32_is_float32(x_BxLxD.dtype):
     x_BxLxD, (kvs, _) = stack.apply({'params': params['block']}, x_BxLxD, xs, context)
   return x_BxLxD, kvs
 
 
-def block_places(config: ModelConfig, loop) -> Place:
+def block_attn_specs(config: ModelConfig, loop) -> AttnSpec:
   """Windows and rotary tables of the block's layers, [N] or [N, B].
 
   `loop` is an int scalar, or int [B].
   """
-  window, rope = places(config)[1]
+  window, rope = attn_specs(config)[1]
   of_loop = lambda t_RxN: None if t_RxN is None else t_RxN[loop].T
-  return Place(of_loop(window), of_loop(rope))
+  return AttnSpec(of_loop(window), of_loop(rope))
 
 
 def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
@@ -121,18 +121,18 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
   Returns:
     The written KVs.
   """
-  all_places = block_places(config, loop)
+  all_specs = block_attn_specs(config, loop)
   new = []
   with float32_is_float32(x_BxLxD.dtype):
     for n in range(config.block_layers):
       of_layer = params['block'][f'layers_{n}']
       norm: nn.Module = Norm(config, config.d_model, looped=True)
       y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
-      place = Place(*(None if t is None else t[n] for t in all_places))
+      attn_spec = AttnSpec(*(None if t is None else t[n] for t in all_specs))
       attention: nn.Module = Attention(config, looped=True)
       new.append(
         attention.apply(
-          {'params': of_layer['attn']}, y_BxLxD, kvs[n], place, loop, context, method='remember'
+          {'params': of_layer['attn']}, y_BxLxD, kvs[n], attn_spec, loop, context, method='remember'
         )
       )
   return tuple(new)

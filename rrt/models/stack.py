@@ -41,9 +41,9 @@ class Layer(nn.Module):
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
     """One layer in one loop; xs is (its KV or None, its Place)."""
-    kv, place = xs
+    kv, attn_spec = xs
     before_BxLxD = x_BxLxD
-    y_BxLxD, kv = self.attn(self.attn_norm(x_BxLxD, loop), kv, place, loop, context)
+    y_BxLxD, kv = self.attn(self.attn_norm(x_BxLxD, loop), kv, attn_spec, loop, context)
     x_BxLxD += self.attn_post(y_BxLxD, loop)
     y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
@@ -70,11 +70,11 @@ class RepeatedLayer(Layer):
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
     """Xs is (KVs, Places) by loop; `loop` is unused."""
-    kvs, places = xs
+    kvs, attn_specs = xs
     new = []
     for r in range(self.repeats):
-      kv, place = at_index(kvs, r), at_index(places, r)
-      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, place), r, context)
+      kv, attn_spec = at_index(kvs, r), at_index(attn_specs, r)
+      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, attn_spec), r, context)
       new.append(kv)
     return x_BxLxD, in_form_of(kvs, new)
 
@@ -116,7 +116,7 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD, xs, context: Context):
     """Xs is (KVs by layer, Places by layer, loop); a scan's body."""
-    kvs, places, loop = xs
+    kvs, attn_specs, loop = xs
     start_BxLxD = x_BxLxD
     layer: Any = Layer
     more: dict[str, Any] = {}
@@ -133,12 +133,12 @@ class Stack(nn.Module):
         length=self.count,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )(self.config, self.looped, name='layers', **more)
-      x_BxLxD, kvs = layers(x_BxLxD, (kvs, places), loop, context)
+      x_BxLxD, kvs = layers(x_BxLxD, (kvs, attn_specs), loop, context)
     else:
       new = []
       for i in range(self.count):
         one = layer(self.config, self.looped, name=f'layers_{i}', **more)
-        x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(places, i)), loop, context)
+        x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(attn_specs, i)), loop, context)
         new.append(kv)
       kvs = in_form_of(kvs, new)
     relaxed = relaxations_of(self, self.config, 'block', self.looped)

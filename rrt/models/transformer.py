@@ -21,7 +21,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.models.attention import Context, Place
+from rrt.models.attention import AttnSpec, Context
 from rrt.models.cache import Cache
 from rrt.models.layers import Norm, rope_tables
 from rrt.models.relaxed import AUX, collect
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
     context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL)
     x_BxLxD = self.embed(tokens_BxL)
     prelude, block, coda = cache or Cache(None, None, None)
-    shallow, looped, deep = places(c)
+    shallow, looped, deep = attn_specs(c)
 
     def stack(count, name, **kwargs):
       return Stack(c, count, remat=self.remat, scan=self.scan, name=name, **kwargs)
@@ -211,7 +211,7 @@ def make_context(config: ModelConfig, tokens_BxL, positions_BxL=None, segments_B
   return Context(positions_BxL, segments_BxL, cos, sin)
 
 
-def places(config: ModelConfig) -> tuple[Place, Place, Place]:
+def attn_specs(config: ModelConfig) -> tuple[AttnSpec, AttnSpec, AttnSpec]:
   """Windows and rotary tables of prelude [P], block [R, N] and coda [C]."""
   P, L = config.prelude_layers, config.depth
 
@@ -222,7 +222,9 @@ def places(config: ModelConfig) -> tuple[Place, Place, Place]:
     return v[:P], v[config.block_depths()], v[L - config.coda_layers :]
 
   windows, ropes = by_part(config.windows), by_part(config.rope_index)
-  prelude, block, coda = (Place(*map(_device, part)) for part in zip(windows, ropes, strict=True))
+  prelude, block, coda = (
+    AttnSpec(*map(_device, part)) for part in zip(windows, ropes, strict=True)
+  )
   return prelude, block, coda
 
 

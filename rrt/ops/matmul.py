@@ -13,7 +13,7 @@ on a CPU are cut into short pieces, at a price of 15 % in time.
 The right factor is packed anew there in each product. For few rows it takes 0.5
 to 1.2 of the time, by dtype, shape and machine, when the kernel is the left
 factor and lies as [F, D] (`benchmarks.products`): decoding holds its kernels as
-`Turned`. Not so on cores with AVX-512 and no AMX: it pays there for 32 rows of
+`TransposedKernel`. Not so on cores with AVX-512 and no AMX: it pays there for 32 rows of
 bfloat16 alone, and a sum of 1,536 terms from the left is not that from the
 right, so that what is written would depend on the number of lanes.
 
@@ -43,7 +43,7 @@ FEW = 64
 
 
 @struct.dataclass
-class Turned:
+class TransposedKernel:
   """A kernel [D, F] that lies as [F, D]; for inference on a CPU."""
 
   kernel_FxD: jax.Array
@@ -53,32 +53,32 @@ class Turned:
     """Of the kernel, (D, F)."""
     return self.kernel_FxD.shape[1], self.kernel_FxD.shape[0]
 
-  def astype(self, dtype) -> Turned:
+  def astype(self, dtype) -> TransposedKernel:
     """In another dtype."""
-    return Turned(self.kernel_FxD.astype(dtype))
+    return TransposedKernel(self.kernel_FxD.astype(dtype))
 
 
-def turn(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-  """Unstacked parameters in which the matrices of these names are `Turned`."""
+def transpose_named(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+  """Unstacked parameters in which the matrices of these names are `TransposedKernel`."""
 
   def one(name: str, value):
     if isinstance(value, dict):
-      return turn(value, names)
-    return Turned(jnp.asarray(value).T) if name in names else value
+      return transpose_named(value, names)
+    return TransposedKernel(jnp.asarray(value).T) if name in names else value
 
   return {name: one(name, value) for name, value in params.items()}
 
 
-def pays_to_turn() -> bool:
-  """Whether products of few rows want `Turned` kernels on this machine."""
+def prefers_transposed() -> bool:
+  """Whether products of few rows want `TransposedKernel` kernels on this machine."""
   return jax.default_backend() == 'cpu' and not _avx512_alone()
 
 
 def slice_columns(kernel, start, count: int):
-  """Columns of a matrix, `Turned` or not."""
-  if isinstance(kernel, Turned):
+  """Columns of a matrix, `TransposedKernel` or not."""
+  if isinstance(kernel, TransposedKernel):
     part = jax.lax.dynamic_slice_in_dim(kernel.kernel_FxD, start, count, 0)
-    return Turned(part)
+    return TransposedKernel(part)
   return jax.lax.dynamic_slice_in_dim(kernel, start, count, 1)
 
 
@@ -101,14 +101,14 @@ def precision() -> str | None:
 def matmul(x_BxLxD, kernel_DxF):
   """x W in the dtype of x, [B, L, F]; differentiable once, in reverse.
 
-  A `Turned` kernel takes x of any rank and is not differentiable.
+  A `TransposedKernel` kernel takes x of any rank and is not differentiable.
   """
-  if isinstance(kernel_DxF, Turned):
-    return _matmul_turned(x_BxLxD, kernel_DxF.astype(x_BxLxD.dtype).kernel_FxD)
+  if isinstance(kernel_DxF, TransposedKernel):
+    return _matmul_transposed(x_BxLxD, kernel_DxF.astype(x_BxLxD.dtype).kernel_FxD)
   return checkpoint_name(_matmul(x_BxLxD, kernel_DxF), NAME)
 
 
-def _matmul_turned(x, kernel_FxD):
+def _matmul_transposed(x, kernel_FxD):
   """X of [..., D] times a turned kernel, [..., F]."""
   F, D = kernel_FxD.shape
   *lead, _ = x.shape

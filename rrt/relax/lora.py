@@ -15,7 +15,13 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops import least_squares
-from rrt.ops.matmul import Turned, matmul, pays_to_turn, slice_columns, turn
+from rrt.ops.matmul import (
+  TransposedKernel,
+  matmul,
+  prefers_transposed,
+  slice_columns,
+  transpose_named,
+)
 from rrt.relax.base import NO_AUX, Fitted, Host, Leaf, Leaves, Relaxation
 
 # One rank for all positions, or a table [R][N] of ranks.
@@ -130,7 +136,7 @@ class Lora(Relaxation):
       return params
     a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])
     wide: dict[str, Any] = {'lora_a_wide': a_DxRr, 'lora_b_wide': b_RrxF}
-    return turn(wide, tuple(wide)) if pays_to_turn() else wide
+    return transpose_named(wide, tuple(wide)) if prefers_transposed() else wide
 
   def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
     loop, layer = position
@@ -231,12 +237,12 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
   Rows at different loops share two dense matmuls: all loops' products are
   computed and the other loops' masked out, with no gather of factors by row. A
   scalar loop takes its own columns of A alone, and its own rows of B where
-  these are not `Turned`.
+  these are not `TransposedKernel`.
 
   Args:
     x_BxLxD: the linear's input.
     a_DxRr: down projections; loop b has columns b * r and on. Both may be
-      `Turned`.
+      `TransposedKernel`.
     b_RrxF: up projections; loop b has rows b * r and on.
     loop: int scalar, or int [B] with one loop a row.
     loops: R.
@@ -249,10 +255,10 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
     xa_BxLxRr = matmul(x_BxLxD, a_DxRr)
   else:
     xa_BxLxr = matmul(x_BxLxD, slice_columns(a_DxRr, loop * rank, rank))
-    if not isinstance(b_RrxF, Turned):
+    if not isinstance(b_RrxF, TransposedKernel):
       b_rxF = jax.lax.dynamic_slice_in_dim(b_RrxF, loop * rank, rank, 0)
       return _scaled(matmul(xa_BxLxr, b_rxF), scale)
-    # A loop's part of a `Turned` factor is strided, slow to cut out.
+    # A loop's part of a `TransposedKernel` factor is strided, slow to cut out.
     xa_BxLxRr = jnp.tile(xa_BxLxr, loops)
   of_column_1x1xRr = jnp.arange(loops * rank)[None, None, :] // rank
   own_Bx1xRr = of_column_1x1xRr == jnp.reshape(loop, (-1, 1, 1))

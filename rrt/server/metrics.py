@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-  from rrt.infer.engine.state import Plan
+  from rrt.infer.engine.state import EngineShape
 
 TIMES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
@@ -39,7 +39,7 @@ class Histogram:
 class Metrics:
   """All that is counted: by the engine's thread, refusals by the handlers."""
 
-  def __init__(self, plan: Plan):
+  def __init__(self, plan: EngineShape):
     self._plan = plan
     self.refused = 0
     self._prompt_tokens = 0
@@ -110,8 +110,8 @@ class Metrics:
       put('rrt:mean_exit_depth', 'gauge', mean)
       for name in ('steps', 'lanes', 'stalls', 'draws', 'guesses', 'right', 'revised'):
         put(f'rrt:{name}_total', 'counter', e[name])
-      room = max(e['steps'], 1) * self._plan.lanes
+      room = max(e['steps'], 1) * self._plan.max_batch_tokens
       put('rrt:lane_occupancy', 'gauge', e['lanes'] / room)
-      room = max(e['draw_steps'], 1) * self._plan.draws
+      room = max(e['draw_steps'], 1) * self._plan.max_sampled_tokens
       put('rrt:draw_occupancy', 'gauge', e['draws'] / room)
     return '\n'.join(lines) + '\n'

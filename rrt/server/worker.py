@@ -183,7 +183,7 @@ class Worker:
     try:
       while self._obey(wait=not self.engine.busy):
         if self.engine.busy:
-          changed = self.engine.turn()
+          changed = self.engine.step()
           # First, so that who has an answer finds it counted.
           self.metrics.look(self.engine)
           for request in changed:

@@ -185,11 +185,11 @@ def test_changed_gains_are_made_up_for(family):
   }
   other = activations.with_norms(c, layer, norms)
   tokens_BxL = tiny.tokens(40).reshape(2, 20)
-  walk = activations.Walk(c, lambda d: layer, tokens_BxL)
+  seen = activations.LayerActivations(c, lambda d: layer, tokens_BxL)
   x_BxLxD = np.random.default_rng(0).normal(size=(2, 20, 12))
   x_BxLxD = x_BxLxD.astype(np.float32)
   np.testing.assert_allclose(
-    walk.step(0, layer, x_BxLxD).end, walk.step(0, other, x_BxLxD).end, atol=1e-4
+    seen.step(0, layer, x_BxLxD).end, seen.step(0, other, x_BxLxD).end, atol=1e-4
   )
 
 
@@ -197,9 +197,11 @@ def test_the_walk_is_the_forward_pass():
   parent = tiny.parent('gemma3', layers=4)
   tokens_BxL = tiny.tokens(60).reshape(3, 20)
   layers = parent.params['block']['layers']
-  walk = activations.Walk(parent.config, lambda d: jax.tree.map(lambda t: t[d], layers), tokens_BxL)
+  seen = activations.LayerActivations(
+    parent.config, lambda d: jax.tree.map(lambda t: t[d], layers), tokens_BxL
+  )
   embedded = parent.params['embed']['table'][tokens_BxL] * 12**0.5
-  streams = walk.run(embedded.astype(np.float32), 2)
+  streams = seen.run(embedded.astype(np.float32), 2)
   assert sorted(streams) == [2, 3]
   out = transformer.forward(parent.config, parent.params, tokens_BxL)
   gain = parent.params['final_norm']['scale']

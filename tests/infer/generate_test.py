@@ -20,7 +20,7 @@ def model():
 
 @functools.cache
 def writer():
-  return generate.Writer(model())
+  return generate.Generator(model())
 
 
 def write(prompts, **kwargs):
@@ -45,7 +45,7 @@ def test_batches_do_not_change_completions():
   prompts = ['the sea', 'a', 'old ships sail', 'x' * 30]
   settings = dict(temperature=1.2, top_p=0.95, max_new_tokens=20)
   whole = complete(model(), prompts, seed=5, **settings)
-  small = generate.Writer(model(), batch=3)
+  small = generate.Generator(model(), batch=3)
   split = small.complete(prompts, generate.Settings(seed=5, **settings))
   assert whole == split
   for i, prompt in enumerate(prompts):

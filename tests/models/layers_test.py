@@ -8,7 +8,7 @@ import pytest
 from rrt.config import Rope
 from rrt.models.attention import attend, visible
 from rrt.models.layers import Linear, apply_rope, rms_norm, rope_frequencies
-from rrt.ops.matmul import FEW, Turned
+from rrt.ops.matmul import FEW, TransposedKernel
 from rrt.relax.lora import low_rank, low_rank_wide, widen
 from tests.models.configs import llama
 
@@ -91,7 +91,7 @@ def test_low_rank_by_row_equals_merged_weights(form, length, dtype):
       return low_rank(x, a, b, loop, 0.5)
     factors = widen(a, b)
     if form == 'turned':
-      factors = [Turned(f.T) for f in factors]
+      factors = [TransposedKernel(f.T) for f in factors]
     return low_rank_wide(x, *factors, loop, 2, 0.5)
 
   as32 = lambda x: np.asarray(x, np.float32)
@@ -110,7 +110,7 @@ def test_a_turned_kernel_of_another_shape_is_refused():
   linear = Linear(config, 'up')
   d_in, d_out = config.shapes()['up']
   x = jnp.ones((1, 2, d_in))
-  run = lambda kernel: linear.apply({'params': {'kernel': Turned(kernel)}}, x)
+  run = lambda kernel: linear.apply({'params': {'kernel': TransposedKernel(kernel)}}, x)
   assert run(jnp.ones((d_out, d_in))).shape == (1, 2, d_out)
   with pytest.raises(ValueError, match='up: a kernel of'):
     run(jnp.ones((d_in, d_out)))

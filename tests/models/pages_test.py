@@ -26,32 +26,34 @@ def dense(q, k, v, window):
 
 def filled(config, loop_of_row, dtype='float32', layer=0):
   """A store whose slots were prefilled but for the last token of each."""
-  layout = pages.make_layout(config, len(LENGTHS), 24, PAGE)
-  region = layout.block[layer]
+  layout = pages.make_cache_layout(config, len(LENGTHS), 24, PAGE)
+  page_range = layout.block[layer]
   keys = jax.random.split(jax.random.key(0), 3)
   k = jax.random.normal(keys[0], (3, G, DH, 24))
   v = jax.random.normal(keys[1], (3, G, 24, DH))
   q = jax.random.normal(keys[2], (3, 1, G * M, DH))
-  store = pages.init_stores(config, layout, PAGE, dtype).block[layer]
+  kv_pool = pages.init_pools(config, layout, PAGE, dtype).block[layer]
   # What another sequence left behind.
-  store = jax.tree.map(lambda t: t + jnp.ones((), t.dtype), store)
+  kv_pool = jax.tree.map(lambda t: t + jnp.ones((), t.dtype), kv_pool)
   for row, n in enumerate(LENGTHS):
     kv = KV(k[row : row + 1], v[row : row + 1])
-    store = pages.insert(store, region, loop_of_row[row], row, kv, n - 1)
+    kv_pool = pages.insert(kv_pool, page_range, loop_of_row[row], row, kv, n - 1)
   last = LENGTHS - 1
   rows = np.arange(3)
   loop_Bx1 = jnp.asarray(loop_of_row)[:, None]
-  paged = pages.PagedKV(store, *region.rows(jnp.asarray(rows), loop_Bx1, jnp.ones(3, bool)))
+  paged_kvs = pages.PagedKV(
+    kv_pool, *page_range.rows(jnp.asarray(rows), loop_Bx1, jnp.ones(3, bool))
+  )
   new = lambda t: jnp.asarray(t)[:, None]
-  paged = pages.write(paged, new(k[rows, :, :, last]), new(v[rows, :, last]), new(last))
-  return q, k, v, paged, region
+  paged_kvs = pages.write(paged_kvs, new(k[rows, :, :, last]), new(v[rows, :, last]), new(last))
+  return q, k, v, paged_kvs, page_range
 
 
 @pytest.mark.parametrize('loops', [(0, 1, 2), (2, 2, 0)])
 def test_attention_equals_dense_attention(loops):
-  q, k, v, paged, _ = filled(llama(), loops)
+  q, k, v, paged_kvs, _ = filled(llama(), loops)
   position = jnp.asarray(LENGTHS - 1)[:, None]
-  got = pages.attend(q, paged, position)
+  got = pages.attend(q, paged_kvs, position)
   np.testing.assert_allclose(got, dense(q, k, v, 0), atol=1e-5)
 
 
@@ -60,39 +62,39 @@ def test_windows_keep_a_few_pages_and_lose_nothing():
   config = gemma3()
   windows = [config.windows[d] for d in config.block_depths()[:, 1]]
   for loop, window in enumerate(windows):
-    q, k, v, paged, region = filled(config, (loop,) * 3, layer=1)
-    assert region.count[loop] == (2 if window else 6)
+    q, k, v, paged_kvs, page_range = filled(config, (loop,) * 3, layer=1)
+    assert page_range.count[loop] == (2 if window else 6)
     position = jnp.asarray(LENGTHS - 1)[:, None]
-    got = pages.attend(q, paged, position, jnp.asarray(window))
+    got = pages.attend(q, paged_kvs, position, jnp.asarray(window))
     np.testing.assert_allclose(got, dense(q, k, v, window), atol=1e-5)
   assert windows == [0, 3, 0]
 
 
 def test_a_row_does_not_depend_on_the_others():
-  q, _, _, paged, _ = filled(llama(), (0, 1, 2))
+  q, _, _, paged_kvs, _ = filled(llama(), (0, 1, 2))
   position = jnp.asarray(LENGTHS - 1)[:, None]
-  together = pages.attend(q, paged, position)
+  together = pages.attend(q, paged_kvs, position)
   for row in range(3):
     # The other rows are dead: the walk ends with this row's last page.
     alone = jnp.arange(3)[:, None] == row
-    base = jnp.where(alone, paged.base_BxW, paged.store.v_PxGxCxDh.shape[0])
-    got = pages.attend(q, paged._replace(base_BxW=base), position)
+    base = jnp.where(alone, paged_kvs.base_BxW, paged_kvs.kv_pool.v_PxGxCxDh.shape[0])
+    got = pages.attend(q, paged_kvs._replace(base_BxW=base), position)
     np.testing.assert_array_equal(got[row], together[row])
 
 
 def test_bfloat16_is_kept_bit_for_bit():
-  q, k, v, paged, _ = filled(llama(), (0, 1, 2), 'bfloat16')
-  assert paged.store.k_PxGxDhxC.dtype == jnp.uint16
+  q, k, v, paged_kvs, _ = filled(llama(), (0, 1, 2), 'bfloat16')
+  assert paged_kvs.kv_pool.k_PxGxDhxC.dtype == jnp.uint16
   rounded = lambda t: t.astype(jnp.bfloat16).astype(jnp.float32)
   position = jnp.asarray(LENGTHS - 1)[:, None]
-  got = pages.attend(q, paged, position)
+  got = pages.attend(q, paged_kvs, position)
   np.testing.assert_allclose(got, dense(q, rounded(k), rounded(v), 0), atol=1e-5)
 
 
 def test_bytes_are_those_of_the_arrays():
   config = gemma3()
-  layout = pages.make_layout(config, 5, 24, PAGE)
+  layout = pages.make_cache_layout(config, 5, 24, PAGE)
   for dtype in ('float32', 'bfloat16'):
-    stores = pages.init_stores(config, layout, PAGE, dtype)
-    size = sum(x.nbytes for x in jax.tree.leaves(stores))
+    kv_pools = pages.init_pools(config, layout, PAGE, dtype)
+    size = sum(x.nbytes for x in jax.tree.leaves(kv_pools))
     assert size == pages.layout_bytes(config, layout, PAGE, dtype)

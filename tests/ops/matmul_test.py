@@ -61,14 +61,14 @@ def test_turned_kernels_give_the_same_products(lead, dtype):
   rng = np.random.default_rng(2)
   x = jnp.asarray(rng.standard_normal((*lead, 7)), dtype)
   kernel = jnp.asarray(rng.standard_normal((7, 6)), dtype)
-  turned = matmul.Turned(kernel.T)
-  assert turned.shape == kernel.shape
+  transpose_kernels = matmul.TransposedKernel(kernel.T)
+  assert transpose_kernels.shape == kernel.shape
   as32 = lambda a: np.asarray(a, np.float32)
   near = {'atol': 1e-5} if dtype == 'float32' else {'atol': 0.02, 'rtol': 0.02}
   close = lambda a, b: np.testing.assert_allclose(as32(a), as32(b), **near)
   product = jax.jit(matmul.matmul)
-  close(product(x, turned), x @ kernel)
-  close(product(x, matmul.slice_columns(turned, 2, 3)), x @ kernel[:, 2:5])
+  close(product(x, transpose_kernels), x @ kernel)
+  close(product(x, matmul.slice_columns(transpose_kernels, 2, 3)), x @ kernel[:, 2:5])
 
 
 @pytest.mark.parametrize('rows', [3, matmul.FEW + 1])
@@ -79,8 +79,8 @@ def test_turned_kernels_round_alike_from_either_side(rows):
   """
   rng = np.random.default_rng(3)
   x, kernel = rng.integers(-8, 9, (1, rows, 64)), rng.integers(-8, 9, (64, 6))
-  turned = matmul.Turned(jnp.asarray(kernel.T, jnp.bfloat16))
-  product = jax.jit(lambda x: matmul.matmul(x, turned).astype(jnp.float32))
+  transpose_kernels = matmul.TransposedKernel(jnp.asarray(kernel.T, jnp.bfloat16))
+  product = jax.jit(lambda x: matmul.matmul(x, transpose_kernels).astype(jnp.float32))
   sums = jnp.asarray(x @ kernel, jnp.float32)
   wanted = sums.astype(jnp.bfloat16).astype(jnp.float32)
   assert (wanted != sums).any()
@@ -88,29 +88,29 @@ def test_turned_kernels_round_alike_from_either_side(rows):
 
 
 def test_turned_kernels_have_short_sums_too():
-  x, turned = jnp.ones((1, 2, 1536)), matmul.Turned(jnp.ones((8, 1536)))
+  x, transpose_kernels = jnp.ones((1, 2, 1536)), matmul.TransposedKernel(jnp.ones((8, 1536)))
   with jax.default_matmul_precision('highest'):
-    pieces = str(jax.make_jaxpr(matmul.matmul)(x, turned))
+    pieces = str(jax.make_jaxpr(matmul.matmul)(x, transpose_kernels))
   assert pieces.count('dot_general') == 8
 
 
 def test_named_matrices_are_turned_and_nothing_else():
   kernel = np.arange(6.0).reshape(2, 3)
   params = {'layers_0': {'q': {'kernel': kernel, 'scale': kernel}}}
-  turned = matmul.turn(params, ('kernel',))['layers_0']['q']
-  np.testing.assert_array_equal(turned['kernel'].kernel_FxD, kernel.T)
-  assert turned['scale'] is kernel
+  transpose_kernels = matmul.turn(params, ('kernel',))['layers_0']['q']
+  np.testing.assert_array_equal(transpose_kernels['kernel'].kernel_FxD, kernel.T)
+  assert transpose_kernels['scale'] is kernel
 
 
 @pytest.mark.parametrize(
   'flags, turned', [('avx2', True), ('avx512f', False), ('avx512f amx_bf16', True)]
 )
-def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, turned):
+def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, transpose_kernels):
   monkeypatch.setattr(matmul.Path, 'read_text', lambda path: f'flags : sse {flags}')
   monkeypatch.setattr(matmul.Path, 'exists', lambda path: True)
   matmul._avx512_alone.cache_clear()
   try:
-    assert matmul.pays_to_turn() == turned
+    assert matmul.prefers_transposed() == transpose_kernels
   finally:
     matmul._avx512_alone.cache_clear()
 
@@ -126,6 +126,6 @@ def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, turned
   ],
 )
 def test_long_prompts_alone_are_the_left_factor(lead, left):
-  turned = matmul.Turned(jnp.ones((8, 4)))
-  jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), turned))
+  transpose_kernels = matmul.TransposedKernel(jnp.ones((8, 4)))
+  jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), transpose_kernels))
   assert ('optimization_barrier' in jaxpr) == left

@@ -322,7 +322,7 @@ def test_an_engine_that_stops_is_told(child):
     time.sleep(0.5)  # The others come meanwhile.
     raise MemoryError('out of memory')
 
-  engine.turn = broken
+  engine.step = broken
   app = Server(worker, child.tokenizer, 'tiny', Limits()).app()
   with TestClient(app) as client:
     replies = []
@@ -356,13 +356,13 @@ def slow(child, seconds=60.0):
   """A worker and its application, which takes four seconds for 25 tokens."""
   engine = Engine(child, slots=2, page=8, steps=2, penalties=True, logprobs=20)
   worker = Worker(engine, child.tokenizer, max_waiting=3)
-  turn = engine.turn
+  step = engine.step
 
   def slowly():
     time.sleep(0.15)
-    return turn()
+    return step()
 
-  engine.turn = slowly
+  engine.step = slowly
   limits = Limits(max_tokens=30, seconds=seconds)
   return worker, Server(worker, child.tokenizer, 'tiny', limits).app()
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rrt.infer.engine.state import LAST, Plan
+from rrt.infer.engine.state import LAST, EngineShape
 from rrt.models import pages, transformer
 from rrt.models.attention import Context
 
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     return table.at[slot_B, self.k_B].set(jnp.asarray(values, table.dtype), mode='drop')
 
 
-def pick(plan: Plan, wanted_SxK, order_SxK, count: int) -> Rows:
+def pick(plan: EngineShape, wanted_SxK, order_SxK, count: int) -> Rows:
   """The `count` wanted flights that come first in order.
 
   Rows are added where these are fewer than a pass must have.
@@ -47,26 +47,26 @@ def pick(plan: Plan, wanted_SxK, order_SxK, count: int) -> Rows:
   return Rows(*(jnp.pad(t_B, more) for t_B in rows))
 
 
-def context_of(plan: Plan, position_B) -> Context:
+def context_of(plan: EngineShape, position_B) -> Context:
   """The context of rows with one token each."""
   position_Bx1 = position_B[:, None]
   return transformer.make_context(plan.config, position_Bx1, position_Bx1)
 
 
-def paged(stores, regions, rows: Rows, loop_BxW):
+def paged_kvs(kv_pools, page_ranges, rows: Rows, loop_BxW):
   """The stores of one part of the model with the pages of some rows."""
   return tuple(
     pages.PagedKV(s, *g.rows(rows.slot_B, loop_BxW, rows.live_B))
-    for s, g in zip(stores, regions, strict=True)
+    for s, g in zip(kv_pools, page_ranges, strict=True)
   )
 
 
-def stores_of(kvs):
+def pools_of(kvs):
   """The written stores of some layers."""
-  return tuple(kv.store for kv in kvs)
+  return tuple(kv.kv_pool for kv in kvs)
 
 
-def once(wanted, body, carry):
+def run_if(wanted, body, carry):
   """`body(carry)` if wanted; a loop, through which buffers stay in place."""
   times = jnp.asarray(wanted, jnp.int32)
 

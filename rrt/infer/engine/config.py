@@ -11,7 +11,7 @@ import jax
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer.engine.state import Plan
+from rrt.infer.engine.state import EngineShape
 from rrt.models import count, pages
 from rrt.models.params import DTYPES
 from rrt.relax.base import LAYOUTS
@@ -28,7 +28,7 @@ _LEAST_BFLOAT16 = 4  # For one row XLA's CPU backend converts each kernel anew.
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class EngineConfig:
   """How an engine runs.
 
   Attributes:
@@ -54,16 +54,16 @@ class Options:
     lookup: a guess that follows so many tokens which stand in the sequence
       before is what followed them there (prompt lookup); 0 for never. Requests
       that draw at random do without. Of what is written it changes nothing.
-    lanes: tokens that one block step runs, where a slot may have several (in
+    max_batch_tokens: tokens that one block step runs, where a slot may have several (in
       the lossless mode and with 'exact_fill'): from one a slot to R a slot.
       None is R a slot, but for the lossless mode one a slot and at least as
       many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses
       are made where lanes are free for them: with fewer than R a slot
       speculation ends by itself as slots fill.
-    draws: tokens that coda, head and prelude take in one step; None for what
+    max_sampled_tokens: tokens that coda, head and prelude take in one step; None for what
       suits the machine: as many as a block step, but on a CPU with many slots
       and a gate about those that a step sends out.
-    pool: draw when so many tokens are due, or all; None likewise: all slots at
+    min_sampled_tokens: draw when so many tokens are due, or all; None likewise: all slots at
       full depth, with a gate 1, or where prelude, coda and head are larger than
       the block three in four. On a CPU with many slots, where rows cost and not
       weights, those that a step sends out at full depth, and with large ends
@@ -97,9 +97,9 @@ class Options:
   draft_loop: int = 1
   draft_vocab: int = 4096
   lookup: int = 3
-  lanes: int | None = None
-  draws: int | None = None
-  pool: int | None = None
+  max_batch_tokens: int | None = None
+  max_sampled_tokens: int | None = None
+  min_sampled_tokens: int | None = None
   mean_loops: float | None = None
   steps: int = 8
   page: int = 128
@@ -173,7 +173,7 @@ class Options:
     )
     most = self.slots * (config.loops if self.several else 1)
     need(
-      self.lanes is None or self.slots <= self.lanes <= most,
+      self.max_batch_tokens is None or self.slots <= self.max_batch_tokens <= most,
       'lanes',
       f'must lie in {self.slots} (slots) to {most}',
     )
@@ -189,7 +189,7 @@ class Options:
         f'must be below the {config.loops} loops of the model',
       )
 
-  def with_stored_gate(self, model: LanguageModel) -> tuple[Options, Any]:
+  def with_stored_gate(self, model: LanguageModel) -> tuple[EngineConfig, Any]:
     """These options with the gate that is kept with a model, and its arrays.
 
     Raises:
@@ -213,28 +213,28 @@ class Options:
     """Whether a slot may have several tokens under way."""
     return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
 
-  def plan(self, config) -> Plan:
+  def plan(self, config) -> EngineShape:
     """What the device step is compiled for."""
     self.check(config)
     context = self.context or config.max_context
     flights = config.loops if self.several else 1
     most = self.slots * flights
-    lanes = self.lanes or most
-    if self.lossless and not self.lanes:
+    max_batch_tokens = self.max_batch_tokens or most
+    if self.lossless and not self.max_batch_tokens:
       few = _FEW_CPU if jax.default_backend() == 'cpu' else _FEW
-      lanes = min(max(self.slots, few), most)
-    draws, pool = self._draws_and_pool(config, lanes)
-    draws = min(draws, most)
+      max_batch_tokens = min(max(self.slots, few), most)
+    max_sampled_tokens, min_sampled_tokens = self._draws_and_pool(config, max_batch_tokens)
+    max_sampled_tokens = min(max_sampled_tokens, most)
     slow_row = jax.default_backend() == 'cpu' and self.dtype == 'bfloat16'
-    return Plan(
+    return EngineShape(
       config=config,
-      layout=pages.make_layout(config, self.slots, context, self.page),
+      layout=pages.make_cache_layout(config, self.slots, context, self.page),
       page=self.page,
       slots=self.slots,
       context=context,
-      lanes=lanes,
-      draws=draws,
-      pool=min(pool, draws),
+      max_batch_tokens=max_batch_tokens,
+      max_sampled_tokens=max_sampled_tokens,
+      min_sampled_tokens=min(min_sampled_tokens, max_sampled_tokens),
       flights=flights,
       steps=self.steps,
       least_rows=_LEAST_BFLOAT16 if slow_row else 1,
@@ -250,45 +250,47 @@ class Options:
       logprobs=self.logprobs,
     )
 
-  def _draws_and_pool(self, config, lanes: int) -> tuple[int, int]:
+  def _draws_and_pool(self, config, max_batch_tokens: int) -> tuple[int, int]:
     """Rows of a draw, and how many it waits for."""
     loops = config.loops
-    draws, pool = lanes, self.slots
+    max_sampled_tokens, min_sampled_tokens = max_batch_tokens, self.slots
     layer = count.linears(config)
     ends = config.prelude_layers + config.coda_layers
     ends += config.vocab_size * config.d_model / layer
     large_ends = ends > config.block_layers
     if self.several:
-      pool = 1
+      min_sampled_tokens = 1
     elif self.gate != 'none':
       # By weights read, as many as a draw has tokens: what is large, seldom.
-      pool = 3 * self.slots // 4 if large_ends else 1
+      min_sampled_tokens = 3 * self.slots // 4 if large_ends else 1
     by_rows = jax.default_backend() == 'cpu' and self.slots >= _MANY
     if by_rows and loops > 1 and self.kv != 'exact_fill':
       mean = loops if self.several else self.mean_loops or loops
       if self.gate == 'none':
         # A head of all slots costs little more than one of few: it waits for
         # the tokens that a step sends out. Layers beside it: all in step.
-        draws = self.slots
-        pool = self.slots if large_ends else self.slots // loops
+        max_sampled_tokens = self.slots
+        min_sampled_tokens = self.slots if large_ends else self.slots // loops
       elif large_ends and self.dtype == 'bfloat16':
-        draws, pool = self.slots, self.slots // 2
+        max_sampled_tokens, min_sampled_tokens = self.slots, self.slots // 2
       elif large_ends:
         # Tokens that wait cost less than empty rows: few rows, well filled.
-        draws = math.ceil(2 * self.slots / (loops + mean))
-        pool = draws // 2
+        max_sampled_tokens = math.ceil(2 * self.slots / (loops + mean))
+        min_sampled_tokens = max_sampled_tokens // 2
       else:
-        draws = math.ceil(self.slots / mean)
-      draws = _TILE * math.ceil(draws / _TILE)
-    draws = self.draws or draws
-    return draws, self.pool or max(min(pool, draws), 1)
+        max_sampled_tokens = math.ceil(self.slots / mean)
+      max_sampled_tokens = _TILE * math.ceil(max_sampled_tokens / _TILE)
+    max_sampled_tokens = self.max_sampled_tokens or max_sampled_tokens
+    return max_sampled_tokens, self.min_sampled_tokens or max(
+      min(min_sampled_tokens, max_sampled_tokens), 1
+    )
 
 
 def _whole(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_fit(plan: Plan) -> None:
+def check_fit(plan: EngineShape) -> None:
   """Raises InputError where the cache would not fit the device."""
   need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.kv_dtype)
   free = free_bytes()

@@ -28,13 +28,13 @@ from rrt.infer import decode
 from rrt.infer import generate as generate_lib
 from rrt.infer.detokenize import Completion, Text
 from rrt.infer.engine import speculate
-from rrt.infer.engine.config import Options, check_fit
-from rrt.infer.engine.request import Request, empty_table, told, with_request
+from rrt.infer.engine.config import EngineConfig, check_fit
+from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
 from rrt.infer.engine.state import admit, drop, init_state
 from rrt.infer.engine.step import call
 from rrt.infer.generate import Settings
 from rrt.models.cache import init_cache
-from rrt.models.params import bucket, cast, turned
+from rrt.models.params import bucket, cast, transpose_kernels
 from rrt.models.stack import unstack
 from rrt.relax.base import prepare_all
 
@@ -56,7 +56,7 @@ class Engine:
   """
 
   def __init__(
-    self, model: LanguageModel, options: Options | None = None, arrays: Any = None, **changes
+    self, model: LanguageModel, options: EngineConfig | None = None, arrays: Any = None, **changes
   ):
     """Allocates the cache.
 
@@ -69,7 +69,7 @@ class Engine:
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
     """
-    options = dataclasses.replace(options or Options(), **changes)
+    options = dataclasses.replace(options or EngineConfig(), **changes)
     if options.gate == 'stored':
       options, arrays = options.with_stored_gate(model)
     self.options = options
@@ -84,7 +84,7 @@ class Engine:
     if options.weight_dtype:
       params = cast(params, options.weight_dtype)
     params = cast(params, options.dtype)
-    params = turned(prepare_all(model.config, params, options.relax_layout))
+    params = transpose_kernels(prepare_all(model.config, params, options.relax_layout))
     self._params = speculate.with_draft_head(self.plan, params)
     self._gate = score_lib.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
@@ -141,7 +141,7 @@ class Engine:
     """Whether anything waits, runs or is still to be read."""
     return bool(self.waiting or self._pending or any(self.running))
 
-  def turn(self) -> list[Request]:
+  def step(self) -> list[Request]:
     """Admits, launches a call, reads the call before.
 
     Returns:
@@ -176,7 +176,7 @@ class Engine:
       self.check(request)
     self.waiting += done
     while self.busy:
-      self.turn()
+      self.step()
       if progress is not None:
         progress(sum(len(r.tokens) for r in done), sum(r.room for r in done))
     return done
@@ -255,7 +255,7 @@ class Engine:
       request.tokens += tokens
       request.loops += [int(n) for n in drawn.loops_S[new, slot]]
       if request.logprobs is not None:
-        request.told += told(drawn, new, slot, request.logprobs)
+        request.logprobs_of += logprobs_of(drawn, new, slot, request.logprobs)
       if tokens and not request.ignore_end and tokens[-1] in self.ends:
         request.finish = 'end'
       elif len(request.tokens) >= request.room:

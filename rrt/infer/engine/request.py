@@ -12,7 +12,7 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.infer.detokenize import Text
-from rrt.infer.engine.state import Drawn, Plan, Requests
+from rrt.infer.engine.state import EngineShape, Requests, SamplerOutput
 from rrt.infer.generate import Settings
 from rrt.infer.sampling import Penalties, Sampling
 
@@ -35,7 +35,7 @@ class Request:
       None is the engine's way, and no where a threshold is given.
     tokens: what was drawn.
     loops: after how many loops each token was drawn.
-    told: of each token, if asked: its log-probability and the likeliest
+    logprobs_of: of each token, if asked: its log-probability and the likeliest
       tokens with theirs, before penalties and sampling.
     text: what writes the tokens as text and finds stop strings, if anything.
     finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
@@ -57,11 +57,11 @@ class Request:
   logprobs: int | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   loops: list[int] = dataclasses.field(default_factory=list)
-  told: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
+  logprobs_of: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
   text: Text | None = None
   finish: str = ''
 
-  def check(self, plan: Plan) -> None:
+  def check(self, plan: EngineShape) -> None:
     """Raises InputError for what this engine cannot do."""
     if not isinstance(self.room, Integral) or self.room < 1:
       raise InputError(f'room={self.room!r}: must be whole, 1 or more.')
@@ -143,7 +143,7 @@ def with_request(
     put(p.repetition_B, r.repetition),
   )
   return Requests(
-    put(table.room_S, r.room),
+    put(table.max_new_tokens_S, r.room),
     put(table.ends_S, not r.ignore_end),
     put(table.threshold_S, threshold),
     sampling,
@@ -153,7 +153,7 @@ def with_request(
   )
 
 
-def told(drawn: Drawn, new_I, slot: int, count: int):
+def logprobs_of(drawn: SamplerOutput, new_I, slot: int, count: int):
   """Log-probabilities of one slot's new tokens."""
   own, top, top_own = (drawn.logprob_S, drawn.top_token_SxA, drawn.top_logprob_SxA)
   if own is None or top is None or top_own is None:

@@ -13,16 +13,26 @@ import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
 from rrt.infer.engine import speculate
-from rrt.infer.engine.batch import Rows, context_of, once, paged, pick, stores_of
-from rrt.infer.engine.state import DUE, EMPTY, ENTER, LAST, RUN, Drawn, Plan, State, nothing_drawn
+from rrt.infer.engine.batch import Rows, context_of, paged_kvs, pick, pools_of, run_if
+from rrt.infer.engine.state import (
+  EMPTY,
+  IN_BLOCK,
+  LAST,
+  WAIT_PRELUDE,
+  WAIT_SAMPLE,
+  EngineShape,
+  SamplerOutput,
+  State,
+  empty_output,
+)
 from rrt.infer.sampling import penalize, sample
 from rrt.models import passes, transformer
 
 
-def draw(plan: Plan, params, gate, requests, end_E, state: State):
+def sample_tokens(plan: EngineShape, params, gate, requests, end_E, state: State):
   """Coda, head and the next token of flights that are due; (state, Drawn)."""
   f, K = state.flights, plan.flights
-  final_SxK = (f.stage_SxK == DUE) & (f.position_SxK == state.base_S[:, None])
+  final_SxK = (f.stage_SxK == WAIT_SAMPLE) & (f.position_SxK == state.base_S[:, None])
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
   if plan.kv == 'exact_fill' and K > 1:
     # The successor's place may still hold a token of K positions before.
@@ -32,12 +42,12 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
     wanted_SxK |= speculate.wanted(plan, requests, state, final_SxK)
   order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
   finals = jnp.sum(final_SxK)
-  enough = finals >= jnp.minimum(plan.pool, jnp.sum(state.live_S))
+  enough = finals >= jnp.minimum(plan.min_sampled_tokens, jnp.sum(state.live_S))
   go = jnp.any(wanted_SxK) & (enough if not plan.lossless else True)
 
   def body(carry):
     state, _ = carry
-    rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
+    rows = pick(plan, wanted_SxK, order_SxK, plan.max_sampled_tokens)
     final_B = rows.live_B & rows.of(final_SxK)
     known_B = speculate.from_text(plan, requests, state, rows)
     known_B = jnp.where(final_B, speculate.UNKNOWN, known_B)
@@ -50,35 +60,35 @@ def draw(plan: Plan, params, gate, requests, end_E, state: State):
 
     carry = state, (known_B, _untold(plan, rows))
     if plan.lookup:
-      carry = once(jnp.any(unknown_B), read, carry)
+      carry = run_if(jnp.any(unknown_B), read, carry)
     else:
       carry = read(carry)
-    state, (token_B, told) = carry
+    state, (token_B, logprobs_of) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
     state, token_S, loops_S = _commit(plan, requests, end_E, state, rows, final_B, token_B)
     by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
     state = speculate.remember(plan, state)
-    return state, Drawn(token_S, loops_S, *jax.tree.map(by_slot, told))
+    return state, SamplerOutput(token_S, loops_S, *jax.tree.map(by_slot, logprobs_of))
 
-  state, drawn = once(go, body, (state, nothing_drawn(plan)))
+  state, drawn = run_if(go, body, (state, empty_output(plan)))
   f = state.flights
-  waits_SxK = (f.stage_SxK == DUE) | (f.asks_SxK & (f.stage_SxK != EMPTY))
-  due = jnp.sum(f.stage_SxK == DUE, dtype=jnp.int32)
+  waits_SxK = (f.stage_SxK == WAIT_SAMPLE) | (f.wants_draft_SxK & (f.stage_SxK != EMPTY))
+  due = jnp.sum(f.stage_SxK == WAIT_SAMPLE, dtype=jnp.int32)
   counters = state.counters._replace(stalls=state.counters.stalls + due)
-  keeps_SxK = jnp.where(f.stage_SxK == ENTER, f.wait_SxK, 0)
+  keeps_SxK = jnp.where(f.stage_SxK == WAIT_PRELUDE, f.wait_SxK, 0)
   f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, keeps_SxK))
   return state._replace(flights=f, counters=counters), drawn
 
 
-def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
+def _coda(plan: EngineShape, params, gate, state: State, rows: Rows, final_B):
   """What rows skipped is filled, then lens and coda; (state, hidden_BxD)."""
   c, f, R = plan.config, state.flights, plan.config.loops
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
   context = context_of(plan, position_B)
-  stores, counters = state.stores, state.counters
+  kv_pools, counters = state.kv_pools, state.counters
   if plan.fills:
     # In one pass: each row once for every loop but the first.
     again = lambda t_B: jnp.tile(t_B, R - 1)
@@ -89,24 +99,24 @@ def _coda(plan: Plan, params, gate, state: State, rows: Rows, final_B):
     def fill(carry):
       # Of what is carried, nothing is computed before it is wanted.
       block_kvs, x_Bx1xD = carry
-      kvs = paged(block_kvs, plan.layout.block, fills, loop_B[:, None])
+      kvs = paged_kvs(block_kvs, plan.layout.block, fills, loop_B[:, None])
       kvs = passes.fill_pass(c, params, x_Bx1xD, loop_B, context_of(plan, again(position_B)), kvs)
-      return stores_of(kvs), x_Bx1xD
+      return pools_of(kvs), x_Bx1xD
 
     any_fills = jnp.any(fills.live_B)
-    carry = stores.block, fills.of(f.x_SxKxD)[:, None]
-    stores = stores._replace(block=once(any_fills, fill, carry)[0])
+    carry = kv_pools.block, fills.of(f.x_SxKxD)[:, None]
+    kv_pools = kv_pools._replace(block=run_if(any_fills, fill, carry)[0])
     counters = counters._replace(fill_passes=counters.fill_passes + any_fills)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
-  kvs = paged(stores.coda, plan.layout.coda, rows, zero_Bx1)
+  kvs = paged_kvs(kv_pools.coda, plan.layout.coda, rows, zero_Bx1)
   x_Bx1xD = score_lib.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
-  hidden_Bx1xD, kvs = passes.leave(c, params, x_Bx1xD, context, kvs)
-  stores = stores._replace(coda=stores_of(kvs))
-  state = state._replace(stores=stores, counters=counters)
+  hidden_Bx1xD, kvs = passes.run_coda(c, params, x_Bx1xD, context, kvs)
+  kv_pools = kv_pools._replace(coda=pools_of(kvs))
+  state = state._replace(kv_pools=kv_pools, counters=counters)
   return state, hidden_Bx1xD[:, 0]
 
 
-def _head(plan: Plan, params, requests, state: State, rows: Rows, final_B, hidden_BxD):
+def _head(plan: EngineShape, params, requests, state: State, rows: Rows, final_B, hidden_BxD):
   """Head and draw; (token_B, what `_logprobs` tells).
 
   Where no row is final, all rows guess among the draft vocabulary.
@@ -127,7 +137,7 @@ def _head(plan: Plan, params, requests, state: State, rows: Rows, final_B, hidde
   return jax.lax.cond(jnp.any(final_B), full, guess)
 
 
-def _token(plan: Plan, requests, state: State, rows: Rows, logits_VxB):
+def _token(plan: EngineShape, requests, state: State, rows: Rows, logits_VxB):
   """Draws a token from each row by its own rules, among the first V'.
 
   The logits are the same whether or not another row wants more than the most
@@ -164,13 +174,13 @@ def _drawn_before(state: State, rows: Rows):
   assert state.seen is not None
   drawn_BxV = state.seen.drawn_SxV[slot_B]
   position_BxK = f.position_SxK[slot_B]
-  guessed_BxK = (f.stage_SxK[slot_B] != EMPTY) & (position_BxK > state.base_S[slot_B][:, None])
-  guessed_BxK &= position_BxK <= rows.of(f.position_SxK)[:, None]
+  drafted_BxK = (f.stage_SxK[slot_B] != EMPTY) & (position_BxK > state.base_S[slot_B][:, None])
+  drafted_BxK &= position_BxK <= rows.of(f.position_SxK)[:, None]
   rows_Bx1 = jnp.arange(slot_B.shape[0])[:, None]
-  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(guessed_BxK.astype(jnp.int32))
+  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(drafted_BxK.astype(jnp.int32))
 
 
-def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
+def _logprobs(plan: EngineShape, requests, rows: Rows, logits_VxB, token_B):
   """Log-probabilities of the rows' tokens and of the likeliest ones.
 
   Returns:
@@ -181,17 +191,17 @@ def _logprobs(plan: Plan, requests, rows: Rows, logits_VxB, token_B):
     return None, None, None
   A = plan.logprobs
 
-  def told():
+  def logprobs_of():
     log_p_BxV = jax.nn.log_softmax(logits_VxB.T, -1)
     top_logprob_BxA, top_BxA = jax.lax.top_k(log_p_BxV, max(A, 1))
     logprob_B = jnp.take_along_axis(log_p_BxV, token_B[:, None], 1)[:, 0]
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
   asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
-  return jax.lax.cond(jnp.any(rows.live_B & asked_B), told, lambda: _untold(plan, rows))
+  return jax.lax.cond(jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _untold(plan, rows))
 
 
-def _untold(plan: Plan, rows: Rows):
+def _untold(plan: EngineShape, rows: Rows):
   """What `_logprobs` returns where nobody asked."""
   if plan.logprobs < 0:
     return None, None, None
@@ -199,7 +209,7 @@ def _untold(plan: Plan, rows: Rows):
   return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
-def _commit(plan: Plan, requests, end_E, state: State, rows: Rows, final_B, token_B):
+def _commit(plan: EngineShape, requests, end_E, state: State, rows: Rows, final_B, token_B):
   """Takes drawn tokens over: ends, confirms, drops and starts flights."""
   S, K = plan.slots, plan.flights
   f, base_S = state.flights, state.base_S
@@ -212,11 +222,11 @@ def _commit(plan: Plan, requests, end_E, state: State, rows: Rows, final_B, toke
   loops_S = jnp.where(got_S, f.loop_SxK[slots_S, k_S], -1)
   count_S = state.count_S + got_S
   ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & requests.ends_S
-  ended_S = got_S & (ended_S | (count_S >= requests.room_S))
+  ended_S = got_S & (ended_S | (count_S >= requests.max_new_tokens_S))
 
   younger_SxK = f.position_SxK > base_S[:, None]
-  guessed_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[slots_S, next_S]
-  right_S = got_S & guessed_S & (f.token_SxK[slots_S, next_S] == token_S)
+  drafted_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[slots_S, next_S]
+  accepted_S = got_S & drafted_S & (f.token_SxK[slots_S, next_S] == token_S)
   # The flight that was drawn from ends, or goes on to fill its missing loops.
   fills_S = jnp.zeros(S, bool)
   if plan.kv == 'exact_fill':
@@ -224,22 +234,22 @@ def _commit(plan: Plan, requests, end_E, state: State, rows: Rows, final_B, toke
   of_base_SxK = jnp.arange(K)[None, :] == k_S[:, None]
   stage_SxK = f.stage_SxK
   stage_SxK = jnp.where(
-    got_S[:, None] & of_base_SxK, jnp.where(fills_S[:, None], RUN, EMPTY), stage_SxK
+    got_S[:, None] & of_base_SxK, jnp.where(fills_S[:, None], IN_BLOCK, EMPTY), stage_SxK
   )
-  wrong_S = got_S & ~right_S
-  stage_SxK = jnp.where(wrong_S[:, None] & younger_SxK, EMPTY, stage_SxK)
+  rejected_S = got_S & ~accepted_S
+  stage_SxK = jnp.where(rejected_S[:, None] & younger_SxK, EMPTY, stage_SxK)
   stage_SxK = jnp.where(ended_S[:, None], EMPTY, stage_SxK)
   f = f._replace(
     stage_SxK=stage_SxK,
-    asks_SxK=f.asks_SxK & ~(got_S[:, None] & of_base_SxK),
+    wants_draft_SxK=f.wants_draft_SxK & ~(got_S[:, None] & of_base_SxK),
     fills_SxK=jnp.where(got_S[:, None] & of_base_SxK, fills_S[:, None], f.fills_SxK),
   )
-  new = Rows(slots_S, next_S, wrong_S & ~ended_S)
+  new = Rows(slots_S, next_S, rejected_S & ~ended_S)
   f = speculate.start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
   if plan.lossless:
     # What was behind a wrong guess is gone, and so is what it would guess.
-    kept = rows._replace(live_B=rows.live_B & ~wrong_S[rows.slot_B])
+    kept = rows._replace(live_B=rows.live_B & ~rejected_S[rows.slot_B])
     f, revised_S = speculate.take(plan, kept, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
@@ -255,11 +265,11 @@ def _commit(plan: Plan, requests, end_E, state: State, rows: Rows, final_B, toke
     count_S=count_S,
     flights=f,
     counters=n._replace(
-      draws=add(n.draws, rows.live_B),
+      max_sampled_tokens=add(n.max_sampled_tokens, rows.live_B),
       draw_steps=n.draw_steps + 1,
-      guesses=add(n.guesses, got_S & guessed_S),
-      right=add(n.right, right_S),
-      revised=add(n.revised, revised_S),
+      draft_tokens=add(n.draft_tokens, got_S & drafted_S),
+      num_accepted=add(n.num_accepted, accepted_S),
+      num_revised=add(n.num_revised, revised_S),
       depths_R=n.depths_R + jnp.sum(depth_SxR, 0, dtype=jnp.int32),
     ),
   )

@@ -25,13 +25,13 @@ from rrt.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What decides a schedule; the fields are those of `Plan`.
+  """What decides a schedule; the fields are those of `EngineShape`.
 
   Attributes:
     slots: S.
     loops: R.
-    draws: M, tokens that one pass of coda and head, or of the prelude, takes.
-    pool: such a pass waits for so many tokens, or all that live.
+    max_sampled_tokens: M, tokens that one pass of coda and head, or of the prelude, takes.
+    min_sampled_tokens: such a pass waits for so many tokens, or all that live.
     steps: block steps of a call.
     page: positions of a page of the cache.
     fills: whether a draw first fills the loops that its tokens skipped.
@@ -39,8 +39,8 @@ class Policy:
 
   slots: int
   loops: int
-  draws: int
-  pool: int
+  max_sampled_tokens: int
+  min_sampled_tokens: int
   steps: int
   page: int = 128
   fills: bool = False
@@ -57,7 +57,13 @@ class Policy:
         'Only schedules of one token a slot are simulated, not the lossless mode nor exact_fill.'
       )
     return cls(
-      plan.slots, plan.config.loops, plan.draws, plan.pool, plan.steps, plan.page, plan.fills
+      plan.slots,
+      plan.config.loops,
+      plan.max_sampled_tokens,
+      plan.min_sampled_tokens,
+      plan.steps,
+      plan.page,
+      plan.fills,
     )
 
 
@@ -73,7 +79,7 @@ class Passes:
     draw_pages, enter_pages: passes of coda and head and of the prelude,
       likewise.
     fill_passes: draws that filled the loops which their tokens skipped.
-    lanes: lanes that ran a token.
+    max_batch_tokens: lanes that ran a token.
     stalls: tokens that waited a step for a pass of coda and head or of the
       prelude.
     prompts: lengths of what was prefilled.
@@ -83,7 +89,7 @@ class Passes:
   calls: int = 0
   steps: int = 0
   fill_passes: int = 0
-  lanes: int = 0
+  max_batch_tokens: int = 0
   stalls: int = 0
   block_pages: list[int] = dataclasses.field(default_factory=list)
   draw_pages: list[int] = dataclasses.field(default_factory=list)
@@ -96,15 +102,15 @@ class Times:
   """Seconds of what a schedule is made of.
 
   Attributes:
-    block, draw, enter: of one pass, given the pages that it walks over.
+    block, sample_tokens, run_prelude: of one pass, given the pages that it walks over.
     prefill: of a prompt, given its tokens.
     fill: of filling what the tokens of a draw skipped.
     call: that a call takes besides.
   """
 
   block: Callable[[int], float]
-  draw: Callable[[int], float]
-  enter: Callable[[int], float]
+  sample_tokens: Callable[[int], float]
+  run_prelude: Callable[[int], float]
   prefill: Callable[[int], float]
   fill: float = 0.0
   call: float = 0.0
@@ -124,7 +130,7 @@ def schedule(
     depth_SxT: after how many loops the t-th token of a slot leaves (its
       columns are used in turns); None for full depth.
   """
-  S, R, M = policy.slots, policy.loops, policy.draws
+  S, R, M = policy.slots, policy.loops, policy.max_sampled_tokens
   if depth_SxT is None:
     depth_SxT = np.full((S, 1), R)
   found = Passes()
@@ -140,7 +146,7 @@ def schedule(
     rows = np.flatnonzero(rows)
     return rows[np.argsort(-wait[rows], kind='stable')][:M]
 
-  def enter() -> None:
+  def run_prelude() -> None:
     rows = first(stage == _ENTER)
     if not len(rows):
       return
@@ -159,20 +165,20 @@ def schedule(
         stage[s], loop[s], wait[s], count[s] = _ENTER, 0, 0, 0
         position[s], taken[s] = prompt - 1, True
     found.calls += 1
-    enter()
+    run_prelude()
     ended = np.zeros(S, bool)
     for _ in range(policy.steps):
       if not stage.any():
         break
       runs = stage == _RUN
       found.steps += 1
-      found.lanes += int(runs.sum())
+      found.max_batch_tokens += int(runs.sum())
       found.block_pages.append(pages(runs) if runs.any() else 0)
       loop[runs] += 1
       due = depth_SxT[np.arange(S), count % depth_SxT.shape[1]]
       stage[runs & (loop >= np.minimum(due, R))] = _DUE
       is_due = stage == _DUE
-      if is_due.sum() >= min(policy.pool, np.count_nonzero(stage)):
+      if is_due.sum() >= min(policy.min_sampled_tokens, np.count_nonzero(stage)):
         rows = first(is_due)
         if len(rows):
           found.draw_pages.append(pages(rows))
@@ -188,7 +194,7 @@ def schedule(
       late = stage == _DUE
       found.stalls += int(late.sum())
       wait[late] += 1
-      enter()
+      run_prelude()
     # The host reads a call after it has launched the next one.
     taken &= ~ended_before
     ended_before = ended
@@ -199,8 +205,8 @@ def seconds(passes: Passes, times: Times) -> float:
   """What the passes take."""
   return (
     sum(map(times.block, passes.block_pages))
-    + sum(map(times.draw, passes.draw_pages))
-    + sum(map(times.enter, passes.enter_pages))
+    + sum(map(times.sample_tokens, passes.draw_pages))
+    + sum(map(times.run_prelude, passes.enter_pages))
     + sum(map(times.prefill, passes.prompts))
     + times.fill * passes.fill_passes
     + times.call * passes.calls

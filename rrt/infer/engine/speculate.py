@@ -17,33 +17,33 @@ S slots, K flights a slot, B rows of a pass, C context.
 import jax.numpy as jnp
 
 from rrt.infer.engine.batch import Rows
-from rrt.infer.engine.state import EMPTY, ENTER, LAST, Flights, Plan, State
+from rrt.infer.engine.state import EMPTY, LAST, WAIT_PRELUDE, EngineShape, InFlightTokens, State
 from rrt.models import transformer
 
 UNKNOWN = -1
 
 
-def wanted(plan: Plan, requests, state: State, final_SxK):
+def wanted(plan: EngineShape, requests, state: State, final_SxK):
   """Flights from which a guess is to be drawn now, bool [S, K]."""
   f = state.flights
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
-  asks_SxK = f.asks_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
+  wants_draft_SxK = f.wants_draft_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
   follows_SxK = jnp.roll(f.position_SxK, -1, 1) == f.position_SxK + 1
-  again_SxK = asks_SxK & (next_SxK != EMPTY) & follows_SxK
+  redraft_SxK = wants_draft_SxK & (next_SxK != EMPTY) & follows_SxK
   freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
-  guess_SxK = asks_SxK & freed_SxK
+  draft_SxK = wants_draft_SxK & freed_SxK
   # Behind the last token that there is room for, nothing is guessed.
   ahead_SxK = f.position_SxK - state.base_S[:, None]
   number_SxK = state.count_S[:, None] + ahead_SxK + 1
-  guess_SxK &= number_SxK < requests.room_S[:, None]
+  draft_SxK &= number_SxK < requests.max_new_tokens_S[:, None]
   # Guesses are for lanes that would be empty.
-  free = plan.lanes - jnp.sum(f.stage_SxK != EMPTY)
-  rank_SxK = jnp.cumsum(guess_SxK.reshape(-1)).reshape(guess_SxK.shape)
-  guess_SxK &= rank_SxK <= free
-  return guess_SxK | again_SxK
+  free = plan.max_batch_tokens - jnp.sum(f.stage_SxK != EMPTY)
+  rank_SxK = jnp.cumsum(draft_SxK.reshape(-1)).reshape(draft_SxK.shape)
+  draft_SxK &= rank_SxK <= free
+  return draft_SxK | redraft_SxK
 
 
-def with_draft_head(plan: Plan, params):
+def with_draft_head(plan: EngineShape, params):
   """The parameters with the rows of the head that guesses are made of."""
   if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
     return params
@@ -51,7 +51,7 @@ def with_draft_head(plan: Plan, params):
   return {**params, 'draft': draft}
 
 
-def from_text(plan: Plan, requests, state: State, rows: Rows):
+def from_text(plan: EngineShape, requests, state: State, rows: Rows):
   """The token that followed the rows' last `lookup` tokens before, int [B].
 
   Where they stand several times, the last one counts. UNKNOWN where they do
@@ -75,7 +75,7 @@ def from_text(plan: Plan, requests, state: State, rows: Rows):
   return jnp.where(known_B, next_B, unknown_B)
 
 
-def remember(plan: Plan, state: State) -> State:
+def remember(plan: EngineShape, state: State) -> State:
   """Writes the tokens under way into the text that is looked through."""
   if state.text_SxC is None:
     return state
@@ -86,7 +86,7 @@ def remember(plan: Plan, state: State) -> State:
   return state._replace(text_SxC=text_SxC)
 
 
-def take(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
+def take(plan: EngineShape, rows: Rows, final_B, token_B, f: InFlightTokens):
   """Takes the guesses of flights that are still there; (flights, revised_S).
 
   A guess that differs from the one under way, which a loop before made, drops
@@ -95,7 +95,7 @@ def take(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
   after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
   behind_B = rows.slot_B, after_B
   asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
-  f = f._replace(asks_SxK=rows._replace(live_B=asked_B).put(f.asks_SxK, False))
+  f = f._replace(wants_draft_SxK=rows._replace(live_B=asked_B).put(f.wants_draft_SxK, False))
   flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
   flies_B &= f.position_SxK[behind_B] == position_B + 1
   revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
@@ -111,14 +111,14 @@ def take(plan: Plan, rows: Rows, final_B, token_B, f: Flights):
   return (start(f, Rows(*behind_B, starts_B), token_B, position_B + 1), cut_S < LAST)
 
 
-def start(f: Flights, rows: Rows, token_B, position_B) -> Flights:
+def start(f: InFlightTokens, rows: Rows, token_B, position_B) -> InFlightTokens:
   """New flights, which wait for the prelude."""
   return f._replace(
-    stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, ENTER)),
+    stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, WAIT_PRELUDE)),
     token_SxK=rows.put(f.token_SxK, token_B),
     position_SxK=rows.put(f.position_SxK, position_B),
     loop_SxK=rows.put(f.loop_SxK, jnp.zeros_like(token_B)),
     wait_SxK=rows.put(f.wait_SxK, jnp.zeros_like(token_B)),
-    asks_SxK=rows.put(f.asks_SxK, jnp.zeros_like(rows.live_B)),
+    wants_draft_SxK=rows.put(f.wants_draft_SxK, jnp.zeros_like(rows.live_B)),
     fills_SxK=rows.put(f.fills_SxK, jnp.zeros_like(rows.live_B)),
   )

@@ -20,12 +20,12 @@ from rrt.models import pages
 
 # Stages of a flight: none, waits for the prelude, in the block, waits for the
 # draw.
-EMPTY, ENTER, RUN, DUE = range(4)
+EMPTY, WAIT_PRELUDE, IN_BLOCK, WAIT_SAMPLE = range(4)
 LAST = jnp.int32(2**30)  # Sorts behind every flight.
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EngineShape:
   """What a step is compiled for.
 
   Attributes:
@@ -34,13 +34,13 @@ class Plan:
     page: positions of a page.
     slots: S.
     context: C, tokens of a sequence.
-    lanes: N, flights that one block step runs, at most S * K.
-    draws: M, flights that one draw takes.
-    pool: a draw waits until this many flights are due, or all that live.
+    max_batch_tokens: N, flights that one block step runs, at most S * K.
+    max_sampled_tokens: M, flights that one draw takes.
+    min_sampled_tokens: a draw waits until this many flights are due, or all that live.
     flights: K; 1, or R for 'exact_fill' and lossless.
     steps: of one call.
     least_rows: of a pass; rows that no flight fills are computed for nothing.
-    kv: what the loops that a token skipped keep of it; see `Options`.
+    kv: what the loops that a token skipped keep of it; see `EngineConfig`.
     gate: kind of exit gate.
     lossless: whether requests may draft after `draft_loop` loops and verify
       after all.
@@ -56,13 +56,13 @@ class Plan:
   """
 
   config: ModelConfig
-  layout: pages.Layout
+  layout: pages.CacheLayout
   page: int
   slots: int
   context: int
-  lanes: int
-  draws: int
-  pool: int
+  max_batch_tokens: int
+  max_sampled_tokens: int
+  min_sampled_tokens: int
   flights: int
   steps: int
   least_rows: int = 1
@@ -87,7 +87,7 @@ class Requests(NamedTuple):
   """What the sequence of each slot asked for.
 
   Attributes:
-    room_S: tokens that it may draw.
+    max_new_tokens_S: tokens that it may draw.
     ends_S: whether an end token ends it.
     threshold_S: of its exits.
     sampling: its rules.
@@ -96,7 +96,7 @@ class Requests(NamedTuple):
     lossless_S: whether it speculates and takes no exits.
   """
 
-  room_S: Array
+  max_new_tokens_S: Array
   ends_S: Array
   threshold_S: Array
   sampling: Sampling
@@ -117,7 +117,7 @@ class Seen(NamedTuple):
   prompt_SxV: jax.Array
 
 
-class Flights(NamedTuple):
+class InFlightTokens(NamedTuple):
   """Tokens under way.
 
   Attributes:
@@ -126,7 +126,7 @@ class Flights(NamedTuple):
     position_SxK: where it stands in its sequence.
     loop_SxK: how many loops it has run.
     wait_SxK: for how many steps it has waited for a draw or the prelude.
-    asks_SxK: whether a guess is to be drawn from it.
+    wants_draft_SxK: whether a guess is to be drawn from it.
     fills_SxK: whether its successor is drawn and only its missing keys and
       values are computed.
     x_SxKxD: the residual stream.
@@ -137,7 +137,7 @@ class Flights(NamedTuple):
   position_SxK: jax.Array
   loop_SxK: jax.Array
   wait_SxK: jax.Array
-  asks_SxK: jax.Array
+  wants_draft_SxK: jax.Array
   fills_SxK: jax.Array
   x_SxKxD: jax.Array
 
@@ -147,29 +147,29 @@ class Counters(NamedTuple):
 
   Attributes:
     steps: block steps.
-    lanes: lanes that ran a flight.
+    max_batch_tokens: lanes that ran a flight.
     stalls: flights that were due, or had to enter, and waited a step: for a
       place in a pass, for the others of the pool, or, guesses, for the
       oldest. Flights without a lane are not counted.
-    draws: rows drawn from, guesses included.
+    max_sampled_tokens: rows drawn from, guesses included.
     draw_steps: steps in which tokens or guesses were drawn.
     fill_passes: steps that filled the loops which their tokens skipped
       (`propagate`).
-    guesses: guesses that were verified.
-    right: of those, the ones that full depth confirmed.
-    revised: guesses that a deeper loop replaced before.
+    draft_tokens: guesses that were verified.
+    num_accepted: of those, the ones that full depth confirmed.
+    num_revised: guesses that a deeper loop replaced before.
     depths_R: tokens by the loop after which they were drawn.
   """
 
   steps: jax.Array
-  lanes: jax.Array
+  max_batch_tokens: jax.Array
   stalls: jax.Array
-  draws: jax.Array
+  max_sampled_tokens: jax.Array
   draw_steps: jax.Array
   fill_passes: jax.Array
-  guesses: jax.Array
-  right: jax.Array
-  revised: jax.Array
+  draft_tokens: jax.Array
+  num_accepted: jax.Array
+  num_revised: jax.Array
   depths_R: jax.Array
 
 
@@ -181,7 +181,7 @@ class State(NamedTuple):
     base_S: position of the oldest token whose successor is not drawn yet.
     count_S: how many tokens are drawn.
     flights: tokens under way.
-    stores: the cache.
+    kv_pools: the cache.
     counters: statistics.
     seen: tokens by slot; None without penalties.
     text_SxC: tokens by position, those under way included; None without
@@ -191,14 +191,14 @@ class State(NamedTuple):
   live_S: jax.Array
   base_S: jax.Array
   count_S: jax.Array
-  flights: Flights
-  stores: pages.Stores
+  flights: InFlightTokens
+  kv_pools: pages.KVPools
   counters: Counters
   seen: Seen | None
   text_SxC: jax.Array | None
 
 
-class Drawn(NamedTuple):
+class SamplerOutput(NamedTuple):
   """What a step drew, by slot; of a call with a leading axis of steps.
 
   Attributes:
@@ -216,17 +216,17 @@ class Drawn(NamedTuple):
   top_logprob_SxA: jax.Array | None
 
 
-def nothing_drawn(plan: Plan) -> Drawn:
+def empty_output(plan: EngineShape) -> SamplerOutput:
   """The draws of a step that drew nothing."""
   none_S = jnp.full(plan.slots, -1, jnp.int32)
   if plan.logprobs < 0:
-    return Drawn(none_S, none_S, None, None, None)
+    return SamplerOutput(none_S, none_S, None, None, None)
   zero_SxA = jnp.zeros((plan.slots, plan.logprobs))
   tokens_SxA = zero_SxA.astype(jnp.int32)
-  return Drawn(none_S, none_S, jnp.zeros(plan.slots), tokens_SxA, zero_SxA)
+  return SamplerOutput(none_S, none_S, jnp.zeros(plan.slots), tokens_SxA, zero_SxA)
 
 
-def init_state(plan: Plan) -> State:
+def init_state(plan: EngineShape) -> State:
   """All slots free."""
   S, K, R = plan.slots, plan.flights, plan.config.loops
   zero = jnp.zeros((), jnp.int32)
@@ -244,15 +244,15 @@ def init_state(plan: Plan) -> State:
     jnp.zeros(S, bool),
     jnp.zeros(S, jnp.int32),
     jnp.zeros(S, jnp.int32),
-    Flights(table, table, table, table, table, off, off, x),
-    pages.init_stores(plan.config, plan.layout, plan.page, plan.kv_dtype),
+    InFlightTokens(table, table, table, table, table, off, off, x),
+    pages.init_pools(plan.config, plan.layout, plan.page, plan.kv_dtype),
     Counters(zero, zero, zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)),
     seen,
     text_SxC,
   )
 
 
-def admit(plan: Plan, state: State, slot, token, position, cache, prompt_L) -> State:
+def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_L) -> State:
   """Puts a sequence into a slot.
 
   Args:
@@ -269,29 +269,31 @@ def admit(plan: Plan, state: State, slot, token, position, cache, prompt_L) -> S
   f = state.flights
   k = position % plan.flights
   f = f._replace(
-    stage_SxK=f.stage_SxK.at[slot].set(EMPTY).at[slot, k].set(ENTER),
+    stage_SxK=f.stage_SxK.at[slot].set(EMPTY).at[slot, k].set(WAIT_PRELUDE),
     token_SxK=f.token_SxK.at[slot, k].set(token),
     position_SxK=f.position_SxK.at[slot, k].set(position),
     loop_SxK=f.loop_SxK.at[slot, k].set(0),
     wait_SxK=f.wait_SxK.at[slot, k].set(0),
-    asks_SxK=f.asks_SxK.at[slot].set(False),
+    wants_draft_SxK=f.wants_draft_SxK.at[slot].set(False),
     fills_SxK=f.fills_SxK.at[slot].set(False),
   )
-  stores = state.stores
+  kv_pools = state.kv_pools
   if cache is not None:
-    put = lambda store, region, loop, kv: pages.insert(store, region, loop, slot, kv, position)
-    block = list(stores.block)
+    put = lambda kv_pool, page_range, loop, kv: pages.insert(
+      kv_pool, page_range, loop, slot, kv, position
+    )
+    block = list(kv_pools.block)
     for r, kvs in enumerate(cache.block):
       for n, kv in enumerate(kvs):
         block[n] = put(block[n], plan.layout.block[n], r, kv)
     ends = [
       tuple(put(s, g, 0, kv) for s, g, kv in zip(*part, strict=True))
       for part in (
-        (stores.prelude, plan.layout.prelude, cache.prelude),
-        (stores.coda, plan.layout.coda, cache.coda),
+        (kv_pools.prelude, plan.layout.prelude, cache.prelude),
+        (kv_pools.coda, plan.layout.coda, cache.coda),
       )
     ]
-    stores = pages.Stores(ends[0], tuple(block), ends[1])
+    kv_pools = pages.KVPools(ends[0], tuple(block), ends[1])
   seen = state.seen
   if seen is not None:
     seen = Seen(
@@ -306,7 +308,7 @@ def admit(plan: Plan, state: State, slot, token, position, cache, prompt_L) -> S
     base_S=state.base_S.at[slot].set(position),
     count_S=state.count_S.at[slot].set(0),
     flights=f,
-    stores=stores,
+    kv_pools=kv_pools,
     seen=seen,
     text_SxC=text_SxC,
   )

@@ -19,23 +19,23 @@ import jax
 import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
-from rrt.infer.engine.batch import context_of, once, paged, pick, stores_of
-from rrt.infer.engine.sampler import draw
+from rrt.infer.engine.batch import context_of, paged_kvs, pick, pools_of, run_if
+from rrt.infer.engine.sampler import sample_tokens
 from rrt.infer.engine.state import (
-  DUE,
   EMPTY,
-  ENTER,
+  IN_BLOCK,
   LAST,
-  RUN,
-  Plan,
+  WAIT_PRELUDE,
+  WAIT_SAMPLE,
+  EngineShape,
   Requests,
   State,
-  nothing_drawn,
+  empty_output,
 )
 from rrt.models import passes
 
 
-def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
+def call(plan: EngineShape, params, gate, requests: Requests, end_E, state: State):
   """Runs `plan.steps` steps, fewer if no sequence is left.
 
   Args:
@@ -53,21 +53,21 @@ def call(plan: Plan, params, gate, requests: Requests, end_E, state: State):
   def body(carry):
     i, state, all_drawn = carry
     state = run_block(plan, params, gate, requests, state)
-    state, drawn = draw(plan, params, gate, requests, end_E, state)
-    state = enter(plan, params, state)
+    state, drawn = sample_tokens(plan, params, gate, requests, end_E, state)
+    state = run_prelude(plan, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)
 
-  none = jax.tree.map(lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), nothing_drawn(plan))
+  none = jax.tree.map(lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), empty_output(plan))
   # A sequence that was just admitted has not been through the prelude.
-  carry = (jnp.int32(0), enter(plan, params, state), none)
+  carry = (jnp.int32(0), run_prelude(plan, params, state), none)
   _, state, drawn = jax.lax.while_loop(
     lambda c: (c[0] < plan.steps) & jnp.any(c[1].live_S), body, carry
   )
   return state, drawn, state.counters
 
 
-def run_block(plan: Plan, params, gate, requests, state: State) -> State:
+def run_block(plan: EngineShape, params, gate, requests, state: State) -> State:
   """One loop of the block for the picked flights; some then leave it."""
   c, f, R = plan.config, state.flights, plan.config.loops
   S = plan.slots
@@ -75,7 +75,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   # values of the same loop, and guesses yield to what is sure.
   age_SxK = f.position_SxK - state.base_S[:, None] + plan.flights
   order_SxK = age_SxK * S + jnp.arange(S, dtype=jnp.int32)[:, None]
-  rows = pick(plan, f.stage_SxK == RUN, order_SxK, plan.lanes)
+  rows = pick(plan, f.stage_SxK == IN_BLOCK, order_SxK, plan.max_batch_tokens)
   loop_B = jnp.where(rows.live_B, rows.of(f.loop_SxK), 0)
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   before_BxD = rows.of(f.x_SxKxD)
@@ -83,7 +83,7 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
   if plan.kv == 'write_ahead':
     ahead_1xR = jnp.arange(R, dtype=jnp.int32)[None, :]
     loop_BxW = jnp.minimum(loop_BxW + ahead_1xR, R - 1)
-  kvs = paged(state.stores.block, plan.layout.block, rows, loop_BxW)
+  kvs = paged_kvs(state.kv_pools.block, plan.layout.block, rows, loop_BxW)
   x_Bx1xD, kvs = passes.block_pass(
     c, params, before_BxD[:, None], loop_B, context_of(plan, position_B), kvs, scan=False
   )
@@ -106,55 +106,58 @@ def run_block(plan: Plan, params, gate, requests, state: State) -> State:
     )
     sure_B = sure_B >= requests.threshold_S[rows.slot_B]
     leaves_B |= sure_B & ~fills_B & ~lossless_B
-  stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, DUE), RUN)
-  asks_SxK = f.asks_SxK
+  stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, WAIT_SAMPLE), IN_BLOCK)
+  wants_draft_SxK = f.wants_draft_SxK
   if plan.lossless:
-    asks_B = rows.of(asks_SxK) | ((loop_B >= plan.draft_loop) & lossless_B)
-    asks_SxK = rows.put(asks_SxK, asks_B)
+    wants_draft_B = rows.of(wants_draft_SxK) | ((loop_B >= plan.draft_loop) & lossless_B)
+    wants_draft_SxK = rows.put(wants_draft_SxK, wants_draft_B)
   f = f._replace(
     stage_SxK=rows.put(f.stage_SxK, stage_B),
     loop_SxK=rows.put(f.loop_SxK, loop_B),
-    asks_SxK=asks_SxK,
+    wants_draft_SxK=wants_draft_SxK,
     x_SxKxD=rows.put(f.x_SxKxD, after_BxD),
   )
   counters = state.counters
   return state._replace(
     flights=f,
-    stores=state.stores._replace(block=stores_of(kvs)),
+    kv_pools=state.kv_pools._replace(block=pools_of(kvs)),
     counters=counters._replace(
-      steps=counters.steps + 1, lanes=counters.lanes + jnp.sum(rows.live_B, dtype=jnp.int32)
+      steps=counters.steps + 1,
+      max_batch_tokens=counters.max_batch_tokens + jnp.sum(rows.live_B, dtype=jnp.int32),
     ),
   )
 
 
-def enter(plan: Plan, params, state: State) -> State:
+def run_prelude(plan: EngineShape, params, state: State) -> State:
   """Embedding and prelude of flights that wait for them."""
-  wanted_SxK = state.flights.stage_SxK == ENTER
+  wanted_SxK = state.flights.stage_SxK == WAIT_PRELUDE
 
   def body(state):
     f = state.flights
     # Of a slot's tokens the older one first, whose keys the younger reads.
     ahead_SxK = f.position_SxK - state.base_S[:, None]
     order_SxK = LAST // 2 - f.wait_SxK * (plan.flights + 1) + ahead_SxK
-    rows = pick(plan, wanted_SxK, order_SxK, plan.draws)
+    rows = pick(plan, wanted_SxK, order_SxK, plan.max_sampled_tokens)
     position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
     token_B = jnp.where(rows.live_B, rows.of(f.token_SxK), 0)
     zero_Bx1 = jnp.zeros_like(token_B)[:, None]
-    stores = state.stores
-    kvs = paged(stores.prelude, plan.layout.prelude, rows, zero_Bx1)
-    x_Bx1xD, kvs = passes.enter(
+    kv_pools = state.kv_pools
+    kvs = paged_kvs(kv_pools.prelude, plan.layout.prelude, rows, zero_Bx1)
+    x_Bx1xD, kvs = passes.run_prelude(
       plan.config, params, token_B[:, None], context_of(plan, position_B), kvs, plan.dtype
     )
-    stage_B = jnp.full_like(token_B, RUN)
+    stage_B = jnp.full_like(token_B, IN_BLOCK)
     f = f._replace(
       stage_SxK=rows.put(f.stage_SxK, stage_B), x_SxKxD=rows.put(f.x_SxKxD, x_Bx1xD[:, 0])
     )
-    waits_SxK = f.stage_SxK == ENTER
+    waits_SxK = f.stage_SxK == WAIT_PRELUDE
     f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, f.wait_SxK))
     n = state.counters
     stalls = n.stalls + jnp.sum(waits_SxK, dtype=jnp.int32)
     return state._replace(
-      flights=f, stores=stores._replace(prelude=stores_of(kvs)), counters=n._replace(stalls=stalls)
+      flights=f,
+      kv_pools=kv_pools._replace(prelude=pools_of(kvs)),
+      counters=n._replace(stalls=stalls),
     )
 
-  return once(jnp.any(wanted_SxK), body, state)
+  return run_if(jnp.any(wanted_SxK), body, state)

@@ -19,7 +19,7 @@ from rrt.infer import generate
 from rrt.infer.engine import engine as engines
 from rrt.infer.engine import speculate
 from rrt.infer.engine.batch import Rows
-from rrt.infer.engine.config import Options
+from rrt.infer.engine.config import EngineConfig
 from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.engine.request import empty_table
 from rrt.infer.engine.state import EMPTY, ENTER, init_state
@@ -85,7 +85,8 @@ def test_full_depth_equals_the_plain_decoder(name):
 
 @each_model
 @pytest.mark.parametrize(
-  'options', [dict(slots=1, steps=1), dict(slots=4, steps=5, draws=2, pool=1)]
+  'options',
+  [dict(slots=1, steps=1), dict(slots=4, steps=5, max_sampled_tokens=2, min_sampled_tokens=1)],
 )
 def test_no_shape_of_the_engine_changes_a_token(name, options):
   engine = Engine(model(name), page=8, **options)
@@ -94,25 +95,27 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
 
 @each_model
 def test_many_slots_go_out_of_step(name):
-  engine = Engine(model(name), slots=16, page=8, steps=4, draws=8, pool=3)
+  engine = Engine(
+    model(name), slots=16, page=8, steps=4, max_sampled_tokens=8, min_sampled_tokens=3
+  )
   assert written(engine) == expected(name)
 
 
 @pytest.mark.parametrize(
   'backend, alone, turned', [('cpu', False, True), ('cpu', True, False), ('gpu', False, False)]
 )
-def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, turned):
+def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, transpose_kernels):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
   lens = fit_lib.fit_lens(np.ones((2, 4, 8), np.float32))
-  params = params_lib.turned(unstack(model('llama').params))
+  params = params_lib.transpose_kernels(unstack(model('llama').params))
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
-  is_turned = lambda x: isinstance(x, matmul.Turned)
+  is_turned = lambda x: isinstance(x, matmul.TransposedKernel)
   leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
   kernels = [x for path, x in leaves if path[-1].key == 'kernel']
   lenses = list(score_lib.on_device(lens)['lens_kernel'])
   assert kernels and lenses
-  assert {is_turned(x) for x in kernels + lenses} == {turned}
+  assert {is_turned(x) for x in kernels + lenses} == {transpose_kernels}
 
 
 def test_a_step_without_a_draw_computes_no_head():
@@ -139,8 +142,8 @@ def test_a_step_without_a_draw_computes_no_head():
 
 def test_draws_are_sized_by_the_expected_depth(monkeypatch):
   config = dataclasses.replace(model('llama').config, prelude_layers=0, coda_layers=0)
-  sized = lambda slots=32, **more: Options(slots=slots, **more).plan(config)
-  shape = lambda plan: (plan.draws, plan.pool)
+  sized = lambda slots=32, **more: EngineConfig(slots=slots, **more).plan(config)
+  shape = lambda plan: (plan.max_sampled_tokens, plan.min_sampled_tokens)
   # A draw of all costs little more than one of few, and waits for a third.
   assert shape(sized()) == (32, 10)
   score_lib = dict(gate='learned', threshold=0.5, kv='propagate')
@@ -154,13 +157,13 @@ def test_draws_are_sized_by_the_expected_depth(monkeypatch):
   # no token leaves early.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
   assert shape(sized(mean_loops=2.1, **score_lib)) == (16, 6)
-  assert shape(sized(draws=32, pool=32)) == (32, 32)
+  assert shape(sized(max_sampled_tokens=32, min_sampled_tokens=32)) == (32, 32)
   assert shape(sized()) == (32, 32)
   assert shape(sized(**score_lib, slots=8)) == (8, 6)
   many = sized(mean_loops=2.1, dtype='bfloat16', **score_lib)
   assert shape(many) == (32, 16)
   assert shape(sized(lossless=True)) == (32, 32)
-  assert sized(lossless=True).lanes == 32
+  assert sized(lossless=True).max_batch_tokens == 32
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert shape(sized(**score_lib)) == (32, 24)
   assert shape(sized()) == (32, 32)
@@ -210,7 +213,9 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
   want = expected(name, kv=kv, gate='learned', arrays=gate, threshold=0.5)
   depths = {n for _, loops in want for n in loops}
   assert depths == {1, 2, 3}
-  options = Options(slots=3, page=8, steps=4, gate='learned', threshold=0.5, kv=kv, draws=2)
+  options = EngineConfig(
+    slots=3, page=8, steps=4, gate='learned', threshold=0.5, kv=kv, max_sampled_tokens=2
+  )
   engine = Engine(model(name), options, arrays=gate)
   assert written(engine) == want
   counted = engine.figures()['depths_R']
@@ -256,7 +261,7 @@ def test_policies_differ_where_tokens_leave_early():
 @each_model
 def test_a_hidden_state_that_changes_little_leaves(name):
   want = expected(name, kv='write_ahead', gate='change', threshold=0.8)
-  options = Options(slots=4, page=8, steps=4, gate='change', kv='write_ahead', threshold=2)
+  options = EngineConfig(slots=4, page=8, steps=4, gate='change', kv='write_ahead', threshold=2)
   engine = Engine(model(name), options)
   assert written(engine, threshold=0.8) == want
   assert written(engine) == expected(name)
@@ -267,7 +272,7 @@ def test_a_hidden_state_that_changes_little_leaves(name):
   'options',
   [
     dict(slots=3),
-    dict(slots=4, lanes=5, draws=3, lookup=0),
+    dict(slots=4, max_batch_tokens=5, max_sampled_tokens=3, lookup=0),
     dict(slots=2, steps=1, draft_loop=2),
     dict(slots=2, steps=1, draft_vocab=20),
   ],
@@ -314,20 +319,25 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
 
 
 @pytest.mark.parametrize(
-  'options', [dict(lanes=12, draws=2), dict(lanes=9, draws=3), dict(lanes=4)]
+  'options',
+  [
+    dict(max_batch_tokens=12, max_sampled_tokens=2),
+    dict(max_batch_tokens=9, max_sampled_tokens=3),
+    dict(max_batch_tokens=4),
+  ],
 )
 def test_a_guess_stays_a_loop_behind_its_predecessor(options):
   engine = Engine(model('llama'), lossless=True, slots=4, page=8, steps=1, **options)
   waiting = [Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True)]
   pairs = 0
-  for turn in itertools.count():
+  for step in itertools.count():
     # Not all at once, so that guesses fly when new sequences need lanes.
-    if turn % 7 == 0:
+    if step % 7 == 0:
       for request in (waiting.pop() for _ in waiting[:3]):
         engine.submit(request)
     if not waiting and not engine.busy:
       break
-    engine.turn()
+    engine.step()
     state = jax.device_get(engine._state)
     f = state.flights
     for slot in range(4):
@@ -363,7 +373,7 @@ def test_two_hundred_prompts_lossless_as_at_full_depth():
 @pytest.mark.parametrize('lookup', [1, 2, 3])
 def test_what_followed_before_is_guessed(lookup):
   rng = np.random.default_rng(lookup)
-  plan = Options(slots=8, context=24, page=8, lossless=True, lookup=lookup).plan(
+  plan = EngineConfig(slots=8, context=24, page=8, lossless=True, lookup=lookup).plan(
     model('llama').config
   )
   K = plan.flights
@@ -402,7 +412,7 @@ def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
   for request in requests:
     engine.submit(request)
   while engine.busy:
-    engine.turn()
+    engine.step()
     last |= {s: r for s, r in enumerate(engine.running) if r}
   text_SxC = np.asarray(engine._state.text_SxC)
   assert len(last) == 2 < len(requests)
@@ -427,7 +437,7 @@ def test_text_that_repeats_itself_is_guessed_from_it():
 
 
 def test_speculation_ends_where_no_lane_is_free():
-  engine = Engine(model('llama'), lossless=True, slots=2, lanes=2, page=8, steps=4)
+  engine = Engine(model('llama'), lossless=True, slots=2, max_batch_tokens=2, page=8, steps=4)
   request = lambda: Request(PROMPTS[1], ROOMS[1], ignore_end=True)
   engine.run([request(), request()])
   assert engine.figures()['guesses'] == 0
@@ -491,7 +501,7 @@ def test_requests_keep_their_own_rules_side_by_side(lossless):
 
 def test_replayed_depths_are_kept():
   loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
-  options = Options(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
+  options = EngineConfig(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
   engine = Engine(model('llama'), options, arrays={'loops': loops})
   requests = [Request(p, 12, ignore_end=True) for p in (PROMPTS[1], PROMPTS[2])]
   engine.run(requests)
@@ -535,11 +545,11 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
   third = engine.submit(Request(PROMPTS[2], ROOMS[2], ignore_end=True))
   never = engine.submit(Request(PROMPTS[3], ROOMS[3], ignore_end=True))
   for _ in range(3):
-    engine.turn()
+    engine.step()
   engine.cancel(long)
   engine.cancel(never)
   while engine.busy:
-    engine.turn()
+    engine.step()
   assert (long.finish, never.finish) == ('cancelled', 'cancelled')
   assert 0 < len(long.tokens) < 40 and not never.tokens
   assert (waits.tokens, third.tokens) == (want[1][0], want[2][0])
@@ -559,7 +569,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(slots=10**9), 'GiB are free'),
     (dict(logprobs=-2), 'logprobs=-2'),
     (dict(page=2), 'page=2'),
-    (dict(lanes=3), 'lanes=3'),
+    (dict(max_batch_tokens=3), 'lanes=3'),
     (dict(relax_layout='deep'), "relax_layout='deep'"),
     (dict(weight_dtype='int8'), "weight_dtype='int8'"),
     (dict(gate='change', kv='propagate'), 'threshold=None'),
@@ -623,7 +633,7 @@ def test_texts_equal_those_of_complete(child):
     generate.Settings(max_new_tokens=40, ignore_end=True),
     generate.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
   ):
-    want = generate.Writer(child).complete(prompts, settings)
+    want = generate.Generator(child).complete(prompts, settings)
     engine = Engine(child, slots=2, page=8, steps=3)
     parts: list[tuple[int, str]] = []
     got = engine.generate(prompts, settings, _keep(parts))
@@ -648,7 +658,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
   config = child.config
   arrays = {'kernel': np.zeros((1, config.d_model), np.float32), 'bias': np.ones(1, np.float32)}
   gate = gate_lib.Gate('learned', 0.5, arrays, 'propagate')
-  gated = dataclasses.replace(child, meta=gate_lib.store(child.meta, gate))
+  gated = dataclasses.replace(child, meta=gate_lib.kv_pool(child.meta, gate))
   engine = Engine(gated, slots=1, page=8, gate='stored')
   engine.generate('The sea', max_new_tokens=6, ignore_end=True)
   assert engine.figures()['depths_R'] == [6, 0]
@@ -667,8 +677,8 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
     slots=slots,
     steps=int(rng.integers(1, 7)),
     page=int(rng.choice([4, 8])),
-    draws=int(rng.integers(1, slots + 1)),
-    pool=int(rng.integers(1, slots + 1)),
+    max_sampled_tokens=int(rng.integers(1, slots + 1)),
+    min_sampled_tokens=int(rng.integers(1, slots + 1)),
   )
   rest, arrays = {}, None
   if kind == 'early':
@@ -676,7 +686,7 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
     kv = str(rng.choice(['write_ahead', 'propagate', 'exact_fill']))
     rest = dict(kv=kv, gate='learned', threshold=0.5)
   if kind == 'exact':
-    options |= dict(lossless=True, lanes=int(rng.integers(slots, 3 * slots)))
+    options |= dict(lossless=True, max_batch_tokens=int(rng.integers(slots, 3 * slots)))
   want = expected(name, arrays=arrays, **rest)
   engine = Engine(model(name), arrays=arrays, **options, **rest)
   numbers = rng.permutation(np.repeat(np.arange(len(PROMPTS)), 2))
@@ -687,7 +697,7 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
     for _ in range(int(rng.integers(0, 4))):
       if late:
         engine.submit(late.pop()[1])
-    engine.turn()
+    engine.step()
     for n in gone:
       if n >= len(late) and rng.random() < 0.3:
         engine.cancel(asked[n][1])

@@ -23,7 +23,7 @@ def _jit(function, *static):
 
 
 _forward = _jit(forward, 'scan')
-_enter, _leave = _jit(passes.enter, 'dtype'), _jit(passes.leave)
+_enter, _leave = _jit(passes.run_prelude, 'dtype'), _jit(passes.run_coda)
 _block = _jit(passes.block_pass, 'scan')
 
 

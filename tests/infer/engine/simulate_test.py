@@ -20,8 +20,8 @@ def replayed(slots):
   'options',
   [
     dict(slots=3, steps=4),
-    dict(slots=3, steps=5, pool=1, draws=1),
-    dict(slots=4, steps=3, pool=2, draws=3),
+    dict(slots=3, steps=5, min_sampled_tokens=1, max_sampled_tokens=1),
+    dict(slots=4, steps=3, min_sampled_tokens=2, max_sampled_tokens=3),
   ],
 )
 @pytest.mark.parametrize('early', ['', 'write_ahead', 'propagate'])
@@ -46,7 +46,7 @@ def test_passes_are_those_of_the_engine(options, early, monkeypatch):
     table,
   )
   assert found.tokens == sum(ROOMS) == sum(figures['depths_R'])
-  assert (found.steps, found.lanes, found.stalls, len(found.draw_pages)) == tuple(
+  assert (found.steps, found.max_batch_tokens, found.stalls, len(found.draw_pages)) == tuple(
     figures[k] for k in ('steps', 'lanes', 'stalls', 'draw_steps')
   )
   assert found.fill_passes == figures['fill_passes']
@@ -60,12 +60,18 @@ def test_refilled_lanes_need_fewer_launches_than_lanes_in_step():
   work = [(4, int(n)) for n in rng.integers(20, 60, 40)]
   depths = rng.integers(1, 4, (8, 500))
   steps = {
-    pool: simulate.schedule(
-      simulate.Policy(slots=8, loops=3, draws=8, pool=pool, steps=4), work, depths
+    min_sampled_tokens: simulate.schedule(
+      simulate.Policy(
+        slots=8, loops=3, max_sampled_tokens=8, min_sampled_tokens=min_sampled_tokens, steps=4
+      ),
+      work,
+      depths,
     ).steps
-    for pool in (1, 8)
+    for min_sampled_tokens in (1, 8)
   }
-  full = simulate.schedule(simulate.Policy(slots=8, loops=3, draws=8, pool=8, steps=4), work).steps
+  full = simulate.schedule(
+    simulate.Policy(slots=8, loops=3, max_sampled_tokens=8, min_sampled_tokens=8, steps=4), work
+  ).steps
   # Two loops of three on average; among eight one nearly always goes on.
   assert steps[1] < 0.75 * full < 0.9 * full < steps[8] <= full
 
