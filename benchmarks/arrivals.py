@@ -34,7 +34,7 @@ def engine(runner) -> Contender:
   from rrt.infer.engine.engine import Request
 
   def run(work, at):
-    requests = [Request(p, n, ignore_end=True) for p, n in work]
+    requests = [Request.of(p, n, ignore_eos=True) for p, n in work]
     index = {id(r): i for i, r in enumerate(requests)}
     seen: list[list[float]] = [[] for _ in work]
     began, sent = time.perf_counter(), 0

@@ -26,7 +26,7 @@ flags.DEFINE_integer('prompt_tokens', 24, 'Of each.')
 flags.DEFINE_integer('new_tokens', 16, 'Of each.')
 flags.DEFINE_integer('slots', 16, 'Sequences at once.')
 flags.DEFINE_string('dtype', 'float32', 'Precision of both.')
-flags.DEFINE_integer('lanes', None, 'Of the lossless engine; all by default.')
+flags.DEFINE_integer('max_batch_tokens', None, 'Of the lossless engine; all by default.')
 flags.DEFINE_string('out', 'benchmarks/results/lossless.json', 'JSON file.')
 
 
@@ -52,7 +52,7 @@ def main(_):
     'new_tokens': FLAGS.new_tokens,
     'dtype': FLAGS.dtype,
     'slots': FLAGS.slots,
-    'lanes': lossless.plan.max_batch_tokens,
+    'max_batch_tokens': lossless.shape.max_batch_tokens,
   }
   table = []
   for name, temperature in (('greedy', 0.0), ('sampled', 0.8)):
@@ -62,7 +62,7 @@ def main(_):
         r.tokens
         for r in engine.run(
           [
-            Request(p, FLAGS.new_tokens, temperature, seed=i, ignore_end=True)
+            Request.of(p, FLAGS.new_tokens, temperature, seed=i, ignore_eos=True)
             for i, p in enumerate(prompts)
           ]
         )
@@ -71,11 +71,11 @@ def main(_):
     ]
     after = lossless.figures()
     same = sum(a == b for a, b in zip(*texts, strict=True))
-    draft_tokens, num_accepted = (after[k] - before[k] for k in ('guesses', 'right'))
-    figures[name] = {'same': same, 'guesses': draft_tokens, 'right': num_accepted}
+    draft_tokens, num_accepted = (after[k] - before[k] for k in ('draft_tokens', 'num_accepted'))
+    figures[name] = {'same': same, 'draft_tokens': draft_tokens, 'num_accepted': num_accepted}
     share = f'{100 * num_accepted / max(draft_tokens, 1):.0f} %'
     table.append((name, f'{same} of {count}', draft_tokens, share))
-  console.table(table, ('drawn', 'texts as full depth', 'guesses', 'right'))
+  console.table(table, ('drawn', 'texts as full depth', 'draft tokens', 'accepted'))
   differ = any(figures[n]['same'] < count for n in ('greedy', 'sampled'))
   common.save(FLAGS.out, figures)
   console.finish(figures | {'exit_status': int(differ)})

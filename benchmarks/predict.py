@@ -26,8 +26,8 @@ from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
 from rrt.infer.engine import sampler, simulate
 from rrt.infer.engine.engine import Engine
-from rrt.infer.engine.state import DUE, ENTER, RUN
-from rrt.infer.engine.step import enter, run_block
+from rrt.infer.engine.state import IN_BLOCK, WAIT_PRELUDE, WAIT_SAMPLE
+from rrt.infer.engine.step import run_block, run_prelude
 from rrt.models.params import bucket
 
 FLAGS = flags.FLAGS
@@ -54,21 +54,23 @@ class Clock:
       prompts: lengths that are prefilled.
     """
     self._engine = engine
-    self._table = engine._table._replace(room_S=np.full(engine.plan.slots, 10**6, np.int32))
+    self._table = engine._table._replace(
+      max_new_tokens_S=np.full(engine.shape.slots, 10**6, np.int32)
+    )
     rng = np.random.default_rng(0)
-    vocab = engine.plan.config.vocab_size
+    vocab = engine.shape.config.vocab_size
     self._bucket = lambda n: bucket(n, engine.context)
     self._prompts = {
       n: rng.integers(5, vocab, n).tolist() for n in sorted(set(map(self._bucket, prompts)))
     }
-    page = engine.plan.page
+    page = engine.shape.page
     self._pages = sorted({1, -(-engine.context // page)})
     self._passes = {
       (kind, n): self._compile(kind, min(n * page, engine.context) - 1)
       for kind in ('block', 'draw', 'enter')
       for n in self._pages
     }
-    if engine.plan.fills:
+    if engine.shape.fills:
       self._passes['fill', 1] = self._compile('fill', 0)
     self.read()
 
@@ -104,18 +106,18 @@ class Clock:
 
   def _compile(self, kind: str, position: int):
     """A run of one pass again and again, on all slots at a position."""
-    plan, gate = self._engine.plan, self._engine._gate
+    shape, gate = self._engine.shape, self._engine._gate
     end_E = jnp.asarray([-1])
-    draw = lambda p, t, s: sampler.draw(plan, p, gate, t, end_E, s)[0]
+    draw = lambda p, t, s: sampler.sample_tokens(shape, p, gate, t, end_E, s)[0]
     stage, loops, body = {
-      'block': (RUN, 0, lambda p, t, s: run_block(plan, p, gate, t, s)),
-      'draw': (DUE, plan.config.loops, draw),
-      'fill': (DUE, 1, draw),
-      'enter': (ENTER, 0, lambda p, t, s: enter(plan, p, s)),
+      'block': (IN_BLOCK, 0, lambda p, t, s: run_block(shape, p, gate, t, s)),
+      'draw': (WAIT_SAMPLE, shape.config.loops, draw),
+      'fill': (WAIT_SAMPLE, 1, draw),
+      'enter': (WAIT_PRELUDE, 0, lambda p, t, s: run_prelude(shape, p, s)),
     }[kind]
 
     def once(params, table, i, state):
-      f = state.flights
+      f = state.in_flight
       # What is the same in all rounds would be computed once.
       f = f._replace(
         x_SxKxD=f.x_SxKxD + jnp.asarray(1e-3 * i, f.x_SxKxD.dtype),
@@ -125,8 +127,8 @@ class Clock:
         loop_SxK=jnp.full_like(f.loop_SxK, loops),
       )
       state = state._replace(
-        flights=f,
-        live_S=jnp.ones(plan.slots, bool),
+        in_flight=f,
+        live_S=jnp.ones(shape.slots, bool),
         base_S=jnp.full_like(state.base_S, position),
         count_S=jnp.zeros_like(state.count_S),
       )
@@ -142,7 +144,7 @@ class Clock:
 def _admit(engine: Engine, ids: list[int]):
   """Puts a prompt into the first slot."""
   engine._state = engines._admit(
-    engine.plan,
+    engine.shape,
     engine._state,
     jnp.int32(0),
     jnp.int32(ids[-1]),
@@ -156,7 +158,7 @@ def _admit(engine: Engine, ids: list[int]):
 def _call_empty(engine: Engine):
   """A call with no sequence in it, and its way to the host."""
   engine._state, *out = engines._call(
-    engine.plan, engine._params, engine._gate, engine._table, engine._end_E, engine._state
+    engine.shape, engine._params, engine._gate, engine._table, engine._end_E, engine._state
   )
   return jax.device_get(out)
 
@@ -229,7 +231,7 @@ class Contender:
     self._run()
     self._clock = Clock(rungs.new_engine(model, work, **options), {len(p) - 1 for p, _ in work})
     self._passes = simulate.schedule(
-      simulate.Policy.of(self._run.engine.plan),
+      simulate.Policy.of(self._run.engine.shape),
       [(len(p), n) for p, n in work],
       loops_SxT if 'gate' in options else None,
     )
@@ -253,7 +255,7 @@ class Contender:
     predicted, measured = np.asarray(self._found).T
     counted = {
       'steps': self._passes.steps,
-      'draw_steps': len(self._passes.draw_pages),
+      'sampler_steps': len(self._passes.draw_pages),
       'fill_passes': self._passes.fill_passes,
       'lanes': self._passes.max_batch_tokens,
       'stalls': self._passes.stalls,

@@ -108,7 +108,7 @@ def ours(model, work, batch: int | None = None, **options):
     run.tokens = []
     for first in range(0, len(work), batch or len(work)):
       part = work[first : first + (batch or len(work))]
-      done = engine.run(Request(p, n, ignore_end=True) for p, n in part)
+      done = engine.run(Request.of(p, n, ignore_eos=True) for p, n in part)
       run.tokens += [r.tokens for r in done]
     after = engine.figures()
     run.figures = {k: np.subtract(after[k], before[k]).tolist() for k in after}

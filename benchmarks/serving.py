@@ -187,12 +187,13 @@ def main(_):
       found['same'] = float(np.mean([a == b for a, b in zip(run.tokens, reference.tokens)]))
     device = getattr(run, 'figures', None)
     if device:
-      ran = device['lanes'] + device['stalls']
+      ran = device['batch_tokens'] + device['stalls']
       found |= device
       found |= bounds(name, device, figures, model.config)
       found |= {
         'stall_share': device['stalls'] / max(ran, 1),
-        'lane_share': device['lanes'] / (device['steps'] * run.engine.plan.max_batch_tokens),
+        'lane_share': device['batch_tokens']
+        / (device['steps'] * run.engine.shape.max_batch_tokens),
       }
     costs = Costs.of(model.config, tied='mean_loops' in found)
     depth_run = found.get('mean_loops', R)
@@ -226,7 +227,7 @@ def main(_):
       'times tied',
       'bound',
       'stalls',
-      'lanes',
+      'batch_tokens',
       'same',
       'promised',
     ),

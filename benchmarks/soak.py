@@ -212,7 +212,7 @@ def main(_):
     write[True] = Engine(model, gate='stored', context=FLAGS.context).generate
   for early, complete in write.items():
     for length in _LENGTHS:
-      done = complete(list(_PROMPTS), max_new_tokens=length, ignore_end=True)
+      done = complete(list(_PROMPTS), max_new_tokens=length, ignore_eos=True)
       for prompt, one in zip(_PROMPTS, done, strict=True):
         want[prompt, length, early] = one.text
   del model, write

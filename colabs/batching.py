@@ -66,7 +66,7 @@ for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
   found = simulate.schedule(policy, work, table)
   print(
     f'{name:24} {found.steps:5} launches, '
-    f'{found.max_batch_tokens / found.steps / 8:4.0%} of the lanes busy, '
+    f'{found.batch_tokens / found.steps / 8:4.0%} of the lanes busy, '
     f'coda and head {len(found.draw_pages)} times'
   )
 
@@ -93,9 +93,9 @@ answer = min(32, ROW // 2)
 # Its tokens are those of `rrt.complete`, whatever shares the batch.
 
 # %%
-alone = rrt.complete(child, prompts, max_new_tokens=answer, ignore_end=True)
+alone = rrt.complete(child, prompts, max_new_tokens=answer, ignore_eos=True)
 engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer)
-together = engine.generate(prompts, max_new_tokens=answer, ignore_end=True)
+together = engine.generate(prompts, max_new_tokens=answer, ignore_eos=True)
 assert [c.tokens for c in together] == [c.tokens for c in alone]
 engine.figures()
 
@@ -112,7 +112,7 @@ table = rng.choice([1, 2], p=[0.6, 0.4], size=(4, 512)).astype(np.int32)
 def run(**options):
   """An engine on all prompts: seconds and figures, compilation apart."""
   engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, **options)
-  ask = dict(max_new_tokens=answer, ignore_end=True)
+  ask = dict(max_new_tokens=answer, ignore_eos=True)
   engine.generate(prompts, **ask)
   before, began = engine.figures(), time.perf_counter()
   engine.generate(prompts, **ask)
@@ -141,7 +141,7 @@ for name, (took, f) in found.items():
 
 # %%
 engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, lossless=True)
-guessed = engine.generate(prompts, max_new_tokens=answer, ignore_end=True)
+guessed = engine.generate(prompts, max_new_tokens=answer, ignore_eos=True)
 assert [c.tokens for c in guessed] == [c.tokens for c in alone]
 figures = engine.figures()
 print(f'{figures["right"]} of {figures["guesses"]} guesses were right, {figures["steps"]} launches')

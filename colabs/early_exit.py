@@ -176,7 +176,7 @@ print(chosen and (chosen[0].mean_loops, chosen[1]))
 engine = rrt.Engine(gated, slots=2, context=min(ROW, 128), gate='stored')
 prompt = 'The sea is'
 ids = gated.tokenizer.encode(prompt)
-request = engine.run([rrt.Request(ids, min(40, ROW // 4))])[0]
+request = engine.run([rrt.Request.of(ids, min(40, ROW // 4))])[0]
 colours = ['#c8e6c9', '#ffd6a5', '#ffadad']
 spans = [
   f'<span style="background:{colours[(n - 1) % 3]}">{gated.tokenizer.decode([token])}</span>'

@@ -312,7 +312,7 @@ def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
     engine = Engine(model, slots=8, context=size + new, **options)
 
     def write(engine=engine):
-      return engine.run([Request(p, new, ignore_end=True) for p in prompts])
+      return engine.run([Request.of(p, new, ignore_eos=True) for p in prompts])
 
     write()
     began = time.monotonic()

@@ -90,9 +90,10 @@ def main(argv) -> None:
     raise InputError("--prompt is missing; try --prompt='The sea is'.")
   from rrt.checkpoints.load import load
   from rrt.infer import generate
+  from rrt.infer.sampling import SamplingParams
 
   prompts = _PROMPT.value
-  settings = generate.Settings(
+  params = SamplingParams(
     _MAX_NEW_TOKENS.value,
     _TEMPERATURE.value,
     _TOP_K.value,
@@ -100,18 +101,17 @@ def main(argv) -> None:
     _MIN_P.value,
     _SEED.value,
     tuple(_STOP.value),
-    _CHAT.value,
   )
-  settings.check()
+  params.check()
   generate.check_texts(prompts)
   model = load(_MODEL.value)
-  writer = generate.Generator(model, loops=_LOOPS.value, dtype=_DTYPE.value)
+  generator = generate.Generator(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
   screen = _Screen(heads, live=_STREAM.value)
-  done = writer.complete(prompts, settings, screen.show)
+  done = generator.complete(prompts, params, screen.show, _CHAT.value)
   screen.finish()
 
-  clock = writer.clock
+  clock = generator.clock
   prefill = clock.prefill_tokens / max(clock.prefill_seconds, 1e-9)
   decoded = clock.decode_tokens / max(clock.decode_seconds, 1e-9)
   console.table(
@@ -125,7 +125,7 @@ def main(argv) -> None:
   console.finish(
     {
       'model': _MODEL.value,
-      'loops': writer.loops,
+      'loops': generator.loops,
       'dtype': _DTYPE.value,
       'completions': [
         {'prompt': p} | dataclasses.asdict(c) for p, c in zip(prompts, done, strict=True)

@@ -46,7 +46,7 @@ _THRESHOLD = FLAGS.usual.float(
   'threshold', None, "Of the gate; the stored one's own by default; 2 never leaves early."
 )
 _LANES = FLAGS.rare.integer(
-  'lanes', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
+  'max_batch_tokens', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
 )
 _LOSSLESS = FLAGS.usual.bool(
   'lossless',
@@ -179,7 +179,7 @@ def warm(engine, longest: int) -> None:
   # A prompt goes in without its last token, which may begin the next size.
   sizes |= {1} | {n + 1 for n in sizes if n < most}
   prompts = [[1] * size for size in sorted(sizes)]
-  engine.generate(prompts, max_new_tokens=2, ignore_end=True)
+  engine.generate(prompts, max_new_tokens=2, ignore_eos=True)
 
 
 def run(server, sock: socket.socket, name: str) -> None:

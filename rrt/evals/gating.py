@@ -136,7 +136,7 @@ def continued(
       kept = max(len(rows[i]) // 4, 1)
       if kept < len(rows[i]):
         prompt = list(map(int, rows[i][:kept]))
-        requests[i] = Request(prompt, len(rows[i]) - kept, ignore_end=True)
+        requests[i] = Request.of(prompt, len(rows[i]) - kept, ignore_eos=True)
   if requests:
     longest = max(len(rows[i]) for i in requests)
     engine = Engine(model, slots=slots, context=longest)

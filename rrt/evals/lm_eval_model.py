@@ -19,6 +19,7 @@ from rrt.errors import InputError
 from rrt.evals import early_endings, endings
 from rrt.exits import gate as gate_lib
 from rrt.infer import generate
+from rrt.infer.sampling import SamplingParams
 from rrt.models.params import cast
 
 _NEW_TOKENS = 256  # lm-eval's default for tasks that name no limit
@@ -181,7 +182,7 @@ class RrtLM(TemplateLM):
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
       self._writer = generate.Generator(limited, loops=self.loops, dtype=self.dtype)
-    by_settings: dict[generate.Settings, list[int]] = {}
+    by_settings: dict[SamplingParams, list[int]] = {}
     for i, request in enumerate(requests):
       by_settings.setdefault(_settings(request.args[1]), []).append(i)
     texts = [''] * len(requests)
@@ -214,13 +215,13 @@ def _loaded(source):
   return source if hasattr(source, 'params') else load(source)
 
 
-def _settings(arguments: dict[str, Any]) -> generate.Settings:
+def _settings(arguments: dict[str, Any]) -> SamplingParams:
   """lm-eval's generation arguments as ours."""
   until = arguments.get('until') or ()
   temperature = float(arguments.get('temperature') or 0.0)
   if not arguments.get('do_sample', temperature > 0):
     temperature = 0.0
-  return generate.Settings(
+  return SamplingParams(
     max_new_tokens=int(
       arguments.get('max_gen_toks') or arguments.get('max_new_tokens') or _NEW_TOKENS
     ),

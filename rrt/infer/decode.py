@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.infer.sampling import Array, Sampling, sample
+from rrt.infer.sampling import Array, SamplingArrays, sample
 from rrt.models import transformer
 from rrt.models.cache import Cache, as_empty, init_cache
 from rrt.models.params import bucket, cast, transpose_kernels
@@ -30,21 +30,21 @@ CHUNK_TOKENS = 8192  # of all rows in one prefill call; bounds the memory
 _SOON = 256  # tokens that the first cache has room for behind the prompts
 
 
-class Rows(NamedTuple):
+class DecodeRows(NamedTuple):
   """Where each row of a batch stands.
 
   Attributes:
     token_B: its newest token, not yet in the cache.
     position_B: the slot that this token will take.
     count_B: how many tokens it has drawn.
-    room_B: how many it may draw.
+    max_new_tokens_B: how many it may draw.
     done_B: whether it has ended.
   """
 
   token_B: Array
   position_B: Array
   count_B: Array
-  room_B: Array
+  max_new_tokens_B: Array
   done_B: Array
 
 
@@ -147,7 +147,7 @@ def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
   token_B = jnp.where(rows.done_B, rows.token_B, token_B)
   count_B = rows.count_B + jnp.where(rows.done_B, 0, 1)
   ended_B = jnp.any(token_B[:, None] == eos_E[None, :], -1)
-  done_B = rows.done_B | ended_B | (count_B >= rows.room_B)
+  done_B = rows.done_B | ended_B | (count_B >= rows.max_new_tokens_B)
   return rows._replace(token_B=token_B, count_B=count_B, done_B=done_B)
 
 
@@ -194,9 +194,9 @@ class Decoder:
   def run(
     self,
     prompts: Sequence[Sequence[int]],
-    room: Sequence[int],
+    max_new_tokens: Sequence[int],
     *,
-    sampling: Sampling | None = None,
+    sampling: SamplingArrays | None = None,
     eos: Sequence[int] = (),
     call: int = CALL,
   ):
@@ -204,7 +204,7 @@ class Decoder:
 
     Args:
       prompts: token ids of each row; none empty.
-      room: how many tokens each row may draw; with its prompt within the
+      max_new_tokens: how many tokens each row may draw; with its prompt within the
         model's context.
       sampling: settings of the rows; None is greedy.
       eos: tokens that end their row.
@@ -217,16 +217,16 @@ class Decoder:
     static, clock = self.static, self.clock
     B, context = len(prompts), static.config.max_context
     length_B = np.array([len(p) for p in prompts], np.int32)
-    room_B = np.array(room, np.int32)
+    max_new_tokens_B = np.array(max_new_tokens, np.int32)
     eos_E = np.array(sorted(set(eos)) or [-1], np.int32)
-    last = int((length_B + room_B).max())
+    last = int((length_B + max_new_tokens_B).max())
     size = bucket(min(last, int(length_B.max()) + _SOON), context)
     cache = init_cache(static.config, B, size, static.dtype, loops=static.loops)
 
     began = time.perf_counter() - clock.compile_seconds
     last_BxD, cache = self._prefill(prompts, length_B, cache)
     zero_B = np.zeros(B, np.int32)
-    rows = Rows(zero_B, length_B, zero_B, room_B, np.zeros(B, bool))
+    rows = DecodeRows(zero_B, length_B, zero_B, max_new_tokens_B, np.zeros(B, bool))
     rows = self._call(begin, self.params, last_BxD, rows, sampling, eos_E)
     rows = jax.device_get(rows)
     clock.prefill_tokens += int(length_B.sum())

@@ -33,7 +33,7 @@ class Completion:
   finish_reason: str
 
 
-class Text:
+class Detokenizer:
   """One row's text as it grows; finds stop strings, hands out what is sure.
 
   Attributes:

@@ -1,4 +1,4 @@
-"""Sampling rules: from logits to the next token, each row by its own settings.
+"""Sampling: `SamplingParams`, and from logits to the next token by row.
 
 Every rule keeps the tokens at or above a threshold of its row. Thresholds are
 found by bisection over the 32 bits of the logits, without a sort: a sort of a
@@ -7,16 +7,135 @@ vocabulary of 50 thousand costs more than a small model's decode step.
 B batch, V vocabulary.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rrt.errors import InputError
+
+if TYPE_CHECKING:
+  from rrt.data.tokenizer import Tokenizer
+
 Array = jax.Array | np.ndarray
+_LARGE = 1e30  # Far from where float32 ends.
 
 
-class Sampling(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+  """How a sequence is sampled and when it ends, as vLLM names it.
+
+  Attributes:
+    max_new_tokens: tokens to write at most.
+    temperature: 0 always takes the most likely token; above, logits are
+      divided by it and tokens drawn.
+    top_k: draw from the k most likely tokens only; 0 is all.
+    top_p: of those, from the fewest that hold this much probability.
+    min_p: of those, from the ones at least this times as likely as the most
+      likely one.
+    seed: of the first prompt, the others count up; or one for each.
+    stop: texts that end a completion where they first appear.
+    ignore_eos: write on through end tokens.
+    presence_penalty, frequency_penalty, repetition_penalty: see
+      `PenaltyArrays`; of the engine alone.
+    logprobs: alternatives to return log-probabilities of; None for none at
+      all. Of the engine alone.
+  """
+
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  seed: int | Sequence[int] = 0
+  stop: tuple[str, ...] = ()
+  ignore_eos: bool = False
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  repetition_penalty: float = 1.0
+  logprobs: int | None = None
+
+  def replace(self, **changes) -> SamplingParams:
+    """The same with some fields changed; one stop string may be given bare."""
+    stop = changes.get('stop', self.stop)
+    changes['stop'] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return dataclasses.replace(self, **changes)
+
+  @property
+  def penalizes(self) -> bool:
+    """Whether any penalty is set."""
+    penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+    return penalties != (0, 0, 1)
+
+  def check(self) -> None:
+    """Raises InputError for the first field that cannot work."""
+
+    def need(ok: bool, field: str, why: str) -> None:
+      if not ok:
+        raise InputError(f'{field}={getattr(self, field)!r}: must be {why}.')
+
+    def number(field, low, high) -> bool:
+      value = getattr(self, field)
+      return isinstance(value, Real) and low <= value <= high < math.inf
+
+    def whole(field, low) -> bool:
+      value = getattr(self, field)
+      return isinstance(value, Integral) and low <= int(value) < 2**31
+
+    need(whole('max_new_tokens', 1), 'max_new_tokens', '1 or more')
+    hot = number('temperature', 0, _LARGE)
+    need(hot, 'temperature', 'a finite number, 0 (greedy) or above')
+    need(whole('top_k', 0), 'top_k', '0 (all tokens) or more')
+    some = number('top_p', 0, 1) and self.top_p > 0
+    need(some, 'top_p', 'above 0 and at most 1 (all tokens)')
+    need(number('min_p', 0, 1), 'min_p', 'from 0 (all tokens) to 1')
+    need(all(self.stop), 'stop', 'texts of at least one character')
+    seeds = list(np.atleast_1d(np.asarray(self.seed, object)))
+    whole_seeds = all(isinstance(s, Integral) and 0 <= int(s) < 2**32 for s in seeds)
+    need(whole_seeds, 'seed', 'whole, from 0 to 2**32 - 1')
+    for field in ('presence_penalty', 'frequency_penalty'):
+      need(number(field, -_LARGE, _LARGE), field, 'a finite number')
+    finite = number('repetition_penalty', 0, _LARGE) and self.repetition_penalty > 0
+    need(finite, 'repetition_penalty', 'a finite number above 0; 1 is none')
+    need(self.logprobs is None or whole('logprobs', 0), 'logprobs', 'whole, 0 or more, or none')
+
+  def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
+    """Raises InputError for what these prompts or this model cannot have."""
+    if not isinstance(self.seed, int | np.integer) and len(self.seed) != prompts:
+      raise InputError(
+        f'seed has {len(self.seed)} values for {prompts} prompts; give one for each, or one in all.'
+      )
+    if self.stop and tokenizer is None:
+      raise InputError('stop needs a model with a tokenizer.')
+
+  def arrays(self, rows: range) -> SamplingArrays | None:
+    """The settings of some of the prompts; None is greedy."""
+    if not self.temperature:
+      return None
+    n = len(rows)
+    return SamplingArrays(
+      np.full(n, self.temperature, np.float32),
+      np.full(n, self.top_k, np.int32),
+      np.full(n, self.top_p, np.float32),
+      np.full(n, self.min_p, np.float32),
+      np.array(self.seeds(rows), np.uint32),
+    )
+
+  def seeds(self, rows: range) -> list[int]:
+    """The seed of some of the prompts."""
+    if isinstance(self.seed, int | np.integer):
+      return [(int(self.seed) + i) % 2**32 for i in rows]
+    return [self.seed[i] for i in rows]
+
+
+class SamplingArrays(NamedTuple):
   """How each row draws its tokens.
 
   Attributes:
@@ -41,7 +160,7 @@ def greedy(logits_BxV):
   return jnp.argmax(logits_BxV, -1).astype(jnp.int32)
 
 
-def sample(logits_BxV, sampling: Sampling, step_B):
+def sample(logits_BxV, sampling: SamplingArrays, step_B):
   """Draws one token a row, int [B].
 
   Args:
@@ -68,7 +187,7 @@ def _draw(logits_V, seed, step):
   return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
 
-class Penalties(NamedTuple):
+class PenaltyArrays(NamedTuple):
   """What each row pays for tokens that it has; 0, 0 and 1 change nothing.
 
   Attributes:
@@ -83,7 +202,7 @@ class Penalties(NamedTuple):
   repetition_B: Array
 
 
-def penalize(logits_BxV, penalties: Penalties, drawn_BxV, prompt_BxV):
+def penalize(logits_BxV, penalties: PenaltyArrays, drawn_BxV, prompt_BxV):
   """Logits less what repeating costs, float32.
 
   Args:

@@ -1,7 +1,6 @@
 """Grouped-query attention with sliding windows, segments and a cache.
 
-B batch, L query length, S key length, D model, H heads, G kv groups,
-M = H / G queries a group, Dh head size.
+B batch, L query length, D model, H heads, G kv groups, Dh head size.
 """
 
 from __future__ import annotations
@@ -13,15 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.models import cache as cache_lib
-from rrt.models import pages
+from rrt.models.cache import BatchKV
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.models.relaxed import relax, relaxations_of
 from rrt.sharding import constrain
-
-# Queries of a run of `attend_causal`: at least, and runs: at most.
-MIN_RUN = 64
-MAX_RUNS = 8
 
 
 class Context(NamedTuple):
@@ -65,70 +59,6 @@ class AttnSpec(NamedTuple):
   rope: jax.Array | None
 
 
-def visible(queries_BxL, keys_BxS, window=None):
-  """Causal (and windowed) visibility by position, bool [B, L, S].
-
-  Token j is visible from i iff i - window < j <= i; window 0 is unlimited.
-  """
-  i, j = queries_BxL[:, :, None], keys_BxS[:, None, :]
-  mask = j <= i
-  if window is None:
-    return mask
-  window = jnp.reshape(window, (-1, 1, 1))
-  return mask & ((j > i - window) | (window == 0))
-
-
-def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
-  """Softmax attention in float32; q is already scaled.  [B, L, H, Dh].
-
-  The heads of a group are stacked along the queries and the keys lie
-  transposed, so that both products are plain batched matrix products: XLA on
-  CPU is 3 (prefill) to 10 times (decoding) slower on the einsums over
-  [B, S, G, Dh], which it transposes at every step.
-  """
-  B, L, H, Dh = q_BxLxHxDh.shape
-  G, S = k_BxGxDhxS.shape[1], k_BxGxDhxS.shape[3]
-  M = H // G
-  q_BxGxMxLxDh = q_BxLxHxDh.reshape(B, L, G, M, Dh).transpose(0, 2, 3, 1, 4)
-  att_BxGxMLxS = jnp.einsum(
-    'bgqd,bgds->bgqs',
-    q_BxGxMxLxDh.reshape(B, G, M * L, Dh),
-    k_BxGxDhxS,
-    preferred_element_type=jnp.float32,
-  )
-  att_BxGxMxLxS = jnp.where(
-    mask_BxLxS[:, None, None, :, :], att_BxGxMLxS.reshape(B, G, M, L, S), -1e30
-  )
-  att_BxGxMxLxS = jax.nn.softmax(att_BxGxMxLxS, -1).astype(q_BxLxHxDh.dtype)
-  o_BxGxMLxDh = jnp.einsum('bgqs,bgsd->bgqd', att_BxGxMxLxS.reshape(B, G, M * L, S), v_BxGxSxDh)
-  o_BxGxMxLxDh = o_BxGxMLxDh.reshape(B, G, M, L, Dh)
-  return o_BxGxMxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
-
-
-def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL):
-  """`attend` where no token sees a later one of its row.  [B, L, H, Dh].
-
-  Runs of queries see only the keys up to their last: with 8 of them that is
-  9/16 of the products, and scores that stay in a CPU's cache (forward and
-  backward take a third of the time at 512 tokens). The backward pass computes
-  the scores again: they are never kept, as in FlashAttention.
-  """
-  L = q_BxLxHxDh.shape[1]
-  step = max(MIN_RUN, -(-L // MAX_RUNS))
-  outs = []
-  for begin in range(0, L, step):
-    end = min(begin + step, L)
-    outs.append(
-      jax.checkpoint(attend)(
-        q_BxLxHxDh[:, begin:end],
-        k_BxGxDhxL[..., :end],
-        v_BxGxLxDh[:, :, :end],
-        mask_BxLxL[:, begin:end, :end],
-      )
-    )
-  return jnp.concatenate(outs, 1)
-
-
 def pick_rope(table_TxBxLxK, index):
   """The rotary table of one depth, or of each row's own, [B, L, K]."""
   if index is None:
@@ -139,7 +69,7 @@ def pick_rope(table_TxBxLxK, index):
 
 
 class Attention(nn.Module):
-  """q, k, v, o projections around `attend`."""
+  """q, k, v, o projections around attention over a batch or a cache."""
 
   config: ModelConfig
   looped: bool = False
@@ -171,10 +101,10 @@ class Attention(nn.Module):
     sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
 
-  def remember(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
-    """Writes keys and values of x, attends to nothing; the written cache."""
+  def write_kv(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
+    """The cache with keys and values of x written; attends to nothing."""
     k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
-    return pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, context.positions_BxL)
+    return kv.update(k_BxLxGxDh, v_BxLxGxDh, context)[0]
 
   def mixed(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
     """The output projection's input [B, L, H * Dh], and the written cache."""
@@ -188,31 +118,6 @@ class Attention(nn.Module):
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
-    positions_BxL = context.positions_BxL
-    if isinstance(kv, pages.PagedKV):
-      kv = pages.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
-      o_BxLxHxDh = pages.attend(q_BxLxHxDh, kv, positions_BxL, attn_spec.window)
-      return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv
-    alone = kv is None or isinstance(kv, (cache_lib.EmptyKV, cache_lib.HeldKV))
-    if isinstance(kv, cache_lib.HeldKV):
-      kv = cache_lib.hold(kv, k_BxLxGxDh, v_BxLxGxDh)
-      k_BxLxGxDh, v_BxLxGxDh = kv.k_BxLxGxDh, kv.v_BxLxGxDh
-    elif kv is not None:
-      kv = cache_lib.write(kv, k_BxLxGxDh, v_BxLxGxDh, positions_BxL)
-    if alone:
-      mask_BxLxL = visible(positions_BxL, positions_BxL, attn_spec.window)
-      if context.segments_BxL is not None:
-        s = context.segments_BxL
-        mask_BxLxL &= s[:, :, None] == s[:, None, :]
-      o_BxLxHxDh = attend_causal(
-        q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL
-      )
-    else:
-      slots_1xS = jnp.arange(kv.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
-      o_BxLxHxDh = attend(
-        q_BxLxHxDh,
-        kv.k_BxGxDhxS.astype(x_BxLxD.dtype),
-        kv.v_BxGxSxDh.astype(x_BxLxD.dtype),
-        visible(positions_BxL, slots_1xS, attn_spec.window),
-      )
+    kv, attend = (kv or BatchKV()).update(k_BxLxGxDh, v_BxLxGxDh, context)
+    o_BxLxHxDh = attend(q_BxLxHxDh, window=attn_spec.window)
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

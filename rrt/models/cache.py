@@ -4,10 +4,16 @@ Slot s of a row holds the keys and values of that row's token at position s,
 once for each depth: loops do not share them, since every loop's relaxation
 makes its own. Unwritten slots lie above the row's position and are masked.
 
-B batch, S slots, G kv groups, Dh head size, P prelude, N block, R loops,
+Every kind of KV has one method, `update(k, v, context)`: it writes a batch's keys
+(after RoPE) and values, both [B, L, G, Dh], at `context.positions_BxL`, and
+returns itself as written and a function `attend(q_BxLxHxDh, window)` over what
+the batch sees then.
+
+B batch, L length, S slots, G kv groups, Dh head size, P prelude, N block, R loops,
 C coda.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +21,14 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
+from rrt.ops.attention import attend, attend_causal, visible
+
+
+class BatchKV(NamedTuple):
+  """No cache: a batch attends to itself."""
+
+  def update(self, k_BxLxGxDh, v_BxLxGxDh, context):
+    return None, functools.partial(_attend_batch, k_BxLxGxDh, v_BxLxGxDh, context)
 
 
 class KV(NamedTuple):
@@ -23,15 +37,45 @@ class KV(NamedTuple):
   k_BxGxDhxS: jax.Array
   v_BxGxSxDh: jax.Array
 
+  def update(self, k_BxLxGxDh, v_BxLxGxDh, context):
+    """Positions past the last slot are dropped."""
+    k, v = self
+    positions_BxL = context.positions_BxL
+    rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
+    new = KV(
+      k.at[rows_Bx1, :, :, positions_BxL].set(k_BxLxGxDh.astype(k.dtype), mode='drop'),
+      v.at[rows_Bx1, :, positions_BxL].set(v_BxLxGxDh.astype(v.dtype), mode='drop'),
+    )
+    return new, functools.partial(new.attend, context=context)
+
+  def attend(self, q_BxLxHxDh, window, context):
+    """Attention over all slots up to each query's position."""
+    dtype = q_BxLxHxDh.dtype
+    slots_1xS = jnp.arange(self.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
+    mask_BxLxS = visible(context.positions_BxL, slots_1xS, window)
+    k, v = (t.astype(dtype) for t in self)
+    return attend(q_BxLxHxDh, k, v, mask_BxLxS)
+
 
 class EmptyKV(NamedTuple):
   """A KV that holds nothing yet, and whose next tokens take slots 0, 1, ..
 
-  These then need not read it: they attend to each other alone.
+  These attend to each other alone, so that the slots are not read.
   """
 
   k_BxGxDhxS: jax.Array
   v_BxGxSxDh: jax.Array
+
+  def update(self, k_BxLxGxDh, v_BxLxGxDh, context):
+    k, v = self
+    S = v.shape[2]
+    new_k = k_BxLxGxDh[:, :S].transpose(0, 2, 3, 1).astype(k.dtype)
+    new_v = v_BxLxGxDh[:, :S].swapaxes(1, 2).astype(v.dtype)
+    new = KV(
+      jax.lax.dynamic_update_slice(k, new_k, (0,) * 4),
+      jax.lax.dynamic_update_slice(v, new_v, (0,) * 4),
+    )
+    return new, functools.partial(_attend_batch, k_BxLxGxDh, v_BxLxGxDh, context)
 
 
 class HeldKV(NamedTuple):
@@ -43,6 +87,26 @@ class HeldKV(NamedTuple):
   k_BxLxGxDh: jax.Array
   v_BxLxGxDh: jax.Array
   left_BxL: jax.Array
+
+  def update(self, k_BxLxGxDh, v_BxLxGxDh, context):
+    left_BxLx1x1 = self.left_BxL[:, :, None, None]
+    new = self._replace(
+      k_BxLxGxDh=jnp.where(left_BxLx1x1, self.k_BxLxGxDh, k_BxLxGxDh),
+      v_BxLxGxDh=jnp.where(left_BxLx1x1, self.v_BxLxGxDh, v_BxLxGxDh),
+    )
+    return new, functools.partial(_attend_batch, new.k_BxLxGxDh, new.v_BxLxGxDh, context)
+
+
+def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window):
+  """Causal attention of a batch to itself, within segments."""
+  positions_BxL = context.positions_BxL
+  mask_BxLxL = visible(positions_BxL, positions_BxL, window)
+  if context.segments_BxL is not None:
+    s = context.segments_BxL
+    mask_BxLxL &= s[:, :, None] == s[:, None, :]
+  return attend_causal(
+    q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL
+  )
 
 
 class Cache(NamedTuple):
@@ -106,33 +170,3 @@ def init_cache(
 def as_empty(cache: Cache) -> Cache:
   """The same cache, known to be empty when a step is compiled."""
   return jax.tree.map(lambda kv: EmptyKV(*kv), cache, is_leaf=lambda x: isinstance(x, KV))
-
-
-def write(kv: KV | EmptyKV, k_BxLxGxDh, v_BxLxGxDh, positions_BxL) -> KV:
-  """Puts new keys and values at their rows' positions.
-
-  Positions past the last slot are dropped.
-  """
-  k, v = kv
-  if isinstance(kv, EmptyKV):
-    S = v.shape[2]
-    new_k = k_BxLxGxDh[:, :S].transpose(0, 2, 3, 1).astype(k.dtype)
-    new_v = v_BxLxGxDh[:, :S].swapaxes(1, 2).astype(v.dtype)
-    return KV(
-      jax.lax.dynamic_update_slice(k, new_k, (0,) * 4),
-      jax.lax.dynamic_update_slice(v, new_v, (0,) * 4),
-    )
-  rows_Bx1 = jnp.arange(positions_BxL.shape[0])[:, None]
-  return KV(
-    k.at[rows_Bx1, :, :, positions_BxL].set(k_BxLxGxDh.astype(k.dtype), mode='drop'),
-    v.at[rows_Bx1, :, positions_BxL].set(v_BxLxGxDh.astype(v.dtype), mode='drop'),
-  )
-
-
-def hold(kv: HeldKV, k_BxLxGxDh, v_BxLxGxDh) -> HeldKV:
-  """New keys and values for the tokens that have not left."""
-  left_BxLx1x1 = kv.left_BxL[:, :, None, None]
-  return kv._replace(
-    k_BxLxGxDh=jnp.where(left_BxLx1x1, kv.k_BxLxGxDh, k_BxLxGxDh),
-    v_BxLxGxDh=jnp.where(left_BxLx1x1, kv.v_BxLxGxDh, v_BxLxGxDh),
-  )

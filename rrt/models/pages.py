@@ -1,6 +1,6 @@
-"""The paged cache of depth-wise batching: one store a layer, all loops in it.
+"""The paged cache of depth-wise batching: one KV pool a layer, all loops in it.
 
-A store's pages hold `C` positions each. A slot has pages of its own in every
+A pool's pages hold `C` positions each. A slot has pages of its own in every
 loop, since every loop's relaxation makes its own keys and values; logical page
 c of its sequence lies at `base + c % count`. Where a depth has a sliding
 window, `count` covers the window alone and the pages are used in turns.
@@ -15,6 +15,7 @@ a page, W loops that a row writes, R loops, S positions of a prefilled cache.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class KVPool(NamedTuple):
 
 
 class PagedKV(NamedTuple):
-  """A store and the pages of this step's rows.
+  """A pool and the pages of this step's rows.
 
   Attributes:
     kv_pool: of the layer.
@@ -52,6 +53,11 @@ class PagedKV(NamedTuple):
   kv_pool: KVPool
   base_BxW: jax.Array
   count_BxW: jax.Array
+
+  def update(self, k_Bx1xGxDh, v_Bx1xGxDh, context):
+    """As `rrt.models.cache` says: one token a row, in all loops it writes."""
+    new = write(self, k_Bx1xGxDh, v_Bx1xGxDh, context.positions_BxL)
+    return new, functools.partial(attend, kv=new, position_Bx1=context.positions_BxL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +143,14 @@ def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KV
 
 
 def pack(x, dtype):
-  """Keys or values as a store of this dtype holds them."""
+  """Keys or values as a pool of this dtype holds them."""
   if dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
   return x.astype(dtype)
 
 
 def unpack(x, dtype):
-  """What a store holds, for a computation in this dtype."""
+  """What a pool holds, for a computation in this dtype."""
   if x.dtype == jnp.uint16:
     x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
   return x.astype(dtype)

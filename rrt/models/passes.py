@@ -132,7 +132,7 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
       attention: nn.Module = Attention(config, looped=True)
       new.append(
         attention.apply(
-          {'params': of_layer['attn']}, y_BxLxD, kvs[n], attn_spec, loop, context, method='remember'
+          {'params': of_layer['attn']}, y_BxLxD, kvs[n], attn_spec, loop, context, method='write_kv'
         )
       )
   return tuple(new)

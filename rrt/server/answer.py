@@ -77,7 +77,7 @@ class Answer:
     requests = self._job.requests
     # The choices of a prompt share it.
     prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
-    drawn = sum(len(r.text.tokens) for r in requests if r.text)
+    drawn = sum(len(r.detokenizer.tokens) for r in requests if r.detokenizer)
     return {'prompt_tokens': prompt, 'completion_tokens': drawn, 'total_tokens': prompt + drawn}
 
   def _name(self, token: int) -> str:
@@ -94,11 +94,11 @@ class Answer:
 
   def _told(self, request: Request, first: int, count: int) -> dict[str, Any] | None:
     """Log-probabilities of some of a request's tokens."""
-    if request.logprobs is None or request.text is None:
+    if request.params.logprobs is None or request.detokenizer is None:
       return None
     name = self._name
-    kept = request.text.tokens[first : first + count]
-    rows = list(zip(kept, request.told[first:], strict=False))
+    kept = request.detokenizer.tokens[first : first + count]
+    rows = list(zip(kept, request.logprobs[first:], strict=False))
     if self._job.chat:
       one = lambda t, p: {'token': name(t), 'logprob': p, 'bytes': self._bytes(t)}
       return {
@@ -113,6 +113,6 @@ class Answer:
 
   def _offsets(self, request: Request, first: int, count: int) -> list[int]:
     """Where tokens begin, by the lengths of those before them."""
-    tokens = request.text.tokens[: first + count] if request.text else []
+    tokens = request.detokenizer.tokens[: first + count] if request.detokenizer else []
     sizes = (len(self._name(t)) for t in tokens)
     return list(itertools.accumulate(sizes, initial=0))[first : first + count]

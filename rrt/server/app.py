@@ -126,16 +126,16 @@ class Server:
     return PlainTextResponse(text, media_type=metrics_lib.CONTENT_TYPE)
 
   async def _models(self, request: Request):
-    plan = self.worker.engine.plan
+    shape = self.worker.engine.shape
     model = {
       'id': self.name,
       'object': 'model',
       'created': 0,
       'owned_by': 'rrt',
       'max_model_len': self.worker.engine.context,
-      'loops': plan.config.loops,
-      'gate': plan.gate,
-      'lossless': plan.lossless,
+      'loops': shape.config.loops,
+      'gate': shape.gate,
+      'lossless': shape.lossless,
       'threshold': self.worker.engine.options.threshold,
     }
     name = request.path_params.get('name')
@@ -162,9 +162,9 @@ class Server:
         name=self.name,
         tokenizer=self._tokenizer,
         context=engine.context,
-        vocab=engine.plan.config.vocab_size,
+        vocab=engine.shape.config.vocab_size,
         max_tokens=min(self.limits.max_tokens, engine.context),
-        logprobs=engine.plan.logprobs,
+        logprobs=engine.shape.logprobs,
       )
       try:
         tickets = self.worker.submit(job.requests, job.stops)

@@ -14,6 +14,18 @@ TIMES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 
+# Counters of the engine that are exported as they are.
+_COUNTERS = (
+  'steps',
+  'batch_tokens',
+  'stalls',
+  'sampled_tokens',
+  'draft_tokens',
+  'num_accepted',
+  'num_revised',
+)
+
+
 class Histogram:
   """Counts of values by bucket."""
 
@@ -39,8 +51,8 @@ class Histogram:
 class Metrics:
   """All that is counted: by the engine's thread, refusals by the handlers."""
 
-  def __init__(self, plan: EngineShape):
-    self._plan = plan
+  def __init__(self, shape: EngineShape):
+    self._shape = shape
     self.refused = 0
     self._prompt_tokens = 0
     self._drawn_tokens = 0
@@ -76,7 +88,7 @@ class Metrics:
     running = [r for r in engine.running if r is not None]
     self._running, self._waiting = len(running), len(engine.waiting)
     tokens = sum(len(r.prompt) + len(r.tokens) for r in running)
-    self._used = tokens / (engine.context * self._plan.slots)
+    self._used = tokens / (engine.context * self._shape.slots)
     self._engine = engine.figures()
 
   def text(self) -> str:
@@ -108,10 +120,10 @@ class Metrics:
       tokens = max(sum(depths), 1)
       mean = sum(i * n for i, n in enumerate(depths, 1)) / tokens
       put('rrt:mean_exit_depth', 'gauge', mean)
-      for name in ('steps', 'lanes', 'stalls', 'draws', 'guesses', 'right', 'revised'):
+      for name in _COUNTERS:
         put(f'rrt:{name}_total', 'counter', e[name])
-      room = max(e['steps'], 1) * self._plan.max_batch_tokens
-      put('rrt:lane_occupancy', 'gauge', e['lanes'] / room)
-      room = max(e['draw_steps'], 1) * self._plan.max_sampled_tokens
-      put('rrt:draw_occupancy', 'gauge', e['draws'] / room)
+      room = max(e['steps'], 1) * self._shape.max_batch_tokens
+      put('rrt:batch_occupancy', 'gauge', e['batch_tokens'] / room)
+      room = max(e['sampler_steps'], 1) * self._shape.max_sampled_tokens
+      put('rrt:sampler_occupancy', 'gauge', e['sampled_tokens'] / room)
     return '\n'.join(lines) + '\n'

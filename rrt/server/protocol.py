@@ -166,17 +166,17 @@ def parse(
   field = 'max_completion_tokens' if asked is not None else 'max_tokens'
   # OpenAI's defaults: 16 for a completion, what there is room for in a chat.
   default = max_tokens if chat else min(16, max_tokens)
-  room = f.whole(field, default, 1, max_tokens)
+  wanted = f.whole(field, default, 1, max_tokens)
   seed = f.whole('seed', secrets.randbits(32), -(2**63), 2**63) % 2**32
   common: dict[str, Any] = dict(
     temperature=f.number('temperature', 1.0, 0.0, 2.0),
     top_k=max(f.whole('top_k', 0, -1, vocab), 0),
     top_p=f.number('top_p', 1.0, 1e-6, 1.0),
     min_p=f.number('min_p', 0.0, 0.0, 1.0),
-    presence=f.number('presence_penalty', 0.0, -2.0, 2.0),
-    frequency=f.number('frequency_penalty', 0.0, -2.0, 2.0),
-    repetition=f.number('repetition_penalty', 1.0, 0.01, 10.0),
-    ignore_end=f.flag('ignore_eos'),
+    presence_penalty=f.number('presence_penalty', 0.0, -2.0, 2.0),
+    frequency_penalty=f.number('frequency_penalty', 0.0, -2.0, 2.0),
+    repetition_penalty=f.number('repetition_penalty', 1.0, 0.01, 10.0),
+    ignore_eos=f.flag('ignore_eos'),
     logprobs=_logprobs(f, chat, logprobs),
     threshold=(
       None if f.get('exit_threshold') is None else f.number('exit_threshold', 1.0, -2.0, 2.0)
@@ -192,17 +192,17 @@ def parse(
         param='messages' if chat else 'prompt',
       )
     if asked is None and f.get('max_tokens') is None:
-      allowed = min(room, left)
-    elif room > left:
+      allowed = min(wanted, left)
+    elif wanted > left:
       raise Refused(
-        f'The prompt has {len(prompt)} tokens, and {room} new ones exceed the '
+        f'The prompt has {len(prompt)} tokens, and {wanted} new ones exceed the '
         f'context of {context}.',
         param=field,
       )
     else:
-      allowed = room
+      allowed = wanted
     for _ in range(choices):
-      requests.append(Request(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common))
+      requests.append(Request.of(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common))
   return Job(
     requests,
     _stops(f),

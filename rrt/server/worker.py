@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from rrt.errors import InputError
-from rrt.infer.detokenize import Text
+from rrt.infer.detokenize import Detokenizer
 from rrt.infer.engine.engine import Engine
 from rrt.infer.engine.request import Request
 from rrt.server.metrics import Metrics
@@ -59,9 +59,9 @@ class Ticket:
     self._given = 0
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-    ends = () if request.ignore_end else ends
-    self.text = Text(tokenizer, request.prompt, ends, stops, 0, self._show)
-    request.text = self.text
+    ends = () if request.params.ignore_eos else ends
+    self.text = Detokenizer(tokenizer, request.prompt, ends, stops, 0, self._show)
+    request.detokenizer = self.text
 
   def _show(self, index: int, text: str) -> None:
     del index
@@ -106,10 +106,10 @@ class Worker:
   def __init__(self, engine: Engine, tokenizer, max_waiting: int):
     """`max_waiting`: requests without a slot, before `submit` refuses."""
     self.engine = engine
-    self.metrics = Metrics(engine.plan)
+    self.metrics = Metrics(engine.shape)
     self.failed: BaseException | None = None
     self._tokenizer = tokenizer
-    self._most = engine.plan.slots + max_waiting
+    self._most = engine.shape.slots + max_waiting
     self._tickets: dict[Request, Ticket] = {}
     self._open = 0
     self._closed = ''  # Why nothing is taken any more.

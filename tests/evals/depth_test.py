@@ -133,7 +133,7 @@ def test_a_share_of_the_rows_goes_on_as_the_model_does(model, rows, share):
     kept = len(rows[i]) // 4
     assert got[i][:kept] == list(rows[i][:kept])
     want = generate.complete(
-      model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept, ignore_end=True
+      model, [list(rows[i][:kept])], max_new_tokens=len(rows[i]) - kept, ignore_eos=True
     )
     assert got[i][kept:] == want[0].tokens
 

@@ -15,7 +15,7 @@ def test_they_have_the_log_probabilities_of_the_engine(kv):
   engine = Engine(
     m, arrays=arrays, gate='learned', threshold=0.5, kv=kv, slots=3, page=8, logprobs=0
   )
-  done = engine.run(Request(p, 6, ignore_end=True, logprobs=0) for p in PROMPTS)
+  done = engine.run(Request.of(p, 6, ignore_eos=True, logprobs=0) for p in PROMPTS)
   found, loops = early_endings.score_endings(
     m.config,
     m.params,

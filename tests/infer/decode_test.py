@@ -9,7 +9,7 @@ import pytest
 
 from rrt.errors import InputError
 from rrt.infer import decode
-from rrt.infer.sampling import Sampling
+from rrt.infer.sampling import SamplingArrays
 from rrt.models import transformer
 from rrt.models.params import bucket
 from tests.models import configs
@@ -72,7 +72,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_sampled_rows_do_not_depend_on_their_batch():
   def sampling(*seeds):
     n = len(seeds)
-    return Sampling(
+    return SamplingArrays(
       np.full(n, 1.5, np.float32),
       np.full(n, 20, np.int32),
       np.full(n, 0.9, np.float32),

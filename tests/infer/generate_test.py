@@ -7,8 +7,9 @@ import pytest
 
 from rrt.errors import InputError
 from rrt.infer import generate
-from rrt.infer.detokenize import Text
+from rrt.infer.detokenize import Detokenizer
 from rrt.infer.generate import complete
+from rrt.infer.sampling import SamplingParams
 from tests import runs
 
 
@@ -46,7 +47,7 @@ def test_batches_do_not_change_completions():
   settings = dict(temperature=1.2, top_p=0.95, max_new_tokens=20)
   whole = complete(model(), prompts, seed=5, **settings)
   small = generate.Generator(model(), batch=3)
-  split = small.complete(prompts, generate.Settings(seed=5, **settings))
+  split = small.complete(prompts, SamplingParams(seed=5, **settings))
   assert whole == split
   for i, prompt in enumerate(prompts):
     assert write([prompt], seed=5 + i, **settings) == [whole[i]]
@@ -92,7 +93,7 @@ def test_streams_add_up_to_the_text(stop):
 def test_multi_byte_characters_arrive_whole():
   tokenizer = runs.tokenizer()
   seen = []
-  text = Text(tokenizer, (), (), (), 0, lambda i, t: seen.append(t))
+  text = Detokenizer(tokenizer, (), (), (), 0, lambda i, t: seen.append(t))
   wanted = 'naïve 日本 😀!'
   for token in tokenizer.encode(wanted):
     text.extend([token])
@@ -103,7 +104,7 @@ def test_multi_byte_characters_arrive_whole():
 def test_what_may_begin_a_stop_string_is_held_back():
   tokenizer = runs.tokenizer()
   seen = []
-  text = Text(tokenizer, (), (), ('END',), 0, lambda i, t: seen.append(t))
+  text = Detokenizer(tokenizer, (), (), ('END',), 0, lambda i, t: seen.append(t))
   for token in tokenizer.encode('an E, an EN, the END of it'):
     text.extend([token])
     assert not ''.join(seen).endswith('E')
@@ -113,7 +114,7 @@ def test_what_may_begin_a_stop_string_is_held_back():
 
 
 def test_end_tokens_end_unless_ignored():
-  free = write('the sea', temperature=1.5, seed=3, ignore_end=True)[0]
+  free = write('the sea', temperature=1.5, seed=3, ignore_eos=True)[0]
   assert len(free.tokens) == 20
   tokenizer = model().tokenizer
   end = free.tokens[4]
@@ -126,7 +127,7 @@ def test_end_tokens_end_unless_ignored():
 
 
 def test_the_context_ends_a_text():
-  (c,) = write('x' * 60, max_new_tokens=50, ignore_end=True)
+  (c,) = write('x' * 60, max_new_tokens=50, ignore_eos=True)
   assert len(c.tokens) == 4 and c.finish_reason == 'context'
 
 
@@ -184,7 +185,7 @@ def test_models_without_a_tokenizer_take_and_give_ids():
   bare = dataclasses.replace(model(), tokenizer=None)
   ids = model().tokenizer.encode('the sea')
   (c,) = complete(bare, [ids], max_new_tokens=20)
-  assert c.tokens == write('the sea', ignore_end=True)[0].tokens
+  assert c.tokens == write('the sea', ignore_eos=True)[0].tokens
   assert c.text == ''
   with pytest.raises(InputError, match='no tokenizer'):
     complete(bare, 'the sea')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.infer.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, sample
+from rrt.infer.sampling import SamplingArrays, keep_min_p, keep_top_k, keep_top_p, sample
 
 V = 301
 
@@ -18,7 +18,7 @@ def logits_BxV():
 def sampling(b, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None):
   full = lambda v, t: jnp.full((b,), v, t)
   seeds = range(b) if seeds is None else seeds
-  return Sampling(
+  return SamplingArrays(
     full(temperature, jnp.float32),
     full(top_k, jnp.int32),
     full(top_p, jnp.float32),
@@ -111,7 +111,7 @@ def test_rules_compile_without_a_sort(logits_BxV):
 def test_tiny_temperatures_take_the_most_likely_token():
   logits_BxV = jnp.array([[10.0, 30.0, 20.0, 5.0]] * 4)
   for p in (1.0, 0.9):
-    sampling = Sampling(
+    sampling = SamplingArrays(
       np.array([1e-30, 1e-38, 1.2e-38, 1e-44], np.float32),
       np.zeros(4, np.int32),
       np.full(4, p, np.float32),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rrt.config import Rope
-from rrt.models.attention import attend, visible
 from rrt.models.layers import Linear, apply_rope, rms_norm, rope_frequencies
+from rrt.ops.attention import attend, visible
 from rrt.ops.matmul import FEW, TransposedKernel
 from rrt.relax.lora import low_rank, low_rank_wide, widen
 from tests.models.configs import llama

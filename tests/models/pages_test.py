@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.models import attention, pages
+from rrt.models import pages
 from rrt.models.cache import KV
+from rrt.ops import attention
 from tests.models.configs import gemma3, llama
 
 G, M, DH, PAGE = 2, 2, 6, 4

@@ -80,11 +80,11 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
       pad_token_id=0,
     )
   wanted = out[:, prompts.shape[1] :].tolist()
-  written = rrt.complete(ours, prompts.tolist(), max_new_tokens=steps, ignore_end=True)
+  written = rrt.complete(ours, prompts.tolist(), max_new_tokens=steps, ignore_eos=True)
   assert [w.tokens for w in written] == wanted
   if ours.config.order == 'cycle':
     engine = rrt.Engine(ours, slots=2, page=8, steps=3, lossless=ours.config.loops > 1)
-    requests = [rrt.Request(p, steps, ignore_end=True) for p in prompts.tolist()]
+    requests = [rrt.Request(p, steps, ignore_eos=True) for p in prompts.tolist()]
     assert [r.tokens for r in engine.run(requests)] == wanted
 
 

@@ -276,7 +276,7 @@ def test_a_full_queue_asks_to_come_back(client):
 
 def test_many_clients_get_what_each_gets_alone(client, child):
   prompts = [chr(97 + i) * (1 + i) for i in range(8)]
-  want = [generate.complete(child, p, max_new_tokens=9, ignore_end=True)[0].text for p in prompts]
+  want = [generate.complete(child, p, max_new_tokens=9, ignore_eos=True)[0].text for p in prompts]
   got = [''] * len(prompts)
 
   def one(i):

@@ -1,6 +1,7 @@
-"""Rows of a pass: the flights that one launch takes, and what it needs of them.
+"""The batch of one launch: which in-flight tokens it takes, and their KVs.
 
-S slots, K flights a slot, B rows of a pass, W loops that a row writes.
+S slots, K in-flight tokens a slot, B rows of a batch, W loops that a row
+writes.
 """
 
 from typing import NamedTuple
@@ -8,13 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rrt.infer.engine.state import LAST, EngineShape
+from rrt.infer.engine.state import EngineShape
 from rrt.models import pages, transformer
 from rrt.models.attention import Context
 
 
-class Rows(NamedTuple):
-  """Flights picked for one pass: their place in the table, and whether real."""
+class Batch(NamedTuple):
+  """Rows of a launch: indices into tables [S, K, ...], and whether in use."""
 
   slot_B: jax.Array
   k_B: jax.Array
@@ -25,44 +26,26 @@ class Rows(NamedTuple):
     return table[self.slot_B, self.k_B]
 
   def put(self, table, values):
-    """The table with the rows' entries replaced where they are real."""
+    """The table with the entries of rows in use replaced."""
     slot_B = jnp.where(self.live_B, self.slot_B, table.shape[0])
     return table.at[slot_B, self.k_B].set(jnp.asarray(values, table.dtype), mode='drop')
 
-
-def pick(plan: EngineShape, wanted_SxK, order_SxK, count: int) -> Rows:
-  """The `count` wanted flights that come first in order.
-
-  Rows are added where these are fewer than a pass must have.
-  """
-  S, K = wanted_SxK.shape
-  if count == S * K:
-    at_B = jnp.arange(count)
-  else:
-    key = jnp.where(wanted_SxK, order_SxK, LAST).reshape(-1)
-    at_B = jnp.argsort(key, stable=True)[:count]
-  slot_B, k_B = at_B // K, at_B % K
-  more = (0, max(plan.least_rows - count, 0))
-  rows = Rows(slot_B, k_B, wanted_SxK[slot_B, k_B])
-  return Rows(*(jnp.pad(t_B, more) for t_B in rows))
+  def paged_kvs(self, kv_pools, page_ranges, loop_BxW):
+    """KVs of one part of the model (prelude, block or coda), by layer."""
+    return tuple(
+      pages.PagedKV(pool, *page_range.rows(self.slot_B, loop_BxW, self.live_B))
+      for pool, page_range in zip(kv_pools, page_ranges, strict=True)
+    )
 
 
-def context_of(plan: EngineShape, position_B) -> Context:
+def context_of(shape: EngineShape, position_B) -> Context:
   """The context of rows with one token each."""
   position_Bx1 = position_B[:, None]
-  return transformer.make_context(plan.config, position_Bx1, position_Bx1)
-
-
-def paged_kvs(kv_pools, page_ranges, rows: Rows, loop_BxW):
-  """The stores of one part of the model with the pages of some rows."""
-  return tuple(
-    pages.PagedKV(s, *g.rows(rows.slot_B, loop_BxW, rows.live_B))
-    for s, g in zip(kv_pools, page_ranges, strict=True)
-  )
+  return transformer.make_context(shape.config, position_Bx1, position_Bx1)
 
 
 def pools_of(kvs):
-  """The written stores of some layers."""
+  """The written KV pools of some layers."""
   return tuple(kv.kv_pool for kv in kvs)
 
 
@@ -71,8 +54,8 @@ def run_if(wanted, body, carry):
   times = jnp.asarray(wanted, jnp.int32)
 
   def one(i, carry):
-    # What does not depend on the round, XLA would compute before the loop,
-    # wanted or not: the whole head, where there is no coda.
+    # Without the barrier XLA would hoist what does not depend on the iteration
+    # out of the loop, and compute it in any case: the whole head, say.
     _, carry = jax.lax.optimization_barrier((i, carry))
     return body(carry)
 

@@ -119,7 +119,7 @@ class EngineConfig:
 
     for field in ('slots', 'steps', 'page', 'draft_loop', 'draft_vocab'):
       need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
-    for field in ('context', 'lanes', 'draws', 'pool'):
+    for field in ('context', 'max_batch_tokens', 'max_sampled_tokens', 'min_sampled_tokens'):
       value = getattr(self, field)
       need(value is None or _whole(value), field, 'must be a whole number, 1 up')
     need(
@@ -174,7 +174,7 @@ class EngineConfig:
     most = self.slots * (config.loops if self.several else 1)
     need(
       self.max_batch_tokens is None or self.slots <= self.max_batch_tokens <= most,
-      'lanes',
+      'max_batch_tokens',
       f'must lie in {self.slots} (slots) to {most}',
     )
     if self.lossless:
@@ -213,12 +213,12 @@ class EngineConfig:
     """Whether a slot may have several tokens under way."""
     return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
 
-  def plan(self, config) -> EngineShape:
+  def shape(self, config) -> EngineShape:
     """What the device step is compiled for."""
     self.check(config)
     context = self.context or config.max_context
-    flights = config.loops if self.several else 1
-    most = self.slots * flights
+    tokens_per_slot = config.loops if self.several else 1
+    most = self.slots * tokens_per_slot
     max_batch_tokens = self.max_batch_tokens or most
     if self.lossless and not self.max_batch_tokens:
       few = _FEW_CPU if jax.default_backend() == 'cpu' else _FEW
@@ -235,7 +235,7 @@ class EngineConfig:
       max_batch_tokens=max_batch_tokens,
       max_sampled_tokens=max_sampled_tokens,
       min_sampled_tokens=min(min_sampled_tokens, max_sampled_tokens),
-      flights=flights,
+      tokens_per_slot=tokens_per_slot,
       steps=self.steps,
       least_rows=_LEAST_BFLOAT16 if slow_row else 1,
       kv=self.kv,
@@ -290,14 +290,14 @@ def _whole(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_fit(plan: EngineShape) -> None:
+def check_fit(shape: EngineShape) -> None:
   """Raises InputError where the cache would not fit the device."""
-  need = pages.layout_bytes(plan.config, plan.layout, plan.page, plan.kv_dtype)
+  need = pages.layout_bytes(shape.config, shape.layout, shape.page, shape.kv_dtype)
   free = free_bytes()
   if free is not None and need > free:
     gib = 2**30
     raise InputError(
-      f'A cache for {plan.slots} slots takes {need / gib:.2f} GiB and '
+      f'A cache for {shape.slots} slots takes {need / gib:.2f} GiB and '
       f'{free / gib:.2f} GiB are free; ask for fewer slots or a shorter '
       'context.'
     )

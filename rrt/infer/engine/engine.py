@@ -26,13 +26,13 @@ from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
 from rrt.infer import decode
 from rrt.infer import generate as generate_lib
-from rrt.infer.detokenize import Completion, Text
+from rrt.infer.detokenize import Completion, Detokenizer
 from rrt.infer.engine import speculate
 from rrt.infer.engine.config import EngineConfig, check_fit
 from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
 from rrt.infer.engine.state import admit, drop, init_state
 from rrt.infer.engine.step import call
-from rrt.infer.generate import Settings
+from rrt.infer.sampling import SamplingParams
 from rrt.models.cache import init_cache
 from rrt.models.params import bucket, cast, transpose_kernels
 from rrt.models.stack import unstack
@@ -48,7 +48,7 @@ class Engine:
   """A model, its slots, and the queue in front of them.
 
   Attributes:
-    plan: what the device step is compiled for.
+    shape: what the device step is compiled for.
     context: tokens of a sequence, prompt included.
     ends: tokens that end a sequence.
     waiting: requests without a slot, first come first.
@@ -76,21 +76,21 @@ class Engine:
     if arrays is None and (options.lossless or options.gate == 'change'):
       arrays = gate_lib.stored_lens(model)
     gate_lib.check_arrays(options.gate, arrays, model.config)
-    self.plan = options.plan(model.config)
+    self.shape = options.shape(model.config)
     self.context = options.context or model.config.max_context
     self._tokenizer = model.tokenizer
-    check_fit(self.plan)
+    check_fit(self.shape)
     params = unstack(model.params)
     if options.weight_dtype:
       params = cast(params, options.weight_dtype)
     params = cast(params, options.dtype)
     params = transpose_kernels(prepare_all(model.config, params, options.relax_layout))
-    self._params = speculate.with_draft_head(self.plan, params)
+    self._params = speculate.with_draft_head(self.shape, params)
     self._gate = score_lib.on_device(arrays, options.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
-    self._state = _init(self.plan)
+    self._state = _init(self.shape)
     self._counters = jax.device_get(self._state.counters)
     self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
@@ -108,16 +108,16 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises InputError for a request that this engine cannot run."""
-    config = self.plan.config
+    config = self.shape.config
     if request.finish or request.tokens:
       raise InputError('This request has run, or was cancelled.')
-    request.check(self.plan)
+    request.check(self.shape)
     if not request.prompt:
       raise InputError('A request needs a prompt of a token or more.')
-    total = len(request.prompt) + request.room
+    total = len(request.prompt) + request.params.max_new_tokens
     if total > self.context:
       raise InputError(
-        f'A prompt of {len(request.prompt)} tokens and {request.room} new '
+        f'A prompt of {len(request.prompt)} tokens and {request.params.max_new_tokens} new '
         f'ones exceed the context of {self.context}; shorten one of them.'
       )
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
@@ -154,7 +154,7 @@ class Engine:
     self._admit()
     if any(self.running):
       self._state, drawn, counters = _call(
-        self.plan, self._params, self._gate, self._table, self._end_E, self._state
+        self.shape, self._params, self._gate, self._table, self._end_E, self._state
       )
       self._pending.append((list(self.running), drawn, counters))
     if not self._pending or (len(self._pending) == 1 and any(self.running)):
@@ -178,56 +178,50 @@ class Engine:
     while self.busy:
       self.step()
       if progress is not None:
-        progress(sum(len(r.tokens) for r in done), sum(r.room for r in done))
+        progress(sum(len(r.tokens) for r in done), sum(r.params.max_new_tokens for r in done))
     return done
 
   def generate(
     self,
     prompts,
-    settings: Settings | None = None,
+    params: SamplingParams | None = None,
     stream: Callable[[int, str], None] | None = None,
+    chat: bool = False,
     **changes,
   ) -> list[Completion]:
     """Continues each prompt; as `rrt.complete`, with this engine's slots.
 
     Args:
       prompts: a text, texts, or lists of token ids.
-      settings: how to write; keyword arguments change single fields.
+      params: how to sample; keyword arguments change single fields.
       stream: called with (index of the prompt, new text) as text comes.
+      chat: prompts are messages of a user; put them in the chat template.
 
     Raises:
       InputError: a setting or prompt that cannot work; nothing was run.
     """
-    if isinstance(changes.get('stop'), str):
-      changes['stop'] = (changes['stop'],)
-    settings = dataclasses.replace(settings or Settings(), **changes)
-    settings.check()
-    ids = generate_lib.encode_prompts(self._tokenizer, prompts, settings.chat)
-    shape = dataclasses.replace(self.plan.config, max_context=self.context)
-    generate_lib.check_prompts(shape, ids)
-    settings.check_for(len(ids), self._tokenizer)
-    seeds = settings.seeds(range(len(ids)))
+    params = (params or SamplingParams()).replace(**changes)
+    params.check()
+    ids = generate_lib.encode_prompts(self._tokenizer, prompts, chat)
+    bounded = dataclasses.replace(self.shape.config, max_context=self.context)
+    generate_lib.check_prompts(bounded, ids)
+    params.check_for(len(ids), self._tokenizer)
+    seeds = params.seeds(range(len(ids)))
     show = stream or (lambda i, text: None)
-    ends = () if settings.ignore_end else tuple(self.ends)
-    requests = [
-      Request(
-        p,
-        min(settings.max_new_tokens, self.context - len(p)),
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.min_p,
-        seed,
-        settings.ignore_end,
-        text=Text(self._tokenizer, p, ends, settings.stop, i, show),
-      )
-      for i, (p, seed) in enumerate(zip(ids, seeds, strict=True))
-    ]
+    ends = () if params.ignore_eos else tuple(self.ends)
+    requests, texts = [], []
+    for i, (prompt, seed) in enumerate(zip(ids, seeds, strict=True)):
+      allowed = min(params.max_new_tokens, self.context - len(prompt))
+      text = Detokenizer(self._tokenizer, prompt, ends, params.stop, i, show)
+      own = params.replace(max_new_tokens=allowed, seed=seed)
+      requests.append(Request(prompt, own, detokenizer=text))
+      texts.append(text)
     self.run(requests)
     return [
-      r.text.finish(len(r.prompt), 'length' if r.room == settings.max_new_tokens else 'context')
-      for r in requests
-      if r.text is not None
+      text.finish(
+        len(r.prompt), 'length' if r.params.max_new_tokens == params.max_new_tokens else 'context'
+      )
+      for r, text in zip(requests, texts, strict=True)
     ]
 
   def figures(self) -> dict[str, Any]:
@@ -254,16 +248,16 @@ class Engine:
       tokens = [int(t) for t in drawn.token_S[new, slot]]
       request.tokens += tokens
       request.loops += [int(n) for n in drawn.loops_S[new, slot]]
-      if request.logprobs is not None:
-        request.logprobs_of += logprobs_of(drawn, new, slot, request.logprobs)
-      if tokens and not request.ignore_end and tokens[-1] in self.ends:
+      if request.params.logprobs is not None:
+        request.logprobs += logprobs_of(drawn, new, slot, request.params.logprobs)
+      if tokens and not request.params.ignore_eos and tokens[-1] in self.ends:
         request.finish = 'end'
-      elif len(request.tokens) >= request.room:
+      elif len(request.tokens) >= request.params.max_new_tokens:
         request.finish = 'length'
-      if request.text is not None:
+      if request.detokenizer is not None:
         for token in tokens:
-          request.text.extend([token])
-        if request.text.stopped:
+          request.detokenizer.extend([token])
+        if request.detokenizer.stopped:
           request.finish = 'stop'
           self._cancelled[slot] = self.running[slot] is request
       if request.finish and self.running[slot] is request:
@@ -277,17 +271,17 @@ class Engine:
     for slot, running in enumerate(self.running):
       if running is None and self.waiting:
         request = self.waiting.popleft()
-        self._table = with_request(self._table, slot, request, self._threshold, self.plan.lossless)
+        self._table = with_request(self._table, slot, request, self._threshold, self.shape.lossless)
         self.running[slot] = request
         cache = self._prefill(request.prompt[:-1])
         prompt_L = None
-        if self.plan.penalties or self.plan.lookup:
-          vocab = self.plan.config.vocab_size
+        if self.shape.penalties or self.shape.lookup:
+          vocab = self.shape.config.vocab_size
           size = bucket(len(request.prompt), self.context)
           prompt_L = np.full(size, vocab, np.int32)
           prompt_L[: len(request.prompt)] = request.prompt
         self._state = _admit(
-          self.plan,
+          self.shape,
           self._state,
           jnp.int32(slot),
           jnp.int32(request.prompt[-1]),
@@ -300,11 +294,11 @@ class Engine:
     """The cache of one row after its prompt; None for none."""
     if not len(tokens):
       return None
-    plan = self.plan
-    static = decode.Static(plan.config, plan.config.loops, plan.dtype)
+    shape = self.shape
+    static = decode.Static(shape.config, shape.config.loops, shape.dtype)
     size = bucket(len(tokens), self.context)
-    cache = _init_cache(plan.config, 1, size, plan.dtype)
-    last_1xD = jnp.zeros((1, plan.config.d_model), plan.dtype)
+    cache = _init_cache(shape.config, 1, size, shape.dtype)
+    last_1xD = jnp.zeros((1, shape.config.d_model), shape.dtype)
     length_1 = jnp.asarray([len(tokens)], jnp.int32)
     for start in range(0, len(tokens), _CHUNK):
       part = tokens[start : start + _CHUNK]

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
 from rrt.infer.engine import speculate
-from rrt.infer.engine.batch import Rows, context_of, paged_kvs, pick, pools_of, run_if
+from rrt.infer.engine.batch import Batch, context_of, pools_of, run_if
+from rrt.infer.engine.schedule import pick, sampler_priority
 from rrt.infer.engine.state import (
   EMPTY,
   IN_BLOCK,
-  LAST,
   WAIT_PRELUDE,
   WAIT_SAMPLE,
   EngineShape,
@@ -29,78 +29,77 @@ from rrt.infer.sampling import penalize, sample
 from rrt.models import passes, transformer
 
 
-def sample_tokens(plan: EngineShape, params, gate, requests, end_E, state: State):
+def sample_tokens(shape: EngineShape, params, gate, requests, end_E, state: State):
   """Coda, head and the next token of flights that are due; (state, Drawn)."""
-  f, K = state.flights, plan.flights
+  f, K = state.in_flight, shape.tokens_per_slot
   final_SxK = (f.stage_SxK == WAIT_SAMPLE) & (f.position_SxK == state.base_S[:, None])
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
-  if plan.kv == 'exact_fill' and K > 1:
+  if shape.kv == 'exact_fill' and K > 1:
     # The successor's place may still hold a token of K positions before.
     final_SxK &= next_SxK == EMPTY
   wanted_SxK = final_SxK
-  if plan.lossless:
-    wanted_SxK |= speculate.wanted(plan, requests, state, final_SxK)
-  order_SxK = jnp.where(final_SxK, 0, LAST // 4) - f.wait_SxK + LAST // 8
+  if shape.lossless:
+    wanted_SxK |= speculate.wanted(shape, requests, state, final_SxK)
   finals = jnp.sum(final_SxK)
-  enough = finals >= jnp.minimum(plan.min_sampled_tokens, jnp.sum(state.live_S))
-  go = jnp.any(wanted_SxK) & (enough if not plan.lossless else True)
+  enough = finals >= jnp.minimum(shape.min_sampled_tokens, jnp.sum(state.live_S))
+  go = jnp.any(wanted_SxK) & (enough if not shape.lossless else True)
 
   def body(carry):
     state, _ = carry
-    rows = pick(plan, wanted_SxK, order_SxK, plan.max_sampled_tokens)
+    rows = pick(shape, wanted_SxK, sampler_priority(state, final_SxK), shape.max_sampled_tokens)
     final_B = rows.live_B & rows.of(final_SxK)
-    known_B = speculate.from_text(plan, requests, state, rows)
+    known_B = speculate.from_text(shape, requests, state, rows)
     known_B = jnp.where(final_B, speculate.UNKNOWN, known_B)
     unknown_B = rows.live_B & (known_B == speculate.UNKNOWN)
 
     def read(carry):
       state, _ = carry
-      state, hidden_BxD = _coda(plan, params, gate, state, rows, final_B)
-      return state, _head(plan, params, requests, state, rows, final_B, hidden_BxD)
+      state, hidden_BxD = _coda(shape, params, gate, state, rows, final_B)
+      return state, _head(shape, params, requests, state, rows, final_B, hidden_BxD)
 
-    carry = state, (known_B, _untold(plan, rows))
-    if plan.lookup:
+    carry = state, (known_B, _untold(shape, rows))
+    if shape.lookup:
       carry = run_if(jnp.any(unknown_B), read, carry)
     else:
       carry = read(carry)
     state, (token_B, logprobs_of) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
-    state, token_S, loops_S = _commit(plan, requests, end_E, state, rows, final_B, token_B)
-    by_slot = lambda t: Rows(rows.slot_B, rows.k_B * 0, final_B).put(
-      jnp.zeros((plan.slots, 1, *t.shape[1:]), t.dtype), t
+    state, token_S, loops_S = _commit(shape, requests, end_E, state, rows, final_B, token_B)
+    by_slot = lambda t: Batch(rows.slot_B, rows.k_B * 0, final_B).put(
+      jnp.zeros((shape.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
-    state = speculate.remember(plan, state)
+    state = speculate.remember(shape, state)
     return state, SamplerOutput(token_S, loops_S, *jax.tree.map(by_slot, logprobs_of))
 
-  state, drawn = run_if(go, body, (state, empty_output(plan)))
-  f = state.flights
+  state, drawn = run_if(go, body, (state, empty_output(shape)))
+  f = state.in_flight
   waits_SxK = (f.stage_SxK == WAIT_SAMPLE) | (f.wants_draft_SxK & (f.stage_SxK != EMPTY))
   due = jnp.sum(f.stage_SxK == WAIT_SAMPLE, dtype=jnp.int32)
   counters = state.counters._replace(stalls=state.counters.stalls + due)
   keeps_SxK = jnp.where(f.stage_SxK == WAIT_PRELUDE, f.wait_SxK, 0)
   f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, keeps_SxK))
-  return state._replace(flights=f, counters=counters), drawn
+  return state._replace(in_flight=f, counters=counters), drawn
 
 
-def _coda(plan: EngineShape, params, gate, state: State, rows: Rows, final_B):
+def _coda(shape: EngineShape, params, gate, state: State, rows: Batch, final_B):
   """What rows skipped is filled, then lens and coda; (state, hidden_BxD)."""
-  c, f, R = plan.config, state.flights, plan.config.loops
+  c, f, R = shape.config, state.in_flight, shape.config.loops
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   x_Bx1xD = rows.of(f.x_SxKxD)[:, None]
-  context = context_of(plan, position_B)
+  context = context_of(shape, position_B)
   kv_pools, counters = state.kv_pools, state.counters
-  if plan.fills:
+  if shape.fills:
     # In one pass: each row once for every loop but the first.
     again = lambda t_B: jnp.tile(t_B, R - 1)
-    fills = Rows(again(rows.slot_B), again(rows.k_B), again(final_B))
+    fills = Batch(again(rows.slot_B), again(rows.k_B), again(final_B))
     loop_B = jnp.repeat(jnp.arange(1, R, dtype=jnp.int32), len(final_B))
     fills = fills._replace(live_B=fills.live_B & (fills.of(f.loop_SxK) <= loop_B))
 
     def fill(carry):
       # Of what is carried, nothing is computed before it is wanted.
       block_kvs, x_Bx1xD = carry
-      kvs = paged_kvs(block_kvs, plan.layout.block, fills, loop_B[:, None])
-      kvs = passes.fill_pass(c, params, x_Bx1xD, loop_B, context_of(plan, again(position_B)), kvs)
+      kvs = fills.paged_kvs(block_kvs, shape.layout.block, loop_B[:, None])
+      kvs = passes.fill_pass(c, params, x_Bx1xD, loop_B, context_of(shape, again(position_B)), kvs)
       return pools_of(kvs), x_Bx1xD
 
     any_fills = jnp.any(fills.live_B)
@@ -108,7 +107,7 @@ def _coda(plan: EngineShape, params, gate, state: State, rows: Rows, final_B):
     kv_pools = kv_pools._replace(block=run_if(any_fills, fill, carry)[0])
     counters = counters._replace(fill_passes=counters.fill_passes + any_fills)
   zero_Bx1 = jnp.zeros_like(rows.slot_B)[:, None]
-  kvs = paged_kvs(kv_pools.coda, plan.layout.coda, rows, zero_Bx1)
+  kvs = rows.paged_kvs(kv_pools.coda, shape.layout.coda, zero_Bx1)
   x_Bx1xD = score_lib.through_lens(gate, x_Bx1xD, rows.of(f.loop_SxK)[:, None])
   hidden_Bx1xD, kvs = passes.run_coda(c, params, x_Bx1xD, context, kvs)
   kv_pools = kv_pools._replace(coda=pools_of(kvs))
@@ -116,28 +115,28 @@ def _coda(plan: EngineShape, params, gate, state: State, rows: Rows, final_B):
   return state, hidden_Bx1xD[:, 0]
 
 
-def _head(plan: EngineShape, params, requests, state: State, rows: Rows, final_B, hidden_BxD):
+def _head(shape: EngineShape, params, requests, state: State, rows: Batch, final_B, hidden_BxD):
   """Head and draw; (token_B, what `_logprobs` tells).
 
   Where no row is final, all rows guess among the draft vocabulary.
   """
-  read = lambda params: transformer.logits_by_column(plan.config, params, hidden_BxD, plan.dtype)
+  read = lambda params: transformer.logits_by_column(shape.config, params, hidden_BxD, shape.dtype)
 
   def full():
     logits_VxB = read(params)
-    token_B = _token(plan, requests, state, rows, logits_VxB)
-    return token_B, _logprobs(plan, requests, rows, logits_VxB, token_B)
+    token_B = _token(shape, requests, state, rows, logits_VxB)
+    return token_B, _logprobs(shape, requests, rows, logits_VxB, token_B)
 
   def guess():
-    token_B = _token(plan, requests, state, rows, read(params['draft']))
-    return token_B, _untold(plan, rows)
+    token_B = _token(shape, requests, state, rows, read(params['draft']))
+    return token_B, _untold(shape, rows)
 
   if 'draft' not in params:
     return full()
   return jax.lax.cond(jnp.any(final_B), full, guess)
 
 
-def _token(plan: EngineShape, requests, state: State, rows: Rows, logits_VxB):
+def _token(shape: EngineShape, requests, state: State, rows: Batch, logits_VxB):
   """Draws a token from each row by its own rules, among the first V'.
 
   The logits are the same whether or not another row wants more than the most
@@ -146,7 +145,7 @@ def _token(plan: EngineShape, requests, state: State, rows: Rows, logits_VxB):
   slot_B = rows.slot_B
   of_rows = lambda tree: jax.tree.map(lambda t: jnp.asarray(t)[slot_B], tree)
   sampling, penalties = of_rows(requests.sampling), of_rows(requests.penalties)
-  ahead_B = rows.of(state.flights.position_SxK) - state.base_S[slot_B]
+  ahead_B = rows.of(state.in_flight.position_SxK) - state.base_S[slot_B]
   count_B = state.count_S[slot_B] + ahead_B
   wants_B = sampling.temperature_B > 0
   if state.seen is not None:
@@ -155,7 +154,7 @@ def _token(plan: EngineShape, requests, state: State, rows: Rows, logits_VxB):
 
   def by_rules():
     # All tokens have their random numbers, whichever can be drawn.
-    rest = ((0, plan.config.vocab_size - logits_VxB.shape[0]), (0, 0))
+    rest = ((0, shape.config.vocab_size - logits_VxB.shape[0]), (0, 0))
     logits_BxV = jnp.pad(logits_VxB, rest, constant_values=-jnp.inf).T
     if state.seen is not None:
       drawn_BxV = _drawn_before(state, rows)
@@ -168,9 +167,9 @@ def _token(plan: EngineShape, requests, state: State, rows: Rows, logits_VxB):
   )
 
 
-def _drawn_before(state: State, rows: Rows):
+def _drawn_before(state: State, rows: Batch):
   """How often each token was drawn up to each row's own, guesses included."""
-  f, slot_B = state.flights, rows.slot_B
+  f, slot_B = state.in_flight, rows.slot_B
   assert state.seen is not None
   drawn_BxV = state.seen.drawn_SxV[slot_B]
   position_BxK = f.position_SxK[slot_B]
@@ -180,16 +179,16 @@ def _drawn_before(state: State, rows: Rows):
   return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(drafted_BxK.astype(jnp.int32))
 
 
-def _logprobs(plan: EngineShape, requests, rows: Rows, logits_VxB, token_B):
+def _logprobs(shape: EngineShape, requests, rows: Batch, logits_VxB, token_B):
   """Log-probabilities of the rows' tokens and of the likeliest ones.
 
   Returns:
     logprob_B, top_token_BxA, top_logprob_BxA; three Nones where the plan
     tells none, zeros where no request asks.
   """
-  if plan.logprobs < 0:
+  if shape.logprobs < 0:
     return None, None, None
-  A = plan.logprobs
+  A = shape.logprobs
 
   def logprobs_of():
     log_p_BxV = jax.nn.log_softmax(logits_VxB.T, -1)
@@ -198,23 +197,23 @@ def _logprobs(plan: EngineShape, requests, rows: Rows, logits_VxB, token_B):
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
   asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
-  return jax.lax.cond(jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _untold(plan, rows))
+  return jax.lax.cond(jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _untold(shape, rows))
 
 
-def _untold(plan: EngineShape, rows: Rows):
+def _untold(shape: EngineShape, rows: Batch):
   """What `_logprobs` returns where nobody asked."""
-  if plan.logprobs < 0:
+  if shape.logprobs < 0:
     return None, None, None
-  zero_BxA = jnp.zeros((rows.slot_B.shape[0], plan.logprobs))
+  zero_BxA = jnp.zeros((rows.slot_B.shape[0], shape.logprobs))
   return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
-def _commit(plan: EngineShape, requests, end_E, state: State, rows: Rows, final_B, token_B):
+def _commit(shape: EngineShape, requests, end_E, state: State, rows: Batch, final_B, token_B):
   """Takes drawn tokens over: ends, confirms, drops and starts flights."""
-  S, K = plan.slots, plan.flights
-  f, base_S = state.flights, state.base_S
+  S, K = shape.slots, shape.tokens_per_slot
+  f, base_S = state.in_flight, state.base_S
   slots_S = jnp.arange(S)
-  final_S = Rows(rows.slot_B, rows.k_B, final_B).put(jnp.zeros((S, K), bool), True)
+  final_S = Batch(rows.slot_B, rows.k_B, final_B).put(jnp.zeros((S, K), bool), True)
   drawn_SxK = rows.put(jnp.full((S, K), -1, jnp.int32), token_B)
   k_S, next_S = base_S % K, (base_S + 1) % K
   got_S = jnp.any(final_S, 1)
@@ -229,8 +228,8 @@ def _commit(plan: EngineShape, requests, end_E, state: State, rows: Rows, final_
   accepted_S = got_S & drafted_S & (f.token_SxK[slots_S, next_S] == token_S)
   # The flight that was drawn from ends, or goes on to fill its missing loops.
   fills_S = jnp.zeros(S, bool)
-  if plan.kv == 'exact_fill':
-    fills_S = got_S & (f.loop_SxK[slots_S, k_S] < plan.config.loops)
+  if shape.kv == 'exact_fill':
+    fills_S = got_S & (f.loop_SxK[slots_S, k_S] < shape.config.loops)
   of_base_SxK = jnp.arange(K)[None, :] == k_S[:, None]
   stage_SxK = f.stage_SxK
   stage_SxK = jnp.where(
@@ -244,16 +243,16 @@ def _commit(plan: EngineShape, requests, end_E, state: State, rows: Rows, final_
     wants_draft_SxK=f.wants_draft_SxK & ~(got_S[:, None] & of_base_SxK),
     fills_SxK=jnp.where(got_S[:, None] & of_base_SxK, fills_S[:, None], f.fills_SxK),
   )
-  new = Rows(slots_S, next_S, rejected_S & ~ended_S)
+  new = Batch(slots_S, next_S, rejected_S & ~ended_S)
   f = speculate.start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
-  if plan.lossless:
+  if shape.lossless:
     # What was behind a wrong guess is gone, and so is what it would guess.
     kept = rows._replace(live_B=rows.live_B & ~rejected_S[rows.slot_B])
-    f, revised_S = speculate.take(plan, kept, final_B, token_B, f)
+    f, revised_S = speculate.take(shape, kept, final_B, token_B, f)
   n = state.counters
   add = lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32)
-  depth_SxR = loops_S[:, None] == 1 + jnp.arange(plan.config.loops)[None, :]
+  depth_SxR = loops_S[:, None] == 1 + jnp.arange(shape.config.loops)[None, :]
   seen = state.seen
   if seen is not None:
     add_S = got_S.astype(jnp.int32)
@@ -263,10 +262,10 @@ def _commit(plan: EngineShape, requests, end_E, state: State, rows: Rows, final_
     live_S=state.live_S & ~ended_S,
     base_S=base_S + got_S,
     count_S=count_S,
-    flights=f,
+    in_flight=f,
     counters=n._replace(
-      max_sampled_tokens=add(n.max_sampled_tokens, rows.live_B),
-      draw_steps=n.draw_steps + 1,
+      sampled_tokens=add(n.sampled_tokens, rows.live_B),
+      sampler_steps=n.sampler_steps + 1,
       draft_tokens=add(n.draft_tokens, got_S & drafted_S),
       num_accepted=add(n.num_accepted, accepted_S),
       num_revised=add(n.num_revised, revised_S),

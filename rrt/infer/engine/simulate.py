@@ -46,24 +46,24 @@ class Policy:
   fills: bool = False
 
   @classmethod
-  def of(cls, plan) -> Policy:
+  def of(cls, shape) -> Policy:
     """That of an engine's plan.
 
     Raises:
       InputError: a slot of the plan may have several tokens under way.
     """
-    if plan.flights > 1:
+    if shape.tokens_per_slot > 1:
       raise InputError(
         'Only schedules of one token a slot are simulated, not the lossless mode nor exact_fill.'
       )
     return cls(
-      plan.slots,
-      plan.config.loops,
-      plan.max_sampled_tokens,
-      plan.min_sampled_tokens,
-      plan.steps,
-      plan.page,
-      plan.fills,
+      shape.slots,
+      shape.config.loops,
+      shape.max_sampled_tokens,
+      shape.min_sampled_tokens,
+      shape.steps,
+      shape.page,
+      shape.fills,
     )
 
 
@@ -79,7 +79,7 @@ class Passes:
     draw_pages, enter_pages: passes of coda and head and of the prelude,
       likewise.
     fill_passes: draws that filled the loops which their tokens skipped.
-    max_batch_tokens: lanes that ran a token.
+    batch_tokens: tokens that block steps ran.
     stalls: tokens that waited a step for a pass of coda and head or of the
       prelude.
     prompts: lengths of what was prefilled.
@@ -89,7 +89,7 @@ class Passes:
   calls: int = 0
   steps: int = 0
   fill_passes: int = 0
-  max_batch_tokens: int = 0
+  batch_tokens: int = 0
   stalls: int = 0
   block_pages: list[int] = dataclasses.field(default_factory=list)
   draw_pages: list[int] = dataclasses.field(default_factory=list)
@@ -172,7 +172,7 @@ def schedule(
         break
       runs = stage == _RUN
       found.steps += 1
-      found.max_batch_tokens += int(runs.sum())
+      found.batch_tokens += int(runs.sum())
       found.block_pages.append(pages(runs) if runs.any() else 0)
       loop[runs] += 1
       due = depth_SxT[np.arange(S), count % depth_SxT.shape[1]]

@@ -16,16 +16,16 @@ S slots, K flights a slot, B rows of a pass, C context.
 
 import jax.numpy as jnp
 
-from rrt.infer.engine.batch import Rows
+from rrt.infer.engine.batch import Batch
 from rrt.infer.engine.state import EMPTY, LAST, WAIT_PRELUDE, EngineShape, InFlightTokens, State
 from rrt.models import transformer
 
 UNKNOWN = -1
 
 
-def wanted(plan: EngineShape, requests, state: State, final_SxK):
+def wanted(shape: EngineShape, requests, state: State, final_SxK):
   """Flights from which a guess is to be drawn now, bool [S, K]."""
-  f = state.flights
+  f = state.in_flight
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
   wants_draft_SxK = f.wants_draft_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
   follows_SxK = jnp.roll(f.position_SxK, -1, 1) == f.position_SxK + 1
@@ -37,21 +37,21 @@ def wanted(plan: EngineShape, requests, state: State, final_SxK):
   number_SxK = state.count_S[:, None] + ahead_SxK + 1
   draft_SxK &= number_SxK < requests.max_new_tokens_S[:, None]
   # Guesses are for lanes that would be empty.
-  free = plan.max_batch_tokens - jnp.sum(f.stage_SxK != EMPTY)
+  free = shape.max_batch_tokens - jnp.sum(f.stage_SxK != EMPTY)
   rank_SxK = jnp.cumsum(draft_SxK.reshape(-1)).reshape(draft_SxK.shape)
   draft_SxK &= rank_SxK <= free
   return draft_SxK | redraft_SxK
 
 
-def with_draft_head(plan: EngineShape, params):
+def with_draft_head(shape: EngineShape, params):
   """The parameters with the rows of the head that guesses are made of."""
-  if not plan.lossless or plan.draft_vocab == plan.config.vocab_size:
+  if not shape.lossless or shape.draft_vocab == shape.config.vocab_size:
     return params
-  draft = transformer.head_of_first(plan.config, params, plan.draft_vocab)
+  draft = transformer.head_of_first(shape.config, params, shape.draft_vocab)
   return {**params, 'draft': draft}
 
 
-def from_text(plan: EngineShape, requests, state: State, rows: Rows):
+def from_text(shape: EngineShape, requests, state: State, rows: Batch):
   """The token that followed the rows' last `lookup` tokens before, int [B].
 
   Where they stand several times, the last one counts. UNKNOWN where they do
@@ -61,10 +61,10 @@ def from_text(plan: EngineShape, requests, state: State, rows: Rows):
   if state.text_SxC is None:
     return unknown_B
   text_BxC = state.text_SxC[rows.slot_B]
-  position_B = rows.of(state.flights.position_SxK)
+  position_B = rows.of(state.in_flight.position_SxK)
   at_1xC = jnp.arange(text_BxC.shape[1])[None, :]
-  same_BxC = (at_1xC < position_B[:, None]) & (at_1xC >= plan.lookup - 1)
-  for back in range(plan.lookup):
+  same_BxC = (at_1xC < position_B[:, None]) & (at_1xC >= shape.lookup - 1)
+  for back in range(shape.lookup):
     at_Bx1 = jnp.maximum(position_B - back, 0)[:, None]
     token_Bx1 = jnp.take_along_axis(text_BxC, at_Bx1, 1)
     same_BxC &= jnp.roll(text_BxC, back, 1) == token_Bx1
@@ -75,24 +75,24 @@ def from_text(plan: EngineShape, requests, state: State, rows: Rows):
   return jnp.where(known_B, next_B, unknown_B)
 
 
-def remember(plan: EngineShape, state: State) -> State:
+def remember(shape: EngineShape, state: State) -> State:
   """Writes the tokens under way into the text that is looked through."""
   if state.text_SxC is None:
     return state
-  f = state.flights
-  slot_Sx1 = jnp.arange(plan.slots)[:, None]
-  at_SxK = jnp.where(f.stage_SxK == EMPTY, plan.context, f.position_SxK)
+  f = state.in_flight
+  slot_Sx1 = jnp.arange(shape.slots)[:, None]
+  at_SxK = jnp.where(f.stage_SxK == EMPTY, shape.context, f.position_SxK)
   text_SxC = state.text_SxC.at[slot_Sx1, at_SxK].set(f.token_SxK, mode='drop')
   return state._replace(text_SxC=text_SxC)
 
 
-def take(plan: EngineShape, rows: Rows, final_B, token_B, f: InFlightTokens):
+def take(shape: EngineShape, rows: Batch, final_B, token_B, f: InFlightTokens):
   """Takes the guesses of flights that are still there; (flights, revised_S).
 
   A guess that differs from the one under way, which a loop before made, drops
   it and what is younger.
   """
-  after_B, position_B = (rows.k_B + 1) % plan.flights, rows.of(f.position_SxK)
+  after_B, position_B = (rows.k_B + 1) % shape.tokens_per_slot, rows.of(f.position_SxK)
   behind_B = rows.slot_B, after_B
   asked_B = rows.live_B & ~final_B & (rows.of(f.stage_SxK) != EMPTY)
   f = f._replace(wants_draft_SxK=rows._replace(live_B=asked_B).put(f.wants_draft_SxK, False))
@@ -100,18 +100,18 @@ def take(plan: EngineShape, rows: Rows, final_B, token_B, f: InFlightTokens):
   flies_B &= f.position_SxK[behind_B] == position_B + 1
   revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
   # A draw without a final token could not have drawn what is beyond these.
-  could_B = f.token_SxK[behind_B] < plan.draft_vocab
+  could_B = f.token_SxK[behind_B] < shape.draft_vocab
   revises_B &= could_B | jnp.any(final_B)
   # The oldest revision of a slot counts; the flights behind it go.
-  cut_S = jnp.full(plan.slots, LAST).at[rows.slot_B].min(jnp.where(revises_B, position_B, LAST))
+  cut_S = jnp.full(shape.slots, LAST).at[rows.slot_B].min(jnp.where(revises_B, position_B, LAST))
   gone_SxK = f.position_SxK > cut_S[:, None]
   f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
   starts_B = asked_B & (position_B <= cut_S[rows.slot_B])
   starts_B &= f.stage_SxK[behind_B] == EMPTY
-  return (start(f, Rows(*behind_B, starts_B), token_B, position_B + 1), cut_S < LAST)
+  return (start(f, Batch(*behind_B, starts_B), token_B, position_B + 1), cut_S < LAST)
 
 
-def start(f: InFlightTokens, rows: Rows, token_B, position_B) -> InFlightTokens:
+def start(f: InFlightTokens, rows: Batch, token_B, position_B) -> InFlightTokens:
   """New flights, which wait for the prelude."""
   return f._replace(
     stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, WAIT_PRELUDE)),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.infer.sampling import Array, Penalties, Sampling
+from rrt.infer.sampling import Array, PenaltyArrays, SamplingArrays
 from rrt.models import pages
 
 # Stages of a flight: none, waits for the prelude, in the block, waits for the
@@ -37,7 +37,7 @@ class EngineShape:
     max_batch_tokens: N, flights that one block step runs, at most S * K.
     max_sampled_tokens: M, flights that one draw takes.
     min_sampled_tokens: a draw waits until this many flights are due, or all that live.
-    flights: K; 1, or R for 'exact_fill' and lossless.
+    tokens_per_slot: K; 1, or R for 'exact_fill' and lossless.
     steps: of one call.
     least_rows: of a pass; rows that no flight fills are computed for nothing.
     kv: what the loops that a token skipped keep of it; see `EngineConfig`.
@@ -63,7 +63,7 @@ class EngineShape:
   max_batch_tokens: int
   max_sampled_tokens: int
   min_sampled_tokens: int
-  flights: int
+  tokens_per_slot: int
   steps: int
   least_rows: int = 1
   kv: str = 'own'
@@ -99,8 +99,8 @@ class Requests(NamedTuple):
   max_new_tokens_S: Array
   ends_S: Array
   threshold_S: Array
-  sampling: Sampling
-  penalties: Penalties
+  sampling: SamplingArrays
+  penalties: PenaltyArrays
   logprobs_S: Array
   lossless_S: Array
 
@@ -147,25 +147,25 @@ class Counters(NamedTuple):
 
   Attributes:
     steps: block steps.
-    max_batch_tokens: lanes that ran a flight.
-    stalls: flights that were due, or had to enter, and waited a step: for a
-      place in a pass, for the others of the pool, or, guesses, for the
-      oldest. Flights without a lane are not counted.
-    max_sampled_tokens: rows drawn from, guesses included.
-    draw_steps: steps in which tokens or guesses were drawn.
+    batch_tokens: tokens that block steps ran (lanes in use).
+    stalls: steps that tokens waited for the sampler or the prelude: for a row
+      of the batch, for `min_sampled_tokens`, or, drafts, for the oldest token.
+      Waiting for a block step is not counted.
+    sampled_tokens: rows of the sampler, drafts included.
+    sampler_steps: steps in which the sampler ran.
     fill_passes: steps that filled the loops which their tokens skipped
       (`propagate`).
-    draft_tokens: guesses that were verified.
-    num_accepted: of those, the ones that full depth confirmed.
-    num_revised: guesses that a deeper loop replaced before.
-    depths_R: tokens by the loop after which they were drawn.
+    draft_tokens: draft tokens that were verified.
+    num_accepted: of those, the ones that full depth sampled too.
+    num_revised: draft tokens that a deeper loop replaced before.
+    depths_R: tokens by the loop after which they were sampled.
   """
 
   steps: jax.Array
-  max_batch_tokens: jax.Array
+  batch_tokens: jax.Array
   stalls: jax.Array
-  max_sampled_tokens: jax.Array
-  draw_steps: jax.Array
+  sampled_tokens: jax.Array
+  sampler_steps: jax.Array
   fill_passes: jax.Array
   draft_tokens: jax.Array
   num_accepted: jax.Array
@@ -180,7 +180,7 @@ class State(NamedTuple):
     live_S: whether the slot has a sequence that goes on.
     base_S: position of the oldest token whose successor is not drawn yet.
     count_S: how many tokens are drawn.
-    flights: tokens under way.
+    in_flight: tokens under way.
     kv_pools: the cache.
     counters: statistics.
     seen: tokens by slot; None without penalties.
@@ -191,7 +191,7 @@ class State(NamedTuple):
   live_S: jax.Array
   base_S: jax.Array
   count_S: jax.Array
-  flights: InFlightTokens
+  in_flight: InFlightTokens
   kv_pools: pages.KVPools
   counters: Counters
   seen: Seen | None
@@ -216,47 +216,47 @@ class SamplerOutput(NamedTuple):
   top_logprob_SxA: jax.Array | None
 
 
-def empty_output(plan: EngineShape) -> SamplerOutput:
+def empty_output(shape: EngineShape) -> SamplerOutput:
   """The draws of a step that drew nothing."""
-  none_S = jnp.full(plan.slots, -1, jnp.int32)
-  if plan.logprobs < 0:
+  none_S = jnp.full(shape.slots, -1, jnp.int32)
+  if shape.logprobs < 0:
     return SamplerOutput(none_S, none_S, None, None, None)
-  zero_SxA = jnp.zeros((plan.slots, plan.logprobs))
+  zero_SxA = jnp.zeros((shape.slots, shape.logprobs))
   tokens_SxA = zero_SxA.astype(jnp.int32)
-  return SamplerOutput(none_S, none_S, jnp.zeros(plan.slots), tokens_SxA, zero_SxA)
+  return SamplerOutput(none_S, none_S, jnp.zeros(shape.slots), tokens_SxA, zero_SxA)
 
 
-def init_state(plan: EngineShape) -> State:
+def init_state(shape: EngineShape) -> State:
   """All slots free."""
-  S, K, R = plan.slots, plan.flights, plan.config.loops
+  S, K, R = shape.slots, shape.tokens_per_slot, shape.config.loops
   zero = jnp.zeros((), jnp.int32)
   table = jnp.zeros((S, K), jnp.int32)
   off = jnp.zeros((S, K), bool)
-  x = jnp.zeros((S, K, plan.config.d_model), plan.dtype)
+  x = jnp.zeros((S, K, shape.config.d_model), shape.dtype)
   seen = None
-  if plan.penalties:
-    none_SxV = jnp.zeros((S, plan.config.vocab_size), jnp.int32)
+  if shape.penalties:
+    none_SxV = jnp.zeros((S, shape.config.vocab_size), jnp.int32)
     seen = Seen(none_SxV, none_SxV.astype(bool))
   text_SxC = None
-  if plan.lookup:
-    text_SxC = jnp.zeros((S, plan.context), jnp.int32)
+  if shape.lookup:
+    text_SxC = jnp.zeros((S, shape.context), jnp.int32)
   return State(
     jnp.zeros(S, bool),
     jnp.zeros(S, jnp.int32),
     jnp.zeros(S, jnp.int32),
     InFlightTokens(table, table, table, table, table, off, off, x),
-    pages.init_pools(plan.config, plan.layout, plan.page, plan.kv_dtype),
+    pages.init_pools(shape.config, shape.layout, shape.page, shape.kv_dtype),
     Counters(zero, zero, zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)),
     seen,
     text_SxC,
   )
 
 
-def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_L) -> State:
+def admit(shape: EngineShape, state: State, slot, token, position, cache, prompt_L) -> State:
   """Puts a sequence into a slot.
 
   Args:
-    plan: the engine's.
+    shape: the engine's.
     state: its state; the slot is overwritten.
     slot: int scalar.
     token: the prompt's last token.
@@ -266,8 +266,8 @@ def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_
     prompt_L: the prompt's tokens, padded with V; None without penalties and
       lookup.
   """
-  f = state.flights
-  k = position % plan.flights
+  f = state.in_flight
+  k = position % shape.tokens_per_slot
   f = f._replace(
     stage_SxK=f.stage_SxK.at[slot].set(EMPTY).at[slot, k].set(WAIT_PRELUDE),
     token_SxK=f.token_SxK.at[slot, k].set(token),
@@ -285,12 +285,12 @@ def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_
     block = list(kv_pools.block)
     for r, kvs in enumerate(cache.block):
       for n, kv in enumerate(kvs):
-        block[n] = put(block[n], plan.layout.block[n], r, kv)
+        block[n] = put(block[n], shape.layout.block[n], r, kv)
     ends = [
       tuple(put(s, g, 0, kv) for s, g, kv in zip(*part, strict=True))
       for part in (
-        (kv_pools.prelude, plan.layout.prelude, cache.prelude),
-        (kv_pools.coda, plan.layout.coda, cache.coda),
+        (kv_pools.prelude, shape.layout.prelude, cache.prelude),
+        (kv_pools.coda, shape.layout.coda, cache.coda),
       )
     ]
     kv_pools = pages.KVPools(ends[0], tuple(block), ends[1])
@@ -307,7 +307,7 @@ def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_
     live_S=state.live_S.at[slot].set(True),
     base_S=state.base_S.at[slot].set(position),
     count_S=state.count_S.at[slot].set(0),
-    flights=f,
+    in_flight=f,
     kv_pools=kv_pools,
     seen=seen,
     text_SxC=text_SxC,
@@ -316,6 +316,6 @@ def admit(plan: EngineShape, state: State, slot, token, position, cache, prompt_
 
 def drop(state: State, gone_S) -> State:
   """Ends the sequences of some slots."""
-  f = state.flights
+  f = state.in_flight
   stage_SxK = jnp.where(gone_S[:, None], EMPTY, f.stage_SxK)
-  return state._replace(live_S=state.live_S & ~gone_S, flights=f._replace(stage_SxK=stage_SxK))
+  return state._replace(live_S=state.live_S & ~gone_S, in_flight=f._replace(stage_SxK=stage_SxK))

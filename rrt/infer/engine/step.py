@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from rrt.exits import score as score_lib
-from rrt.infer.engine.batch import context_of, paged_kvs, pick, pools_of, run_if
+from rrt.infer.engine.batch import context_of, pools_of, run_if
 from rrt.infer.engine.sampler import sample_tokens
+from rrt.infer.engine.schedule import block_priority, pick, prelude_priority
 from rrt.infer.engine.state import (
   EMPTY,
   IN_BLOCK,
-  LAST,
   WAIT_PRELUDE,
   WAIT_SAMPLE,
   EngineShape,
@@ -35,11 +35,11 @@ from rrt.infer.engine.state import (
 from rrt.models import passes
 
 
-def call(plan: EngineShape, params, gate, requests: Requests, end_E, state: State):
-  """Runs `plan.steps` steps, fewer if no sequence is left.
+def call(shape: EngineShape, params, gate, requests: Requests, end_E, state: State):
+  """Runs `shape.steps` steps, fewer if no sequence is left.
 
   Args:
-    plan: what is compiled for.
+    shape: what is compiled for.
     params: of the model, unstacked and in the plan's dtype.
     gate: arrays of the exit gate.
     requests: what each slot asked for.
@@ -52,40 +52,35 @@ def call(plan: EngineShape, params, gate, requests: Requests, end_E, state: Stat
 
   def body(carry):
     i, state, all_drawn = carry
-    state = run_block(plan, params, gate, requests, state)
-    state, drawn = sample_tokens(plan, params, gate, requests, end_E, state)
-    state = run_prelude(plan, params, state)
+    state = run_block(shape, params, gate, requests, state)
+    state, drawn = sample_tokens(shape, params, gate, requests, end_E, state)
+    state = run_prelude(shape, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)
 
-  none = jax.tree.map(lambda t: jnp.broadcast_to(t, (plan.steps, *t.shape)), empty_output(plan))
+  none = jax.tree.map(lambda t: jnp.broadcast_to(t, (shape.steps, *t.shape)), empty_output(shape))
   # A sequence that was just admitted has not been through the prelude.
-  carry = (jnp.int32(0), run_prelude(plan, params, state), none)
+  carry = (jnp.int32(0), run_prelude(shape, params, state), none)
   _, state, drawn = jax.lax.while_loop(
-    lambda c: (c[0] < plan.steps) & jnp.any(c[1].live_S), body, carry
+    lambda c: (c[0] < shape.steps) & jnp.any(c[1].live_S), body, carry
   )
   return state, drawn, state.counters
 
 
-def run_block(plan: EngineShape, params, gate, requests, state: State) -> State:
+def run_block(shape: EngineShape, params, gate, requests, state: State) -> State:
   """One loop of the block for the picked flights; some then leave it."""
-  c, f, R = plan.config, state.flights, plan.config.loops
-  S = plan.slots
-  # The oldest of each slot first: a token needs its predecessors' keys and
-  # values of the same loop, and guesses yield to what is sure.
-  age_SxK = f.position_SxK - state.base_S[:, None] + plan.flights
-  order_SxK = age_SxK * S + jnp.arange(S, dtype=jnp.int32)[:, None]
-  rows = pick(plan, f.stage_SxK == IN_BLOCK, order_SxK, plan.max_batch_tokens)
+  c, f, R = shape.config, state.in_flight, shape.config.loops
+  rows = pick(shape, f.stage_SxK == IN_BLOCK, block_priority(shape, state), shape.max_batch_tokens)
   loop_B = jnp.where(rows.live_B, rows.of(f.loop_SxK), 0)
   position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
   before_BxD = rows.of(f.x_SxKxD)
   loop_BxW = loop_B[:, None]
-  if plan.kv == 'write_ahead':
+  if shape.kv == 'write_ahead':
     ahead_1xR = jnp.arange(R, dtype=jnp.int32)[None, :]
     loop_BxW = jnp.minimum(loop_BxW + ahead_1xR, R - 1)
-  kvs = paged_kvs(state.kv_pools.block, plan.layout.block, rows, loop_BxW)
+  kvs = rows.paged_kvs(state.kv_pools.block, shape.layout.block, loop_BxW)
   x_Bx1xD, kvs = passes.block_pass(
-    c, params, before_BxD[:, None], loop_B, context_of(plan, position_B), kvs, scan=False
+    c, params, before_BxD[:, None], loop_B, context_of(shape, position_B), kvs, scan=False
   )
   after_BxD = x_Bx1xD[:, 0]
 
@@ -93,9 +88,9 @@ def run_block(plan: EngineShape, params, gate, requests, state: State) -> State:
   fills_B = rows.of(f.fills_SxK)
   lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
   leaves_B = loop_B == R
-  if plan.gate != 'none':
+  if shape.gate != 'none':
     sure_B = score_lib.score(
-      plan.gate,
+      shape.gate,
       gate,
       before_BxD,
       after_BxD,
@@ -108,8 +103,8 @@ def run_block(plan: EngineShape, params, gate, requests, state: State) -> State:
     leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, WAIT_SAMPLE), IN_BLOCK)
   wants_draft_SxK = f.wants_draft_SxK
-  if plan.lossless:
-    wants_draft_B = rows.of(wants_draft_SxK) | ((loop_B >= plan.draft_loop) & lossless_B)
+  if shape.lossless:
+    wants_draft_B = rows.of(wants_draft_SxK) | ((loop_B >= shape.draft_loop) & lossless_B)
     wants_draft_SxK = rows.put(wants_draft_SxK, wants_draft_B)
   f = f._replace(
     stage_SxK=rows.put(f.stage_SxK, stage_B),
@@ -119,32 +114,29 @@ def run_block(plan: EngineShape, params, gate, requests, state: State) -> State:
   )
   counters = state.counters
   return state._replace(
-    flights=f,
+    in_flight=f,
     kv_pools=state.kv_pools._replace(block=pools_of(kvs)),
     counters=counters._replace(
       steps=counters.steps + 1,
-      max_batch_tokens=counters.max_batch_tokens + jnp.sum(rows.live_B, dtype=jnp.int32),
+      batch_tokens=counters.batch_tokens + jnp.sum(rows.live_B, dtype=jnp.int32),
     ),
   )
 
 
-def run_prelude(plan: EngineShape, params, state: State) -> State:
+def run_prelude(shape: EngineShape, params, state: State) -> State:
   """Embedding and prelude of flights that wait for them."""
-  wanted_SxK = state.flights.stage_SxK == WAIT_PRELUDE
+  wanted_SxK = state.in_flight.stage_SxK == WAIT_PRELUDE
 
   def body(state):
-    f = state.flights
-    # Of a slot's tokens the older one first, whose keys the younger reads.
-    ahead_SxK = f.position_SxK - state.base_S[:, None]
-    order_SxK = LAST // 2 - f.wait_SxK * (plan.flights + 1) + ahead_SxK
-    rows = pick(plan, wanted_SxK, order_SxK, plan.max_sampled_tokens)
+    f = state.in_flight
+    rows = pick(shape, wanted_SxK, prelude_priority(shape, state), shape.max_sampled_tokens)
     position_B = jnp.where(rows.live_B, rows.of(f.position_SxK), 0)
     token_B = jnp.where(rows.live_B, rows.of(f.token_SxK), 0)
     zero_Bx1 = jnp.zeros_like(token_B)[:, None]
     kv_pools = state.kv_pools
-    kvs = paged_kvs(kv_pools.prelude, plan.layout.prelude, rows, zero_Bx1)
+    kvs = rows.paged_kvs(kv_pools.prelude, shape.layout.prelude, zero_Bx1)
     x_Bx1xD, kvs = passes.run_prelude(
-      plan.config, params, token_B[:, None], context_of(plan, position_B), kvs, plan.dtype
+      shape.config, params, token_B[:, None], context_of(shape, position_B), kvs, shape.dtype
     )
     stage_B = jnp.full_like(token_B, IN_BLOCK)
     f = f._replace(
@@ -155,7 +147,7 @@ def run_prelude(plan: EngineShape, params, state: State) -> State:
     n = state.counters
     stalls = n.stalls + jnp.sum(waits_SxK, dtype=jnp.int32)
     return state._replace(
-      flights=f,
+      in_flight=f,
       kv_pools=kv_pools._replace(prelude=pools_of(kvs)),
       counters=n._replace(stalls=stalls),
     )

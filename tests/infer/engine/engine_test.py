@@ -23,7 +23,7 @@ from rrt.infer.engine.config import EngineConfig
 from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.engine.request import empty_table
 from rrt.infer.engine.state import EMPTY, ENTER, init_state
-from rrt.infer.sampling import Sampling
+from rrt.infer.sampling import SamplingArrays, SamplingParams
 from rrt.models import params as params_lib
 from rrt.models.params import cast
 from rrt.models.stack import unstack
@@ -68,7 +68,7 @@ def expected(name, **rest):
 def written(engine, order=None, **settings):
   """What the engine makes of all prompts, submitted in some order."""
   order = range(len(PROMPTS)) if order is None else order
-  requests = {i: Request(PROMPTS[i], ROOMS[i], ignore_end=True, **settings) for i in order}
+  requests = {i: Request.of(PROMPTS[i], ROOMS[i], ignore_eos=True, **settings) for i in order}
   engine.run(requests.values())
   assert all(r.finish == 'length' for r in requests.values())
   return [(requests[i].tokens, requests[i].loops) for i in range(len(PROMPTS))]
@@ -124,7 +124,7 @@ def test_a_step_without_a_draw_computes_no_head():
   m = types.SimpleNamespace(config=config, params=perturbed(config), tokenizer=None, meta={})
   e = Engine(m, slots=3, page=8, steps=2)
   text = (
-    engines._call.lower(e.plan, e._params, e._gate, e._table, e._end_E, e._state)
+    engines._call.lower(e.shape, e._params, e._gate, e._table, e._end_E, e._state)
     .compile()
     .as_text()
   )
@@ -142,8 +142,8 @@ def test_a_step_without_a_draw_computes_no_head():
 
 def test_draws_are_sized_by_the_expected_depth(monkeypatch):
   config = dataclasses.replace(model('llama').config, prelude_layers=0, coda_layers=0)
-  sized = lambda slots=32, **more: EngineConfig(slots=slots, **more).plan(config)
-  shape = lambda plan: (plan.max_sampled_tokens, plan.min_sampled_tokens)
+  sized = lambda slots=32, **more: EngineConfig(slots=slots, **more).shape(config)
+  shape = lambda shape: (shape.max_sampled_tokens, shape.min_sampled_tokens)
   # A draw of all costs little more than one of few, and waits for a third.
   assert shape(sized()) == (32, 10)
   score_lib = dict(gate='learned', threshold=0.5, kv='propagate')
@@ -282,8 +282,8 @@ def test_lossless_equals_full_depth(name, options):
   engine = Engine(model(name), lossless=True, **options)
   assert written(engine) == expected(name)
   figures = engine.figures()
-  assert 0 < figures['right'] < figures['guesses']
-  assert bool(figures['revised']) == (options.get('draft_loop', 1) == 1)
+  assert 0 < figures['num_accepted'] < figures['draft_tokens']
+  assert bool(figures['num_revised']) == (options.get('draft_loop', 1) == 1)
   # Right guesses save steps; even wrong ones cost none.
   alone = Engine(model(name), slots=options['slots'], page=8, steps=options['steps'])
   written(alone)
@@ -309,13 +309,13 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
   )
   kinds = [dict(threshold=0.5), {}, dict(threshold=0.5, lossless=True)]
   requests = [
-    Request(p, n, ignore_end=True, **kinds[i % 3])
+    Request.of(p, n, ignore_eos=True, **kinds[i % 3])
     for i, (p, n) in enumerate(zip(PROMPTS, ROOMS, strict=True))
   ]
   engine.run(requests)
   for i, r in enumerate(requests):
     assert (r.tokens, r.loops) == (exact[i] if i % 3 else early[i])
-  assert engine.figures()['guesses']
+  assert engine.figures()['draft_tokens']
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
 )
 def test_a_guess_stays_a_loop_behind_its_predecessor(options):
   engine = Engine(model('llama'), lossless=True, slots=4, page=8, steps=1, **options)
-  waiting = [Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True)]
+  waiting = [Request.of(p, n, ignore_eos=True) for p, n in zip(PROMPTS, ROOMS, strict=True)]
   pairs = 0
   for step in itertools.count():
     # Not all at once, so that guesses fly when new sequences need lanes.
@@ -339,11 +339,11 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
       break
     engine.step()
     state = jax.device_get(engine._state)
-    f = state.flights
+    f = state.in_flight
     for slot in range(4):
       under_way = [
         (int(f.position_SxK[slot, k]), int(f.stage_SxK[slot, k]), int(f.loop_SxK[slot, k]))
-        for k in range(engine.plan.flights)
+        for k in range(engine.shape.tokens_per_slot)
         if f.stage_SxK[slot, k] != EMPTY
       ]
       under_way.sort()
@@ -363,33 +363,33 @@ def test_two_hundred_prompts_lossless_as_at_full_depth():
   texts = {}
   for lossless in (False, True):
     engine = Engine(model('llama'), slots=6, page=8, steps=8, context=24, lossless=lossless)
-    done = engine.run(Request(p, 12, ignore_end=True) for p in prompts)
+    done = engine.run(Request.of(p, 12, ignore_eos=True) for p in prompts)
     texts[lossless] = [r.tokens for r in done]
-  assert engine.figures()['right'] > 50
-  assert engine.figures()['guesses'] - engine.figures()['right'] > 50
+  assert engine.figures()['num_accepted'] > 50
+  assert engine.figures()['draft_tokens'] - engine.figures()['num_accepted'] > 50
   assert texts[True] == texts[False]
 
 
 @pytest.mark.parametrize('lookup', [1, 2, 3])
 def test_what_followed_before_is_guessed(lookup):
   rng = np.random.default_rng(lookup)
-  plan = EngineConfig(slots=8, context=24, page=8, lossless=True, lookup=lookup).plan(
+  shape = EngineConfig(slots=8, context=24, page=8, lossless=True, lookup=lookup).shape(
     model('llama').config
   )
-  K = plan.flights
+  K = shape.tokens_per_slot
   text_SxC = rng.integers(0, 4, (8, 24))
   position_SxK = rng.integers(0, 24, (8, K))
   # What the one that draws at random would find anywhere.
   text_SxC[7], position_SxK[7] = 3, 20
-  state = init_state(plan)
+  state = init_state(shape)
   state = state._replace(
     text_SxC=jax.numpy.asarray(text_SxC),
-    flights=state.flights._replace(position_SxK=jax.numpy.asarray(position_SxK)),
+    flights=state.in_flight._replace(position_SxK=jax.numpy.asarray(position_SxK)),
   )
   table = empty_table(8)
   table.sampling.temperature_B[7] = 0.5
   rows = Rows(np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool))
-  got = speculate.from_text(plan, table, state, rows)
+  got = speculate.from_text(shape, table, state, rows)
   want = []
   for slot, k in zip(rows.slot_B, rows.k_B, strict=True):
     text, p = text_SxC[slot].tolist(), position_SxK[slot, k]
@@ -407,7 +407,7 @@ def test_what_followed_before_is_guessed(lookup):
 def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
   engine = Engine(model('llama'), slots=2, page=8, steps=4, context=64, lossless=True)
   rooms = 24, 3, 9, 5, 2
-  requests = [Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, rooms, strict=False)]
+  requests = [Request.of(p, n, ignore_eos=True) for p, n in zip(PROMPTS, rooms, strict=False)]
   last = {}
   for request in requests:
     engine.submit(request)
@@ -428,26 +428,26 @@ def test_text_that_repeats_itself_is_guessed_from_it():
     engine = Engine(
       model('llama'), slots=1, page=8, steps=4, context=64, lossless=True, lookup=lookup
     )
-    done = engine.run(Request(p, 32, ignore_end=True) for p in PROMPTS[:3])
+    done = engine.run(Request.of(p, 32, ignore_eos=True) for p in PROMPTS[:3])
     texts[lookup] = [r.tokens for r in done]
     figures[lookup] = engine.figures()
   assert texts[2] == texts[0]
-  assert figures[2]['right'] > figures[0]['right']
+  assert figures[2]['num_accepted'] > figures[0]['num_accepted']
   assert figures[2]['steps'] < figures[0]['steps']
 
 
 def test_speculation_ends_where_no_lane_is_free():
   engine = Engine(model('llama'), lossless=True, slots=2, max_batch_tokens=2, page=8, steps=4)
-  request = lambda: Request(PROMPTS[1], ROOMS[1], ignore_end=True)
+  request = lambda: Request.of(PROMPTS[1], ROOMS[1], ignore_eos=True)
   engine.run([request(), request()])
-  assert engine.figures()['guesses'] == 0
+  assert engine.figures()['draft_tokens'] == 0
   engine.run([request()])
-  assert engine.figures()['guesses'] > 0
+  assert engine.figures()['draft_tokens'] > 0
 
 
 def test_lossless_sampling_equals_full_depth_sampling():
   one = lambda v, kind: np.array([v], kind)
-  sampling = Sampling(
+  sampling = SamplingArrays(
     one(0.7, np.float32),
     one(9, np.int32),
     one(0.95, np.float32),
@@ -466,7 +466,7 @@ def test_lossless_sampling_equals_full_depth_sampling():
 def test_requests_keep_their_own_rules_side_by_side(lossless):
   m = model('llama')
   one = lambda v, kind: np.array([v], kind)
-  sampling = Sampling(
+  sampling = SamplingArrays(
     one(0.9, np.float32),
     one(0, np.int32),
     one(1, np.float32),
@@ -475,10 +475,17 @@ def test_requests_keep_their_own_rules_side_by_side(lossless):
   )
   costs = (0.3, 0.2, 1.3)
   plain, hot, dear, told = (
-    Request(PROMPTS[2], 14, ignore_end=True),
-    Request(PROMPTS[2], 14, 0.9, seed=5, ignore_end=True),
-    Request(PROMPTS[2], 14, presence=0.3, frequency=0.2, repetition=1.3, ignore_end=True),
-    Request(PROMPTS[2], 14, logprobs=3, ignore_end=True),
+    Request.of(PROMPTS[2], 14, ignore_eos=True),
+    Request.of(PROMPTS[2], 14, 0.9, seed=5, ignore_eos=True),
+    Request.of(
+      PROMPTS[2],
+      14,
+      presence_penalty=0.3,
+      frequency_penalty=0.2,
+      repetition_penalty=1.3,
+      ignore_eos=True,
+    ),
+    Request.of(PROMPTS[2], 14, logprobs=3, ignore_eos=True),
   )
   engine = Engine(m, slots=3, page=8, steps=4, penalties=True, logprobs=5, lossless=lossless)
   engine.run(
@@ -503,7 +510,7 @@ def test_replayed_depths_are_kept():
   loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
   options = EngineConfig(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
   engine = Engine(model('llama'), options, arrays={'loops': loops})
-  requests = [Request(p, 12, ignore_end=True) for p in (PROMPTS[1], PROMPTS[2])]
+  requests = [Request.of(p, 12, ignore_eos=True) for p in (PROMPTS[1], PROMPTS[2])]
   engine.run(requests)
   for slot, request in enumerate(requests):
     assert request.loops == loops[slot, :12].tolist()
@@ -531,7 +538,9 @@ def test_an_end_token_ends_a_sequence(lossless):
     config=m.config, params=m.params, tokenizer=types.SimpleNamespace(eos_ids=[end]), meta={}
   )
   engine = Engine(ending, slots=2, page=8, steps=4, lossless=lossless)
-  ended, beyond = engine.run([Request(PROMPTS[1], 12), Request(PROMPTS[1], 12, ignore_end=True)])
+  ended, beyond = engine.run(
+    [Request.of(PROMPTS[1], 12), Request.of(PROMPTS[1], 12, ignore_eos=True)]
+  )
   first = tokens.index(end)
   assert (ended.tokens, ended.finish) == (tokens[: first + 1], 'end')
   assert (beyond.tokens, beyond.finish) == (tokens, 'length')
@@ -540,10 +549,10 @@ def test_an_end_token_ends_a_sequence(lossless):
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
   engine = Engine(model('llama'), slots=2, page=8, steps=2)
   want = expected('llama')
-  long = engine.submit(Request(PROMPTS[0], 40, ignore_end=True))
-  waits = engine.submit(Request(PROMPTS[1], ROOMS[1], ignore_end=True))
-  third = engine.submit(Request(PROMPTS[2], ROOMS[2], ignore_end=True))
-  never = engine.submit(Request(PROMPTS[3], ROOMS[3], ignore_end=True))
+  long = engine.submit(Request.of(PROMPTS[0], 40, ignore_eos=True))
+  waits = engine.submit(Request.of(PROMPTS[1], ROOMS[1], ignore_eos=True))
+  third = engine.submit(Request.of(PROMPTS[2], ROOMS[2], ignore_eos=True))
+  never = engine.submit(Request.of(PROMPTS[3], ROOMS[3], ignore_eos=True))
   for _ in range(3):
     engine.step()
   engine.cancel(long)
@@ -569,7 +578,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
     (dict(slots=10**9), 'GiB are free'),
     (dict(logprobs=-2), 'logprobs=-2'),
     (dict(page=2), 'page=2'),
-    (dict(max_batch_tokens=3), 'lanes=3'),
+    (dict(max_batch_tokens=3), 'max_batch_tokens=3'),
     (dict(relax_layout='deep'), "relax_layout='deep'"),
     (dict(weight_dtype='int8'), "weight_dtype='int8'"),
     (dict(gate='change', kv='propagate'), 'threshold=None'),
@@ -589,31 +598,31 @@ def test_sequence_order_is_refused():
 @pytest.mark.parametrize(
   'request_, message',
   [
-    (Request([], 3), 'a prompt'),
-    (Request([1], 0), 'room'),
-    (Request([1], 2, lossless=True), 'lossless'),
-    (Request([1] * 60, 5), 'context of 64'),
-    (Request([53], 5), '0..52'),
-    (Request([1], 5, presence=0.5), 'penalties=True'),
-    (Request([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
-    (Request([1], '5'), 'room'),
-    (Request([1], 5, 'hot'), 'temperature'),
-    (Request([1], 5, 0.7, top_k=2**40), 'top_k'),
-    (Request([1], 5, 0.7, top_p=-1), 'top_p'),
-    (Request([1], 5, 0.7, min_p=float('nan')), 'min_p'),
-    (Request([1], 5, seed=-1), 'seed'),
-    (Request([1], 5, seed='a'), 'seed'),
-    (Request([1], 5, seed=[1, 2]), 'seed'),
-    (Request([1], 5, logprobs=-0.5), 'logprobs'),
-    (Request([1], 5, presence=1e300), 'presence'),
-    (Request([1], 5, presence=float('inf')), 'presence'),
-    (Request([1], 5, threshold=float('nan')), 'threshold'),
+    (Request.of([], 3), 'a prompt'),
+    (Request.of([1], 0), 'room'),
+    (Request.of([1], 2, lossless=True), 'lossless'),
+    (Request.of([1] * 60, 5), 'context of 64'),
+    (Request.of([53], 5), '0..52'),
+    (Request.of([1], 5, presence_penalty=0.5), 'penalties=True'),
+    (Request.of([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
+    (Request.of([1], '5'), 'room'),
+    (Request.of([1], 5, 'hot'), 'temperature'),
+    (Request.of([1], 5, 0.7, top_k=2**40), 'top_k'),
+    (Request.of([1], 5, 0.7, top_p=-1), 'top_p'),
+    (Request.of([1], 5, 0.7, min_p=float('nan')), 'min_p'),
+    (Request.of([1], 5, seed=-1), 'seed'),
+    (Request.of([1], 5, seed='a'), 'seed'),
+    (Request.of([1], 5, seed=[1, 2]), 'seed'),
+    (Request.of([1], 5, logprobs=-0.5), 'logprobs'),
+    (Request.of([1], 5, presence_penalty=1e300), 'presence'),
+    (Request.of([1], 5, presence_penalty=float('inf')), 'presence'),
+    (Request.of([1], 5, threshold=float('nan')), 'threshold'),
   ],
 )
 def test_requests_that_do_not_fit_are_refused(request_, message):
   engine = Engine(model('llama'), slots=1, page=8)
   with pytest.raises(InputError, match=message):
-    engine.run([Request([1], 5), request_])
+    engine.run([Request.of([1], 5), request_])
   assert not engine.busy
 
 
@@ -629,9 +638,9 @@ def _keep(parts):
 def test_texts_equal_those_of_complete(child):
   prompts = ['The sea', 'x', 'a b c d e']
   for settings in (
-    generate.Settings(max_new_tokens=12),
-    generate.Settings(max_new_tokens=40, ignore_end=True),
-    generate.Settings(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
+    SamplingParams(max_new_tokens=12),
+    SamplingParams(max_new_tokens=40, ignore_eos=True),
+    SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3),
   ):
     want = generate.Generator(child).complete(prompts, settings)
     engine = Engine(child, slots=2, page=8, steps=3)
@@ -644,12 +653,12 @@ def test_texts_equal_those_of_complete(child):
 
 def test_a_stop_string_frees_its_slot(child):
   whole = Engine(child, slots=1, page=8, steps=2).generate(
-    'The sea', max_new_tokens=24, ignore_end=True
+    'The sea', max_new_tokens=24, ignore_eos=True
   )[0]
   stop = whole.text[3:5]
-  want = generate.complete(child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_end=True)
+  want = generate.complete(child, ['The sea', 'x'], max_new_tokens=24, stop=stop, ignore_eos=True)
   engine = Engine(child, slots=1, page=8, steps=2)
-  got = engine.generate(['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_end=True)
+  got = engine.generate(['The sea', 'x'], max_new_tokens=24, stop=(stop,), ignore_eos=True)
   assert got == want and got[0].finish_reason == 'stop'
   assert engine.figures()['depths_R'][-1] < 2 * 24
 
@@ -660,7 +669,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
   gate = gate_lib.Gate('learned', 0.5, arrays, 'propagate')
   gated = dataclasses.replace(child, meta=gate_lib.kv_pool(child.meta, gate))
   engine = Engine(gated, slots=1, page=8, gate='stored')
-  engine.generate('The sea', max_new_tokens=6, ignore_end=True)
+  engine.generate('The sea', max_new_tokens=6, ignore_eos=True)
   assert engine.figures()['depths_R'] == [6, 0]
   assert engine.options.kv == 'propagate'
   with pytest.raises(InputError, match='fit_gate'):
@@ -690,7 +699,7 @@ def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
   want = expected(name, arrays=arrays, **rest)
   engine = Engine(model(name), arrays=arrays, **options, **rest)
   numbers = rng.permutation(np.repeat(np.arange(len(PROMPTS)), 2))
-  asked = [(int(i), Request(PROMPTS[i], ROOMS[i], ignore_end=True)) for i in numbers]
+  asked = [(int(i), Request.of(PROMPTS[i], ROOMS[i], ignore_eos=True)) for i in numbers]
   gone = {int(i) for i in rng.choice(len(asked), 3, replace=False)}
   late = list(asked)
   while late or engine.busy:
@@ -717,10 +726,10 @@ def test_counts_go_on_where_the_devices_overflow():
   engine._counters = near
   figures = []
   for _ in range(2):
-    engine.run([Request(PROMPTS[1], 6, ignore_end=True)])
+    engine.run([Request.of(PROMPTS[1], 6, ignore_eos=True)])
     figures.append(engine.figures())
   assert [f['depths_R'][2] for f in figures] == [6, 12]
-  assert figures[0]['lanes'] == 18 and figures[1]['lanes'] == 36
+  assert figures[0]['batch_tokens'] == 18 and figures[1]['batch_tokens'] == 36
 
 
 @pytest.mark.parametrize(
@@ -752,4 +761,4 @@ def test_a_tuned_lens_is_whole(names):
 def test_a_threshold_needs_a_gate():
   engine = Engine(model('llama'), slots=2, page=8)
   with pytest.raises(InputError, match='threshold'):
-    engine.submit(Request([1], 2, threshold=0.5))
+    engine.submit(Request.of([1], 2, threshold=0.5))

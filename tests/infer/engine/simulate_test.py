@@ -38,16 +38,16 @@ def test_passes_are_those_of_the_engine(options, early, monkeypatch):
     **(gate if early else {}),
     arrays={'loops': table} if early else None,
   )
-  engine.run(Request(p, n, ignore_end=True) for p, n in zip(PROMPTS, ROOMS, strict=True))
+  engine.run(Request.of(p, n, ignore_eos=True) for p, n in zip(PROMPTS, ROOMS, strict=True))
   figures = engine.figures()
   found = simulate.schedule(
-    simulate.Policy.of(engine.plan),
+    simulate.Policy.of(engine.shape),
     [(len(p), n) for p, n in zip(PROMPTS, ROOMS, strict=True)],
     table,
   )
   assert found.tokens == sum(ROOMS) == sum(figures['depths_R'])
-  assert (found.steps, found.max_batch_tokens, found.stalls, len(found.draw_pages)) == tuple(
-    figures[k] for k in ('steps', 'lanes', 'stalls', 'draw_steps')
+  assert (found.steps, found.batch_tokens, found.stalls, len(found.draw_pages)) == tuple(
+    figures[k] for k in ('steps', 'batch_tokens', 'stalls', 'sampler_steps')
   )
   assert found.fill_passes == figures['fill_passes']
   assert (found.fill_passes > 0) == (early == 'propagate')
@@ -94,7 +94,7 @@ def test_seconds_are_the_sum_of_the_passes():
 def test_several_tokens_a_slot_are_not_simulated():
   engine = Engine(model('llama'), slots=2, page=8, lossless=True)
   with pytest.raises(InputError, match='lossless'):
-    simulate.Policy.of(engine.plan)
+    simulate.Policy.of(engine.shape)
 
 
 def test_the_papers_tokens_a_second_follow_from_its_block_times():

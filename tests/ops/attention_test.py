@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.models import attention, transformer
+from rrt.models import transformer
 from rrt.models.cache import as_empty, init_cache
+from rrt.ops import attention
 from tests.models import configs
 
 
