@@ -55,7 +55,7 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
   if dtype not in reader.DTYPES:
     raise InputError(f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.')
   kind, paths = _locate(source)
-  read = {'own': _load_own, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
+  read = {'native': _load_native, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
   model = read(paths, dtype)
   _check_vocabulary(model)
   model.meta.setdefault('source', _describe(source))
@@ -70,7 +70,7 @@ def load_config(source: Source) -> ModelConfig:
       or not supported.
   """
   kind, paths = _locate(source)
-  if kind == 'own':
+  if kind == 'native':
     return native.read_manifest(paths[0])[0]
   if kind == 'hf':
     return hf.config_from_hf(read_json(paths[0] / 'config.json'))
@@ -137,7 +137,7 @@ def _find(source: str | Path) -> Path:
 
 
 def _locate(source: Source) -> tuple[str, list[Path]]:
-  """('own' or 'hf', [the directory]) or ('gguf', its files in order)."""
+  """('native' or 'hf', [the directory]) or ('gguf', its files in order)."""
   if not isinstance(source, (str, Path)):
     return 'gguf', [Path(p) for p in source]
   if str(source) in PACKAGED and not Path(source).exists():
@@ -146,8 +146,8 @@ def _locate(source: Source) -> tuple[str, list[Path]]:
   if path.is_file():
     return 'gguf', _gguf_at(path)
   for directory in (path, path / 'model'):  # The latter of a training run.
-    if native.is_own(directory):
-      return 'own', [directory]
+    if native.is_native(directory):
+      return 'native', [directory]
   has_config = (path / 'config.json').is_file()
   if has_config:
     _check_finished(path)
@@ -186,7 +186,7 @@ def _check_finished(path: Path) -> None:
   steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
   saved = f'steps {", ".join(map(str, steps))} are' if steps else 'no step is'
   start = ''
-  if native.is_own(path / 'child'):
+  if native.is_native(path / 'child'):
     start = f'; {path / "child"} is the model that it started from'
   raise InputError(
     f'{path} is a training run that has not finished, so it has no model yet: '
@@ -194,7 +194,7 @@ def _check_finished(path: Path) -> None:
   )
 
 
-def _load_own(paths: list[Path], dtype: str) -> LanguageModel:
+def _load_native(paths: list[Path], dtype: str) -> LanguageModel:
   return LanguageModel(*native.read(paths[0], dtype))
 
 
@@ -251,7 +251,7 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
     m = model
     native.write(folder, m.config, m.params, m.tokenizer, m.meta)
 
-  return files.write_directory(directory, write, native.is_all_own, 'an rrt model')
+  return files.write_directory(directory, write, native.is_only_native, 'an rrt model')
 
 
 def check_apart(source: Source, directory: str | Path) -> None:
@@ -283,4 +283,4 @@ def check_save(directory: str | Path) -> None:
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  files.check_replaceable(directory, native.is_all_own, 'an rrt model')
+  files.check_replaceable(directory, native.is_only_native, 'an rrt model')

@@ -1,8 +1,7 @@
-"""Our own directories: a manifest, the weights, the tokenizer.
+"""Native checkpoints: a directory with manifest, weights and tokenizer.
 
-`rrt.json`, the manifest, has the configuration, where the model came from,
-and a checksum of everything: of itself, of every tensor, and of every other
-file. Directories of earlier versions lack some of these checksums.
+The manifest, `rrt.json`, holds the configuration, the provenance and a
+checksum of everything: of itself, of every tensor, and of every other file.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
 TOKENIZER = 'tokenizer.json'
 
 
-def is_own(directory: Path) -> bool:
+def is_native(directory: Path) -> bool:
   """Whether `write` made a directory."""
   return (directory / MANIFEST).is_file()
 
 
-def is_all_own(directory: Path) -> bool:
+def is_only_native(directory: Path) -> bool:
   """Whether, besides, there is nothing else in it that could be lost."""
   names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES}
-  return is_own(directory) and all(p.name in names and p.is_file() for p in directory.iterdir())
+  return is_native(directory) and all(p.name in names and p.is_file() for p in directory.iterdir())
 
 
 def write(
@@ -74,14 +73,10 @@ def read_manifest(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
   if manifest.get('format') != FORMAT:
     raise InputError(f'{path} has format={manifest.get("format")!r}; this version reads {FORMAT}.')
   rest = {k: v for k, v in manifest.items() if k != 'manifest_crc32'}
-  for name, part, what in (
-    ('manifest_crc32', rest, 'its checksum'),
-    ('config_crc32', manifest.get('config'), 'that of its configuration'),
-  ):
-    if name in manifest and manifest[name] != _crc(part):
-      raise InputError(f'{path} is damaged: {what} is wrong; copy it again.')
+  if manifest.get('manifest_crc32') != _crc(rest):
+    raise InputError(f'{path} is damaged: its checksum is wrong; copy it again.')
   try:
-    for field in ('meta', 'tensors'):
+    for field in ('meta', 'tensors', 'files_crc32'):
       dict(manifest[field])
     return ModelConfig.from_json(manifest['config']), manifest
   except (KeyError, TypeError, ValueError) as e:
@@ -99,10 +94,7 @@ def read(
     InputError: anything in the directory is damaged or missing.
   """
   config, manifest = read_manifest(directory)
-  others = manifest.get('files_crc32', {})
-  if 'tokenizer_crc32' in manifest:
-    others = {TOKENIZER: manifest['tokenizer_crc32']}
-  for name, crc in others.items():
+  for name, crc in manifest['files_crc32'].items():
     _check_file(directory / name, crc)
   tokenizer = tokenizer_in(directory)
   params = _read_params(directory, manifest['tensors'], dtype)

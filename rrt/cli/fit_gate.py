@@ -5,8 +5,8 @@ rrt fit-gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
 
 Half of the rows of the text fit the gate and a lens, which mends what a loop
 before the last gives; the other half choose the lowest threshold that keeps the
-promise with the asked confidence. With --own, some rows go on as the model
-itself would write, which is what the lossless mode guesses. Gate, threshold,
+promise with the asked confidence. With --self_generated, some rows are continued by the model
+itself (greedily), as in the lossless mode's drafts. Gate, threshold,
 promise and bound are written with the model to --out; `rrt evaluate --exits`
 measures them on other text.
 """
@@ -46,8 +46,8 @@ _LENS_EPOCHS = FLAGS.rare.integer(
   'For how many epochs the lens is then tuned, with a hidden layer beside it, '
   'to say what full depth says.',
 )
-_OWN = FLAGS.rare.float(
-  'own',
+_SELF_GENERATED = FLAGS.rare.float(
+  'self_generated',
   0.0,
   'Share of the rows, in each half, that go on after their first quarter as the '
   'model itself does (greedily): what the guesses of the lossless mode are '
@@ -85,8 +85,8 @@ def main(argv) -> None:
     raise InputError(f'lens_epochs={_LENS_EPOCHS.value}: must be 0 or more.')
   if _LENS_EPOCHS.value and not _LENS.value:
     raise InputError('--lens_epochs tunes a lens, and --nolens asks for none.')
-  if not 0 <= _OWN.value <= 1:
-    raise InputError(f'own={_OWN.value}: must lie in 0 to 1.')
+  if not 0 <= _SELF_GENERATED.value <= 1:
+    raise InputError(f'self_generated={_SELF_GENERATED.value}: must lie in 0 to 1.')
   agreement = _AGREEMENT.value
   if agreement is None and _LOSS.value is None:
     agreement = 0.95
@@ -101,10 +101,10 @@ def main(argv) -> None:
   every_loop.check(model.config)
   text = perplexity.read_text(path, _MAX_TOKENS.value)
   rows = perplexity.make_rows(model, text, _CONTEXT.value, _MAX_TOKENS.value)
-  if _OWN.value:
+  if _SELF_GENERATED.value:
     gating.split(rows)
     with console.Progress(0, 'writing', 'tokens') as progress:
-      rows = gating.continued(model, rows, _OWN.value, progress=progress.to)
+      rows = gating.continued(model, rows, _SELF_GENERATED.value, progress=progress.to)
   work = gating.work(
     rows, _GATE.value, _LENS.value, tuning=_LENS_EPOCHS.value * (model.config.loops - 1)
   )
@@ -123,7 +123,7 @@ def main(argv) -> None:
       batch=_BATCH.value,
       progress=progress.update,
     )
-  about = {'text': path, 'own': _OWN.value}
+  about = {'text': path, 'self_generated': _SELF_GENERATED.value}
   gate = dataclasses.replace(gate, promise=gate.promise | about)
   console.table(depth.table(points), depth.HEADERS)
   if gate.threshold == gate_lib.NEVER:

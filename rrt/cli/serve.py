@@ -151,7 +151,7 @@ def main(argv) -> None:
     max_batch_tokens=_LANES.value,
     steps=_STEPS.value,
     weight_dtype=_WEIGHT_DTYPE.value,
-    kv='propagate' if _GATE.value == 'change' else 'own',
+    kv='propagate' if _GATE.value == 'change' else 'full',
     threshold=_THRESHOLD.value,
     dtype=_DTYPE.value,
     kv_dtype=_KV_DTYPE.value,

@@ -229,7 +229,7 @@ def check_workdir(workdir: Path) -> None:
     foreign = 'model_type' in json.loads((workdir / 'config.json').read_text())
   except (OSError, ValueError, TypeError):
     foreign = False
-  if foreign or native.is_own(workdir):
+  if foreign or native.is_native(workdir):
     raise InputError(
       f'--workdir={workdir}: holds a model; choose a new directory, and name '
       'the model in config.child or config.parent.'

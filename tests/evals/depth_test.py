@@ -169,7 +169,7 @@ def test_fit_gate_then_evaluate(tmp_path):
     '--context=16',
     '--agreement=0.2',
     '--lens_epochs=2',
-    '--own=0.5',
+    '--self_generated=0.5',
     '--out=gated',
     cwd=tmp_path,
   )
@@ -178,7 +178,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
   gate = gate_lib.stored(load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
-  assert (gate.promise['confidence'], gate.promise['own']) == (0.95, 0.5)
+  assert (gate.promise['confidence'], gate.promise['self_generated']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
     'evaluate',
@@ -229,7 +229,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   [
     (['--exits=all'], 'needs --text'),
     (['--exits=luck', '--text=text.jsonl'], "exits='luck'"),
-    (['--exits=all', '--text=text.jsonl', '--kv=own'], "kv='own'"),
+    (['--exits=all', '--text=text.jsonl', '--kv=full'], "kv='full'"),
   ],
 )
 def test_exits_that_cannot_work_are_refused(flags, word, tmp_path):

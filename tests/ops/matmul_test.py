@@ -57,7 +57,7 @@ def test_float32_asks_for_float32_unless_told_otherwise():
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('lead', [(3, 1), (2, 5), (4,), (matmul.FEW + 1, 1)])
-def test_turned_kernels_give_the_same_products(lead, dtype):
+def test_transposed_kernels_give_the_same_products(lead, dtype):
   rng = np.random.default_rng(2)
   x = jnp.asarray(rng.standard_normal((*lead, 7)), dtype)
   kernel = jnp.asarray(rng.standard_normal((7, 6)), dtype)
@@ -72,7 +72,7 @@ def test_turned_kernels_give_the_same_products(lead, dtype):
 
 
 @pytest.mark.parametrize('rows', [3, matmul.FEW + 1])
-def test_turned_kernels_round_alike_from_either_side(rows):
+def test_transposed_kernels_round_alike_from_either_side(rows):
   """What follows a product reads bfloat16, whichever factor the kernel is.
 
   All sums are whole and exact in float32, and bfloat16 cannot hold them.
@@ -87,14 +87,14 @@ def test_turned_kernels_round_alike_from_either_side(rows):
   np.testing.assert_array_equal(product(jnp.asarray(x, jnp.bfloat16)), wanted)
 
 
-def test_turned_kernels_have_short_sums_too():
+def test_transposed_kernels_have_short_sums_too():
   x, transpose_kernels = jnp.ones((1, 2, 1536)), matmul.TransposedKernel(jnp.ones((8, 1536)))
   with jax.default_matmul_precision('highest'):
     pieces = str(jax.make_jaxpr(matmul.matmul)(x, transpose_kernels))
   assert pieces.count('dot_general') == 8
 
 
-def test_named_matrices_are_turned_and_nothing_else():
+def test_named_matrices_are_transposed_and_nothing_else():
   kernel = np.arange(6.0).reshape(2, 3)
   params = {'layers_0': {'q': {'kernel': kernel, 'scale': kernel}}}
   transpose_kernels = matmul.turn(params, ('kernel',))['layers_0']['q']
@@ -103,14 +103,14 @@ def test_named_matrices_are_turned_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-  'flags, turned', [('avx2', True), ('avx512f', False), ('avx512f amx_bf16', True)]
+  'flags, transposed', [('avx2', True), ('avx512f', False), ('avx512f amx_bf16', True)]
 )
-def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, transpose_kernels):
+def test_the_machine_tells_whether_kernels_are_transposed(monkeypatch, flags, transposed):
   monkeypatch.setattr(matmul.Path, 'read_text', lambda path: f'flags : sse {flags}')
   monkeypatch.setattr(matmul.Path, 'exists', lambda path: True)
   matmul._avx512_alone.cache_clear()
   try:
-    assert matmul.prefers_transposed() == transpose_kernels
+    assert matmul.prefers_transposed() == transposed
   finally:
     matmul._avx512_alone.cache_clear()
 
@@ -126,6 +126,6 @@ def test_the_machine_tells_whether_kernels_are_turned(monkeypatch, flags, transp
   ],
 )
 def test_long_prompts_alone_are_the_left_factor(lead, left):
-  transpose_kernels = matmul.TransposedKernel(jnp.ones((8, 4)))
-  jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), transpose_kernels))
+  transposed = matmul.TransposedKernel(jnp.ones((8, 4)))
+  jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), transposed))
   assert ('optimization_barrier' in jaxpr) == left

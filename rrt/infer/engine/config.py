@@ -1,4 +1,4 @@
-"""How an engine runs, checked before it does."""
+"""`EngineConfig`: checked, and turned into the shape a step is compiled for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rrt.relax.base import LAYOUTS
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
 
-KV_POLICIES = ('own', 'write_ahead', 'propagate', 'exact_fill')
+KV_POLICIES = ('full', 'write_ahead', 'propagate', 'exact_fill')
 # Rows that cost little more than one, on a CPU and on accelerators.
 _FEW_CPU, _FEW = 8, 128
 _MANY = 16  # Slots, from which a pass on a CPU costs by its rows alone.
@@ -34,45 +34,43 @@ class EngineConfig:
   Attributes:
     slots: sequences at once.
     context: tokens of a sequence, prompt included; None for the model's.
-    kv: what the loops that a token skipped keep of it.
-      'own': nothing; tokens go through all loops.
-      'write_ahead': the keys and values of the loop in which it left.
-      'propagate': the projections, in each skipped loop, of the state in
-        which it left (CALM).
-      'exact_fill': the token goes on through the skipped loops beside its
-        successors, so that nothing is missing and no work is saved.
+    kv: keys and values of the loops that an early exit skips (KV policy):
+      'full': there are none, every token runs all loops.
+      'write_ahead': copies of those of the loop in which the token left.
+      'propagate': projections, in each skipped loop, of the state in which it
+        left (CALM's state propagation).
+      'exact_fill': the token runs the skipped loops later, beside its
+        successors: exact, and no work is saved.
     gate: 'none', 'learned', 'change' or 'replay' (see `rrt.exits.score`), or
       'stored': the one kept with the model.
     threshold: of the gate, for requests that name none; above 1 no token
-      leaves early. None is the stored gate's own, and for others needed.
-    lossless: speculate on tokens after `draft_loop` loops; the text is that
-      of full depth. With a gate, each request says which of both it wants.
-    draft_loop: loops before the first guess; each further one guesses again.
-    draft_vocab: guesses that share no launch with a draw are made among the
-      first so many tokens; byte-pair vocabularies begin with the frequent
-      ones. Of what is written it changes nothing.
-    lookup: a guess that follows so many tokens which stand in the sequence
-      before is what followed them there (prompt lookup); 0 for never. Requests
-      that draw at random do without. Of what is written it changes nothing.
-    max_batch_tokens: tokens that one block step runs, where a slot may have several (in
-      the lossless mode and with 'exact_fill'): from one a slot to R a slot.
-      None is R a slot, but for the lossless mode one a slot and at least as
-      many as cost little more than one, 8 on a CPU and 128 elsewhere. Guesses
-      are made where lanes are free for them: with fewer than R a slot
-      speculation ends by itself as slots fill.
-    max_sampled_tokens: tokens that coda, head and prelude take in one step; None for what
-      suits the machine: as many as a block step, but on a CPU with many slots
-      and a gate about those that a step sends out.
-    min_sampled_tokens: draw when so many tokens are due, or all; None likewise: all slots at
-      full depth, with a gate 1, or where prelude, coda and head are larger than
-      the block three in four. On a CPU with many slots, where rows cost and not
-      weights, those that a step sends out at full depth, and with large ends
-      all at full depth and half of the draws with a gate. The lossless mode
-      does not wait.
-    mean_loops: of a token, as expected, by which a CPU's draws are sized where
-      there are many slots of one token each; None is the stored gate's own,
-      or all.
-    steps: block steps of one call; the host looks in between.
+      leaves early. None takes the stored gate's; other gates need one.
+    lossless: speculative decoding: early loops draft, all loops verify; the
+      output is that of full depth. With a gate, each request chooses.
+    draft_loop: loops before the first draft token; later loops draft again.
+    draft_vocab: first tokens of the vocabulary among which drafts are made
+      when a launch has no final token to sample; byte-pair vocabularies begin
+      with the frequent ones. Never changes the output.
+    lookup: prompt lookup: where the last so many tokens stand in the sequence
+      before, the token that followed them is the draft; 0 for never, and not
+      for requests with a temperature. Never changes the output.
+    max_batch_tokens: tokens of one block step, between one and R a slot, where
+      a slot may have several in flight (lossless, 'exact_fill'). None is R a
+      slot; in the lossless mode one a slot, but at least 8 on a CPU and 128 on
+      accelerators, which cost little more than one. Drafts use what tokens of
+      running sequences leave, so that speculation ends as slots fill.
+    max_sampled_tokens: tokens of one launch of coda, head and prelude; None
+      for a default by machine: as many as a block step, on a CPU with many
+      slots and a gate about as many as leave in one step.
+    min_sampled_tokens: the sampler waits for so many tokens, or for all there
+      are. None for a default by machine: all slots at full depth; with a gate
+      1, or three quarters of the slots where prelude, coda and head are larger
+      than the block. On a CPU with many slots: the tokens that a step releases
+      at full depth; with large ends all at full depth and half of
+      `max_sampled_tokens` with a gate. The lossless mode does not wait.
+    mean_loops: expected loops a token, which sizes `max_sampled_tokens` on a
+      CPU; None is the stored gate's, or all.
+    steps: block steps of one device call; the host schedules in between.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
     kv_dtype: of the cache; None for the same.
@@ -90,7 +88,7 @@ class EngineConfig:
 
   slots: int = 8
   context: int | None = None
-  kv: str = 'own'
+  kv: str = 'full'
   gate: str = 'none'
   threshold: float | None = None
   lossless: bool = False
@@ -157,7 +155,7 @@ class EngineConfig:
           'depend on the sequences beside it; use rrt.complete or rrt generate.'
         )
     need(
-      self.gate == 'none' or self.kv != 'own',
+      self.gate == 'none' or self.kv != 'full',
       'kv',
       "tokens that leave early need another policy: 'write_ahead', 'propagate' or 'exact_fill'",
     )
@@ -198,7 +196,7 @@ class EngineConfig:
     gate = gate_lib.stored(model)
     if gate is None:
       raise InputError("gate='stored': this model has no gate; rrt fit-gate fits one.")
-    kv = gate.kv if self.kv == 'own' else self.kv
+    kv = gate.kv if self.kv == 'full' else self.kv
     threshold, mean_loops = self.threshold, self.mean_loops
     if threshold is None:
       threshold = gate.threshold

@@ -317,8 +317,8 @@ class Engine:
     return cache
 
 
-_init = jax.jit(init_state, static_argnames=('plan',))
+_init = jax.jit(init_state, static_argnames=('shape',))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
-_call = jax.jit(call, static_argnames=('plan',), donate_argnames=('state',))
-_admit = jax.jit(admit, static_argnames=('plan',), donate_argnames=('state',))
+_call = jax.jit(call, static_argnames=('shape',), donate_argnames=('state',))
+_admit = jax.jit(admit, static_argnames=('shape',), donate_argnames=('state',))
 _drop = jax.jit(drop, donate_argnames=('state',))

@@ -66,7 +66,7 @@ class EngineShape:
   tokens_per_slot: int
   steps: int
   least_rows: int = 1
-  kv: str = 'own'
+  kv: str = 'full'
   gate: str = 'none'
   lossless: bool = False
   draft_loop: int = 1

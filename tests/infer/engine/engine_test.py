@@ -569,7 +569,7 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody():
   [
     (dict(slots=0), 'slots=0'),
     (dict(kv='mine'), "kv='mine'"),
-    (dict(gate='change'), "kv='own': tokens that leave early"),
+    (dict(gate='change'), "kv='full': tokens that leave early"),
     (dict(gate='oracle', kv='propagate'), "gate='oracle'"),
     (dict(context=65), 'context=65: the model was made for 64'),
     (dict(lossless=True, draft_loop=3), 'draft_loop=3'),

@@ -33,7 +33,7 @@ def decode(
   prompt,
   room,
   *,
-  kv='own',
+  kv='full',
   gate='none',
   arrays=None,
   threshold=2.0,
@@ -121,7 +121,7 @@ def _copied(source, target, position):
 
 def _projected(config, params, x, loop, context, kvs):
   """KVs of a loop after its attentions have all read x itself."""
-  window, rope = passes.block_places(config, loop)
+  window, rope = passes.block_attn_specs(config, loop)
   new = []
   for n, kv in enumerate(kvs):
     layer = params['block'][f'layers_{n}']
