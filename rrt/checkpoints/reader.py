@@ -1,10 +1,9 @@
-"""Families of checkpoints: tables of names, and the reader they drive.
+"""Reads checkpoint tensors into the parameter tree, driven by a family's table.
 
-A family (llama.py, gemma.py) is a table of rows `path | Hugging Face name |
-GGUF name | kind` and a config twin. Reading writes every tensor, chunk by
-chunk, straight into the stacked array that will hold it, so that no more
-than the model and one chunk are ever in memory. All that is wrong with a
-checkpoint is collected and raised in one error.
+A table (`rrt.families`) has rows `path | Hugging Face name | GGUF name | kind`.
+Every tensor is written chunk by chunk into the stacked array that holds it, so
+that memory holds the model and one chunk. All faults of a checkpoint are
+collected and raised in one error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Exports a relaxed recursive model as the untied model that it computes.
+"""Exports a model to Hugging Face format, untied.
 
-Every position gets weights of its own, its relaxations merged in, and norm
-gains of its own, in the order in which the positions run. The result is an ordinary model of the family: the oracle that a recursive model is held
-against, and what other software loads.
+Every position gets its own weights, relaxations merged in, and its own norm
+gains, in the order in which the positions run. The result is an ordinary model
+of the family: the oracle for tests, and what other software loads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `rrt evaluate --exits` does: a table and a picture of the curve."""
+"""`rrt evaluate --exits`: a table and a plot of quality against depth."""
 
 from __future__ import annotations
 

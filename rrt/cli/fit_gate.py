@@ -1,14 +1,14 @@
-r"""Fits an exit gate to a model and calibrates its threshold to a promise.
+r"""Fits an exit gate and calibrates its threshold to a quality target.
 
 rrt fit-gate --model=runs/a --text=news.jsonl.xz --agreement=0.95 \
     --out=gated
 
-Half of the rows of the text fit the gate and a lens, which mends what a loop
-before the last gives; the other half choose the lowest threshold that keeps the
-promise with the asked confidence. With --self_generated, some rows are continued by the model
-itself (greedily), as in the lossless mode's drafts. Gate, threshold,
-promise and bound are written with the model to --out; `rrt evaluate --exits`
-measures them on other text.
+Half of the rows fit the gate and a lens, which maps the output of an early loop
+to that of the last; the other half calibrate the lowest threshold whose
+confidence bound meets the target. With --self_generated, a share of the rows is
+continued greedily by the model itself, as the lossless mode's drafts are. The
+model is written to --out with gate, threshold, target and bound;
+`rrt evaluate --exits` measures them on other text.
 """
 
 import dataclasses

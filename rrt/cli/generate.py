@@ -1,10 +1,10 @@
-r"""Writes text after prompts, with any model that `rrt.load` takes.
+r"""Continues prompts, with any model that `rrt.load` takes.
 
 rrt generate --model=smollm2-135m --prompt='The sea is' \
     --max_new_tokens=60 --temperature=0.8 --top_p=0.95
 
-The first prompt's text appears as it is written, the others' at the end; a
-table of speeds follows, and one line of JSON.
+The first completion is streamed, the others are printed at the end, followed by
+a table of speeds and one line of JSON.
 """
 
 import dataclasses

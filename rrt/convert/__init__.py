@@ -1,1 +1,1 @@
-"""Reading checkpoints, converting them to recursive models, writing them."""
+"""Converts vanilla models into relaxed recursive ones."""

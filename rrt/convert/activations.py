@@ -1,10 +1,10 @@
-"""The calibration tokens' way through a model, one layer at a time.
+"""Activations of a layer on the calibration tokens, one layer at a time.
 
-A layer is taken to pieces where its linears read: what q, k and v read, what
-o reads, what gate and up read, what down reads. All parts run on chunks of
-rows, so that the device's memory does not grow with the tokens. What does is
-the host's: `LayerActivations.run` keeps the residual stream after attention and after the
-MLP at each depth that it returns, 2 x tokens x D float32 a depth.
+`LayerActivations` computes the inputs of each linear: of q, k and v; of o; of
+gate and up; of down. It works on chunks of rows, so that device memory does not
+grow with the number of tokens. Host memory does: `LayerActivations.run` keeps
+the residual stream after attention and after the MLP at each depth that it
+returns, 2 x tokens x D float32 a depth.
 
 B rows, L length, T tokens, D model, F hidden units, I inputs, O outputs.
 """

@@ -1,11 +1,10 @@
-"""Lines the hidden units of tied layers up before their weights are shared.
+"""Aligns the hidden units of tied MLPs before their weights are shared.
 
-A gated MLP computes the same in whatever order its hidden units stand, and
-with any unit's up and down weights negated together. Two layers of a parent
-have no reason to keep like units in like places, so a mean of both mixes
-units that have nothing to do with each other. Here each later layer's units
-are put where they resemble the first layer's most; the parent computes what
-it did.
+A gated MLP is invariant to permutations of its hidden units, and to negating
+the up and down weights of a unit together. Corresponding units of two layers
+need not have the same index, so that a mean of both would mix unrelated units.
+Here the units of each later layer are permuted to match those of the first;
+what the parent computes is unchanged.
 
 I inputs, O outputs of the MLP, F hidden units.
 """

@@ -1,4 +1,4 @@
-"""The shape of a child: `ConvertConfig`, the arrangement of its depth, its ranks."""
+"""`ConvertConfig`, and the shape of the child that it describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks from a budget: low-rank parameters go where they regain most."""
+"""Distributes a budget of low-rank parameters over positions and matrices."""
 
 from collections.abc import Mapping
 import itertools

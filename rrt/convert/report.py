@@ -1,4 +1,4 @@
-"""What a conversion did: parameters, quality, what the ranks kept, cost."""
+"""The report of a conversion: parameters, quality, share kept, cost."""
 
 import dataclasses
 from typing import Any

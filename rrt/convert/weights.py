@@ -1,4 +1,4 @@
-"""The weights of a child while they are found, position by position.
+"""The child's weights during a conversion, fitted position by position.
 
 N block layers, R loops, I inputs and O outputs of a linear, D model.
 """

@@ -1,4 +1,4 @@
-"""Messages as the text that a model was trained to answer."""
+"""Chat templates: messages as the prompt that a model was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of files, compressed or not, and one sentence for what is wrong."""
+"""Reads files, compressed or not; what is wrong with one is one sentence."""
 
 from __future__ import annotations
 

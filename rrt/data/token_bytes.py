@@ -1,4 +1,4 @@
-"""The bytes of text that a token stands for, also a part of a character's."""
+"""The bytes of text that a token stands for, which may be part of a character."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chooses a gate's threshold so that a promise holds with confidence."""
+"""Calibrates the threshold of a gate so that a quality target is met."""
 
 from __future__ import annotations
 

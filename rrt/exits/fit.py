@@ -1,4 +1,7 @@
-"""Fits exit gates (logistic regressions) and lenses (least squares)."""
+"""Fits exit gates (logistic regression) and lenses (least squares).
+
+N tokens, D model, E = D + 1, R loops.
+"""
 
 from __future__ import annotations
 

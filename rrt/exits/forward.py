@@ -1,10 +1,10 @@
-"""A whole text with early exits: the loops masked, all tokens at once.
+"""A forward pass of whole texts with early exits: masked loops.
 
-A token's exit depends on its own state and on what its predecessors left
-behind in the loops that they skipped. Both are known loop by loop, so a text
-needs no decoding: in each loop all tokens run, and those that have left stand
-still. The result is what the engine computes token by token behind a prompt of
-one token; longer prompts it reads at full depth.
+A token's exit depends on its own state and on the keys and values that earlier
+tokens left in the loops that they skipped. Both are known loop by loop, so no
+decoding is needed: in each loop all tokens run, and those that have left keep
+their state. The result is what the engine computes token by token after a
+prompt of one token; longer prompts it prefills at full depth.
 
 B batch, L length, D model, N block layers, G kv groups, Dh head size, R loops.
 """

@@ -1,12 +1,12 @@
-"""Learned exit gates: fitted to agree with full depth, kept with the model.
+"""Exit gates as they are stored with a model.
 
-A gate is one logistic regression a loop on the normalised residual stream: it
-estimates how near what this loop would say is to what full depth will say. Its
-threshold is calibrated on text that the fit has not seen. A lens, one affine
-map a loop, brings what leaves early to where the last loop would have left it;
-it is fitted by least squares, and may then be tuned (`rrt.exits.tune_lens`).
+A learned gate is one logistic regression a loop on the normalised residual
+stream: it estimates how close this loop's prediction is to that of full depth.
+Its threshold is calibrated on text that the fit has not seen. A lens, one affine
+map a loop, maps the output of an early loop to that of the last; it is fitted by
+least squares and may then be tuned (`rrt.exits.tune_lens`).
 
-N tokens, D model, E = D + 1, R loops.
+D model, R loops.
 """
 
 from __future__ import annotations

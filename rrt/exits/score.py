@@ -1,10 +1,10 @@
-"""Exit gates: after which loop a token leaves the block.
+"""Scores of exit gates: after which loop a token leaves the block.
 
-A gate gives each row a score that costs O(D) and never the vocabulary; a row
-leaves when its score reaches the row's threshold. A threshold above 1 never
-lets a token leave before the last loop.
+A gate gives each row a score in O(D), without the head; a row leaves when its
+score reaches the row's threshold. A threshold above 1 never lets a token leave
+before the last loop.
 
-B rows, D model, R loops, S slots, T drawn tokens.
+B rows, D model, R loops, S slots, T sampled tokens.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
-"""Lenses that are tuned to say what full depth says.
+"""Tunes a lens by gradient descent on what the head predicts.
 
-Least squares (`gates.fit_lens`) bring one hidden state near another; what is
-read of them is a distribution. So the maps are tuned, with one hidden layer
-beside them, to lower KL(full depth || left after this loop) (tuned lens, arXiv
+Least squares (`rrt.exits.fit.fit_lens`) match hidden states; what counts are the
+predicted distributions. So the maps are tuned, with one hidden layer beside
+them, to lower KL(full depth || left after this loop) (tuned lens, arXiv
 2303.08112). The model does not change.
 
 N rows, L row length, B rows of a step, D model, H hidden units, R loops, V the

@@ -1,4 +1,4 @@
-"""From prompts to text: `complete`, and what it needs around decoding.
+"""Generation from prompts to text: `complete` and `Generator`.
 
 model = rrt.load('smollm2-135m')
 print(rrt.complete(model, 'The sea is', max_new_tokens=40)[0].text)

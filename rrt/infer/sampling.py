@@ -1,4 +1,4 @@
-"""Sampling: `SamplingParams`, and from logits to the next token by row.
+"""`SamplingParams`, and sampling the next token of each row by its own.
 
 Every rule keeps the tokens at or above a threshold of its row. Thresholds are
 found by bisection over the 32 bits of the logits, without a sort: a sort of a

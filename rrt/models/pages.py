@@ -1,13 +1,13 @@
-"""The paged cache of depth-wise batching: one KV pool a layer, all loops in it.
+"""The paged KV cache of depth-wise batching: one KV pool a layer, all loops.
 
 A pool's pages hold `C` positions each. A slot has pages of its own in every
-loop, since every loop's relaxation makes its own keys and values; logical page
-c of its sequence lies at `base + c % count`. Where a depth has a sliding
-window, `count` covers the window alone and the pages are used in turns.
+loop, since every loop has its own keys and values; logical page c of a sequence
+lies at `base + c % count`. Where a depth has a sliding window, `count` covers
+the window only and pages are reused cyclically.
 
-A row of a step reads the pages of its own (slot, loop), wherever the other
-rows are. Attention walks over pages until the longest row has seen its last:
-a page that a row has not reached adds exactly nothing to it.
+Each row of a step reads the pages of its own (slot, loop). Attention iterates
+over pages up to the last page of the longest row; pages past a row's own last
+one are masked and contribute exactly zero to it.
 
 B rows, G kv groups, M queries a group, Dh head size, P pages, C positions of
 a page, W loops that a row writes, R loops, S positions of a prefilled cache.

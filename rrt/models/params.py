@@ -1,4 +1,4 @@
-"""Parameters made ready for inference: dtype, layout; bucketed lengths."""
+"""Parameters for inference: dtype and layout; bucketed lengths."""
 
 import jax
 import jax.numpy as jnp

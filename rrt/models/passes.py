@@ -1,9 +1,9 @@
-"""One part of the model at a time: what depth-wise batching launches.
+"""Prelude, block and coda as separate passes, for depth-wise batching.
 
-A token goes through `run_prelude` (embedding and prelude), `block_pass` as often as
-it needs, and `run_coda` (coda and final norm). Each row of a pass is a token of
-its own sequence at its own position and, in the block, in its own loop; its
-result does not depend on the other rows.
+A token runs through `run_prelude` (embedding and prelude), one `block_pass` a
+loop, and `run_coda` (coda and final norm). Each row of a pass is a token of its
+own sequence at its own position and, in the block, in its own loop; its result
+does not depend on the other rows.
 
 B batch, L query length, D model, R loops, N block layers.
 """

@@ -1,4 +1,4 @@
-"""OpenAI's answers, whole or in pieces, from what the engine has drawn."""
+"""OpenAI responses, whole or streamed, from the engine's output."""
 
 from __future__ import annotations
 

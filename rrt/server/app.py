@@ -136,7 +136,7 @@ class Server:
       'loops': shape.config.loops,
       'gate': shape.gate,
       'lossless': shape.lossless,
-      'threshold': self.worker.engine.options.threshold,
+      'threshold': self.worker.engine.config.threshold,
     }
     name = request.path_params.get('name')
     if name is None:

@@ -1,4 +1,4 @@
-"""How uvicorn listens for the server: its connections and their limits."""
+"""uvicorn as the server runs it: connections and their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's requests: what is taken, what is refused, and why."""
+"""Parses and validates OpenAI requests."""
 
 from __future__ import annotations
 

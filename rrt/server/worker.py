@@ -1,4 +1,4 @@
-"""The engine's thread, and what connects it with asynchronous handlers.
+"""The engine's thread, and its queue to the asynchronous handlers.
 
 One thread owns the engine. Handlers hand it tickets and read from each the
 pieces of text as they come; nothing else is shared.

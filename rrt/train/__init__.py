@@ -1,0 +1,1 @@
+"""Uptraining: recipes, losses, the train step, checkpoints and the loop."""

@@ -1,13 +1,12 @@
-r"""Uptraining: a converted model learns to be its parent again.
+r"""Uptrains a converted model, optionally distilling from its parent.
 
     python -m rrt.train --config=experiments/smollm2_8_7x2_8.py \
         --workdir=runs/a --config.optimizer.learning_rate=1e-3
 
 The work directory holds the whole run: config.json (with versions and git
 revision), child/ (the converted model it starts from), checkpoints/,
-metrics.jsonl and, at the end, model/. The same command started again goes on
-where the last checkpoint was, bit for bit; SIGTERM saves one and leaves with
-status 143.
+metrics.jsonl and, at the end, model/. The same command resumes from the last
+checkpoint, bit for bit; SIGTERM saves one and exits with status 143.
 """
 
 from __future__ import annotations

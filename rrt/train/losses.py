@@ -1,10 +1,10 @@
-"""What a run minimises: cross-entropy, and distillation from the parent.
+"""The training losses: cross-entropy, and distillation from the parent.
 
 The head of a small model costs as much as its block, and its logits are the
 largest array of a training step. Here they exist for one chunk of tokens at a
-time. The gradients are taken in the same pass, so that a chunk costs three
+time. The gradients are computed in the same pass, so that a chunk costs three
 matrix products with the head (logits, hidden gradient, head gradient) where
-rematerialisation would pay for four, plus one with the teacher's.
+rematerialisation needs four, plus one with the teacher's.
 
 Axes: B batch, L length, C positions of a chunk, D model, V vocabulary, S
 devices over which the rows of a batch are split.

@@ -1,7 +1,7 @@
-"""What a run writes down: JSON lines, TensorBoard, and how fast it was.
+"""Metrics of a run: JSON lines, TensorBoard, throughput and MFU.
 
-`metrics.jsonl` holds one object a logged step. A run that continues drops the
-lines behind the checkpoint it starts from, so that the file always tells one
+`metrics.jsonl` holds one object a logged step. A resumed run drops the lines
+after the checkpoint it starts from, so that the file is that of one
 uninterrupted run.
 """
 

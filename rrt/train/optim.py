@@ -1,9 +1,9 @@
-"""AdamW by parameter path: what is trained, how fast, with what decay.
+"""AdamW with rules by parameter path: trained parameters, rates, decay.
 
-A parameter's path is its name in the tree, as in 'block/layers/mlp/up/kernel'
-or 'final_norm/scale'. Patterns are regular expressions that are searched for
-in it: '^block/.*kernel$' is the shared matrices, the name of a kind of
-relaxation all of its parameters.
+A parameter's path is its name in the tree, such as 'block/layers/mlp/up/kernel'
+or 'final_norm/scale'. Rules are regular expressions that are searched for in
+it: '^block/.*kernel$' matches the shared matrices, the name of a kind of
+relaxation all parameters of that kind.
 """
 
 from __future__ import annotations

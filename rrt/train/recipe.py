@@ -1,9 +1,9 @@
-"""A training run on paper: every setting, typed, documented and checked.
+"""The configuration of a training run: typed, documented and checked.
 
 `config()` is the same as an ml_collections config, all fields at their
 defaults. A file of `experiments/` changes some, the command line overrides
-others, and `Recipe.from_dict` makes these frozen dataclasses of it, so that
-nothing past this file sees an untyped value.
+others, and `Recipe.from_dict` turns them into these frozen dataclasses, so that
+no untyped value is passed on.
 """
 
 from __future__ import annotations

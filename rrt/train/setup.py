@@ -1,7 +1,7 @@
-"""What a run starts from: the models, the text, and all that can be checked.
+"""Prepares a run: loads models and text, and checks all that can be checked.
 
-Everything that can be known to fail later is found here, before a conversion
-of minutes or a training of days begins.
+Errors that would surface later are raised here, before a conversion of minutes
+or a training of days.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The training state and the step that advances it: pure, one jitted function.
+"""The train state and the train step: pure, one jitted function.
 
-A step runs the child and, in the same program, the parent it is distilled
-from. What both have in common is held once: parameters of the parent that
-equal frozen ones of the child are not passed but read from the child's
-(`share_teacher`). Everything that is trained has drifted from the parent by
-the first step, so the parent keeps its own copy of it.
+A step runs the child and, in the same program, the parent that it is distilled
+from. Parameters of the parent that equal frozen ones of the child are not passed
+but read from the child's (`rrt.train.teacher`).
 
 B batch, L length, D model, R loops.
 """

@@ -1,10 +1,10 @@
 """The parent inside the child's train step, without a second copy.
 
-Parameters of the parent that equal frozen ones of the child are not passed to
-the step but read from the child's. What is trained has drifted from the
-parent's by the first step: of that the parent keeps its own copy. So with
-`optimizer.train='all'` nothing is shared; with 'relaxations' the embedding and
-every layer that the conversion left alone are.
+Parameters of the parent that equal frozen ones of the child are read from the
+child's. Trained parameters differ from the parent's after the first step, so
+that the parent keeps its own copy of them: with `optimizer.train='all'` nothing
+is shared; with 'relaxations' the embedding and every layer that the conversion
+left unchanged are.
 """
 
 from __future__ import annotations

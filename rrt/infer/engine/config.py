@@ -55,7 +55,7 @@ class EngineConfig:
       before, the token that followed them is the draft; 0 for never, and not
       for requests with a temperature. Never changes the output.
     max_batch_tokens: tokens of one block step, between one and R a slot, where
-      a slot may have several in flight (lossless, 'exact_fill'). None is R a
+      a slot may have several in token (lossless, 'exact_fill'). None is R a
       slot; in the lossless mode one a slot, but at least 8 on a CPU and 128 on
       accelerators, which cost little more than one. Drafts use what tokens of
       running sequences leave, so that speculation ends as slots fill.
@@ -160,7 +160,7 @@ class EngineConfig:
       "tokens that leave early need another policy: 'write_ahead', 'propagate' or 'exact_fill'",
     )
     need(self.gate == 'none' or self.threshold is not None, 'threshold', 'a gate needs one')
-    # Guesses are written ahead of what windowed pages must still hold.
+    # Drafts are written ahead of what windowed pages must still hold.
     need(
       self.page >= config.loops, 'page', f'must be at least the {config.loops} loops of the model'
     )
@@ -208,7 +208,7 @@ class EngineConfig:
 
   @property
   def several(self) -> bool:
-    """Whether a slot may have several tokens under way."""
+    """Whether a slot may have several in-flight tokens."""
     return self.lossless or (self.kv == 'exact_fill' and self.gate != 'none')
 
   def shape(self, config) -> EngineShape:
@@ -249,7 +249,7 @@ class EngineConfig:
     )
 
   def _draws_and_pool(self, config, max_batch_tokens: int) -> tuple[int, int]:
-    """Rows of a draw, and how many it waits for."""
+    """`max_sampled_tokens` and `min_sampled_tokens` where they are None."""
     loops = config.loops
     max_sampled_tokens, min_sampled_tokens = max_batch_tokens, self.slots
     layer = count.linears(config)
@@ -259,7 +259,7 @@ class EngineConfig:
     if self.several:
       min_sampled_tokens = 1
     elif self.gate != 'none':
-      # By weights read, as many as a draw has tokens: what is large, seldom.
+      # Weights are read once a launch: large ends are launched rarely.
       min_sampled_tokens = 3 * self.slots // 4 if large_ends else 1
     by_rows = jax.default_backend() == 'cpu' and self.slots >= _MANY
     if by_rows and loops > 1 and self.kv != 'exact_fill':

@@ -1,13 +1,13 @@
-"""Serving many sequences at once: continuous depth-wise batching.
+"""The engine: continuous depth-wise batching of many sequences.
 
     engine = Engine(rrt.load('runs/child'), slots=32, context=512)
     for done in engine.generate(['The sea is', 'Once'], max_new_tokens=40):
       print(done.text)
 
-The device decides what runs (`rrt.infer.engine.step`); the host admits sequences to
-free slots between two calls and reads what a call drew while the next one
-runs. The tokens of a sequence depend on its prompt and its settings alone, not
-on what shares the batch with it.
+The host admits requests to free slots and processes the output of one device
+call while the next one runs; the device schedules tokens (`step.py`). The output
+of a sequence depends on its prompt and its settings, never on the rest of the
+batch.
 """
 
 from __future__ import annotations
@@ -56,37 +56,37 @@ class Engine:
   """
 
   def __init__(
-    self, model: LanguageModel, options: EngineConfig | None = None, arrays: Any = None, **changes
+    self, model: LanguageModel, config: EngineConfig | None = None, arrays: Any = None, **changes
   ):
     """Allocates the cache.
 
     Args:
       model: what `rrt.load` gives.
-      options: how to run; keyword arguments change single fields. The gate
+      config: how to run; keyword arguments change single fields. The gate
         'stored' is the one kept with the model, with its threshold.
       arrays: of another gate; see `rrt.exits.score.score`.
 
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
     """
-    options = dataclasses.replace(options or EngineConfig(), **changes)
-    if options.gate == 'stored':
-      options, arrays = options.with_stored_gate(model)
-    self.options = options
-    if arrays is None and (options.lossless or options.gate == 'change'):
+    config = dataclasses.replace(config or EngineConfig(), **changes)
+    if config.gate == 'stored':
+      config, arrays = config.with_stored_gate(model)
+    self.config = config
+    if arrays is None and (config.lossless or config.gate == 'change'):
       arrays = gate_lib.stored_lens(model)
-    gate_lib.check_arrays(options.gate, arrays, model.config)
-    self.shape = options.shape(model.config)
-    self.context = options.context or model.config.max_context
+    gate_lib.check_arrays(config.gate, arrays, model.config)
+    self.shape = config.shape(model.config)
+    self.context = config.context or model.config.max_context
     self._tokenizer = model.tokenizer
     check_fit(self.shape)
     params = unstack(model.params)
-    if options.weight_dtype:
-      params = cast(params, options.weight_dtype)
-    params = cast(params, options.dtype)
-    params = transpose_kernels(prepare_all(model.config, params, options.relax_layout))
+    if config.weight_dtype:
+      params = cast(params, config.weight_dtype)
+    params = cast(params, config.dtype)
+    params = transpose_kernels(prepare_all(model.config, params, config.relax_layout))
     self._params = speculate.with_draft_head(self.shape, params)
-    self._gate = score_lib.on_device(arrays, options.dtype)
+    self._gate = score_lib.on_device(arrays, config.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
     self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
@@ -94,11 +94,11 @@ class Engine:
     self._counters = jax.device_get(self._state.counters)
     self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
-    self._threshold = gate_lib.NEVER if options.threshold is None else options.threshold
-    self._table = empty_table(options.slots)
-    self._cancelled = np.zeros(options.slots, bool)
+    self._threshold = gate_lib.NEVER if config.threshold is None else config.threshold
+    self._table = empty_table(config.slots)
+    self._cancelled = np.zeros(config.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
-    self.running: list[Request | None] = [None] * options.slots
+    self.running: list[Request | None] = [None] * config.slots
 
   def submit(self, request: Request) -> Request:
     """Queues a request; raises as `check` does."""
@@ -168,7 +168,7 @@ class Engine:
 
     Args:
       requests: to submit; raises as `check` does, before any is.
-      progress: called after each turn with the tokens drawn and the most that
+      progress: called after each turn with the tokens sampled and the most that
         there will be.
     """
     done = list(requests)
@@ -225,7 +225,7 @@ class Engine:
     ]
 
   def figures(self) -> dict[str, Any]:
-    """The device's counters as numbers; see `flights.Counters`."""
+    """The device's counters as numbers; see `state.Counters`."""
     return {name: np.asarray(value).tolist() for name, value in self._totals._asdict().items()}
 
   def _read(self) -> list[Request]:

@@ -1,4 +1,4 @@
-"""What a sequence asks for, and the table of it that the device reads."""
+"""Requests, and the per-slot parameters that the device reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.infer.detokenize import Detokenizer
-from rrt.infer.engine.state import EngineShape, Requests, SamplerOutput
+from rrt.infer.engine.state import EngineShape, SamplerOutput, SlotParams
 from rrt.infer.sampling import PenaltyArrays, SamplingArrays, SamplingParams
 
 
@@ -78,17 +78,17 @@ class Request:
       )
 
 
-def empty_table(slots: int) -> Requests:
+def empty_table(slots: int) -> SlotParams:
   """The table of an engine without requests."""
   f = functools.partial(np.zeros, slots)
   sampling = SamplingArrays(f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32))
   penalties = PenaltyArrays(f(np.float32), f(np.float32), np.ones(slots, np.float32))
-  return Requests(f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool))
+  return SlotParams(f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool))
 
 
 def with_request(
-  table: Requests, slot: int, request: Request, threshold: float, lossless: bool
-) -> Requests:
+  table: SlotParams, slot: int, request: Request, threshold: float, lossless: bool
+) -> SlotParams:
   """A new table, as the old one may still be on its way to the device.
 
   Args:
@@ -121,7 +121,7 @@ def with_request(
     put(p.frequency_B, params.frequency_penalty),
     put(p.repetition_B, params.repetition_penalty),
   )
-  return Requests(
+  return SlotParams(
     put(table.max_new_tokens_S, params.max_new_tokens),
     put(table.ends_S, not params.ignore_eos),
     put(table.threshold_S, threshold),

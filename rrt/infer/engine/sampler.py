@@ -1,11 +1,11 @@
-"""The end of a token's way: coda, head, the next token, and who flies on.
+"""Runs coda and LM head, samples, and updates the in-flight tokens.
 
-In the lossless mode guesses are drawn too (`rrt.infer.engine.speculate`). Draws share
-their random numbers by position, so a guess is right whenever the full depth
-would draw the same.
+In the lossless mode draft tokens are sampled too (`speculate.py`). Random
+numbers are shared by position, so that a draft is accepted whenever full depth
+would sample the same token.
 
-S slots, K flights a slot, B rows of a pass, R loops, D model, V vocabulary,
-A alternatives, E end tokens.
+S slots, K in-flight tokens a slot, B rows of a batch, R loops, D model, V
+vocabulary, A alternatives, E end tokens.
 """
 
 import jax
@@ -29,8 +29,8 @@ from rrt.infer.sampling import penalize, sample
 from rrt.models import passes, transformer
 
 
-def sample_tokens(shape: EngineShape, params, gate, requests, end_E, state: State):
-  """Coda, head and the next token of flights that are due; (state, Drawn)."""
+def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: State):
+  """Samples the successors of tokens that have left; (state, SamplerOutput)."""
   f, K = state.in_flight, shape.tokens_per_slot
   final_SxK = (f.stage_SxK == WAIT_SAMPLE) & (f.position_SxK == state.base_S[:, None])
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
@@ -39,7 +39,7 @@ def sample_tokens(shape: EngineShape, params, gate, requests, end_E, state: Stat
     final_SxK &= next_SxK == EMPTY
   wanted_SxK = final_SxK
   if shape.lossless:
-    wanted_SxK |= speculate.wanted(shape, requests, state, final_SxK)
+    wanted_SxK |= speculate.wanted(shape, slot_params, state, final_SxK)
   finals = jnp.sum(final_SxK)
   enough = finals >= jnp.minimum(shape.min_sampled_tokens, jnp.sum(state.live_S))
   go = jnp.any(wanted_SxK) & (enough if not shape.lossless else True)
@@ -48,14 +48,14 @@ def sample_tokens(shape: EngineShape, params, gate, requests, end_E, state: Stat
     state, _ = carry
     rows = pick(shape, wanted_SxK, sampler_priority(state, final_SxK), shape.max_sampled_tokens)
     final_B = rows.live_B & rows.of(final_SxK)
-    known_B = speculate.from_text(shape, requests, state, rows)
+    known_B = speculate.from_text(shape, slot_params, state, rows)
     known_B = jnp.where(final_B, speculate.UNKNOWN, known_B)
     unknown_B = rows.live_B & (known_B == speculate.UNKNOWN)
 
     def read(carry):
       state, _ = carry
       state, hidden_BxD = _coda(shape, params, gate, state, rows, final_B)
-      return state, _head(shape, params, requests, state, rows, final_B, hidden_BxD)
+      return state, _head(shape, params, slot_params, state, rows, final_B, hidden_BxD)
 
     carry = state, (known_B, _untold(shape, rows))
     if shape.lookup:
@@ -64,7 +64,7 @@ def sample_tokens(shape: EngineShape, params, gate, requests, end_E, state: Stat
       carry = read(carry)
     state, (token_B, logprobs_of) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
-    state, token_S, loops_S = _commit(shape, requests, end_E, state, rows, final_B, token_B)
+    state, token_S, loops_S = _commit(shape, slot_params, end_E, state, rows, final_B, token_B)
     by_slot = lambda t: Batch(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((shape.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
@@ -115,20 +115,20 @@ def _coda(shape: EngineShape, params, gate, state: State, rows: Batch, final_B):
   return state, hidden_Bx1xD[:, 0]
 
 
-def _head(shape: EngineShape, params, requests, state: State, rows: Batch, final_B, hidden_BxD):
-  """Head and draw; (token_B, what `_logprobs` tells).
+def _head(shape: EngineShape, params, slot_params, state: State, rows: Batch, final_B, hidden_BxD):
+  """LM head and sampling; (token_B, the output of `_logprobs`).
 
-  Where no row is final, all rows guess among the draft vocabulary.
+  Where no row is final, all rows draft among the draft vocabulary.
   """
   read = lambda params: transformer.logits_by_column(shape.config, params, hidden_BxD, shape.dtype)
 
   def full():
     logits_VxB = read(params)
-    token_B = _token(shape, requests, state, rows, logits_VxB)
-    return token_B, _logprobs(shape, requests, rows, logits_VxB, token_B)
+    token_B = _token(shape, slot_params, state, rows, logits_VxB)
+    return token_B, _logprobs(shape, slot_params, rows, logits_VxB, token_B)
 
   def guess():
-    token_B = _token(shape, requests, state, rows, read(params['draft']))
+    token_B = _token(shape, slot_params, state, rows, read(params['draft']))
     return token_B, _untold(shape, rows)
 
   if 'draft' not in params:
@@ -136,15 +136,15 @@ def _head(shape: EngineShape, params, requests, state: State, rows: Batch, final
   return jax.lax.cond(jnp.any(final_B), full, guess)
 
 
-def _token(shape: EngineShape, requests, state: State, rows: Batch, logits_VxB):
-  """Draws a token from each row by its own rules, among the first V'.
+def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_VxB):
+  """Samples a token from each row by its own rules, among the first V'.
 
   The logits are the same whether or not another row wants more than the most
   likely token; so is, then, the token.
   """
   slot_B = rows.slot_B
   of_rows = lambda tree: jax.tree.map(lambda t: jnp.asarray(t)[slot_B], tree)
-  sampling, penalties = of_rows(requests.sampling), of_rows(requests.penalties)
+  sampling, penalties = of_rows(slot_params.sampling), of_rows(slot_params.penalties)
   ahead_B = rows.of(state.in_flight.position_SxK) - state.base_S[slot_B]
   count_B = state.count_S[slot_B] + ahead_B
   wants_B = sampling.temperature_B > 0
@@ -153,7 +153,7 @@ def _token(shape: EngineShape, requests, state: State, rows: Batch, logits_VxB):
     wants_B |= penalties.repetition_B != 1
 
   def by_rules():
-    # All tokens have their random numbers, whichever can be drawn.
+    # All tokens have their random numbers, whichever can be sampled.
     rest = ((0, shape.config.vocab_size - logits_VxB.shape[0]), (0, 0))
     logits_BxV = jnp.pad(logits_VxB, rest, constant_values=-jnp.inf).T
     if state.seen is not None:
@@ -168,7 +168,7 @@ def _token(shape: EngineShape, requests, state: State, rows: Batch, logits_VxB):
 
 
 def _drawn_before(state: State, rows: Batch):
-  """How often each token was drawn up to each row's own, guesses included."""
+  """How often each token was sampled up to each row's own, drafts included."""
   f, slot_B = state.in_flight, rows.slot_B
   assert state.seen is not None
   drawn_BxV = state.seen.drawn_SxV[slot_B]
@@ -179,7 +179,7 @@ def _drawn_before(state: State, rows: Batch):
   return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(drafted_BxK.astype(jnp.int32))
 
 
-def _logprobs(shape: EngineShape, requests, rows: Batch, logits_VxB, token_B):
+def _logprobs(shape: EngineShape, slot_params, rows: Batch, logits_VxB, token_B):
   """Log-probabilities of the rows' tokens and of the likeliest ones.
 
   Returns:
@@ -196,7 +196,7 @@ def _logprobs(shape: EngineShape, requests, rows: Batch, logits_VxB, token_B):
     logprob_B = jnp.take_along_axis(log_p_BxV, token_B[:, None], 1)[:, 0]
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
-  asked_B = jnp.asarray(requests.logprobs_S)[rows.slot_B]
+  asked_B = jnp.asarray(slot_params.logprobs_S)[rows.slot_B]
   return jax.lax.cond(jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _untold(shape, rows))
 
 
@@ -208,8 +208,8 @@ def _untold(shape: EngineShape, rows: Batch):
   return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
-def _commit(shape: EngineShape, requests, end_E, state: State, rows: Batch, final_B, token_B):
-  """Takes drawn tokens over: ends, confirms, drops and starts flights."""
+def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, final_B, token_B):
+  """Commits sampled tokens: ends sequences, verifies drafts, starts successors."""
   S, K = shape.slots, shape.tokens_per_slot
   f, base_S = state.in_flight, state.base_S
   slots_S = jnp.arange(S)
@@ -220,13 +220,13 @@ def _commit(shape: EngineShape, requests, end_E, state: State, rows: Batch, fina
   token_S = jnp.where(got_S, drawn_SxK[slots_S, k_S], -1)
   loops_S = jnp.where(got_S, f.loop_SxK[slots_S, k_S], -1)
   count_S = state.count_S + got_S
-  ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & requests.ends_S
-  ended_S = got_S & (ended_S | (count_S >= requests.max_new_tokens_S))
+  ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & slot_params.ends_S
+  ended_S = got_S & (ended_S | (count_S >= slot_params.max_new_tokens_S))
 
   younger_SxK = f.position_SxK > base_S[:, None]
   drafted_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[slots_S, next_S]
   accepted_S = got_S & drafted_S & (f.token_SxK[slots_S, next_S] == token_S)
-  # The flight that was drawn from ends, or goes on to fill its missing loops.
+  # The token itself is done, or goes on to fill its missing loops.
   fills_S = jnp.zeros(S, bool)
   if shape.kv == 'exact_fill':
     fills_S = got_S & (f.loop_SxK[slots_S, k_S] < shape.config.loops)
@@ -247,7 +247,7 @@ def _commit(shape: EngineShape, requests, end_E, state: State, rows: Batch, fina
   f = speculate.start(f, new, token_S, base_S + 1)
   revised_S = jnp.zeros(S, bool)
   if shape.lossless:
-    # What was behind a wrong guess is gone, and so is what it would guess.
+    # What followed a rejected draft is dropped, and so are its own drafts.
     kept = rows._replace(live_B=rows.live_B & ~rejected_S[rows.slot_B])
     f, revised_S = speculate.take(shape, kept, final_B, token_B, f)
   n = state.counters

@@ -9,7 +9,7 @@ The paper's throughput is such a simulation with three simplifications: the
 batch is always full, only the block takes time, and all exits are the
 oracle's. `paper_rate` is that one.
 
-S slots, R loops, M draws.
+S slots, R loops, M samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Policy:
     min_sampled_tokens: such a pass waits for so many tokens, or all that live.
     steps: block steps of a call.
     page: positions of a page of the cache.
-    fills: whether a draw first fills the loops that its tokens skipped.
+    fills: whether a sample first fills the loops that its tokens skipped.
   """
 
   slots: int
@@ -50,7 +50,7 @@ class Policy:
     """That of an engine's plan.
 
     Raises:
-      InputError: a slot of the plan may have several tokens under way.
+      InputError: a slot of the plan may have several in-flight tokens.
     """
     if shape.tokens_per_slot > 1:
       raise InputError(
@@ -72,13 +72,13 @@ class Passes:
   """What ran.
 
   Attributes:
-    tokens: drawn.
+    tokens: sampled.
     calls: of the device.
     steps: block steps.
     block_pages: the same by the pages that attention walked over, [pages + 1].
     draw_pages, enter_pages: passes of coda and head and of the prelude,
       likewise.
-    fill_passes: draws that filled the loops which their tokens skipped.
+    fill_passes: samples that filled the loops which their tokens skipped.
     batch_tokens: tokens that block steps ran.
     stalls: tokens that waited a step for a pass of coda and head or of the
       prelude.
@@ -104,7 +104,7 @@ class Times:
   Attributes:
     block, sample_tokens, run_prelude: of one pass, given the pages that it walks over.
     prefill: of a prompt, given its tokens.
-    fill: of filling what the tokens of a draw skipped.
+    fill: of filling what the tokens of a sample skipped.
     call: that a call takes besides.
   """
 

@@ -1,17 +1,16 @@
-"""Lossless mode: guesses, where they come from and what becomes of them.
+"""Lossless mode: drafts tokens after early loops, verifies them at full depth.
 
-A flight that has run `draft_loop` loops draws a guess, and the guess flies on
-behind it; every further loop guesses again, and the last draws the token. Where
-a deeper draw differs from the guess that flies, the younger flights are dropped
-and the new one takes their place: what is written equals full depth token for
-token, greedy and sampled alike.
+A token that has run `draft_loop` loops samples a draft of its successor, which
+starts at once; every further loop drafts again, and the last one samples the
+token itself. Where that differs from the draft in token, the draft and what
+follows it are dropped and replaced: the output equals that of full depth token
+for token, greedy and sampled.
 
-A step without a draw reads only the rows of the head that belong to the
-vocabulary's first `draft_vocab` tokens, for its guesses. Where the last
-`lookup` tokens stand in the sequence before, what followed them then is guessed
-instead (prompt lookup): text that repeats itself is known before it is read.
+A launch without a final token reads only the rows of the head for the first
+`draft_vocab` tokens. Where the last `lookup` tokens stand in the sequence
+before, the token that followed them is the draft instead (prompt lookup).
 
-S slots, K flights a slot, B rows of a pass, C context.
+S slots, K in-flight tokens a slot, B rows of a batch, C context.
 """
 
 import jax.numpy as jnp
@@ -23,8 +22,8 @@ from rrt.models import transformer
 UNKNOWN = -1
 
 
-def wanted(shape: EngineShape, requests, state: State, final_SxK):
-  """Flights from which a guess is to be drawn now, bool [S, K]."""
+def wanted(shape: EngineShape, slot_params, state: State, final_SxK):
+  """Tokens whose successor is to be drafted now, bool [S, K]."""
   f = state.in_flight
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
   wants_draft_SxK = f.wants_draft_SxK & (f.stage_SxK != EMPTY) & ~final_SxK
@@ -32,11 +31,11 @@ def wanted(shape: EngineShape, requests, state: State, final_SxK):
   redraft_SxK = wants_draft_SxK & (next_SxK != EMPTY) & follows_SxK
   freed_SxK = (next_SxK == EMPTY) | jnp.roll(final_SxK, -1, 1)
   draft_SxK = wants_draft_SxK & freed_SxK
-  # Behind the last token that there is room for, nothing is guessed.
+  # Nothing is drafted past max_new_tokens.
   ahead_SxK = f.position_SxK - state.base_S[:, None]
   number_SxK = state.count_S[:, None] + ahead_SxK + 1
-  draft_SxK &= number_SxK < requests.max_new_tokens_S[:, None]
-  # Guesses are for lanes that would be empty.
+  draft_SxK &= number_SxK < slot_params.max_new_tokens_S[:, None]
+  # Drafts use rows of the batch that would be empty.
   free = shape.max_batch_tokens - jnp.sum(f.stage_SxK != EMPTY)
   rank_SxK = jnp.cumsum(draft_SxK.reshape(-1)).reshape(draft_SxK.shape)
   draft_SxK &= rank_SxK <= free
@@ -44,18 +43,18 @@ def wanted(shape: EngineShape, requests, state: State, final_SxK):
 
 
 def with_draft_head(shape: EngineShape, params):
-  """The parameters with the rows of the head that guesses are made of."""
+  """The parameters with the rows of the head that drafts are made of."""
   if not shape.lossless or shape.draft_vocab == shape.config.vocab_size:
     return params
   draft = transformer.head_of_first(shape.config, params, shape.draft_vocab)
   return {**params, 'draft': draft}
 
 
-def from_text(shape: EngineShape, requests, state: State, rows: Batch):
+def from_text(shape: EngineShape, slot_params, state: State, rows: Batch):
   """The token that followed the rows' last `lookup` tokens before, int [B].
 
   Where they stand several times, the last one counts. UNKNOWN where they do
-  not, where the row's request draws at random, and without lookup.
+  not, where the row's request samples at random, and without lookup.
   """
   unknown_B = jnp.full(rows.slot_B.shape, UNKNOWN, jnp.int32)
   if state.text_SxC is None:
@@ -70,13 +69,13 @@ def from_text(shape: EngineShape, requests, state: State, rows: Batch):
     same_BxC &= jnp.roll(text_BxC, back, 1) == token_Bx1
   last_B = jnp.max(jnp.where(same_BxC, at_1xC, -1), 1)
   next_B = jnp.take_along_axis(text_BxC, last_B[:, None] + 1, 1)[:, 0]
-  temperature_B = jnp.asarray(requests.sampling.temperature_B)[rows.slot_B]
+  temperature_B = jnp.asarray(slot_params.sampling.temperature_B)[rows.slot_B]
   known_B = (last_B >= 0) & (temperature_B == 0)
   return jnp.where(known_B, next_B, unknown_B)
 
 
 def remember(shape: EngineShape, state: State) -> State:
-  """Writes the tokens under way into the text that is looked through."""
+  """Writes the in-flight tokens into the text that prompt lookup searches."""
   if state.text_SxC is None:
     return state
   f = state.in_flight
@@ -87,9 +86,9 @@ def remember(shape: EngineShape, state: State) -> State:
 
 
 def take(shape: EngineShape, rows: Batch, final_B, token_B, f: InFlightTokens):
-  """Takes the guesses of flights that are still there; (flights, revised_S).
+  """Starts drafts of tokens that are still in flight; (tokens, revised_S).
 
-  A guess that differs from the one under way, which a loop before made, drops
+  A draft that differs from the one in flight, which a loop before made, drops
   it and what is younger.
   """
   after_B, position_B = (rows.k_B + 1) % shape.tokens_per_slot, rows.of(f.position_SxK)
@@ -99,10 +98,10 @@ def take(shape: EngineShape, rows: Batch, final_B, token_B, f: InFlightTokens):
   flies_B = asked_B & (f.stage_SxK[behind_B] != EMPTY)
   flies_B &= f.position_SxK[behind_B] == position_B + 1
   revises_B = flies_B & (f.token_SxK[behind_B] != token_B)
-  # A draw without a final token could not have drawn what is beyond these.
+  # A launch without a final token samples among `draft_vocab` tokens only.
   could_B = f.token_SxK[behind_B] < shape.draft_vocab
   revises_B &= could_B | jnp.any(final_B)
-  # The oldest revision of a slot counts; the flights behind it go.
+  # The oldest revision of a slot counts; younger tokens are dropped.
   cut_S = jnp.full(shape.slots, LAST).at[rows.slot_B].min(jnp.where(revises_B, position_B, LAST))
   gone_SxK = f.position_SxK > cut_S[:, None]
   f = f._replace(stage_SxK=jnp.where(gone_SxK, EMPTY, f.stage_SxK))
@@ -112,7 +111,7 @@ def take(shape: EngineShape, rows: Batch, final_B, token_B, f: InFlightTokens):
 
 
 def start(f: InFlightTokens, rows: Batch, token_B, position_B) -> InFlightTokens:
-  """New flights, which wait for the prelude."""
+  """New tokens, which wait for the prelude."""
   return f._replace(
     stage_SxK=rows.put(f.stage_SxK, jnp.full_like(token_B, WAIT_PRELUDE)),
     token_SxK=rows.put(f.token_SxK, token_B),

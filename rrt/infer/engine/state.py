@@ -1,11 +1,11 @@
-"""What the engine keeps on the device: slots, tokens under way, the cache.
+"""The engine's state on the device: slots, in-flight tokens, KV cache.
 
-A sequence has a *slot*. Its tokens under way are *flights*: one a slot, or up
-to R where younger tokens run beside older ones (lossless mode, exact fill).
-Flight k of a slot holds the token whose position is k modulo K.
+A sequence has a *slot*. It has one in-flight token, or up to R where younger
+tokens run beside older ones (lossless mode, exact fill): number k of a slot is
+the token whose position is k modulo K.
 
-S slots, K flights a slot, R loops, D model, B rows of a pass, I steps of a
-call.
+S slots, K in-flight tokens a slot, R loops, D model, B rows of a batch, I steps
+of a call.
 """
 
 import dataclasses
@@ -18,10 +18,9 @@ from rrt.config import ModelConfig
 from rrt.infer.sampling import Array, PenaltyArrays, SamplingArrays
 from rrt.models import pages
 
-# Stages of a flight: none, waits for the prelude, in the block, waits for the
-# draw.
+# Stages of an in-flight token.
 EMPTY, WAIT_PRELUDE, IN_BLOCK, WAIT_SAMPLE = range(4)
-LAST = jnp.int32(2**30)  # Sorts behind every flight.
+LAST = jnp.int32(2**30)  # Sorts behind every token.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +33,19 @@ class EngineShape:
     page: positions of a page.
     slots: S.
     context: C, tokens of a sequence.
-    max_batch_tokens: N, flights that one block step runs, at most S * K.
-    max_sampled_tokens: M, flights that one draw takes.
-    min_sampled_tokens: a draw waits until this many flights are due, or all that live.
+    max_batch_tokens: N, tokens that one block step runs, at most S * K.
+    max_sampled_tokens: M, tokens of one launch of the sampler.
+    min_sampled_tokens: the sampler waits for this many tokens, or for all there are.
     tokens_per_slot: K; 1, or R for 'exact_fill' and lossless.
     steps: of one call.
-    least_rows: of a pass; rows that no flight fills are computed for nothing.
+    least_rows: of a launch; unused rows are padding.
     kv: what the loops that a token skipped keep of it; see `EngineConfig`.
     gate: kind of exit gate.
     lossless: whether requests may draft after `draft_loop` loops and verify
       after all.
-    draft_loop: loops before the first guess.
-    draft_vocab: tokens among which a guess is made.
-    lookup: tokens that are looked for in the text before, to guess what
+    draft_loop: loops before the first draft.
+    draft_vocab: tokens among which a draft is made.
+    lookup: tokens that prompt lookup matches in the text before, to draft what
       follows them; 0 for none.
     dtype: of the computation.
     kv_dtype: of the cache.
@@ -79,20 +78,19 @@ class EngineShape:
 
   @property
   def fills(self) -> bool:
-    """Whether a draw first fills the loops that its tokens skipped."""
+    """Whether the sampler first fills the loops that its tokens skipped."""
     return self.kv == 'propagate' and self.gate != 'none'
 
 
-class Requests(NamedTuple):
-  """What the sequence of each slot asked for.
+class SlotParams(NamedTuple):
+  """Parameters of the sequence in each slot.
 
   Attributes:
-    max_new_tokens_S: tokens that it may draw.
+    max_new_tokens_S: tokens that it may sample.
     ends_S: whether an end token ends it.
-    threshold_S: of its exits.
-    sampling: its rules.
-    penalties: for repeating itself.
-    logprobs_S: whether log-probabilities are to be told.
+    threshold_S: of its exit gate.
+    sampling, penalties: as in `SamplingParams`.
+    logprobs_S: whether log-probabilities are returned.
     lossless_S: whether it speculates and takes no exits.
   """
 
@@ -105,11 +103,11 @@ class Requests(NamedTuple):
   lossless_S: Array
 
 
-class Seen(NamedTuple):
+class SeenTokens(NamedTuple):
   """Which tokens each sequence has.
 
   Attributes:
-    drawn_SxV: how often each was drawn.
+    drawn_SxV: how often each was sampled.
     prompt_SxV: bool, whether it is in the prompt.
   """
 
@@ -118,16 +116,16 @@ class Seen(NamedTuple):
 
 
 class InFlightTokens(NamedTuple):
-  """Tokens under way.
+  """Tokens in flight.
 
   Attributes:
-    stage_SxK: EMPTY, ENTER, RUN or DUE.
-    token_SxK: what goes in.
+    stage_SxK: EMPTY, WAIT_PRELUDE, IN_BLOCK or WAIT_SAMPLE.
+    token_SxK: its id.
     position_SxK: where it stands in its sequence.
     loop_SxK: how many loops it has run.
-    wait_SxK: for how many steps it has waited for a draw or the prelude.
-    wants_draft_SxK: whether a guess is to be drawn from it.
-    fills_SxK: whether its successor is drawn and only its missing keys and
+    wait_SxK: steps it has waited for the sampler or the prelude.
+    wants_draft_SxK: whether its successor is to be drafted.
+    fills_SxK: whether its successor is sampled and only its missing keys and
       values are computed.
     x_SxKxD: the residual stream.
   """
@@ -178,13 +176,13 @@ class State(NamedTuple):
 
   Attributes:
     live_S: whether the slot has a sequence that goes on.
-    base_S: position of the oldest token whose successor is not drawn yet.
-    count_S: how many tokens are drawn.
-    in_flight: tokens under way.
+    base_S: position of the oldest token whose successor is not sampled yet.
+    count_S: how many tokens are sampled.
+    in_flight: in-flight tokens.
     kv_pools: the cache.
     counters: statistics.
     seen: tokens by slot; None without penalties.
-    text_SxC: tokens by position, those under way included; None without
+    text_SxC: tokens by position, those in flight included; None without
       lookup.
   """
 
@@ -194,7 +192,7 @@ class State(NamedTuple):
   in_flight: InFlightTokens
   kv_pools: pages.KVPools
   counters: Counters
-  seen: Seen | None
+  seen: SeenTokens | None
   text_SxC: jax.Array | None
 
 
@@ -202,8 +200,8 @@ class SamplerOutput(NamedTuple):
   """What a step drew, by slot; of a call with a leading axis of steps.
 
   Attributes:
-    token_S: -1 where nothing was drawn.
-    loops_S: after how many loops; -1 where nothing was drawn.
+    token_S: -1 where nothing was sampled.
+    loops_S: after how many loops; -1 where nothing was sampled.
     logprob_S: log-probability of the token, before penalties and sampling;
       None where the plan tells none, 0 where the request asked for none.
     top_token_SxA, top_logprob_SxA: the most likely tokens, likewise.
@@ -217,7 +215,7 @@ class SamplerOutput(NamedTuple):
 
 
 def empty_output(shape: EngineShape) -> SamplerOutput:
-  """The draws of a step that drew nothing."""
+  """The output of a step in which the sampler did not run."""
   none_S = jnp.full(shape.slots, -1, jnp.int32)
   if shape.logprobs < 0:
     return SamplerOutput(none_S, none_S, None, None, None)
@@ -236,7 +234,7 @@ def init_state(shape: EngineShape) -> State:
   seen = None
   if shape.penalties:
     none_SxV = jnp.zeros((S, shape.config.vocab_size), jnp.int32)
-    seen = Seen(none_SxV, none_SxV.astype(bool))
+    seen = SeenTokens(none_SxV, none_SxV.astype(bool))
   text_SxC = None
   if shape.lookup:
     text_SxC = jnp.zeros((S, shape.context), jnp.int32)
@@ -296,7 +294,7 @@ def admit(shape: EngineShape, state: State, slot, token, position, cache, prompt
     kv_pools = pages.KVPools(ends[0], tuple(block), ends[1])
   seen = state.seen
   if seen is not None:
-    seen = Seen(
+    seen = SeenTokens(
       seen.drawn_SxV.at[slot].set(0),
       seen.prompt_SxV.at[slot].set(False).at[slot, prompt_L].set(True, mode='drop'),
     )

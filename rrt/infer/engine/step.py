@@ -1,18 +1,18 @@
-"""The device side of depth-wise batching: one step of a fixed array of lanes.
+"""The engine's jitted step: block, sampler, prelude.
 
 A step
 
-  1. runs the shared block on up to N flights, each in its own loop with its
-     own relaxation and its own keys and values (the *lanes*);
-  2. lets flights leave by the gate or at the last loop, runs coda and head on
-     up to M of them and draws their tokens (`rrt.infer.engine.sampler`);
-  3. runs embedding and prelude on the tokens that were drawn, which are the
-     flights of the next step.
+  1. runs the shared block on up to N in-flight tokens, each in its own loop with
+     its own relaxation and its own keys and values;
+  2. lets tokens leave by the gate or at the last loop, runs coda and head on up
+     to M of them and samples their successors (`sampler.py`);
+  3. runs embedding and prelude on the sampled tokens, which are in token from
+     the next step on.
 
-All of it is decided on the device; `call` runs several steps in one loop.
+Everything is decided on the device; `call` runs several steps in one loop.
 
-S slots, K flights a slot, N lanes, M draws, R loops, D model, I steps of a
-call, E end tokens.
+S slots, K in-flight tokens a slot, N = max_batch_tokens, M =
+max_sampled_tokens, R loops, D model, I steps of a call, E end tokens.
 """
 
 import jax
@@ -28,21 +28,21 @@ from rrt.infer.engine.state import (
   WAIT_PRELUDE,
   WAIT_SAMPLE,
   EngineShape,
-  Requests,
+  SlotParams,
   State,
   empty_output,
 )
 from rrt.models import passes
 
 
-def call(shape: EngineShape, params, gate, requests: Requests, end_E, state: State):
+def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state: State):
   """Runs `shape.steps` steps, fewer if no sequence is left.
 
   Args:
     shape: what is compiled for.
     params: of the model, unstacked and in the plan's dtype.
     gate: arrays of the exit gate.
-    requests: what each slot asked for.
+    slot_params: what each slot asked for.
     end_E: tokens that end a sequence.
     state: donated.
 
@@ -52,8 +52,8 @@ def call(shape: EngineShape, params, gate, requests: Requests, end_E, state: Sta
 
   def body(carry):
     i, state, all_drawn = carry
-    state = run_block(shape, params, gate, requests, state)
-    state, drawn = sample_tokens(shape, params, gate, requests, end_E, state)
+    state = run_block(shape, params, gate, slot_params, state)
+    state, drawn = sample_tokens(shape, params, gate, slot_params, end_E, state)
     state = run_prelude(shape, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_drawn, drawn)
@@ -67,8 +67,8 @@ def call(shape: EngineShape, params, gate, requests: Requests, end_E, state: Sta
   return state, drawn, state.counters
 
 
-def run_block(shape: EngineShape, params, gate, requests, state: State) -> State:
-  """One loop of the block for the picked flights; some then leave it."""
+def run_block(shape: EngineShape, params, gate, slot_params, state: State) -> State:
+  """One loop of the block for the scheduled tokens; some leave it then."""
   c, f, R = shape.config, state.in_flight, shape.config.loops
   rows = pick(shape, f.stage_SxK == IN_BLOCK, block_priority(shape, state), shape.max_batch_tokens)
   loop_B = jnp.where(rows.live_B, rows.of(f.loop_SxK), 0)
@@ -86,7 +86,7 @@ def run_block(shape: EngineShape, params, gate, requests, state: State) -> State
 
   loop_B = loop_B + 1
   fills_B = rows.of(f.fills_SxK)
-  lossless_B = jnp.asarray(requests.lossless_S)[rows.slot_B]
+  lossless_B = jnp.asarray(slot_params.lossless_S)[rows.slot_B]
   leaves_B = loop_B == R
   if shape.gate != 'none':
     sure_B = score_lib.score(
@@ -99,7 +99,7 @@ def run_block(shape: EngineShape, params, gate, requests, state: State) -> State
       rows.slot_B,
       state.count_S[rows.slot_B],
     )
-    sure_B = sure_B >= requests.threshold_S[rows.slot_B]
+    sure_B = sure_B >= slot_params.threshold_S[rows.slot_B]
     leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, WAIT_SAMPLE), IN_BLOCK)
   wants_draft_SxK = f.wants_draft_SxK
@@ -124,7 +124,7 @@ def run_block(shape: EngineShape, params, gate, requests, state: State) -> State
 
 
 def run_prelude(shape: EngineShape, params, state: State) -> State:
-  """Embedding and prelude of flights that wait for them."""
+  """Embedding and prelude of tokens that wait for them."""
   wanted_SxK = state.in_flight.stage_SxK == WAIT_PRELUDE
 
   def body(state):

@@ -671,7 +671,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
   engine = Engine(gated, slots=1, page=8, gate='stored')
   engine.generate('The sea', max_new_tokens=6, ignore_eos=True)
   assert engine.figures()['depths_R'] == [6, 0]
-  assert engine.options.kv == 'propagate'
+  assert engine.config.kv == 'propagate'
   with pytest.raises(InputError, match='fit_gate'):
     Engine(child, gate='stored')
 
