@@ -2,6 +2,9 @@
 
 A checkpoint may be larger than what is free beside the model that is built
 from it, so nothing here holds more than one chunk (`CHUNK` bytes) at a time.
+The `safetensors` package is not used for this reason: it hands out whole tensors,
+where these readers convert, check and checksum a chunk at a time while writing it
+into the stacked array, and name the tensor that is damaged.
 The format: 8 bytes little-endian header length, a JSON header with dtype,
 shape and byte range of every tensor, then the bytes.
 """

@@ -8,7 +8,9 @@ does not depend on the other rows.
 B batch, L query length, D model, R loops, N block layers.
 """
 
+import chex
 from flax import linen as nn
+import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, AttnSpec, Context
@@ -33,6 +35,7 @@ def run_prelude(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, sc
   Returns:
     (x_BxLxD, kvs): what the block's first loop takes, and the written KVs.
   """
+  chex.assert_rank(tokens_BxL, 2)
   x_BxLxD = embed(config, params['embed']['table'], tokens_BxL, dtype)
   if not config.prelude_layers:
     return x_BxLxD, kvs
@@ -85,6 +88,8 @@ def block_pass(
   Returns:
     (x_BxLxD, kvs). A row's result does not depend on the other rows.
   """
+  chex.assert_shape(x_BxLxD, (None, None, config.d_model))
+  chex.assert_rank(jnp.asarray(loop), {0, 1})
   if not scan:
     params = unstack(params)
   stack = Stack(config, config.block_layers, looped=True, remat=remat, scan=scan)

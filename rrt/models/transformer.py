@@ -14,6 +14,7 @@ layers, R loops, T rotary tables.
 
 from typing import Any, NamedTuple
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,10 @@ def forward(
   Raises:
     InputError: a loop count that the model does not allow.
   """
+  chex.assert_rank(tokens_BxL, 2)
+  for given in (positions_BxL, segment_ids_BxL):
+    if given is not None:
+      chex.assert_equal_shape([given, tokens_BxL])
   if not scan:
     params = unstack(params)
   model: Any = Transformer(config, dtype, remat, scan)
@@ -291,6 +296,7 @@ def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
 
 def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
   """The head alone: float32 [..., V] of hidden states [..., D]."""
+  chex.assert_axis_dimension(hidden, -1, config.d_model)
   if config.tie_embeddings:
     table, axis = params['embed']['table'], 1
   else:

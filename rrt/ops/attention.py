@@ -4,6 +4,7 @@ B batch, L query length, S key length, H heads, G kv groups, M = H / G queries a
 group, Dh head size.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +34,7 @@ def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
   CPU is 3 (prefill) to 10 times (decoding) slower on the einsums over
   [B, S, G, Dh], which it transposes at every step.
   """
+  chex.assert_rank([q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS], [4, 4, 4, 3])
   B, L, H, Dh = q_BxLxHxDh.shape
   G, S = k_BxGxDhxS.shape[1], k_BxGxDhxS.shape[3]
   M = H // G

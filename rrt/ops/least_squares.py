@@ -10,6 +10,7 @@ I inputs of a linear, O its outputs, r rank, R loops.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,7 @@ def solve(c_IxI, b_IxO):
 
 def weighted_mean(cs_RxIxI, ws_RxIxO):
   """Argmin over W of sum_b ||x_b (W - W_b)||^2."""
+  chex.assert_equal_shape_prefix([cs_RxIxI, ws_RxIxO], 2)
   total_IxO = jnp.einsum('rij,rjo->io', cs_RxIxI, ws_RxIxO)
   return solve(cs_RxIxI.sum(0), total_IxO)
 
@@ -89,6 +91,7 @@ def low_rank(c_IxI, m_IxO, rank, width: int):
   Returns:
     (a_Ixw, b_wxO, kept), `kept` the share of `||x M||^2` that is kept.
   """
+  chex.assert_equal_shape_prefix([c_IxI, m_IxO], 1)
   sigma_K, left_IxK, right_KxO = spectrum(c_IxI, m_IxO)
   own_K = (jnp.arange(sigma_K.shape[0]) < rank).astype(m_IxO.dtype)
   energy_K = sigma_K**2

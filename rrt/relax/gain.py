@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import chex
 from flax import linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,7 @@ class Gain(Relaxation):
     return {'gain': Leaf(shape, axes, nn.initializers.ones)}
 
   def apply(self, params: Leaves, x, y, loop, host: Host):
+    chex.assert_shape(params['gain'], (host.loops, y.shape[-1]))
     return y * at_loop(params['gain'], loop, y.ndim).astype(y.dtype), NO_AUX
 
   def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):

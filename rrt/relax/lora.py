@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,8 @@ def low_rank(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale=1.0):
   Returns:
     [B, L, F] in the dtype of `x`.
   """
+  chex.assert_rank([x_BxLxD, a_RxDxr, b_RxrxF], 3)
+  chex.assert_axis_dimension(a_RxDxr, 1, x_BxLxD.shape[-1])
   if jnp.ndim(loop):
     return low_rank_grouped(x_BxLxD, a_RxDxr, b_RxrxF, loop, scale)
   dtype = x_BxLxD.dtype
@@ -248,6 +251,7 @@ def low_rank_wide(x_BxLxD, a_DxRr, b_RrxF, loop, loops: int, scale=1.0):
     loops: R.
     scale: alpha / r.
   """
+  chex.assert_rank(x_BxLxD, 3)
   dtype = x_BxLxD.dtype
   a_DxRr, b_RrxF = a_DxRr.astype(dtype), b_RrxF.astype(dtype)
   rank = a_DxRr.shape[1] // loops

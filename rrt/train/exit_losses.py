@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -79,6 +80,7 @@ def exit_losses(
     The weighted sum of their losses, a float32 scalar, and the cross-entropy
     of each, [R - 1].
   """
+  chex.assert_rank(hidden_RxBxLxD, 4)
   inner = Objective(
     cross_entropy=exits.cross_entropy,
     distillation=exits.distillation,

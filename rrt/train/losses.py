@@ -17,6 +17,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -113,6 +114,9 @@ def losses(
     teacher: the parent's (hidden_BxLxD, head_DxV), of any width D; needed
       when `objective.distillation` is above 0, ignored otherwise.
   """
+  chex.assert_rank([hidden_BxLxD, head_DxV], [3, 2])
+  chex.assert_equal_shape([targets_BxL, weights_BxL])
+  chex.assert_equal_shape_prefix([hidden_BxLxD, targets_BxL], 2)
   if not objective.distillation:
     teacher = None
   elif teacher is None:

@@ -15,6 +15,7 @@ S slots, K in-flight tokens a slot, N = max_batch_tokens, M =
 max_sampled_tokens, R loops, D model, I steps of a call, E end tokens.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +50,9 @@ def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state
   Returns:
     (state, Drawn by step, Counters).
   """
+  S, K = shape.slots, shape.tokens_per_slot
+  chex.assert_shape([state.live_S, slot_params.max_new_tokens_S], (S,))
+  chex.assert_shape(state.in_flight.x_SxKxD, (S, K, shape.config.d_model))
 
   def body(carry):
     i, state, all_drawn = carry
