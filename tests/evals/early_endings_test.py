@@ -24,7 +24,7 @@ def test_they_have_the_log_probabilities_of_the_engine(kv):
     batch_tokens=64,
   )
   for request, (score, greedy) in zip(done, found, strict=True):
-    assert score == pytest.approx(sum(p for p, _ in request.told), abs=1e-4)
+    assert score == pytest.approx(sum(p for p, _ in request.logprobs), abs=1e-4)
     assert greedy
   assert loops == pytest.approx(np.mean([r.loops for r in done]))
   assert 1 < loops < 3

@@ -97,7 +97,7 @@ def test_transposed_kernels_have_short_sums_too():
 def test_named_matrices_are_transposed_and_nothing_else():
   kernel = np.arange(6.0).reshape(2, 3)
   params = {'layers_0': {'q': {'kernel': kernel, 'scale': kernel}}}
-  transpose_kernels = matmul.turn(params, ('kernel',))['layers_0']['q']
+  transpose_kernels = matmul.transpose_named(params, ('kernel',))['layers_0']['q']
   np.testing.assert_array_equal(transpose_kernels['kernel'].kernel_FxD, kernel.T)
   assert transpose_kernels['scale'] is kernel
 

@@ -18,7 +18,7 @@ from rrt.exits import score as score_lib
 from rrt.infer import generate
 from rrt.infer.engine import engine as engines
 from rrt.infer.engine import speculate
-from rrt.infer.engine.batch import Rows
+from rrt.infer.engine.batch import Batch
 from rrt.infer.engine.config import EngineConfig
 from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.engine.request import empty_table
@@ -388,7 +388,7 @@ def test_what_followed_before_is_guessed(lookup):
   )
   table = empty_table(8)
   table.sampling.temperature_B[7] = 0.5
-  rows = Rows(np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool))
+  rows = Batch(np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool))
   got = speculate.from_text(shape, table, state, rows)
   want = []
   for slot, k in zip(rows.slot_B, rows.k_B, strict=True):
@@ -498,8 +498,8 @@ def test_requests_keep_their_own_rules_side_by_side(lossless):
   # A slot's counts begin anew with each sequence in it.
   assert dear.tokens == second.tokens == decode(penalties=costs)
   assert len({str(r.tokens) for r in (plain, hot, dear)}) == 3
-  assert not plain.told and len(told.told) == 14
-  for token, (own, top), want in zip(told.tokens, told.told, logprobs, strict=True):
+  assert not plain.logprobs and len(told.logprobs) == 14
+  for token, (own, top), want in zip(told.tokens, told.logprobs, logprobs, strict=True):
     assert own == pytest.approx(want[token], abs=1e-4)
     order = np.argsort(-want)[:3]
     assert [t for t, _ in top] == order.tolist()
@@ -599,13 +599,13 @@ def test_sequence_order_is_refused():
   'request_, message',
   [
     (Request.of([], 3), 'a prompt'),
-    (Request.of([1], 0), 'room'),
+    (Request.of([1], 0), 'max_new_tokens'),
     (Request.of([1], 2, lossless=True), 'lossless'),
     (Request.of([1] * 60, 5), 'context of 64'),
     (Request.of([53], 5), '0..52'),
     (Request.of([1], 5, presence_penalty=0.5), 'penalties=True'),
     (Request.of([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
-    (Request.of([1], '5'), 'room'),
+    (Request.of([1], '5'), 'max_new_tokens'),
     (Request.of([1], 5, 'hot'), 'temperature'),
     (Request.of([1], 5, 0.7, top_k=2**40), 'top_k'),
     (Request.of([1], 5, 0.7, top_p=-1), 'top_p'),

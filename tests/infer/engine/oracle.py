@@ -126,7 +126,7 @@ def _projected(config, params, x, loop, context, kvs):
   for n, kv in enumerate(kvs):
     layer = params['block'][f'layers_{n}']
     y = Norm(config, config.d_model, looped=True).apply({'params': layer['attn_norm']}, x, loop)
-    place = passes.Place(*(None if t is None else t[n] for t in (window, rope)))
+    place = passes.AttnSpec(*(None if t is None else t[n] for t in (window, rope)))
     _, kv = Attention(config, looped=True).apply(
       {'params': layer['attn']}, y, kv, place, loop, context
     )
