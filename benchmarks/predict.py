@@ -36,9 +36,9 @@ _ROUNDS = 16
 # Seconds of a pass over one page of the cache, and of a call.
 _ONE_PAGE = {
   'block': lambda t: t.block(1),
-  'draw': lambda t: t.draw(1),
+  'sampler': lambda t: t.sampler(1),
   'fill': lambda t: t.fill,
-  'enter': lambda t: t.enter(1),
+  'prelude': lambda t: t.prelude(1),
   'call': lambda t: t.call,
 }
 
@@ -67,7 +67,7 @@ class Clock:
     self._pages = sorted({1, -(-engine.context // page)})
     self._passes = {
       (kind, n): self._compile(kind, min(n * page, engine.context) - 1)
-      for kind in ('block', 'draw', 'enter')
+      for kind in ('block', 'sampler', 'prelude')
       for n in self._pages
     }
     if engine.shape.fills:
@@ -92,10 +92,10 @@ class Clock:
 
     return simulate.Times(
       by_pages('block'),
-      by_pages('draw'),
-      by_pages('enter'),
+      by_pages('sampler'),
+      by_pages('prelude'),
       lambda n: prefill[self._bucket(n)],
-      max(found.get(('fill', 1), 0.0) - found['draw', 1], 0.0),
+      max(found.get(('fill', 1), 0.0) - found['sampler', 1], 0.0),
       call,
     )
 
@@ -111,9 +111,9 @@ class Clock:
     draw = lambda p, t, s: sampler.sample_tokens(shape, p, gate, t, end_E, s)[0]
     stage, loops, body = {
       'block': (IN_BLOCK, 0, lambda p, t, s: run_block(shape, p, gate, t, s)),
-      'draw': (WAIT_SAMPLE, shape.config.loops, draw),
+      'sampler': (WAIT_SAMPLE, shape.config.loops, draw),
       'fill': (WAIT_SAMPLE, 1, draw),
-      'enter': (WAIT_PRELUDE, 0, lambda p, t, s: run_prelude(shape, p, s)),
+      'prelude': (WAIT_PRELUDE, 0, lambda p, t, s: run_prelude(shape, p, s)),
     }[kind]
 
     def once(params, table, i, state):
@@ -255,7 +255,7 @@ class Contender:
     predicted, measured = np.asarray(self._found).T
     counted = {
       'steps': self._passes.steps,
-      'sampler_steps': len(self._passes.draw_pages),
+      'sampler_steps': len(self._passes.sampler_pages),
       'fill_passes': self._passes.fill_passes,
       'lanes': self._passes.max_batch_tokens,
       'stalls': self._passes.stalls,

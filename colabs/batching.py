@@ -67,7 +67,7 @@ for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
   print(
     f'{name:24} {found.steps:5} launches, '
     f'{found.batch_tokens / found.steps / 8:4.0%} of the lanes busy, '
-    f'coda and head {len(found.draw_pages)} times'
+    f'coda and head {len(found.sampler_pages)} times'
   )
 
 # %% [markdown]

@@ -76,7 +76,7 @@ class Passes:
     calls: of the device.
     steps: block steps.
     block_pages: the same by the pages that attention walked over, [pages + 1].
-    draw_pages, enter_pages: passes of coda and head and of the prelude,
+    sampler_pages, prelude_pages: passes of coda and head and of the prelude,
       likewise.
     fill_passes: samples that filled the loops which their tokens skipped.
     batch_tokens: tokens that block steps ran.
@@ -92,8 +92,8 @@ class Passes:
   batch_tokens: int = 0
   stalls: int = 0
   block_pages: list[int] = dataclasses.field(default_factory=list)
-  draw_pages: list[int] = dataclasses.field(default_factory=list)
-  enter_pages: list[int] = dataclasses.field(default_factory=list)
+  sampler_pages: list[int] = dataclasses.field(default_factory=list)
+  prelude_pages: list[int] = dataclasses.field(default_factory=list)
   prompts: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -102,15 +102,15 @@ class Times:
   """Seconds of what a schedule is made of.
 
   Attributes:
-    block, sample_tokens, run_prelude: of one pass, given the pages that it walks over.
+    block, sampler, prelude: of one pass, given the pages that it walks over.
     prefill: of a prompt, given its tokens.
     fill: of filling what the tokens of a sample skipped.
     call: that a call takes besides.
   """
 
   block: Callable[[int], float]
-  sample_tokens: Callable[[int], float]
-  run_prelude: Callable[[int], float]
+  sampler: Callable[[int], float]
+  prelude: Callable[[int], float]
   prefill: Callable[[int], float]
   fill: float = 0.0
   call: float = 0.0
@@ -150,7 +150,7 @@ def schedule(
     rows = first(stage == _ENTER)
     if not len(rows):
       return
-    found.enter_pages.append(pages(rows))
+    found.prelude_pages.append(pages(rows))
     stage[rows], loop[rows], wait[rows] = _RUN, 0, 0
     waits = stage == _ENTER
     wait[waits] += 1
@@ -181,7 +181,7 @@ def schedule(
       if is_due.sum() >= min(policy.min_sampled_tokens, np.count_nonzero(stage)):
         rows = first(is_due)
         if len(rows):
-          found.draw_pages.append(pages(rows))
+          found.sampler_pages.append(pages(rows))
           if policy.fills:
             found.fill_passes += bool((loop[rows] < R).any())
           found.tokens += len(rows)
@@ -205,8 +205,8 @@ def seconds(passes: Passes, times: Times) -> float:
   """What the passes take."""
   return (
     sum(map(times.block, passes.block_pages))
-    + sum(map(times.sample_tokens, passes.draw_pages))
-    + sum(map(times.run_prelude, passes.enter_pages))
+    + sum(map(times.sampler, passes.sampler_pages))
+    + sum(map(times.prelude, passes.prelude_pages))
     + sum(map(times.prefill, passes.prompts))
     + times.fill * passes.fill_passes
     + times.call * passes.calls

@@ -22,7 +22,7 @@ from rrt.infer.engine.batch import Batch
 from rrt.infer.engine.config import EngineConfig
 from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.engine.request import empty_table
-from rrt.infer.engine.state import EMPTY, ENTER, init_state
+from rrt.infer.engine.state import EMPTY, WAIT_PRELUDE, init_state
 from rrt.infer.sampling import SamplingArrays, SamplingParams
 from rrt.models import params as params_lib
 from rrt.models.params import cast
@@ -102,20 +102,20 @@ def test_many_slots_go_out_of_step(name):
 
 
 @pytest.mark.parametrize(
-  'backend, alone, turned', [('cpu', False, True), ('cpu', True, False), ('gpu', False, False)]
+  'backend, alone, transposed', [('cpu', False, True), ('cpu', True, False), ('gpu', False, False)]
 )
-def test_kernels_are_turned_where_it_pays(monkeypatch, backend, alone, transpose_kernels):
+def test_kernels_are_transposed_where_it_pays(monkeypatch, backend, alone, transposed):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(matmul, '_avx512_alone', lambda: alone)
   lens = fit_lib.fit_lens(np.ones((2, 4, 8), np.float32))
   params = params_lib.transpose_kernels(unstack(model('llama').params))
   stacks = [params[k] for k in ('prelude', 'block', 'coda')]
-  is_turned = lambda x: isinstance(x, matmul.TransposedKernel)
-  leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_turned)
+  is_transposed = lambda x: isinstance(x, matmul.TransposedKernel)
+  leaves = jax.tree_util.tree_leaves_with_path(stacks, is_leaf=is_transposed)
   kernels = [x for path, x in leaves if path[-1].key == 'kernel']
   lenses = list(score_lib.on_device(lens)['lens_kernel'])
   assert kernels and lenses
-  assert {is_turned(x) for x in kernels + lenses} == {transpose_kernels}
+  assert {is_transposed(x) for x in kernels + lenses} == {transposed}
 
 
 def test_a_step_without_a_draw_computes_no_head():
@@ -140,32 +140,32 @@ def test_a_step_without_a_draw_computes_no_head():
   assert head and block and not set(head) & set(block)
 
 
-def test_draws_are_sized_by_the_expected_depth(monkeypatch):
+def test_sampler_batches_are_sized_by_the_expected_depth(monkeypatch):
   config = dataclasses.replace(model('llama').config, prelude_layers=0, coda_layers=0)
   sized = lambda slots=32, **more: EngineConfig(slots=slots, **more).shape(config)
   shape = lambda shape: (shape.max_sampled_tokens, shape.min_sampled_tokens)
   # A draw of all costs little more than one of few, and waits for a third.
   assert shape(sized()) == (32, 10)
-  score_lib = dict(gate='learned', threshold=0.5, kv='propagate')
+  exits = dict(gate='learned', threshold=0.5, kv='propagate')
   # The block costs more than the ends: room for all that leave a step.
-  assert shape(sized(mean_loops=2.1, **score_lib)) == (16, 1)
+  assert shape(sized(mean_loops=2.1, **exits)) == (16, 1)
   # An unknown depth: no token that leaves early waits for others.
-  assert shape(sized(**score_lib)) == (16, 1)
+  assert shape(sized(**exits)) == (16, 1)
   # Few slots pay for weights, and small ends are read in every step.
-  assert shape(sized(**score_lib, slots=8)) == (8, 1)
+  assert shape(sized(**exits, slots=8)) == (8, 1)
   # The ends cost more: few rows, well filled, in tiles of 8; all in step where
   # no token leaves early.
   config = dataclasses.replace(config, prelude_layers=4, coda_layers=4)
-  assert shape(sized(mean_loops=2.1, **score_lib)) == (16, 6)
+  assert shape(sized(mean_loops=2.1, **exits)) == (16, 6)
   assert shape(sized(max_sampled_tokens=32, min_sampled_tokens=32)) == (32, 32)
   assert shape(sized()) == (32, 32)
-  assert shape(sized(**score_lib, slots=8)) == (8, 6)
-  many = sized(mean_loops=2.1, dtype='bfloat16', **score_lib)
+  assert shape(sized(**exits, slots=8)) == (8, 6)
+  many = sized(mean_loops=2.1, dtype='bfloat16', **exits)
   assert shape(many) == (32, 16)
   assert shape(sized(lossless=True)) == (32, 32)
   assert sized(lossless=True).max_batch_tokens == 32
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert shape(sized(**score_lib)) == (32, 24)
+  assert shape(sized(**exits)) == (32, 24)
   assert shape(sized()) == (32, 32)
   with pytest.raises(InputError, match='mean_loops'):
     sized(mean_loops=0.5)
@@ -350,7 +350,7 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
       for older, younger in itertools.pairwise(under_way):
         pairs += 1
         assert younger[0] == older[0] + 1
-        assert older[1] != ENTER
+        assert older[1] != WAIT_PRELUDE
         assert younger[2] < older[2]
       if under_way:
         assert under_way[0][0] == state.base_S[slot]
@@ -384,7 +384,7 @@ def test_what_followed_before_is_guessed(lookup):
   state = init_state(shape)
   state = state._replace(
     text_SxC=jax.numpy.asarray(text_SxC),
-    flights=state.in_flight._replace(position_SxK=jax.numpy.asarray(position_SxK)),
+    in_flight=state.in_flight._replace(position_SxK=jax.numpy.asarray(position_SxK)),
   )
   table = empty_table(8)
   table.sampling.temperature_B[7] = 0.5
@@ -667,7 +667,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
   config = child.config
   arrays = {'kernel': np.zeros((1, config.d_model), np.float32), 'bias': np.ones(1, np.float32)}
   gate = gate_lib.Gate('learned', 0.5, arrays, 'propagate')
-  gated = dataclasses.replace(child, meta=gate_lib.kv_pool(child.meta, gate))
+  gated = dataclasses.replace(child, meta=gate_lib.store(child.meta, gate))
   engine = Engine(gated, slots=1, page=8, gate='stored')
   engine.generate('The sea', max_new_tokens=6, ignore_eos=True)
   assert engine.figures()['depths_R'] == [6, 0]

@@ -46,7 +46,7 @@ def test_passes_are_those_of_the_engine(options, early, monkeypatch):
     table,
   )
   assert found.tokens == sum(ROOMS) == sum(figures['depths_R'])
-  assert (found.steps, found.batch_tokens, found.stalls, len(found.draw_pages)) == tuple(
+  assert (found.steps, found.batch_tokens, found.stalls, len(found.sampler_pages)) == tuple(
     figures[k] for k in ('steps', 'batch_tokens', 'stalls', 'sampler_steps')
   )
   assert found.fill_passes == figures['fill_passes']
@@ -78,12 +78,12 @@ def test_refilled_lanes_need_fewer_launches_than_lanes_in_step():
 
 def test_seconds_are_the_sum_of_the_passes():
   passes = simulate.Passes(
-    calls=3, block_pages=[1, 2], draw_pages=[2], enter_pages=[1], prompts=[5], fill_passes=4
+    calls=3, block_pages=[1, 2], sampler_pages=[2], prelude_pages=[1], prompts=[5], fill_passes=4
   )
   times = simulate.Times(
     block=lambda pages: 10.0 * pages,
-    draw=lambda pages: 1.0 * pages,
-    enter=lambda pages: 0.1,
+    sampler=lambda pages: 1.0 * pages,
+    prelude=lambda pages: 0.1,
     prefill=lambda tokens: 0.01 * tokens,
     fill=5.0,
     call=0.001,
