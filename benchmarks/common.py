@@ -5,6 +5,7 @@ that both see the same machine; each repeat times every contender once.
 """
 
 import contextlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -97,9 +98,11 @@ def summary(seconds: list[float], tokens: int) -> dict[str, float]:
 def machine(threads: int) -> dict:
   """What the figures were measured on, and with which versions."""
   import jax
-  import torch
-  import transformers
 
+  peers = {}
+  for package in ('torch', 'transformers'):
+    with contextlib.suppress(ImportError):
+      peers[package] = importlib.import_module(package).__version__
   name, told = platform.processor() or platform.machine(), ''
   with contextlib.suppress(OSError):
     told = Path('/proc/cpuinfo').read_text()
@@ -116,8 +119,7 @@ def machine(threads: int) -> dict:
     'threads': threads,
     'load_before': os.getloadavg()[0],
     'jax': jax.__version__,
-    'torch': torch.__version__,
-    'transformers': transformers.__version__,
+    **peers,
     'python': platform.python_version(),
   }
 

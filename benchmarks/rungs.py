@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import llama_cpp
 from rrt.errors import InputError
+from rrt.relax import registry
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'A recursive model, as rrt.load takes it.')
@@ -117,13 +118,15 @@ def ours(model, work, batch: int | None = None, **options):
   return run
 
 
-def without_lora(model):
-  """The model with its low-rank terms left out; it writes something else."""
+def without_relaxations(model):
+  """The model with its relaxations left out; it writes something else."""
   strip = lambda tree: {
-    k: strip(v) if isinstance(v, dict) else v for k, v in tree.items() if not k.startswith('lora_')
+    k: strip(v) if isinstance(v, dict) else v
+    for k, v in tree.items()
+    if not registry.kind_of_path(k)
   }
   return dataclasses.replace(
-    model, params=strip(model.params), config=dataclasses.replace(model.config, lora=None)
+    model, params=strip(model.params), config=dataclasses.replace(model.config, relax=())
   )
 
 

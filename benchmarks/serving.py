@@ -135,7 +135,7 @@ def main(_):
     for name, options in rungs.policies(model.config, arrays, depth).items()
   }
   if model.config.lora:
-    makers['without LoRA'] = lambda: rungs.ours(rungs.without_lora(model), work)
+    makers['without LoRA'] = lambda: rungs.ours(rungs.without_relaxations(model), work)
   if gate_lib.stored(model):
     makers['live gate'] = lambda: rungs.ours(model, work, gate='stored')
   if hugging_face.device() == 'cuda':

@@ -97,7 +97,7 @@ def calibrate(
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
   h_BxLxD = streams[P].start
   for depth in range(P, activations.config.depth):
-    layer, end_BxLxD = _fit_layer(
+    layer, end_BxLxD = fit_layer(
       activations, weights, depth, at.get(depth), streams, h_BxLxD, steps
     )
     if depth not in at:
@@ -148,7 +148,7 @@ def spectra(
   return found
 
 
-def _fit_layer(
+def fit_layer(
   activations: LayerActivations,
   weights: ChildWeights,
   depth: int,
