@@ -1,4 +1,4 @@
-"""This checkout against another one, side by side in one run.
+"""Compares this checkout with another one, side by side in one run.
 
 python -m benchmarks.compare --other=../old --repeats=5
 

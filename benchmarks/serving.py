@@ -134,7 +134,7 @@ def main(_):
     name: lambda options=options: rungs.ours(model, work, **options)
     for name, options in rungs.policies(model.config, arrays, depth).items()
   }
-  if model.config.lora:
+  if model.config.relax:
     makers['without LoRA'] = lambda: rungs.ours(rungs.without_relaxations(model), work)
   if gate_lib.stored(model):
     makers['live gate'] = lambda: rungs.ours(model, work, gate='stored')

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-  """A user's mistake, told in one sentence: field, value and the mend.
+  """A user's mistake, reported in one sentence: field, value and remedy.
 
   The command lines print its message alone, without a traceback, and exit
   with status 2. Anything else that escapes is a defect of this package.

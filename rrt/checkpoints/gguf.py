@@ -163,7 +163,7 @@ def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
 
 
 def read_params(config: ModelConfig, tensors: Any, dtype: str, where: str) -> dict[str, Any]:
-  """The parameters of an open GGUF file; see `family.read_params`."""
+  """The parameters of an open GGUF file; see `reader.read_params`."""
   return reader.read_params(
     config,
     family_of(config),

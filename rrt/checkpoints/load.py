@@ -46,7 +46,7 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
       directory, a GGUF file or one of its pieces, a directory or a list of
       the pieces, a short name ('smollm2-135m', 'gemma3-270m'), or a hub id
       ('owner/name').
-    dtype: of the parameters of foreign checkpoints and, for our own, what
+    dtype: of the parameters of foreign checkpoints and, for native ones, what
       they are cast to: 'float32', 'bfloat16' or 'float16'.
 
   Raises:
@@ -209,7 +209,7 @@ def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
   metadata, tensors = gguf.open_gguf(paths)
   config = gguf.config_from_gguf(metadata, tensors)
   tokenizer = Tokenizer.from_gguf(metadata)
-  tokenizer.text_vocab_size  # noqa: B018  (as in `own.tokenizer_in`)
+  tokenizer.text_vocab_size  # noqa: B018  (as in `native.tokenizer_in`)
   params = gguf.read_params(config, tensors, dtype, str(paths[0]))
   meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
   return LanguageModel(config, params, tokenizer, meta)
@@ -233,7 +233,7 @@ def _describe(source: Any) -> str:
 
 
 def save(model: LanguageModel, directory: str | Path) -> Path:
-  """Saves a model as our own directory, all of it or nothing.
+  """Saves a model as a native checkpoint, all of it or nothing.
 
   Args:
     model: what to save.

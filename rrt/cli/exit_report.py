@@ -40,7 +40,7 @@ def check_model(model, kinds: str) -> None:
 def _check_picture(path: Path) -> None:
   """Raises InputError unless the picture can be written."""
   if path.is_file() and path.read_bytes()[:4] not in (b'', b'<svg'):
-    raise InputError(f'curve={path}: exists and is not a picture of ours.')
+    raise InputError(f'curve={path}: exists and is not an SVG picture.')
   try:
     check_file_writable(path)
   except OSError as e:
@@ -58,7 +58,7 @@ def measure(
   batch: int = 4,
   dtype: str = 'float32',
 ) -> list[depth.Point]:
-  """Measures, prints and draws the curve.
+  """Measures, prints and plots the curve.
 
   Args:
     model: of two loops or more.

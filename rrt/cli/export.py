@@ -19,7 +19,7 @@ FLAGS = command.Flags(
 _MODEL = FLAGS.needed.string(
   'model',
   None,
-  'What to export: a directory of ours, a training run, a Hugging Face '
+  'What to export: an rrt directory, a training run, a Hugging Face '
   'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
 )
 _OUT = FLAGS.needed.string('out', None, 'The directory to write; new, empty or an earlier export.')

@@ -7,7 +7,7 @@ few thousand tokens, and each linear of the child is fitted by least squares:
 1. Errors count by what they do to the inputs a linear really gets, so means
    and SVDs are weighted with covariances (`rrt.ops.least_squares`).
 2. The shared weight is chosen together with the low-rank terms of all loops,
-   not before them (`fit.tie`).
+   not before them (`Relaxation.tie`).
 3. Layer after layer, the child's own inputs are used, with the errors that
    earlier layers left in them, and the fit is towards the parent's outputs.
    What writes to the residual stream (o and down) also takes up the error
@@ -88,7 +88,7 @@ def calibrate(
   Args:
     activations: the parent and the calibration tokens.
     weights: the child's, filled here: shared weights, relaxations, coda.
-    streams: from `walk.run(.., child.prelude_layers)`; emptied on the way.
+    streams: from `activations.run(.., child.prelude_layers)`; emptied meanwhile.
     steps: which steps to take.
     progress: called with the number of layers done since the last call.
   """

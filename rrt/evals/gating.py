@@ -48,7 +48,7 @@ def fit_gate(
     model: of two loops or more, in cycle order.
     rows: at least 8 rows of tokens, from `perplexity.make_rows`.
     kind: 'learned' or 'change'.
-    lens: whether to fit one too; see `gates.fit_lens`.
+    lens: whether to fit one too; see `rrt.exits.fit.fit_lens`.
     lens_epochs: for how many it is then tuned; see `lens.tune_lens`.
     kv: what the loops that a token skipped keep of it.
     agreement: promised share of tokens that are as at full depth; a learned
@@ -63,7 +63,7 @@ def fit_gate(
       `work` at most.
 
   Returns:
-    The gate, its threshold `gates.NEVER` where nothing keeps the promise, and
+    The gate, its threshold `NEVER` where nothing keeps the promise, and
     all that was tried.
 
   Raises:

@@ -22,7 +22,7 @@ def choose(
   loss: float | None = None,
   confidence: float = 0.95,
 ) -> tuple[Point, float] | None:
-  """The deepest saving that keeps a promise, by fixed-sequence testing.
+  """The most aggressive threshold whose confidence bound meets the target.
 
   Points are tried from the most careful on, and the first that cannot be
   shown to keep the promise ends the search; so the confidence holds for the

@@ -34,7 +34,7 @@ class Gate:
   """When tokens leave.
 
   Attributes:
-    kind: 'learned' or 'change'; see `exits.score`.
+    kind: 'learned' or 'change'; see `score.score`.
     threshold: the score at which they do.
     arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1]; of its
       lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D], of a tuned

@@ -41,7 +41,7 @@ def tune_lens(
   seed: int = 0,
   progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-  """A lens of `gates.fit_lens`, tuned on the states that it was fitted on.
+  """A lens of `fit_lens`, tuned on the states that it was fitted on.
 
   Each step takes whole rows, about `STEP_TOKENS` tokens, all left after the
   same loop, through coda and head.
@@ -57,7 +57,7 @@ def tune_lens(
     progress: called with the number of tokens after each step.
 
   Returns:
-    The arrays of a tuned lens; see `exits.through_lens`.
+    The arrays of a tuned lens; see `score.through_lens`.
   """
   config = model.config
   count, length = scored_NxL.shape

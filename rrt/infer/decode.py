@@ -97,7 +97,7 @@ def begin(params, last_BxD, rows, sampling, eos_E, *, static):
 
 @functools.partial(_jit, donate_argnames=('cache',))
 def advance(params, cache, rows, sampling, eos_E, limit, *, static):
-  """Feeds and draws until `limit` tokens are drawn or all rows are done.
+  """Decodes until `limit` tokens are sampled or all rows are done.
 
   Returns:
     tokens_BxT: what was drawn, T = `CALL`; -1 where a row was done.

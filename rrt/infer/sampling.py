@@ -136,7 +136,7 @@ class SamplingParams:
 
 
 class SamplingArrays(NamedTuple):
-  """How each row draws its tokens.
+  """Sampling parameters of each row, on the device.
 
   Attributes:
     temperature_B: float; 0 takes the most likely token and ignores the rest.

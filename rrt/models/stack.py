@@ -40,7 +40,10 @@ class Layer(nn.Module):
     self.mlp = Mlp(c, self.looped)
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
-    """One layer in one loop; xs is (its KV or None, its Place)."""
+    """One layer in one loop.
+
+    `xs`: `(kv, attn_spec)`; `kv` is None when no cache is used.
+    """
     kv, attn_spec = xs
     before_BxLxD = x_BxLxD
     y_BxLxD, kv = self.attn(self.attn_norm(x_BxLxD, loop), kv, attn_spec, loop, context)
@@ -69,7 +72,7 @@ class RepeatedLayer(Layer):
   repeats: int = 1
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
-    """Xs is (KVs, Places) by loop; `loop` is unused."""
+    """`xs`: `(kvs, attn_specs)` by loop; `loop` is unused."""
     kvs, attn_specs = xs
     new = []
     for r in range(self.repeats):
@@ -115,7 +118,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD, xs, context: Context):
-    """Xs is (KVs by layer, Places by layer, loop); a scan's body."""
+    """The body of the scan over loops; `xs`: `(kvs, attn_specs, loop)` by layer."""
     kvs, attn_specs, loop = xs
     start_BxLxD = x_BxLxD
     layer: Any = Layer

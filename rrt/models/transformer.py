@@ -131,7 +131,7 @@ class Transformer(nn.Module):
       block = in_form_of(block, new)
       h_RxBxLxD = jnp.stack(states) if return_loops else None
     if return_exits:
-      # Each loop's output takes the coda as rows of its own.
+      # Each loop's output goes through the coda as separate rows.
       x_BxLxD, context = _fold(h_RxBxLxD), context.repeat_rows(R)
     if c.coda_layers:
       x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(x_BxLxD, (coda, deep, 0), context)
@@ -312,7 +312,7 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
 
 
 def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
-  """`logits` as [V, B], the form in which a CPU draws from them quickest.
+  """`logits` as [V, B], the layout from which a CPU samples fastest.
 
   A tied table is multiplied from the left and searched down its columns: that
   takes 0.75 of the time of `logits` and a search along its rows.

@@ -1,4 +1,4 @@
-"""The matrix product of activations and a kernel, as exact as is asked for.
+"""The matrix product of activations and a kernel, in the precision asked for.
 
 The kernel's gradient is x^T dy. Automatic differentiation asks for it as
 (dy^T x)^T, for which XLA's CPU backend transposes dy by a strided loop that it
@@ -15,7 +15,7 @@ to 1.2 of the time, by dtype, shape and machine, when the kernel is the left
 factor and lies as [F, D] (`benchmarks.products`): decoding holds its kernels as
 `TransposedKernel`. Not so on cores with AVX-512 and no AMX: it pays there for 32 rows of
 bfloat16 alone, and a sum of 1,536 terms from the left is not that from the
-right, so that what is written would depend on the number of lanes.
+right, so that outputs would depend on the number of rows.
 
 N rows, D in, F out.
 """
@@ -38,13 +38,13 @@ import jax.numpy as jnp
 NAME = 'matmul'
 # Terms of one float32 sum on a CPU with precision 'highest'.
 LONGEST = 192
-# Rows of a prompt up to which a turned kernel is the left factor.
+# Rows of a prompt up to which a transposed kernel is the left factor.
 FEW = 64
 
 
 @struct.dataclass
 class TransposedKernel:
-  """A kernel [D, F] that lies as [F, D]; for inference on a CPU."""
+  """A kernel [D, F] stored as [F, D]; for inference on a CPU."""
 
   kernel_FxD: jax.Array
 
@@ -59,7 +59,7 @@ class TransposedKernel:
 
 
 def transpose_named(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-  """Unstacked parameters in which the matrices of these names are `TransposedKernel`."""
+  """Unstacked parameters with the matrices of these names transposed."""
 
   def one(name: str, value):
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def transpose_named(params: dict[str, Any], names: tuple[str, ...]) -> dict[str,
 
 
 def prefers_transposed() -> bool:
-  """Whether products of few rows want `TransposedKernel` kernels on this machine."""
+  """Whether small-batch matmuls are faster here with transposed kernels."""
   return jax.default_backend() == 'cpu' and not _avx512_alone()
 
 
@@ -109,7 +109,7 @@ def matmul(x_BxLxD, kernel_DxF):
 
 
 def _matmul_transposed(x, kernel_FxD):
-  """X of [..., D] times a turned kernel, [..., F]."""
+  """X of [..., D] times a transposed kernel, [..., F]."""
   F, D = kernel_FxD.shape
   *lead, _ = x.shape
   N = math.prod(lead)
@@ -147,7 +147,7 @@ def _matmul(x_BxLxD, kernel_DxF):
 
 
 def _pieces(terms: int, dtype) -> int:
-  """How many sums a product's terms are shared out to."""
+  """Into how many partial sums a product is cut."""
   exact = dtype == jnp.float32 and precision() == 'highest'
   if not exact or jax.default_backend() != 'cpu':
     return 1

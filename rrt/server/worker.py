@@ -122,7 +122,7 @@ class Worker:
     self._thread.start()
 
   def stop(self) -> None:
-    """Ends the thread; what still runs is told that it failed."""
+    """Ends the thread; requests that still run fail."""
     self._commands.put(('stop', None))
     if self._thread.is_alive():
       self._thread.join(timeout=30)

@@ -183,7 +183,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
-      row['step'] + 0  # A number, or the line is none of ours.
+      row['step'] + 0  # A number, or the line is not one that this wrote.
       rows.append(row)
     except (ValueError, KeyError, TypeError):
       if number < len(lines):
