@@ -1,9 +1,9 @@
-"""Cached decoding of ragged batches: pure jitted steps, and who drives them.
+"""Cached decoding of ragged batches: prefill and decode steps, and their driver.
 
-`extend` runs a chunk of right-padded prompts into the cache, `begin` draws
-each row's first token, `advance` feeds tokens and draws the next ones in a
-while-loop until all rows are done or the host wants to look. A row's tokens
-are a function of its own prompt, settings and seed.
+`extend` prefills a chunk of right-padded prompts, `begin` samples each row's
+first token, `advance` decodes in a while-loop until all rows are done or a
+number of tokens is reached. A row's tokens depend on its own prompt, settings
+and seed only.
 
 B batch, L tokens of a chunk, D model, V vocabulary, T tokens of one call.
 """
@@ -36,8 +36,8 @@ class DecodeRows(NamedTuple):
   Attributes:
     token_B: its newest token, not yet in the cache.
     position_B: the slot that this token will take.
-    count_B: how many tokens it has drawn.
-    max_new_tokens_B: how many it may draw.
+    count_B: how many tokens it has sampled.
+    max_new_tokens_B: how many it may sample.
     done_B: whether it has ended.
   """
 
@@ -91,7 +91,7 @@ def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
 
 @_jit
 def begin(params, last_BxD, rows, sampling, eos_E, *, static):
-  """Draws each row's first token from its prompt's last hidden state."""
+  """Samples each row's first token from its prompt's last hidden state."""
   return _draw(params, last_BxD, rows, sampling, eos_E, static)
 
 
@@ -100,7 +100,7 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
   """Decodes until `limit` tokens are sampled or all rows are done.
 
   Returns:
-    tokens_BxT: what was drawn, T = `CALL`; -1 where a row was done.
+    tokens_BxT: what was sampled, T = `CALL`; -1 where a row was done.
     rows: where they stand now.
     cache: the written cache.
   """
@@ -137,7 +137,7 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
 
 
 def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
-  """The rows with their next token drawn; rows that are done stay."""
+  """The rows with their next token sampled; rows that are done stay."""
   head = static.config, params, hidden_BxD, static.dtype
   if sampling is None:
     token_B = transformer.greedy_token(*head)
@@ -200,15 +200,15 @@ class Decoder:
     eos: Sequence[int] = (),
     call: int = CALL,
   ):
-    """Yields drawn tokens of a batch as they come.
+    """Yields sampled tokens of a batch as they come.
 
     Args:
       prompts: token ids of each row; none empty.
-      max_new_tokens: how many tokens each row may draw; with its prompt within the
+      max_new_tokens: how many tokens each row may sample; with its prompt within the
         model's context.
       sampling: settings of the rows; None is greedy.
       eos: tokens that end their row.
-      call: tokens drawn between two looks of the host, 1..CALL.
+      call: tokens sampled between two looks of the host, 1..CALL.
 
     Yields:
       tokens: list of new ids a row; nothing for rows that are done. Whoever

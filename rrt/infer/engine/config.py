@@ -221,34 +221,29 @@ class EngineConfig:
     if self.lossless and not self.max_batch_tokens:
       few = _FEW_CPU if jax.default_backend() == 'cpu' else _FEW
       max_batch_tokens = min(max(self.slots, few), most)
-    max_sampled_tokens, min_sampled_tokens = self._draws_and_pool(config, max_batch_tokens)
+    max_sampled_tokens, min_sampled_tokens = self._sampled_tokens(config, max_batch_tokens)
     max_sampled_tokens = min(max_sampled_tokens, most)
     slow_row = jax.default_backend() == 'cpu' and self.dtype == 'bfloat16'
+    names = {f.name for f in dataclasses.fields(EngineShape)}
+    same = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
     return EngineShape(
-      config=config,
-      layout=pages.make_cache_layout(config, self.slots, context, self.page),
-      page=self.page,
-      slots=self.slots,
-      context=context,
-      max_batch_tokens=max_batch_tokens,
-      max_sampled_tokens=max_sampled_tokens,
-      min_sampled_tokens=min(min_sampled_tokens, max_sampled_tokens),
-      tokens_per_slot=tokens_per_slot,
-      steps=self.steps,
-      least_rows=_LEAST_BFLOAT16 if slow_row else 1,
-      kv=self.kv,
-      gate=self.gate,
-      lossless=self.lossless,
-      draft_loop=self.draft_loop,
-      draft_vocab=min(self.draft_vocab, config.vocab_size),
-      lookup=self.lookup if self.lossless else 0,
-      dtype=self.dtype,
-      kv_dtype=self.kv_dtype or self.dtype,
-      penalties=self.penalties,
-      logprobs=self.logprobs,
+      **same
+      | {
+        'config': config,
+        'layout': pages.make_cache_layout(config, self.slots, context, self.page),
+        'context': context,
+        'max_batch_tokens': max_batch_tokens,
+        'max_sampled_tokens': max_sampled_tokens,
+        'min_sampled_tokens': min(min_sampled_tokens, max_sampled_tokens),
+        'tokens_per_slot': tokens_per_slot,
+        'least_rows': _LEAST_BFLOAT16 if slow_row else 1,
+        'draft_vocab': min(self.draft_vocab, config.vocab_size),
+        'lookup': self.lookup if self.lossless else 0,
+        'kv_dtype': self.kv_dtype or self.dtype,
+      }
     )
 
-  def _draws_and_pool(self, config, max_batch_tokens: int) -> tuple[int, int]:
+  def _sampled_tokens(self, config, max_batch_tokens: int) -> tuple[int, int]:
     """`max_sampled_tokens` and `min_sampled_tokens` where they are None."""
     loops = config.loops
     max_sampled_tokens, min_sampled_tokens = max_batch_tokens, self.slots
