@@ -105,9 +105,10 @@ def run(
   """
 
   def parse(argv):
-    asked = set(argv[1:]) & {'--help', '-h', '-help', '--h'}
-    if own is not None and asked:
+    if own is not None and set(argv[1:]) & {'--help', '-h', '-help', '--helpfull'}:
       print(own.help())
+      if '--helpfull' in argv:
+        print('\n' + flags.FLAGS.get_help())
       raise SystemExit(0)
     try:
       if own is not None and own.values is not flags.FLAGS:
@@ -118,7 +119,7 @@ def run(
       return left
     except flags.Error as e:
       told = ' '.join(str(e).split())
-    except SystemExit as e:  # --helpfull has been printed.
+    except SystemExit as e:  # --help has been printed.
       raise SystemExit(0) from e
     except Exception as e:
       if explain is None:

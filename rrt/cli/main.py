@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 from rrt import command
@@ -40,6 +41,9 @@ def main() -> None:
     print(f'error: rrt has no command {name!r}; {hint}{known}', file=sys.stderr)
     sys.exit(2)
   module = importlib.import_module(COMMANDS[name][0])
+  # As `python -m` does: a config file may import what lies beside it.
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
   # ml_collections reads overrides of a config from the process's arguments.
   sys.argv = [f'rrt {name}', *rest]
   if name == 'train':
