@@ -14,9 +14,16 @@ def environment() -> dict[str, str]:
 
 
 def run(name: str, *flags: str, cwd=None):
-  """Returns (status, standard output, last line of standard error)."""
+  """Returns (status, standard output, last line of standard error).
+
+  Args:
+    name: a command of `rrt`, or a module that is run as a program.
+    *flags: its arguments.
+    cwd: where it runs.
+  """
+  program = [name] if '.' in name else ['rrt', name]
   done = subprocess.run(
-    [sys.executable, '-m', 'rrt', name, *flags],
+    [sys.executable, '-m', *program, *flags],
     capture_output=True,
     text=True,
     check=False,

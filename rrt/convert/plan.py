@@ -45,7 +45,7 @@ class ConvertConfig:
       'zero' without effect.
     loop_norms: every loop keeps its own norm gains.
     calibration: path of the text to fit on and to measure on; None takes
-      English text found in the installation.
+      English text found in the installation (in a recipe its training part).
     calibration_tokens: how many to fit on.
   """
 

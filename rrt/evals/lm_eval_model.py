@@ -13,7 +13,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from rrt import console
-from rrt.checkpoints import load as checkpoints
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.evals import early_endings, endings
@@ -54,9 +53,9 @@ class RrtLM(TemplateLM):
   ):
     super().__init__()
     del max_batch_size, device  # lm-eval passes them to every model.
-    if checkpoints is None:
+    if pretrained is None:
       raise InputError('pretrained= is missing, such as smollm2-135m.')
-    self.model = _loaded(checkpoints)
+    self.model = _loaded(pretrained)
     self.tokenizer = self.model.tokenizer
     if self.tokenizer is None:
       raise InputError('Tasks need a model with a tokenizer.')

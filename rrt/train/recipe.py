@@ -13,7 +13,8 @@ import dataclasses
 import difflib
 import json
 from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rrt.convert.plan import ConvertConfig
 from rrt.data.pipeline import DataSpec
@@ -120,9 +121,7 @@ class Recipe:
 
   parent: str = 'smollm2-135m'
   child: str = ''
-  convert: ConvertConfig = dataclasses.field(
-    default_factory=lambda: ConvertConfig(calibration='builtin:train')
-  )
+  convert: ConvertConfig = dataclasses.field(default_factory=ConvertConfig)
   steps: int = 100
   batch: int = 2
   length: int = 512
@@ -254,27 +253,39 @@ def _build(cls, fields: Mapping[str, Any], prefix: str):
 
 
 def _cast(kind, value, name: str):
-  """The value as its field's type; whole floats pass for ints."""
-  text = str(kind).replace('typing.', '')
-  fits = {
-    int: lambda v: isinstance(v, Integral) and not isinstance(v, bool),
-    float: lambda v: isinstance(v, Real) and not isinstance(v, bool),
-    str: lambda v: isinstance(v, str),
-    bool: lambda v: isinstance(v, bool),
-  }
-  if value is None and 'None' in text:
+  """The value as its field's type; whole floats pass for ints.
+
+  Of a union the first type that fits is taken.
+  """
+  kinds = [k for k in get_args(kind) if k is not type(None)] if _is_union(kind) else [kind]
+  if value is None and len(kinds) < len(get_args(kind)):
     return None
-  for base, fit in fits.items():
-    if kind is base or (text == f'{base.__name__} | None'):
-      if base is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-      if fit(value):
-        return base(value)
-      raise InputError(f'config.{name}={value!r}: must be {getattr(kind, "__name__", text)}.')
-  if text.startswith('tuple'):
-    if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
-      raise InputError(f'config.{name}={value!r}: must be a tuple.')
-    return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-  if not isinstance(value, Mapping):
-    raise InputError(f'config.{name}={value!r}: must be a dict.')
-  return dict(value)
+  for one in kinds:
+    fits, found = _as(get_origin(one) or one, value)
+    if fits:
+      return found
+  words = ' or '.join(_WORDS.get(get_origin(k) or k, str(k)) for k in kinds)
+  raise InputError(f'config.{name}={value!r}: must be {words}.')
+
+
+_WORDS = {int: 'int', float: 'float', str: 'str', bool: 'bool', tuple: 'a tuple', Mapping: 'a dict'}
+
+
+def _is_union(kind) -> bool:
+  return get_origin(kind) in (UnionType, Union)
+
+
+def _as(kind, value) -> tuple[bool, Any]:
+  """Whether a value is of a type, and the value as that type."""
+  if kind is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if kind in (int, float):
+    number = Integral if kind is int else Real
+    fits = isinstance(value, number) and not isinstance(value, bool)
+    return fits, kind(value) if fits else None
+  if kind in (str, bool):
+    return isinstance(value, kind), value
+  if kind is tuple:
+    fits = hasattr(value, '__iter__') and not isinstance(value, (str, bytes, Mapping))
+    return fits, tuple(tuple(v) if isinstance(v, list) else v for v in value) if fits else None
+  return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else None

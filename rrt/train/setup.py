@@ -198,7 +198,9 @@ def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:
   from rrt.convert.recursive import to_recursive
 
   text = calibration_text(
-    recipe.convert.calibration, recipe.convert.calibration_tokens, recipe.data.field
+    recipe.convert.calibration or 'builtin:train',
+    recipe.convert.calibration_tokens,
+    recipe.data.field,
   )
   bar = console.Progress(parent.config.depth, 'convert', 'layers')
   with bar:

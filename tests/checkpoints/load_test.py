@@ -20,7 +20,7 @@ from rrt.checkpoints.save_hf import save_hf
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.families import registry
-from rrt.families.base import wanted_rows
+from rrt.families.base import row_shape, wanted_rows
 from rrt.model import LanguageModel
 from rrt.models.init import init_params
 from tests import runs
@@ -375,7 +375,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
   table = family_of(c)
   tensors = {}
   for row in table:
-    shape = checkpoints.family.row_shape(c, row.path)
+    shape = row_shape(c, row.path)
     depths = range(c.depth) if '{}' in row.hf else [0]
     for depth in depths:
       transposed = row.kind in ('linear', 'q', 'k')
@@ -385,8 +385,8 @@ def test_loading_needs_little_more_than_the_model(tmp_path):
   fields = registry.family_of(c).to_hf(c)
   (tmp_path / 'config.json').write_text(json.dumps(fields))
   script = (
-    'import resource, sys; from rrt import pretrained\n'
-    'pretrained.load(sys.argv[1]) if len(sys.argv) > 1 else 0\n'
+    'import resource, sys; from rrt.checkpoints.load import load\n'
+    'load(sys.argv[1]) if len(sys.argv) > 1 else 0\n'
     'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
   )
 

@@ -148,7 +148,7 @@ def test_thresholds_send_the_asked_share_away(model, rows):
 
 def test_a_gate_that_is_not_there_is_asked_for(model, rows):
   static = every_loop.read_static(model, rows, batch=3)
-  with pytest.raises(InputError, match='fit_gate'):
+  with pytest.raises(InputError, match='fit-gate'):
     depth.curve(model, static, ['learned'])
 
 

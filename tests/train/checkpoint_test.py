@@ -175,7 +175,7 @@ def test_unwritable_directory(tmp_path):
 FULL = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from tests import checkpoint_test as t
+from tests.train import checkpoint_test as t
 from pathlib import Path
 where = Path(sys.argv[1])
 t.fill(where, steps=(2,))
@@ -191,7 +191,7 @@ except t.InputError as e:
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
   out = subprocess.run(
     [sys.executable, '-c', FULL, str(tmp_path)],
-    cwd=Path(__file__).parent.parent,
+    cwd=Path(__file__).parents[2],
     capture_output=True,
     text=True,
     env=os.environ | {'JAX_PLATFORMS': 'cpu'},

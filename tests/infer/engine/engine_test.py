@@ -672,7 +672,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
   engine.generate('The sea', max_new_tokens=6, ignore_eos=True)
   assert engine.figures()['depths_R'] == [6, 0]
   assert engine.config.kv == 'propagate'
-  with pytest.raises(InputError, match='fit_gate'):
+  with pytest.raises(InputError, match='fit-gate'):
     Engine(child, gate='stored')
 
 
