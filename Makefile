@@ -48,4 +48,4 @@ parity: .venv/parity
 	$(BIN)/python -m pytest -m "parity and not slow" $(ARGS)
 
 clean:
-	rm -rf .venv .jax_cache demo
+	rm -rf .venv demo

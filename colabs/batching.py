@@ -144,7 +144,9 @@ engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, lossle
 guessed = engine.generate(prompts, max_new_tokens=answer, ignore_eos=True)
 assert [c.tokens for c in guessed] == [c.tokens for c in alone]
 figures = engine.figures()
-print(f'{figures["right"]} of {figures["guesses"]} guesses were right, {figures["steps"]} launches')
+print(
+  f'{figures["num_accepted"]} of {figures["draft_tokens"]} draft tokens were accepted, {figures["steps"]} launches'
+)
 
 # %% [markdown]
 # This child was only converted, and its first loop guesses badly. Trained exits

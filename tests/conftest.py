@@ -1,13 +1,22 @@
-"""Strict settings: 8 CPU devices, no silent rank promotion."""
+"""Strict settings: 8 CPU devices, no silent rank promotion; a compilation cache."""
 
 import os
 import pathlib
+import shutil
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Programs that several tests, processes or runs compile are compiled once.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path('.jax_cache').absolute()))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
+CACHE = CACHE / 'rrt' / 'jax-tests'
+# For this process and those that tests start.
+for name, value in {
+  'JAX_PLATFORMS': 'cpu',
+  # Tests compile more than they compute.
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+  # What several tests, processes or runs compile is compiled once.
+  'JAX_COMPILATION_CACHE_DIR': str(CACHE),
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+}.items():
+  os.environ.setdefault(name, value)
 
 import jax
 import pytest
@@ -16,8 +25,6 @@ from rrt.infer import decode
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tests compile more than they compute.
-jax.config.update('jax_disable_most_optimizations', True)
 
 
 def _release_programs():
@@ -43,3 +50,11 @@ def keep_maps_few():
   maps = pathlib.Path('/proc/self/maps')
   if maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
     _release_programs()
+
+
+def pytest_sessionstart(session):
+  """Empties a compilation cache of more than 2 GiB."""
+  if hasattr(session.config, 'workerinput') or not CACHE.is_dir():
+    return
+  if sum(f.stat().st_size for f in CACHE.iterdir() if f.is_file()) > 2 << 30:
+    shutil.rmtree(CACHE, ignore_errors=True)

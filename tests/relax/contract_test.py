@@ -52,9 +52,12 @@ every = pytest.mark.parametrize('name', RELAX)
 
 
 def config(name: str, **changes) -> ModelConfig:
-  """With post-norms and windows where all relaxations are together."""
-  make = gemma3 if name in ('all', 'lora, gain') else llama
-  return make(relax=RELAX[name], **changes)
+  """A block alone; with post-norms and windows where relaxations are together."""
+  alone = dict(prelude_layers=0, coda_layers=0)
+  if name not in ('all', 'lora, gain'):
+    return llama(relax=RELAX[name], **alone | changes)
+  by_depth = dict(windows=(3, 0, 3, 3, 0, 2), rope_index=(1, 0, 1, 1, 1, 0))
+  return gemma3(relax=RELAX[name], **alone | by_depth | changes)
 
 
 @functools.cache
