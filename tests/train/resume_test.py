@@ -112,7 +112,7 @@ def test_sigkill(tmp_path):
   kill_and_finish(tmp_path, kills=2, steps=24, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_sigkill_ten_times(tmp_path):
   kill_and_finish(tmp_path, kills=10, steps=400, seed=time.time_ns())
 

@@ -224,8 +224,7 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
   ended_S = got_S & (ended_S | (count_S >= slot_params.max_new_tokens_S))
 
   younger_SxK = f.position_SxK > base_S[:, None]
-  drafted_S = (f.stage_SxK[slots_S, next_S] != EMPTY) & younger_SxK[slots_S, next_S]
-  accepted_S = got_S & drafted_S & (f.token_SxK[slots_S, next_S] == token_S)
+  drafted_S, accepted_S = speculate.verify(f, base_S, got_S, token_S)
   # The token itself is done, or goes on to fill its missing loops.
   fills_S = jnp.zeros(S, bool)
   if shape.kv == 'exact_fill':
@@ -266,7 +265,7 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
     counters=n._replace(
       sampled_tokens=add(n.sampled_tokens, rows.live_B),
       sampler_steps=n.sampler_steps + 1,
-      draft_tokens=add(n.draft_tokens, got_S & drafted_S),
+      draft_tokens=add(n.draft_tokens, drafted_S),
       num_accepted=add(n.num_accepted, accepted_S),
       num_revised=add(n.num_revised, revised_S),
       depths_R=n.depths_R + jnp.sum(depth_SxR, 0, dtype=jnp.int32),

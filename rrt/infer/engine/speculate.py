@@ -85,6 +85,24 @@ def remember(shape: EngineShape, state: State) -> State:
   return state._replace(text_SxC=text_SxC)
 
 
+def verify(f: InFlightTokens, base_S, got_S, token_S):
+  """Compares drafts with the tokens that full depth sampled.
+
+  Args:
+    f: the in-flight tokens.
+    base_S: position of the token whose successor was sampled.
+    got_S: bool, whether the slot's successor was sampled.
+    token_S: the sampled successor.
+
+  Returns:
+    (drafted_S, accepted_S): whether a draft of it is in flight, and is the same.
+  """
+  S, K = f.stage_SxK.shape
+  at = jnp.arange(S), (base_S + 1) % K
+  drafted_S = got_S & (f.stage_SxK[at] != EMPTY) & (f.position_SxK[at] > base_S)
+  return drafted_S, drafted_S & (f.token_SxK[at] == token_S)
+
+
 def take(shape: EngineShape, rows: Batch, final_B, token_B, f: InFlightTokens):
   """Starts drafts of tokens that are still in flight; (tokens, revised_S).
 
