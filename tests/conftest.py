@@ -19,6 +19,13 @@ for name, value in {
   os.environ.setdefault(name, value)
 
 import jax
+
+# Half of the time to compile, where this jaxlib knows the flag: unknown ones end
+# the process.
+if jax.__version_info__ < (0, 11):
+  FLAGS = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  os.environ.setdefault('XLA_FLAGS', FLAGS)
+
 import pytest
 
 from rrt.infer import decode
