@@ -13,6 +13,7 @@ from tests import runs
 COLABS = Path(__file__).parent.parent / 'colabs'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(p.stem for p in COLABS.glob('*.py')))
 def test_notebook_runs(name, tmp_path):
   save(runs.parent(), tmp_path / 'parent')

@@ -368,6 +368,7 @@ def test_a_source_is_never_replaced(model, tmp_path):
   check_apart('smollm2-135m', tmp_path)
 
 
+@pytest.mark.slow
 def test_loading_needs_little_more_than_the_model(tmp_path):
   """Peak memory of loading 256 MB stays under 1.3 times that."""
   model = load(GOLDEN / 'llama3')

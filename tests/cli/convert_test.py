@@ -27,6 +27,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, flags',
   [

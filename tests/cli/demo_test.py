@@ -1,5 +1,6 @@
 """The demo, end to end on a tiny parent."""
 
+import pytest
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ def run(tmp_path, *flags):
   )
 
 
+@pytest.mark.slow
 def test_demo_makes_a_model_and_a_page(tmp_path):
   save(runs.parent(), tmp_path / 'parent')
   text = runs.write_text(tmp_path / 'text.jsonl', documents=2000)

@@ -20,6 +20,7 @@ def place(tmp_path_factory):
   return place
 
 
+@pytest.mark.slow
 def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   pytest.importorskip('lm_eval')
   status, printed, error = command.run(
@@ -48,6 +49,7 @@ def test_text_and_tasks_at_every_loop_count_against_the_parent(place):
   assert json.loads((place / 'out.json').read_text()) == final
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
 def test_figures_are_printed_even_if_the_disk_is_full(place):
   status, printed, error = command.run(
@@ -88,6 +90,7 @@ def test_help_is_no_failure(place):
   assert status == 0 and '--max_tokens' in printed
 
 
+@pytest.mark.slow
 def test_the_deepest_loop_count_is_the_models_own(place):
   status, printed, error = command.run(
     'evaluate', '--model=child', '--text=text.jsonl', '--max_tokens=64', '--loops=2,1', cwd=place

@@ -16,6 +16,7 @@ def place(tmp_path_factory):
   return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stream', ['--stream', '--nostream'])
 def test_prints_what_complete_gives(place, stream):
   status, printed, error = command.run(

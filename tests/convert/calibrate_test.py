@@ -127,6 +127,7 @@ def drift(parent, child, tokens_BxL):
   return float(np.sum((a - b) ** 2) / np.sum(a**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'family, arguments',
   [
@@ -159,6 +160,7 @@ def test_few_tokens_do_no_harm():
   assert drift(parent, child, held_out) < drift(parent, plain, held_out)
 
 
+@pytest.mark.slow
 def test_prelude_is_the_parent_and_the_embedding_is_carried():
   parent = tiny.parent(layers=6)
   child, _ = to_recursive(

@@ -28,6 +28,7 @@ def difference(a, b):
   return np.abs(tiny.logits(a, TOKENS) - tiny.logits(b, TOKENS)).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['llama', 'gemma3'])
 @pytest.mark.parametrize('init', ['calibrated', 'stepwise', 'average'])
 def test_one_loop_is_the_parent(family, init):
@@ -37,6 +38,7 @@ def test_one_loop_is_the_parent(family, init):
   assert report.identity_error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['llama', 'gemma3'])
 @pytest.mark.parametrize('times', [0.5, 1, 2])
 def test_full_rank_is_the_parent_at_any_alpha(family, times):
@@ -173,6 +175,7 @@ def test_the_count_is_the_closed_form(init, loop_norms):
   assert np.isfinite(report.nll_child_nats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('init', ['average', 'calibrated'])
 def test_a_budget_is_spent_where_it_regains_most(init):
   parent = tiny.parent(layers=4, d_model=32, d_ff=40)
@@ -196,6 +199,7 @@ def test_a_budget_is_spent_where_it_regains_most(init):
   assert report.params_counted == count_params(child.config).unique
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('init', ['average', 'calibrated'])
 def test_a_budget_for_everything_is_the_parent(init):
   parent = tiny.parent(layers=4)

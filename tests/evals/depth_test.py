@@ -32,6 +32,7 @@ def rows(model):
   return perplexity.make_rows(model, tokens.tolist(), 16, None)
 
 
+@pytest.mark.slow
 def test_full_depth_is_the_models_score(model, rows):
   static = every_loop.read_static(model, rows, batch=3)
   flat = [t for row in rows for t in row]
@@ -43,6 +44,7 @@ def test_full_depth_is_the_models_score(model, rows):
   assert point.mean_loops == model.config.loops
 
 
+@pytest.mark.slow
 def test_all_tokens_leaving_is_a_model_of_one_loop(model, rows):
   static = every_loop.read_static(model, rows, batch=3)
   flat = [t for row in rows for t in row]
@@ -55,6 +57,7 @@ def test_all_tokens_leaving_is_a_model_of_one_loop(model, rows):
     assert point.lost_nats == pytest.approx(lost, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_oracle_changes_no_token_where_nothing_is_missing():
   # Without a coda, whose keys and values come from where tokens left.
   config = llama(prelude_layers=2, coda_layers=0)
@@ -72,6 +75,7 @@ def test_the_oracle_changes_no_token_where_nothing_is_missing():
   assert copied.mean_loops == point.mean_loops and copied.agreement < 1
 
 
+@pytest.mark.slow
 def test_what_a_gate_is_fitted_on(model, rows):
   static = every_loop.read_static(model, rows, batch=3, fitting=True)
   R, scored = model.config.loops, static.scored_NxL
@@ -105,6 +109,7 @@ def test_a_gate_learns_what_is_promised(model, rows, promise):
   assert gate.threshold == points[-1].threshold
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_is_nearer_to_full_depth(model, rows):
   read = lambda arrays: every_loop.read_static(model, rows, arrays, batch=3, fitting=True)
   apart = lambda seen: seen.divergence_RxNxL[:, seen.scored_NxL].mean(1)
@@ -157,6 +162,7 @@ def test_a_model_without_loops_is_refused(rows):
     every_loop.read_static(runs.parent(), rows)
 
 
+@pytest.mark.slow
 def test_fit_gate_then_evaluate(tmp_path):
   pytest.importorskip('matplotlib')
   save(runs.child(), tmp_path / 'child')

@@ -9,6 +9,7 @@ from rrt.infer.engine.engine import Engine, Request
 from tests.infer.engine.engine_test import PROMPTS, learned_gate, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kv', ['write_ahead', 'propagate', 'exact_fill'])
 def test_they_have_the_log_probabilities_of_the_engine(kv):
   m, arrays = model('llama'), learned_gate('llama')
@@ -30,6 +31,7 @@ def test_they_have_the_log_probabilities_of_the_engine(kv):
   assert 1 < loops < 3
 
 
+@pytest.mark.slow
 def test_without_exits_they_are_those_of_full_depth():
   m = model('gemma3')
   pairs = [(p, [3, 1, 4, 1][: 1 + i % 4]) for i, p in enumerate(PROMPTS)]
@@ -40,6 +42,7 @@ def test_without_exits_they_are_those_of_full_depth():
   assert [g for _, g in found] == [g for _, g in want]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['margin', 'entropy'])
 def test_confident_heads_let_tokens_leave(kind):
   m = model('llama')

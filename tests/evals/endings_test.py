@@ -48,6 +48,7 @@ def requests():
   return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama-cycle', 'gemma3-sequence'])
 def test_equals_whole_rows(name):
   pairs = requests()
@@ -58,6 +59,7 @@ def test_equals_whole_rows(name):
     assert greedy == want_greedy
 
 
+@pytest.mark.slow
 def test_greedy_endings_are_told():
   name, context, ending = 'llama-cycle', (3, 1, 4), []
   for _ in range(4):

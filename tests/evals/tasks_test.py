@@ -133,6 +133,7 @@ def by_hand(harness, doc):
   return [s for s, _ in lm._score(pairs, '', show=False)]
 
 
+@pytest.mark.slow
 def test_accuracy_is_by_bytes(harness, data):
   (result,) = harness.run(model(), 'hellaswag', data=str(data))
   docs = tasks.load_task('hellaswag', data).docs
@@ -146,6 +147,7 @@ def test_accuracy_is_by_bytes(harness, data):
   np.testing.assert_allclose(result.stderr, np.std(right, ddof=1) / np.sqrt(6), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_all_kinds_with_shots_limit_and_loops(harness, data):
   names = 'lambada,winogrande,arc_easy,mine'
   results = harness.run(model(), names, data=str(data), shots=1, limit=2, loops=1)
@@ -153,6 +155,7 @@ def test_all_kinds_with_shots_limit_and_loops(harness, data):
   assert all(r.questions == 2 and 0 <= r.score <= 1 for r in results)
 
 
+@pytest.mark.slow
 def test_one_question_has_no_standard_error(harness, data):
   (result,) = harness.run(model(), 'hellaswag', data=str(data), limit=1)
   assert result.questions == 1 and result.stderr is None
@@ -192,6 +195,7 @@ class Request:
     self.args = args
 
 
+@pytest.mark.slow
 def test_rolling_adds_up_over_windows(harness):
   text = 'the old ship sails on to a far green shore. ' * 5
   short = harness.RrtLM(model(), max_length=32)

@@ -22,6 +22,7 @@ def leaves_by(kind, arrays, threshold):
   return leaves
 
 
+@pytest.mark.slow
 @each_model
 def test_without_exits_it_is_the_forward_pass(name):
   config = MODELS[name]
@@ -34,6 +35,7 @@ def test_without_exits_it_is_the_forward_pass(name):
     assert (np.asarray(got.depth_BxL) == config.loops).all()
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize('kv', ['write_ahead', 'propagate', 'exact_fill'])
 def test_it_equals_decoding_token_by_token(name, kv):

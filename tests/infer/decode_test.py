@@ -48,6 +48,7 @@ def full(name, prompt, new=12, loops=None):
   return tokens[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(configs.CONFIGS))
 def test_ragged_batch_equals_full_forward(name):
   got = run(name, PROMPTS)
@@ -55,6 +56,7 @@ def test_ragged_batch_equals_full_forward(name):
     assert tokens == full(name, prompt)
 
 
+@pytest.mark.slow
 def test_every_loop_count():
   for loops in (1, 2):
     got = run('llama-cycle', PROMPTS[:2], loops=loops)
@@ -69,6 +71,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert run('llama-cycle', [prompt]) == [tokens]
 
 
+@pytest.mark.slow
 def test_sampled_rows_do_not_depend_on_their_batch():
   def sampling(*seeds):
     n = len(seeds)
@@ -120,6 +123,7 @@ def test_whoever_iterates_can_end_a_row():
   assert rows == [free[0][:1], *free[1:]]
 
 
+@pytest.mark.slow
 def test_prompts_in_chunks_and_a_cache_that_grows(monkeypatch):
   want = run('llama-cycle', PROMPTS, new=40)
   monkeypatch.setattr(decode, 'CHUNK_TOKENS', 1)

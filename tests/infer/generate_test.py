@@ -42,6 +42,7 @@ def test_one_text_several_texts_or_token_ids():
   assert write([model().tokenizer.encode('the sea')])[0] == one
 
 
+@pytest.mark.slow
 def test_batches_do_not_change_completions():
   prompts = ['the sea', 'a', 'old ships sail', 'x' * 30]
   settings = dict(temperature=1.2, top_p=0.95, max_new_tokens=20)

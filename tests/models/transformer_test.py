@@ -64,6 +64,7 @@ def gradient(name, remat):
   return jax.jit(jax.grad(loss))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama-cycle', 'gemma3-sequence'])
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_remat_changes_no_gradient(name, remat):
@@ -149,6 +150,7 @@ def test_packed_documents_do_not_see_each_other(name):
   close(packed[:, 4:], run(params, t_BxL[:, 4:]).hidden_BxLxD)
 
 
+@pytest.mark.slow
 def test_loop_states_end_in_the_last_loop():
   config, params, t_BxL = model('llama-cycle')
   config = llama(coda_layers=0)

@@ -40,6 +40,7 @@ def test_runs_of_queries_change_nothing(length, window):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan', [True, False])
 @pytest.mark.parametrize('length', [5, 12])
 @pytest.mark.parametrize('name', ['gemma3-cycle', 'llama-sequence'])

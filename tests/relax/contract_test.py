@@ -231,6 +231,7 @@ def test_saved_and_loaded_is_itself(name, tmp_path):
   chex.assert_trees_all_equal(flatten(found.params), flatten(model.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', INDEPENDENT)
 def test_the_engine_writes_what_complete_writes(name):
   model = LanguageModel(config(name), jax.tree.map(np.asarray, params(name)))
@@ -331,6 +332,7 @@ def test_the_block_has_no_pass_in_sequence_order():
     llama(relax=(Skip(),), order='sequence')
 
 
+@pytest.mark.slow
 def test_runs_train_save_and_resume_with_gain(tmp_path):
   """`gain` by its words in a recipe: converted, trained, continued."""
   pytest.importorskip('ml_collections')

@@ -56,6 +56,7 @@ def test_a_connection_without_a_whole_request_ends(address, sent):
     assert client.recv(1) == b''
 
 
+@pytest.mark.slow
 def test_a_connection_lasts_while_requests_are_answered(address):
   with socket.create_connection(address, timeout=30) as client:
     # Half a head comes in time, and the answer later than that.

@@ -87,6 +87,7 @@ def write(browser):
   return text, loops, colours
 
 
+@pytest.mark.slow
 def test_the_page_writes_coloured_tokens(browser, address):
   browser.get(address)
   wait_for(browser, lambda b: at(b, 'name').text == 'tiny')

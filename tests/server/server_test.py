@@ -63,6 +63,7 @@ def ask(**fields):
   return {'prompt': 'The sea', 'max_tokens': 12, 'temperature': 0} | fields
 
 
+@pytest.mark.slow
 def test_a_completion_is_that_of_generate(client, child):
   want = generate.complete(child, 'The sea', max_new_tokens=12)[0]
   reply = client.post('/v1/completions', json=ask()).json()
@@ -408,6 +409,7 @@ def test_a_client_that_goes_away_ends_its_request(child, stream):
   assert metric(worker, 'vllm:generation_tokens_total') < 25
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_ends(child):
   worker, app = slow(child, seconds=2)
   with TestClient(app) as client:
@@ -500,6 +502,7 @@ def start(place, *more, **environment):
   raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 def test_openais_client_then_sigterm(tmp_path):
   openai = pytest.importorskip('openai')
   pytest.importorskip('uvicorn')

@@ -22,6 +22,7 @@ def test_coefficients_are_the_papers():
   assert ExitObjective().of_loops(3) == (0.0, 0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan', [True, False])
 def test_exits_are_the_outputs_of_models_with_fewer_loops(scan):
   config = gemma3()
@@ -78,6 +79,7 @@ def batch_of(config):
   }
 
 
+@pytest.mark.slow
 def test_a_step_sums_the_losses_of_all_loops():
   config = llama()
   params, batch = perturbed(config), batch_of(config)

@@ -36,6 +36,7 @@ def held(config, params):
   return sum(int(x.sum()) for x in jax.tree.leaves(mask_all(config, ones)))
 
 
+@pytest.mark.slow
 def test_a_child_learns(text, tmp_path):
   rows = []
   run = uptrain(
@@ -77,6 +78,7 @@ def test_a_child_learns(text, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
+@pytest.mark.slow
 def test_the_text_ends_first(text):
   run = uptrain(
     runs.parent(), runs.child(), runs.recipe(text, steps=10_000, data={'path': text, 'epochs': 1})
@@ -84,6 +86,7 @@ def test_the_text_ends_first(text):
   assert 5 < run.step < 100
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_with_the_reason(text, tmp_path):
   bad = dataclasses.replace(
     runs.child(), params=jax.tree.map(lambda x: x * np.float32('nan'), runs.child().params)
@@ -146,11 +149,13 @@ def test_wrong_models_are_told(text):
     uptrain(runs.parent(), blank, runs.recipe(text))
 
 
+@pytest.mark.slow
 def test_without_a_parent(text):
   run = uptrain(None, runs.child(), runs.recipe(text, loss={'distillation': 0.0}))
   assert all(r['distillation'] == 0 for r in run.history)
 
 
+@pytest.mark.slow
 def test_command(experiment, tmp_path):
   pytest.importorskip('ml_collections')
   flags = ('--config.steps=4', '--config.tensorboard=True')
@@ -172,6 +177,7 @@ def test_command(experiment, tmp_path):
   assert told.startswith('error: config.seed=1') and 'workdir' in told
 
 
+@pytest.mark.slow
 def test_command_converts(experiment, tmp_path):
   """From the parent alone: calibration text is a path, as data.path is."""
   pytest.importorskip('ml_collections')
@@ -253,6 +259,7 @@ def test_what_would_fail_later_is_told_before_the_conversion(text, fields, messa
     setup.check_all(recipe_lib.Recipe.from_dict(settings), runs.parent(), mesh)
 
 
+@pytest.mark.slow
 def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
   for name in ('parent', 'child'):
     save(getattr(runs, name)(), tmp_path / name)
@@ -283,6 +290,7 @@ def test_damaged_settings_are_told(tmp_path, text):
     setup.prepare(recipe_lib.Recipe(), tmp_path)
 
 
+@pytest.mark.slow
 def test_heldout_rows_shrink_to_the_model(text):
   settings = runs.recipe(text, steps=1, optimizer={}, heldout={'path': text})
   run = uptrain(runs.parent(), runs.child(), settings)

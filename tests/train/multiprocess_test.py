@@ -31,6 +31,7 @@ def start_two(file, workdir, *flags):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
   file = runs.write_experiment(tmp_path)
   flags = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8')
@@ -51,6 +52,7 @@ def test_two_processes_equal_one(tmp_path):
   np.testing.assert_allclose(table(a), table(b), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_text_may_end_at_different_steps(tmp_path):
   file = runs.write_experiment(tmp_path)
   flags = (

@@ -34,6 +34,7 @@ def series(rows):
   return [[r[n] for n in names] for r in rows if 'loss' in r]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2, 4])
 @pytest.mark.parametrize('at', [2, 5])
 def test_resumed_equals_uninterrupted(text, whole, tmp_path, at, every):
@@ -50,6 +51,7 @@ def test_resumed_equals_uninterrupted(text, whole, tmp_path, at, every):
   jax.tree.map(np.testing.assert_array_equal, run.model.params, whole.model.params)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh(text, whole, tmp_path):
   """Not to the bit, for sums are split differently, but the same run."""
   settings = runs.recipe(text, mesh={'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -108,6 +110,7 @@ def kill_and_finish(tmp_path, kills, steps, seed):
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path):
   kill_and_finish(tmp_path, kills=2, steps=24, seed=0)
 
@@ -117,6 +120,7 @@ def test_sigkill_ten_times(tmp_path):
   kill_and_finish(tmp_path, kills=10, steps=400, seed=time.time_ns())
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(tmp_path):
   pytest.importorskip('ml_collections')
   file = runs.write_experiment(tmp_path)

@@ -94,6 +94,7 @@ def assert_close(a, b, atol=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_sharded_equals_one_device(sizes):
   losses, metrics, state = run(sizes=sizes)
@@ -127,6 +128,7 @@ def test_parameters_and_moments_are_sharded():
   assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_state_keeps_its_shardings_through_a_step():
   mesh, _, state, own, step = build({'data': 2, 'fsdp': 2, 'tensor': 2})
   before = jax.tree.map(lambda x: x.sharding, state)
@@ -135,6 +137,7 @@ def test_state_keeps_its_shardings_through_a_step():
   assert before == jax.tree.map(lambda x: x.sharding, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [2, 4, 8])
 def test_accumulation_is_exact(accumulate):
   """Microbatches with unequal counts of targets add up to the whole batch."""
@@ -146,12 +149,14 @@ def test_accumulation_is_exact(accumulate):
   assert_close(jax.device_get(state.params), jax.device_get(want.params), 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_nothing(remat):
   losses, _, _ = run(remat=remat)
   np.testing.assert_allclose(losses, reference()[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights():
   losses, _, state = run(dtype=jnp.bfloat16)
   np.testing.assert_allclose(losses, reference()[0], rtol=2e-2)
@@ -217,6 +222,7 @@ def test_frozen_parts_are_held_once():
   assert sum(x.size for x in own.values()) < sum(x.size for x in whole.values())
 
 
+@pytest.mark.slow
 def test_sharing_changes_no_loss():
   shared, _, _ = run(train='relaxations')
   mesh, spec, state, own, _ = build(train='relaxations')
@@ -232,6 +238,7 @@ def test_sharing_changes_no_loss():
   np.testing.assert_allclose(shared, losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_clipping():
   """Beyond the clip, the first moment is the clipped gradient's."""
   for clip in (0.0, 1e-3):
@@ -276,6 +283,7 @@ def test_sequence_order_trains():
   assert losses[-1] < losses[0] and 'loop_change/2' not in metrics
 
 
+@pytest.mark.slow
 def test_without_a_parent():
   losses, metrics, _ = run(objective=Objective(distillation=0.0))
   assert losses[-1] < losses[0] and metrics['distillation'] == 0

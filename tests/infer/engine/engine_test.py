@@ -74,6 +74,7 @@ def written(engine, order=None, **settings):
   return [(requests[i].tokens, requests[i].loops) for i in range(len(PROMPTS))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*MODELS, 'llama-vanilla'])
 def test_full_depth_equals_the_plain_decoder(name):
   want = expected(name)
@@ -83,6 +84,7 @@ def test_full_depth_equals_the_plain_decoder(name):
     assert written(engine, order) == want
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize(
   'options',
@@ -93,6 +95,7 @@ def test_no_shape_of_the_engine_changes_a_token(name, options):
   assert written(engine) == expected(name)
 
 
+@pytest.mark.slow
 @each_model
 def test_many_slots_go_out_of_step(name):
   engine = Engine(
@@ -171,6 +174,7 @@ def test_sampler_batches_are_sized_by_the_expected_depth(monkeypatch):
     sized(mean_loops=0.5)
 
 
+@pytest.mark.slow
 @each_model
 def test_tokens_sorted_by_loop_get_the_same_lora(name):
   gate = learned_gate(name)
@@ -182,6 +186,7 @@ def test_tokens_sorted_by_loop_get_the_same_lora(name):
   assert written(engine) == expected(name, arrays=gate, **rest)
 
 
+@pytest.mark.slow
 def test_weights_are_rounded_and_the_arithmetic_is_not():
   m = model('llama')
   rounded = types.SimpleNamespace(
@@ -195,6 +200,7 @@ def test_weights_are_rounded_and_the_arithmetic_is_not():
   assert written(Engine(m, slots=3, page=8, weight_dtype='bfloat16')) == want
 
 
+@pytest.mark.slow
 @each_model
 def test_bfloat16_does_not_depend_on_the_batch_either(name):
   engine = Engine(model(name), slots=3, page=8, steps=4, dtype='bfloat16')
@@ -206,6 +212,7 @@ def test_bfloat16_does_not_depend_on_the_batch_either(name):
     assert written(exact) == want
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize('kv', ['write_ahead', 'propagate', 'exact_fill'])
 def test_tokens_that_leave_early_follow_the_policy(name, kv):
@@ -222,6 +229,7 @@ def test_tokens_that_leave_early_follow_the_policy(name, kv):
   assert counted == [sum(loops.count(n) for _, loops in want) for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize(('kv', 'tuned'), [('write_ahead', False), ('propagate', True)])
 def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
@@ -249,6 +257,7 @@ def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
   assert written(exact) == expected(name)
 
 
+@pytest.mark.slow
 def test_policies_differ_where_tokens_leave_early():
   gate = learned_gate('llama')
   found = {
@@ -267,6 +276,7 @@ def test_a_hidden_state_that_changes_little_leaves(name):
   assert written(engine) == expected(name)
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize(
   'options',
@@ -290,6 +300,7 @@ def test_lossless_equals_full_depth(name, options):
   assert figures['steps'] < alone.figures()['steps']
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize('kv', ['write_ahead', 'propagate'])
 def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
@@ -318,6 +329,7 @@ def test_lossless_requests_and_early_ones_share_an_engine(name, kv):
   assert engine.figures()['draft_tokens']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [
@@ -357,6 +369,7 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
   assert pairs > 10
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_lossless_as_at_full_depth():
   rng = np.random.default_rng(7)
   prompts = [[int(t) for t in rng.integers(0, 53, n)] for n in rng.integers(1, 12, 200)]
@@ -422,6 +435,7 @@ def test_text_that_is_looked_through_is_that_of_the_slots_last_sequence():
     assert text_SxC[slot, : len(text)].tolist() == text
 
 
+@pytest.mark.slow
 def test_text_that_repeats_itself_is_guessed_from_it():
   figures, texts = {}, {}
   for lookup in (0, 2):
@@ -445,6 +459,7 @@ def test_speculation_ends_where_no_lane_is_free():
   assert engine.figures()['draft_tokens'] > 0
 
 
+@pytest.mark.slow
 def test_lossless_sampling_equals_full_depth_sampling():
   one = lambda v, kind: np.array([v], kind)
   sampling = SamplingArrays(
@@ -462,6 +477,7 @@ def test_lossless_sampling_equals_full_depth_sampling():
     assert written(engine, **settings) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lossless', [False, True])
 def test_requests_keep_their_own_rules_side_by_side(lossless):
   m = model('llama')
@@ -506,6 +522,7 @@ def test_requests_keep_their_own_rules_side_by_side(lossless):
     assert [p for _, p in top] == pytest.approx(want[order], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_replayed_depths_are_kept():
   loops = np.random.default_rng(3).integers(1, 4, (3, 20)).astype(np.int32)
   options = EngineConfig(slots=3, page=8, gate='replay', threshold=1, kv='propagate')
@@ -635,6 +652,7 @@ def _keep(parts):
   return lambda index, text: parts.append((index, text))
 
 
+@pytest.mark.slow
 def test_texts_equal_those_of_complete(child):
   prompts = ['The sea', 'x', 'a b c d e']
   for settings in (
@@ -651,6 +669,7 @@ def test_texts_equal_those_of_complete(child):
       assert ''.join(t for j, t in parts if j == i) == completion.text
 
 
+@pytest.mark.slow
 def test_a_stop_string_frees_its_slot(child):
   whole = Engine(child, slots=1, page=8, steps=2).generate(
     'The sea', max_new_tokens=24, ignore_eos=True
@@ -676,6 +695,7 @@ def test_the_gate_kept_with_a_model_is_used(child):
     Engine(child, gate='stored')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(6))
 def test_any_shape_and_order_of_arrival_gives_the_same_tokens(seed):
   rng = np.random.default_rng(100 + seed)
