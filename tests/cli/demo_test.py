@@ -1,10 +1,11 @@
 """The demo, end to end on a tiny parent."""
 
-import pytest
 import json
 import os
 import subprocess
 import sys
+
+import pytest
 
 from rrt.checkpoints.load import load, save
 from tests import runs
