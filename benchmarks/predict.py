@@ -143,7 +143,7 @@ class Clock:
 
 def _admit(engine: Engine, ids: list[int]):
   """Puts a prompt into the first slot."""
-  engine._state = engines._admit(
+  engine._state = engines._insert(
     engine.shape,
     engine._state,
     jnp.int32(0),

@@ -30,7 +30,7 @@ from rrt.infer.detokenize import Completion, Detokenizer
 from rrt.infer.engine import speculate
 from rrt.infer.engine.config import EngineConfig, check_fit
 from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
-from rrt.infer.engine.state import admit, drop, init_state
+from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences
 from rrt.infer.engine.step import call
 from rrt.infer.sampling import SamplingParams
 from rrt.models.cache import init_cache
@@ -124,7 +124,7 @@ class Engine:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
 
   def cancel(self, request: Request) -> None:
-    """Ends a request; its slot is free at the next turn."""
+    """Ends a request; its slot is free at the next step."""
     if request.finish:
       return
     request.finish = 'cancelled'
@@ -138,17 +138,17 @@ class Engine:
 
   @property
   def busy(self) -> bool:
-    """Whether anything waits, runs or is still to be read."""
+    """Whether requests wait or run, or output is not processed yet."""
     return bool(self.waiting or self._pending or any(self.running))
 
   def step(self) -> list[Request]:
-    """Admits, launches a call, reads the call before.
+    """Admits requests, dispatches one device call, processes the previous one's output.
 
     Returns:
       The requests that got tokens or ended.
     """
     if self._cancelled.any():
-      self._state = _drop(self._state, jnp.asarray(self._cancelled))
+      self._state = _remove(self._state, jnp.asarray(self._cancelled))
       # A new array: the device may still read the old one.
       self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
@@ -159,7 +159,7 @@ class Engine:
       self._pending.append((list(self.running), drawn, counters))
     if not self._pending or (len(self._pending) == 1 and any(self.running)):
       return []
-    return self._read()
+    return self._process_output()
 
   def run(
     self, requests: Iterable[Request], progress: Callable[[int, int], None] | None = None
@@ -228,8 +228,8 @@ class Engine:
     """The device's counters as numbers; see `state.Counters`."""
     return {name: np.asarray(value).tolist() for name, value in self._totals._asdict().items()}
 
-  def _read(self) -> list[Request]:
-    """Hands out what the oldest unread call drew."""
+  def _process_output(self) -> list[Request]:
+    """Appends the output of the oldest pending call to its requests."""
     running, *out = self._pending.popleft()
     before = self._counters
     drawn, self._counters = jax.device_get(out)
@@ -280,7 +280,7 @@ class Engine:
           size = bucket(len(request.prompt), self.context)
           prompt_L = np.full(size, vocab, np.int32)
           prompt_L[: len(request.prompt)] = request.prompt
-        self._state = _admit(
+        self._state = _insert(
           self.shape,
           self._state,
           jnp.int32(slot),
@@ -320,5 +320,5 @@ class Engine:
 _init = jax.jit(init_state, static_argnames=('shape',))
 _init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
 _call = jax.jit(call, static_argnames=('shape',), donate_argnames=('state',))
-_admit = jax.jit(admit, static_argnames=('shape',), donate_argnames=('state',))
-_drop = jax.jit(drop, donate_argnames=('state',))
+_insert = jax.jit(insert_sequence, static_argnames=('shape',), donate_argnames=('state',))
+_remove = jax.jit(remove_sequences, donate_argnames=('state',))

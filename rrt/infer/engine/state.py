@@ -250,7 +250,9 @@ def init_state(shape: EngineShape) -> State:
   )
 
 
-def admit(shape: EngineShape, state: State, slot, token, position, cache, prompt_L) -> State:
+def insert_sequence(
+  shape: EngineShape, state: State, slot, token, position, cache, prompt_L
+) -> State:
   """Puts a sequence into a slot.
 
   Args:
@@ -312,7 +314,7 @@ def admit(shape: EngineShape, state: State, slot, token, position, cache, prompt
   )
 
 
-def drop(state: State, gone_S) -> State:
+def remove_sequences(state: State, gone_S) -> State:
   """Ends the sequences of some slots."""
   f = state.in_flight
   stage_SxK = jnp.where(gone_S[:, None], EMPTY, f.stage_SxK)
