@@ -23,7 +23,7 @@ RESULT
 
   Other ways to spend the LoRA do not mend loop 1. Nats at loop 1 and loop 2, of
   a conversion on 4,096 tokens, then after 12 steps of 512 tokens of this recipe
-  (rrt.convert --calibration_tokens=4096; --config.steps=12 --config.batch=1):
+  (rrt convert --calibration_tokens=4096; --config.steps=12 --config.batch=1):
 
                                           converted         after 12 steps
     rank 64 in both loops (--rank=64)     5.606   4.134     4.707   3.959
