@@ -203,15 +203,9 @@ class ModelConfig:
     try:
       fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
       relax = tuple(registry.from_json(r) for r in fields.pop('relax', ()))
-      return cls(**{k: _as_tuple(v) for k, v in fields.items()}, relax=relax)
+      return cls(**{k: registry.as_tuple(v) for k, v in fields.items()}, relax=relax)
     except TypeError as e:
       raise InputError(f'The model configuration does not fit: {e}.') from e
-
-
-def _as_tuple(value):
-  if isinstance(value, (list, tuple)):
-    return tuple(_as_tuple(v) for v in value)
-  return value
 
 
 def is_whole(value: Any, least: int = 0) -> bool:

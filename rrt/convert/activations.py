@@ -22,6 +22,7 @@ from rrt.convert import permute
 from rrt.models.attention import Attention, AttnSpec, Context
 from rrt.models.layers import Mlp, rms_norm
 from rrt.models.transformer import make_context
+from rrt.relax.base import part_of
 
 # Where linears read: inputs in the order in which a layer makes them.
 SITES = {
@@ -33,11 +34,6 @@ SITES = {
 CHUNK_TOKENS = 2048  # Tokens whose activations are in memory at a time.
 CHECKED = 4  # One chunk in so many is what `fit.refit` checks on.
 ALIGN_CHUNKS = 2  # How many serve to compare hidden units.
-
-
-def part_of(component: str) -> str:
-  """The subtree that holds a component: 'attn' or 'mlp'."""
-  return 'mlp' if component in ('gate', 'up', 'down') else 'attn'
 
 
 class Stream(NamedTuple):

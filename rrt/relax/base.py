@@ -234,15 +234,19 @@ class Relaxation:
     return None
 
 
+def part_of(component: str) -> str:
+  """The subtree of a layer that holds a linear: 'attn' or 'mlp'."""
+  return 'mlp' if component in ('gate', 'up', 'down') else 'attn'
+
+
 def hosts_of(config, site: str) -> tuple[Host, ...]:
   """The hosts of a site in a `ModelConfig`'s block."""
   c = config
   kv = c.num_kv_heads * c.head_dim
   counts = c.loops, c.block_layers
   if site == 'linear':
-    part = lambda name: 'mlp' if name in ('gate', 'up', 'down') else 'attn'
     return tuple(
-      Host(site, name, f'{part(name)}/{name}', d_in, d_out, LINEAR_AXES[name], *counts)
+      Host(site, name, f'{part_of(name)}/{name}', d_in, d_out, LINEAR_AXES[name], *counts)
       for name, (d_in, d_out) in c.shapes().items()
     )
   both = ('embed', 'embed')
@@ -321,10 +325,8 @@ def count_all(config) -> int:
 
 def padding(config) -> int:
   """Entries of their arrays that are padding and not counted."""
-  stored = sum(
-    host.layers * sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-    for _, host, leaves in relaxed_hosts(config)
-  )
+  # The base class counts whole arrays.
+  stored = sum(Relaxation.count(relaxation, host) for relaxation, host, _ in relaxed_hosts(config))
   return stored - count_all(config)
 
 

@@ -78,7 +78,7 @@ def from_json(fields: dict[str, Any]) -> Relaxation:
   fields = dict(fields)
   cls = class_of(fields.pop('kind', ''))
   _check_known(cls, fields)
-  return cls(**{k: _as_tuple(v) for k, v in fields.items()})
+  return cls(**{k: as_tuple(v) for k, v in fields.items()})
 
 
 def parse(text: str) -> Relaxation:
@@ -132,7 +132,8 @@ def _number(word: str, where: str) -> int | float:
   raise InputError(f'{where}={word!r}: must be a number.')
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+  """Lists of JSON, nested ones too, as tuples."""
   if isinstance(value, (list, tuple)):
-    return tuple(_as_tuple(v) for v in value)
+    return tuple(as_tuple(v) for v in value)
   return value
