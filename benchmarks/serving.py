@@ -179,7 +179,7 @@ def main(_):
   for name, run in contenders.items():
     found = common.summary(seconds[name], tokens)
     if name == 'live gate':
-      found['promised_loss'] = gate_lib.stored(model).promise.get('loss')
+      found['promised_loss'] = gate_lib.stored(model).calibration.get('loss')
     if base:
       # Round by round: the machine's speed may change from one to the next.
       found['over_tied'] = float(np.median(np.array(base) / np.array(seconds[name])))

@@ -74,9 +74,11 @@ class Flags:
 
 
 def _described(flag: flags.Flag) -> list[str]:
-  """Lines of help for one flag: its name and default, and what it means."""
+  """Lines of help for one flag: name and default, then its description."""
   head = f'  --[no]{flag.name}' if flag.boolean else f'  --{flag.name}'
   text = ' '.join((flag.help or '').split())
+  text = text.removesuffix(';repeat this option to specify a list of values')
+  text = text.removesuffix('; repeat this option to specify a list of values')
   if flag.boolean and flag.default:
     text += ' On by default.'
   elif flag.default not in (None, [], '', False):
@@ -118,14 +120,14 @@ def run(
         own.values.mark_as_parsed()
       return left
     except flags.Error as e:
-      told = ' '.join(str(e).split())
+      message = ' '.join(str(e).split())
     except SystemExit as e:  # --help has been printed.
       raise SystemExit(0) from e
     except Exception as e:
       if explain is None:
         raise
-      told = explain(e)
-    print(f'error: {told}', file=sys.stderr)
+      message = explain(e)
+    print(f'error: {message}', file=sys.stderr)
     raise SystemExit(2)
 
   def guarded(argv):

@@ -35,7 +35,7 @@ class Rope:
     base: the wavelength base (theta).
     scaling: '' for none, 'linear' (all frequencies divided by `factor`) or
       'llama3' (long wavelengths divided, short ones kept, a ramp between).
-    factor: by how much the context was stretched.
+    factor: of the extended context over the original one.
     low_freq_factor: llama3: wavelengths above original_context / this are
       divided by `factor`.
     high_freq_factor: llama3: wavelengths below original_context / this stay.
@@ -52,7 +52,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything that a model's function depends on besides its weights.
+  """The architecture: everything that the model's function depends on but weights.
 
   Attributes:
     family: which checkpoint family it came from: 'llama', 'gemma', 'gemma3'.
@@ -68,7 +68,7 @@ class ModelConfig:
     coda_layers: C, unique layers after the block.
     order: 'cycle' runs the whole block R times, 'sequence' repeats each of
       its layers R times in place.
-    max_context: longest sequence in tokens that the model was made for.
+    max_context: longest sequence in tokens that the model supports.
     norm_eps: added to the mean square in RMSNorm.
     unit_offset_norm: gains are stored as w and applied as 1 + w (Gemma).
     post_norms: a second norm after attention and after the MLP (Gemma 3).
@@ -118,12 +118,12 @@ class ModelConfig:
 
   @property
   def depth(self) -> int:
-    """L, how many layers a token passes through."""
+    """L, the number of layers that a token passes through."""
     return self.prelude_layers + self.block_layers * self.loops + self.coda_layers
 
   @property
   def scale_q(self) -> float:
-    """What queries are multiplied with."""
+    """The factor of queries."""
     if self.query_scale is None:
       return self.head_dim**-0.5
     return self.query_scale
@@ -225,7 +225,7 @@ def is_number(value: Any, least: float | None = None) -> bool:
 
 
 def _check_rope(rope: Rope, where: str) -> None:
-  """Raises InputError for the first value of a table that cannot work."""
+  """Raises InputError for the first invalid value of a table."""
   if rope.scaling not in SCALINGS:
     raise InputError(f'{where}.scaling={rope.scaling!r}: must be one of {SCALINGS}.')
   for f in dataclasses.fields(rope):
@@ -244,7 +244,7 @@ def _check_rope(rope: Rope, where: str) -> None:
 
 
 def _check(c: ModelConfig) -> None:
-  """Raises InputError for the first field whose value cannot work."""
+  """Raises InputError for the first field with an invalid value."""
 
   def need(ok: bool, field: str, why: str) -> None:
     if not ok:
@@ -289,7 +289,7 @@ def _check(c: ModelConfig) -> None:
 
 
 def _check_relax(c: ModelConfig) -> None:
-  """Raises InputError for relaxations that cannot work, alone or together."""
+  """Raises InputError for relaxations that are invalid, alone or together."""
   kinds = [r.kind for r in c.relax]
   if len(set(kinds)) < len(kinds):
     raise InputError(f'relax={kinds}: each kind of relaxation can be given once.')

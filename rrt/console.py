@@ -1,4 +1,4 @@
-"""Terminal output of commands: tables, progress, the last line of JSON."""
+"""Terminal output of commands: tables, progress bars, the final line of JSON."""
 
 from collections.abc import Sequence
 import json
@@ -46,7 +46,7 @@ def finish(figures: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-  """What JSON can hold: numbers that are not finite become null."""
+  """Converts to JSON types; numbers that are not finite become null."""
   if isinstance(value, dict):
     return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -63,7 +63,7 @@ def peak_memory_bytes() -> int:
 
 
 class Progress:
-  """Shows how far long work is: a bar on a terminal, plain lines elsewhere.
+  """A progress bar on a terminal, plain lines elsewhere.
 
   with Progress(total=steps, label='uptrain', unit='steps') as progress:
     progress.update(1, note='loss 3.2')
@@ -72,18 +72,18 @@ class Progress:
   def __init__(self, total: int, label: str, unit: str = 'steps'):
     self.total, self.label, self.unit = total, label, unit
     self.done, self.start, self.shown = 0, time.monotonic(), 0.0
-    self.told = -1
+    self.reported = -1
     self.bar = sys.stderr.isatty()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    if self.bar or self.told != self.done:
+    if self.bar or self.reported != self.done:
       self._show(last=True)
 
   def update(self, n: int = 1, note: str = '') -> None:
-    """Counts n more units as done."""
+    """Adds n finished units."""
     self.done += n
     now = time.monotonic()
     if now - self.shown >= (0.2 if self.bar else 10.0):
@@ -91,12 +91,12 @@ class Progress:
       self._show(note=note)
 
   def to(self, done: int, total: int | None = None, note: str = '') -> None:
-    """Sets how many units are done, and how many there are."""
+    """Sets the finished units and the total."""
     self.total = self.total if total is None else total
     self.update(done - self.done, note)
 
   def _show(self, note: str = '', last: bool = False) -> None:
-    self.told = self.done
+    self.reported = self.done
     seconds = time.monotonic() - self.start
     rate = self.done / max(seconds, 1e-9)
     left = max(self.total - self.done, 0) / max(rate, 1e-9)

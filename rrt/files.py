@@ -1,4 +1,4 @@
-"""Directories that are written whole or not at all."""
+"""Atomic writing of directories, locks, and JSON files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rrt.errors import InputError
 def write_directory(
   directory: str | Path, write: Callable[[Path], None], is_ours: Callable[[Path], bool], what: str
 ) -> Path:
-  """Writes a directory under another name and renames it when complete.
+  """Writes a directory under a temporary name and renames it when complete.
 
-  A process that is killed cannot tidy up: what it left under other names is
-  removed by the next one to write the directory, which also gives an old
-  directory its name back if the kill came between the two renames.
+  Temporary directories of killed processes are removed by the next writer of the
+  directory, which also restores an old directory if the process was killed
+  between the two renames.
 
   Args:
     directory: the final name.
@@ -64,7 +64,7 @@ def write_directory(
 
 
 def _target(directory: str | Path) -> Path:
-  """The absolute path that a name means; a link means what it leads to.
+  """The absolute path of a name, with symbolic links resolved.
 
   Raises:
     InputError: no directory can have that name.
@@ -80,9 +80,9 @@ def _target(directory: str | Path) -> Path:
 
 
 def _tidy(directory: Path) -> None:
-  """Clears up what writers of a directory that are no more left behind.
+  """Removes temporary directories of writers that are no longer running.
 
-  Writers on other hosts cannot be asked, so theirs is left alone.
+  Those of other hosts are kept, as their processes cannot be checked.
   """
   # Earlier versions left the host out of the name.
   host = re.escape(platform.node())
@@ -99,7 +99,7 @@ def _tidy(directory: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-  """Whether another process of this host has the id."""
+  """Whether another process of this host has this id."""
   if pid == os.getpid():
     return False  # A container's ids begin anew: the name is a dead one's.
   try:
@@ -138,7 +138,7 @@ def check_replaceable(directory: str | Path, is_ours: Callable[[Path], bool], wh
 
 @contextlib.contextmanager
 def lock(directory: Path, what: str):
-  """Keeps other processes out of a directory; ends with the process at last.
+  """Locks a directory against other processes, at most until this one ends.
 
   Args:
     directory: exists and can be written to.
@@ -169,7 +169,7 @@ def _sync(path: Path) -> None:
 
 
 def check_writable(directory: str | Path) -> None:
-  """Makes the directory, and for a moment a file in it.
+  """Creates the directory, and a temporary file in it.
 
   Raises:
     InputError: either fails.

@@ -11,14 +11,14 @@ from rrt.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-  """A model and everything that using it needs.
+  """A model with its tokenizer and provenance.
 
   Attributes:
     config: its shape.
     params: nested dict of arrays; the layout is described in
       `rrt.models.transformer`.
     tokenizer: None where the source had none.
-    meta: where it came from and what was done to it; JSON values only.
+    meta: its source and the steps applied to it; JSON values only.
   """
 
   config: ModelConfig

@@ -1,4 +1,4 @@
-"""Meshes and logical axis rules: one table says where every axis lives.
+"""Device meshes and the table of rules from logical axes to mesh axes.
 
 Parameters and activations name their axes differently, so that sharding
 `embed` of the parameters over `fsdp` leaves the residual stream alone.
@@ -48,8 +48,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
   """A mesh with the axes data, fsdp and tensor.
 
   Args:
-    sizes: devices an axis; absent axes are 1; one of them may be -1 for all
-      devices that are left. None puts all devices on `data`.
+    sizes: devices by axis; absent axes are 1; one may be -1 for all remaining
+      devices. None puts all devices on `data`.
 
   Raises:
     InputError: an unknown axis, or sizes that do not multiply to the number
@@ -78,7 +78,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
 
 
 def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int = 0):
-  """Raises InputError when a mesh axis does not divide what it shards."""
+  """Raises InputError if a mesh axis does not divide the dimension that it shards."""
   tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
   rows = mesh.shape['data'] * fsdp
   for axis, size, field, value in (

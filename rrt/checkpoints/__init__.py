@@ -1,4 +1,4 @@
-"""Checkpoints: reading Hugging Face, GGUF and native ones, writing two kinds.
+"""Checkpoints: reads Hugging Face, GGUF and native ones, writes the first and last.
 
-Weights are read from safetensors and GGUF only; nothing is ever unpickled.
+Weights are read from safetensors and GGUF only; nothing is unpickled.
 """

@@ -1,4 +1,4 @@
-"""Models in GGUF files: their configuration and their parameters."""
+"""Reads the configuration and parameters of models in GGUF files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
 
 
 def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
-  """The model that a GGUF file holds.
+  """The ModelConfig of a GGUF file.
 
   Raises:
     InputError: its architecture or one of its settings is not supported.
@@ -115,7 +115,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:
-  """What llama.cpp leaves out of the file and knows of Gemma 3."""
+  """Gemma 3's constants, which GGUF files do not store."""
   layers = fields.get('num_hidden_layers')
   pattern = metadata.get('gemma3.attention.sliding_window_pattern', 6)
   local = metadata.get('gemma3.rope.freq_base_swa', 10_000.0)
@@ -134,13 +134,13 @@ def _gemma3_fields(metadata, fields) -> dict[str, Any]:
 
 
 def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
-  """The llama3 rule that made a table of frequency divisors.
+  """The llama3 RoPE scaling that a table of frequency divisors comes from.
 
-  GGUF files store the table, not the rule; the rule's low and high frequency
+  GGUF files store the table and not the parameters; low and high frequency
   factors and original context are the same in all released models.
 
   Raises:
-    InputError: the table does not come from that rule.
+    InputError: the table is of another scaling.
   """
   factor, low, high, context = float(divisors.max()), 1.0, 4.0, 8192
   n = len(divisors)

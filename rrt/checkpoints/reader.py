@@ -1,9 +1,8 @@
-"""Reads checkpoint tensors into the parameter tree, driven by a family's table.
+"""Reads checkpoint tensors into the parameter tree by a family's table of names.
 
 A table (`rrt.families`) has rows `path | Hugging Face name | GGUF name | kind`.
-Every tensor is written chunk by chunk into the stacked array that holds it, so
-that memory holds the model and one chunk. All faults of a checkpoint are
-collected and raised in one error.
+Tensors are copied chunk by chunk into the stacked arrays, so that memory holds
+the model and one chunk. One error lists all faults of a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ MAX_LISTED = 4
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """One tensor of a checkpoint and its place in the tree."""
+  """One tensor of a checkpoint and its destination in the tree."""
 
   name: str
   row: Row
@@ -80,7 +79,7 @@ def read_params(
     dtype: of the parameters: 'float32', 'bfloat16' or 'float16'.
     style: 'hf' or 'gguf': which column of the table has the names, and how
       values are stored.
-    ignore: names that may be there without a place in the tree.
+    ignore: names of tensors to skip.
     where: the checkpoint's name in errors.
 
   Raises:
@@ -116,7 +115,7 @@ def read_params(
 
 
 class _Faults:
-  """What is wrong with a checkpoint, by kind."""
+  """The faults of a checkpoint, by kind."""
 
   def __init__(self):
     self.found: dict[str, list[str]] = {}
@@ -146,7 +145,7 @@ def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
 
 
 def _read(job, target, config, family, tensors, style, faults) -> None:
-  """Copies one tensor into its place, chunk by chunk."""
+  """Copies one tensor into the tree, chunk by chunk."""
   order = None
   if style == 'gguf' and family.gguf_permuted and job.row.kind in ('q', 'k'):
     heads = config.num_heads if job.row.kind == 'q' else config.num_kv_heads
@@ -168,10 +167,10 @@ def _read(job, target, config, family, tensors, style, faults) -> None:
 
 
 def interleaved_rows(heads: int, head_dim: int) -> np.ndarray:
-  """For every q or k row of a Llama GGUF, the half-split row it holds.
+  """Index of the half-split row that each q or k row of a Llama GGUF holds.
 
-  llama.cpp rotates neighbouring pairs, so its files hold a head's rows in
-  the order 0, Dh/2, 1, Dh/2 + 1, ...; we rotate halves, as Hugging Face.
+  llama.cpp rotates neighbouring pairs, so its files hold a head's rows in the
+  order 0, Dh/2, 1, Dh/2 + 1, ...; this package rotates halves, as Hugging Face.
   """
   rows = np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2)
   return rows.swapaxes(1, 2).reshape(-1)

@@ -1,10 +1,9 @@
-"""Safetensors files, read and written in pieces that fit in memory.
+"""Reads and writes safetensors files in chunks of bounded memory.
 
-A checkpoint may be larger than what is free beside the model that is built
-from it, so nothing here holds more than one chunk (`CHUNK` bytes) at a time.
-The `safetensors` package is not used for this reason: it hands out whole tensors,
-where these readers convert, check and checksum a chunk at a time while writing it
-into the stacked array, and name the tensor that is damaged.
+Memory may have no room for a checkpoint beside the model that is built from it,
+so at most one chunk (`CHUNK` bytes) is held at a time. The `safetensors` package
+returns whole tensors; these readers convert, validate and checksum one chunk at a
+time while copying it into the stacked array, and name the damaged tensor.
 The format: 8 bytes little-endian header length, a JSON header with dtype,
 shape and byte range of every tensor, then the bytes.
 """
@@ -39,14 +38,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
-  """What a checkpoint says about a tensor before its values are read."""
+  """Shape and type of a tensor, from the header."""
 
   shape: tuple[int, ...]
   dtype: str
 
 
 class Tensors(Protocol):
-  """A checkpoint's tensors by name, wherever they are stored."""
+  """Interface: a checkpoint's tensors by name."""
 
   @property
   def infos(self) -> Mapping[str, TensorInfo]:
@@ -54,16 +53,16 @@ class Tensors(Protocol):
     ...
 
   def chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, rows) until all rows of the first axis came.
+    """Yields (first row, rows) over the whole first axis.
 
     Raises:
-      InputError: the bytes are not there or cannot be decoded.
+      InputError: missing bytes, or a type that cannot be decoded.
     """
     ...
 
 
 def rows_per_chunk(shape: tuple[int, ...], row_bytes: int) -> int:
-  """How many rows of the first axis make a chunk, at least one."""
+  """Number of rows of the first axis in a chunk, at least one."""
   return max(1, min(shape[0] if shape else 1, CHUNK // max(1, row_bytes)))
 
 
@@ -143,15 +142,15 @@ class SafetensorsFile:
 def open_all(
   paths: Sequence[Path], open_one: Callable[[Path], T], faults: Sequence[str]
 ) -> list[T]:
-  """Opens the files of a checkpoint; what is wrong with them comes together.
+  """Opens the files of a checkpoint and collects their faults in one error.
 
   Args:
     paths: the files.
     open_one: opens one, or raises InputError.
-    faults: sentences on what is known to be wrong already.
+    faults: sentences on faults that are known already.
 
   Raises:
-    InputError: the given and the found faults, in one sentence.
+    InputError: lists the given and the found faults.
   """
   faults, files = list(faults), []
   for path in paths:
@@ -169,7 +168,7 @@ def open_all(
 
 
 class ShardedTensors:
-  """Several files seen as one checkpoint, of types that can be decoded."""
+  """Several files as one checkpoint."""
 
   def __init__(self, files: Iterable[Tensors], dtypes: Any = None):
     self.dtypes = DTYPES if dtypes is None else dtypes

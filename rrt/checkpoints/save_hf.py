@@ -1,8 +1,8 @@
-"""Exports a model to Hugging Face format, untied.
+"""Exports an untied model in Hugging Face format.
 
-Every position gets its own weights, relaxations merged in, and its own norm
-gains, in the order in which the positions run. The result is an ordinary model
-of the family: the oracle for tests, and what other software loads.
+Every position gets its own weights, with the relaxations merged in, and its own
+norm gains, in the order in which the positions run. The result is an ordinary
+model of the family, for tests against transformers and for other software.
 """
 
 from __future__ import annotations

@@ -28,53 +28,58 @@ _OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier rrt model.'
 )
 _FIELDS = (
-  FLAGS.usual.integer('prelude', _DEFAULT.prelude, 'Layers kept as they are before the block.'),
-  FLAGS.usual.integer('loops', _DEFAULT.loops, 'How often the block runs.'),
-  FLAGS.usual.integer('coda', _DEFAULT.coda, 'Layers of their own after the block.'),
+  FLAGS.usual.integer('prelude', _DEFAULT.prelude, 'Layers before the block, not shared.'),
+  FLAGS.usual.integer('loops', _DEFAULT.loops, 'Times that the block runs.'),
+  FLAGS.usual.integer('coda', _DEFAULT.coda, 'Layers after the block, not shared.'),
   FLAGS.usual.string(
     'rank',
     '0',
-    'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64; each by '
-    'loop where they differ: 32/96. Capped at the matrix; 0 for none.',
+    'LoRA rank of all seven linears, or by linear: q:32,v:32,down:64; a rank may '
+    'differ by loop: 32/96. Capped at the smaller side of the matrix; 0 for none.',
   ),
   FLAGS.usual.multi_string(
     'relax',
     [],
-    'Another relaxation behind LoRA, such as gain or gain:components=o+down. '
-    'Repeat it for several.',
+    'Another relaxation, applied after LoRA, such as gain or '
+    'gain:components=o+down. May be repeated.',
   ),
-  FLAGS.usual.enum('init', _DEFAULT.init, INITS, 'Where the shared weights come from.'),
+  FLAGS.usual.enum('init', _DEFAULT.init, INITS, 'Initial values of the shared weights.'),
   FLAGS.usual.string(
     'calibration',
     None,
-    'Text to fit on and to measure on (plain, .jsonl, .jsonl.xz, ...); left '
-    'out, English text found in the installation, if the parent has a '
+    'Calibration text (plain, .jsonl, .jsonl.xz, ...). By default English text '
+    'found in the installation, if the parent has a '
     'tokenizer.',
   ),
-  FLAGS.rare.integer('block', None, 'Layers of the block; worked out when left out.'),
+  FLAGS.rare.integer('block', None, 'Layers of the block; computed from the others by default.'),
   FLAGS.rare.enum(
     'order',
     _DEFAULT.order,
     ORDERS,
-    'cycle runs the whole block again and again, sequence repeats each layer.',
+    'cycle repeats the whole block, sequence repeats each layer in place.',
   ),
   FLAGS.rare.integer(
-    'budget', None, 'Instead of --rank: LoRA parameters to spend where they regain most.'
+    'budget',
+    None,
+    'Instead of --rank: total LoRA parameters, allocated to the ranks that '
+    'reduce the calibration error most.',
   ),
   FLAGS.rare.float(
-    'alpha', None, "LoRA's scale is alpha / rank; the factors make up for it. 1 by default."
+    'alpha',
+    None,
+    "LoRA's scale is alpha / rank, which the fitted factors compensate; 1 by default.",
   ),
   FLAGS.rare.enum(
     'relax_init',
     _DEFAULT.relax_init,
     RELAX_INITS,
-    'Relaxations start from what the shared weights lack, or without effect.',
+    'Relaxations are fitted to the residual of the shared weights, or start at zero.',
   ),
-  FLAGS.rare.bool('loop_norms', _DEFAULT.loop_norms, 'Every loop keeps its own norm gains.'),
+  FLAGS.rare.bool('loop_norms', _DEFAULT.loop_norms, 'Separate norm gains for each loop.'),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
-_DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'The type of the weights.')
-_SEED = FLAGS.rare.integer('seed', 0, 'Of random weights.')
+_DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the weights.')
+_SEED = FLAGS.rare.integer('seed', 0, 'Seed of random weights.')
 
 
 def main(_) -> None:

@@ -3,13 +3,12 @@ r"""A real model becomes a smaller one that still writes sentences.
     rrt demo                      # English text that is installed
     rrt demo --data=my_text.txt   # your own text
 
-SmolLM2-135M is converted twice: by the paper's way (the mean of the tied
-layers, plain SVD) and calibrated. The calibrated child is then distilled from
-its parent for a few dozen steps, both loops of it. All four are measured on
-text that neither calibration nor training has seen, and write on after the same
-words. Then a gate lets tokens leave after the first loop, and the engine writes
-eight texts at once: at full depth, with exits, and lossless. The figures go to
-the terminal and, with the curves, to report.html.
+SmolLM2-135M is converted twice: with the paper's initialization (mean of the tied
+layers, plain SVD) and calibrated. The calibrated child is then distilled from its
+parent for a few dozen steps, with losses after both loops. All four models are
+evaluated on held-out text and continue the same prompts. Then an exit gate is
+fitted, and the engine decodes eight sequences at full depth, with early exits, and
+in the lossless mode. Figures are printed and, with plots, written to report.html.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ FLAGS = command.Flags(
   'Converts SmolLM2-135M, uptrains it and runs it with early exits.',
   'rrt demo\nrrt demo --data=my_text.txt',
 )
-_MODEL = FLAGS.usual.string('model', 'smollm2-135m', 'The parent: whatever rrt.load takes.')
+_MODEL = FLAGS.usual.string('model', 'smollm2-135m', 'The parent, as rrt.load takes it.')
 _DATA = FLAGS.usual.string(
   'data',
   'builtin',
@@ -51,29 +50,33 @@ _CODA = FLAGS.usual.integer('coda', 8, 'Layers after the block.')
 _LOOPS = FLAGS.usual.integer('loops', 2, 'Times the block runs.')
 _RANK = FLAGS.usual.integer('rank', 64, 'Rank of the per-loop LoRA.')
 _CALIBRATION_TOKENS = FLAGS.rare.integer(
-  'calibration_tokens', 8192, 'Tokens that the calibrated child is fitted on.'
+  'calibration_tokens', 8192, 'Calibration tokens of the conversion.'
 )
 _STEPS = FLAGS.usual.integer('steps', 20, 'Steps of uptraining.')
-_BATCH = FLAGS.rare.integer('batch', 2, 'Rows of a step.')
-_LENGTH = FLAGS.rare.integer('length', 512, 'Tokens of a row.')
-_CONTEXT = FLAGS.rare.integer('context', 512, 'Tokens of a measured row.')
-_HELDOUT = FLAGS.rare.integer('heldout_tokens', 4096, 'Tokens measured on.')
-_NEW = FLAGS.usual.integer('max_new_tokens', 40, 'Tokens each model writes.')
+_BATCH = FLAGS.rare.integer('batch', 2, 'Batch size of training, in rows.')
+_LENGTH = FLAGS.rare.integer('length', 512, 'Tokens of a training row.')
+_CONTEXT = FLAGS.rare.integer('context', 512, 'Tokens of an evaluation row.')
+_HELDOUT = FLAGS.rare.integer('heldout_tokens', 4096, 'Held-out tokens to evaluate on.')
+_NEW = FLAGS.usual.integer('max_new_tokens', 40, 'Tokens to generate with each model.')
 _PROMPT = FLAGS.usual.multi_string(
   'prompt',
   ['The city was founded in', 'Scientists have found that'],
-  'What the models write on from; may be repeated.',
+  'Prompt of the samples; may be repeated.',
 )
-_EXIT_WEIGHT = FLAGS.rare.float('exit_weight', 0.3, "Of the earlier loops' losses in uptraining.")
-_PROMISE = FLAGS.rare.float('promise', 0.1, 'Nats a token that exits may cost, calibrated for.')
-_SEED = FLAGS.rare.integer('seed', 0, 'Of everything random.')
+_EXIT_WEIGHT = FLAGS.rare.float(
+  'exit_weight', 0.3, "Weight of the earlier loops' losses in uptraining."
+)
+_EXIT_LOSS = FLAGS.rare.float(
+  'exit_loss', 0.1, 'Target of the gate: nats a token lost to early exits.'
+)
+_SEED = FLAGS.rare.integer('seed', 0, 'Seed of data order, gate and weights.')
 
 
 def prepare_text(data: str, out: Path) -> tuple[Path, Path, Path]:
-  """Writes documents to train, to calibrate the gate and to measure on.
+  """Splits the documents for training, gate calibration and evaluation.
 
   Returns:
-    Three files of JSON lines; no document is in two of them.
+    Three files of JSON lines with disjoint documents.
 
   Raises:
     InputError: the text is too short to be split.
@@ -106,17 +109,17 @@ def prepare_text(data: str, out: Path) -> tuple[Path, Path, Path]:
 
 
 def _gate_context() -> int:
-  """Tokens of a row that the gate is fitted, calibrated and measured on."""
+  """Row length for fitting, calibrating and evaluating the gate, in tokens."""
   return max(_CONTEXT.value // 4, 8)
 
 
 def _gate_tokens() -> int:
-  """Tokens that the gate is fitted and calibrated on."""
+  """Number of tokens for fitting and calibrating the gate."""
   return 64 * _gate_context()
 
 
 def recipe(train: Path, heldout: Path) -> dict:
-  """The uptraining, as the file of an experiment would have it."""
+  """The recipe of the uptraining."""
   return {
     'steps': _STEPS.value,
     'batch': _BATCH.value,
@@ -143,7 +146,7 @@ def recipe(train: Path, heldout: Path) -> dict:
 
 
 def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
-  """Size, quality and writing of one model."""
+  """Size, held-out quality and samples of one model."""
   quality = perplexity.score(
     model, heldout, context=_CONTEXT.value, batch=2, max_tokens=_HELDOUT.value
   )
@@ -221,7 +224,7 @@ def main(argv):
   run = uptrain(parent, child, recipe(train, heldout))
   rows['uptrained'] = measure(run.model, heldout_text, report.seconds + time.monotonic() - start)
 
-  say(6, f'a gate that promises to lose less than {_PROMISE.value} nats a token')
+  say(6, f'a gate calibrated to lose less than {_EXIT_LOSS.value} nats a token')
   gated, exits = leave_early(run.model, gate_rows, heldout_text)
   save(gated, out / 'model')
 
@@ -269,19 +272,19 @@ def main(argv):
 
 
 def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
-  """The model with a gate, and what leaving costs on held-out text.
+  """Fits a gate and measures early exits on held-out text.
 
   Args:
-    model: whose loops were all trained.
-    rows: of text that it was not trained on, to fit and calibrate the gate.
-    heldout: other text, to measure on.
+    model: trained with losses after all loops.
+    rows: of unseen text, to fit and calibrate the gate.
+    heldout: rows of other text, to evaluate on.
   """
   shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
   with console.Progress(
     gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
   ) as progress:
     gate, _ = gating.fit_gate(
-      model, rows, loss=_PROMISE.value, shares=shares, progress=progress.update
+      model, rows, loss=_EXIT_LOSS.value, shares=shares, progress=progress.update
     )
   rows = perplexity.make_rows(model, heldout, _gate_context(), _HELDOUT.value)
   static = every_loop.read_static(model, rows, gate.arrays)
@@ -291,13 +294,13 @@ def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
   return gated, {
     'held': held,
     'first': first,
-    'promise': _PROMISE.value,
+    'exit_loss': _EXIT_LOSS.value,
     'loops': model.config.loops,
   }
 
 
 def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
-  """Eight texts at once, by each way of the engine, compilation apart."""
+  """Decodes eight sequences in each mode of the engine, without compilation time."""
   size = max(min(_CONTEXT.value // 32, 16), 2)
   new = min(_NEW.value, model.config.max_context - size)
   rows = perplexity.make_rows(model, heldout, 2 * size, 16 * size)
@@ -334,7 +337,7 @@ def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
 
 
 def show_exits(exits: dict, ways: dict) -> None:
-  """Prints what leaving early costs and brings."""
+  """Prints cost and speed of early exits."""
   held, first = exits['held'], exits['first']
   print(
     f'All tokens leave after loop 1: {first.lost_nats:+.3f} nats a token, '
@@ -349,7 +352,7 @@ def show_exits(exits: dict, ways: dict) -> None:
 
 
 def show(rows: dict) -> None:
-  """Prints the four models side by side, then what each wrote."""
+  """Prints the four models side by side, then their samples."""
   print()
   console.table(
     [

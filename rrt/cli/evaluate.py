@@ -30,7 +30,7 @@ _MODEL = FLAGS.needed.string(
   'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
   'file, smollm2-135m, gemma3-270m, or a hub id.',
 )
-_PARENT = FLAGS.usual.string('parent', None, 'A model to compare with, measured the same way.')
+_PARENT = FLAGS.usual.string('parent', None, 'A model to compare with, evaluated in the same way.')
 _TEXT = FLAGS.usual.string(
   'text',
   None,
@@ -44,8 +44,8 @@ _MAX_TOKENS = FLAGS.usual.integer(
 _CONTEXT = FLAGS.usual.integer(
   'context',
   None,
-  'Tokens in a row; a row is read alone, and its first token not scored. '
-  '1024 by default, or what the model was made for if that is less.',
+  'Tokens in a row; rows are independent, and the first token of a row is not '
+  "scored. By default 1024, or the model's context if that is shorter.",
 )
 _BATCH = FLAGS.rare.integer('batch', 4, 'Rows (of --context, or of 512 tokens in tasks) in a pass.')
 _LOOPS = FLAGS.usual.string(
@@ -67,25 +67,27 @@ _DATA = FLAGS.usual.string(
   'lines with query, choices and label (WinoGrande: context_options, '
   'continuation and label; LAMBADA: text). The hub by default.',
 )
-_LIMIT = FLAGS.usual.integer('limit', None, 'Ask only the first so many questions of each task.')
-_SHOTS = FLAGS.rare.integer('shots', 0, 'Solved questions before each one.')
+_LIMIT = FLAGS.usual.integer(
+  'limit', None, 'Evaluate only the first so many questions of each task.'
+)
+_SHOTS = FLAGS.rare.integer('shots', 0, 'Few-shot examples before each question.')
 _EXITS = FLAGS.usual.string(
   'exits',
   None,
-  'With --text: what leaving early costs, gate by gate; all, or some of '
+  'With --text: quality and mean loops of early exits by gate; all, or some of '
   'learned (needs a gate from rrt fit-gate), change, margin, entropy, '
   'oracle. With --tasks also their scores, by all but the oracle.',
 )
 _KV = FLAGS.rare.list(
   'kv',
   ['propagate'],
-  'With --exits: what the loops that a token skipped keep of it; some of '
+  'With --exits: cache policy for the loops that a token skipped; some of '
   'write_ahead, propagate, exact_fill.',
 )
 _CURVE = FLAGS.rare.string(
   'curve', None, 'With --exits: draw quality against depth to this SVG file.'
 )
-_DTYPE = FLAGS.rare.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
+_DTYPE = FLAGS.rare.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the computation.')
 _OUT = FLAGS.rare.string('out', None, 'Also write the JSON to this file.')
 
 

@@ -16,7 +16,7 @@ from rrt.infer.engine.config import KV_POLICIES
 
 
 def check(text: str | None, kinds: str, kvs: Sequence[str], curve: str | None) -> None:
-  """Raises InputError for what cannot work, before anything runs."""
+  """Raises InputError for invalid flags, before anything runs."""
   if not text:
     raise InputError('--exits needs --text.')
   depth.parse_gates(kinds)
@@ -29,7 +29,7 @@ def check(text: str | None, kinds: str, kvs: Sequence[str], curve: str | None) -
 
 
 def check_model(model, kinds: str) -> None:
-  """Raises InputError for a model without exits, or a gate that it lacks."""
+  """Raises InputError for a model without early exits, or without the gate."""
   every_loop.check(model.config)
   gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
@@ -64,10 +64,10 @@ def measure(
     model: of two loops or more.
     rows: tokens, from `perplexity.make_rows`.
     kinds: gates by name, separated by commas, or 'all': of the learned gate
-      only where the model has one. A gate kept with the model is also
-      measured at its own threshold.
-    kvs: what skipped loops keep of a token; each is measured.
-    curve: SVG file to draw to.
+      only if the model has one. A gate saved with the model is also measured at
+      its calibrated threshold.
+    kvs: cache policies for skipped loops; each is measured.
+    curve: SVG file to write.
     batch: rows in one pass.
     dtype: of the computation.
   """
@@ -92,20 +92,20 @@ def measure(
   console.table(depth.table(points), depth.HEADERS)
   if curve:
     Path(curve).write_text(plots.depth_curve(points, model.config.loops))
-    print(f'drawn to {curve}')
+    print(f'wrote {curve}')
   return points
 
 
 def ask_tasks(model, points: Sequence[depth.Point], **settings) -> list[dict]:
-  """Asks the tasks at each point, and prints the scores.
+  """Evaluates the tasks at each point, and prints the scores.
 
   Args:
     model: as for `measure`.
-    points: from `measure`; the oracle, which knows full depth, is left out.
+    points: from `measure`; the oracle, which needs full depth, is skipped.
     **settings: of `harness.run`.
 
   Returns:
-    A row for each point: gate, kv, threshold, loops of the answers' tokens,
+    A dict for each point: gate, kv, threshold, mean loops of the endings' tokens,
     the mean score and each task's.
   """
   from rrt.evals import harness

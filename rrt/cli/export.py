@@ -24,7 +24,7 @@ _MODEL = FLAGS.needed.string(
 )
 _OUT = FLAGS.needed.string('out', None, 'The directory to write; new, empty or an earlier export.')
 _DTYPE = FLAGS.usual.enum(
-  'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'The type of the written weights.'
+  'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Dtype of the written weights.'
 )
 
 

@@ -17,54 +17,54 @@ from rrt import command, console
 from rrt.errors import InputError
 
 FLAGS = command.Flags(
-  'Fits an exit gate and calibrates its threshold to a promise.',
+  'Fits an exit gate and calibrates its threshold to a quality target.',
   'rrt fit-gate --model=runs/a --text=news.jsonl.xz \\\n    --agreement=0.95 --out=gated',
 )
 _MODEL = FLAGS.needed.string('model', None, 'A recursive model, as `rrt generate` takes one.')
 _TEXT = FLAGS.needed.string(
   'text', None, 'Text to fit and calibrate on, as `rrt evaluate` takes it.'
 )
-_OUT = FLAGS.needed.string('out', None, 'Directory for the model with its gate.')
-_MAX_TOKENS = FLAGS.usual.integer('max_tokens', 16384, 'How much of the text.')
+_OUT = FLAGS.needed.string('out', None, 'Output directory of the model with its gate.')
+_MAX_TOKENS = FLAGS.usual.integer('max_tokens', 16384, 'Tokens of the text to use.')
 _CONTEXT = FLAGS.usual.integer('context', 256, 'Tokens in a row.')
 _BATCH = FLAGS.rare.integer('batch', 4, 'Rows in a pass.')
 _GATE = FLAGS.usual.enum(
   'gate',
   'learned',
   ['learned', 'change'],
-  'A logistic regression a loop, or how little the loop changed the state.',
+  'learned: a logistic regression a loop; change: the relative change of the '
+  'hidden state in the loop.',
 )
 _LENS = FLAGS.rare.bool(
   'lens',
   True,
-  'Also fit, by least squares, an affine map a loop from where it leaves a '
-  'token to where the last loop would have; coda and head read through it.',
+  'Also fit, by least squares, an affine map from the hidden state after each '
+  'loop to that after the last; coda and head run on its output.',
 )
 _LENS_EPOCHS = FLAGS.rare.integer(
   'lens_epochs',
   0,
-  'For how many epochs the lens is then tuned, with a hidden layer beside it, '
-  'to say what full depth says.',
+  'Epochs of tuning the lens, with an added hidden layer, on the KL divergence from full depth.',
 )
 _SELF_GENERATED = FLAGS.rare.float(
   'self_generated',
   0.0,
-  'Share of the rows, in each half, that go on after their first quarter as the '
-  'model itself does (greedily): what the guesses of the lossless mode are '
-  'about. Gate and promise are then about such text too.',
+  'Share of the rows to replace by the greedy continuation of their first '
+  'quarter, for the drafts of the lossless mode, which are about the text that '
+  'the model itself writes.',
 )
 _KV = FLAGS.rare.enum(
   'kv',
   'propagate',
   ['write_ahead', 'propagate', 'exact_fill'],
-  'What the loops that a token skipped keep of it.',
+  'Cache policy for the loops that a token skipped.',
 )
 _AGREEMENT = FLAGS.usual.float(
-  'agreement', None, 'Promise: share of tokens that are as at full depth. 0.95 by default.'
+  'agreement', None, 'Target: top-1 agreement with full depth; 0.95 by default.'
 )
-_LOSS = FLAGS.usual.float('loss', None, 'Promise instead: nats a token lost against full depth.')
-_CONFIDENCE = FLAGS.rare.float('confidence', 0.95, 'Of the promise.')
-_RIDGE = FLAGS.rare.float('ridge', None, 'Penalty of the regression; 30 by default.')
+_LOSS = FLAGS.usual.float('loss', None, 'Target instead: nats a token lost against full depth.')
+_CONFIDENCE = FLAGS.rare.float('confidence', 0.95, "Confidence of the target's bound.")
+_RIDGE = FLAGS.rare.float('ridge', None, 'L2 penalty of the regression; 30 by default.')
 
 
 def main(argv) -> None:
@@ -124,10 +124,10 @@ def main(argv) -> None:
       progress=progress.update,
     )
   about = {'text': path, 'self_generated': _SELF_GENERATED.value}
-  gate = dataclasses.replace(gate, promise=gate.promise | about)
+  gate = dataclasses.replace(gate, calibration=gate.calibration | about)
   console.table(depth.table(points), depth.HEADERS)
   if gate.threshold == gate_lib.NEVER:
-    print('No threshold keeps the promise on this text: all tokens will run all loops.')
+    print('No threshold meets the target on this text: all tokens will run all loops.')
   save(dataclasses.replace(model, meta=gate_lib.store(model.meta, gate)), out)
   console.finish(
     {
@@ -135,7 +135,7 @@ def main(argv) -> None:
       'gate': _GATE.value,
       'kv': _KV.value,
       'threshold': gate.threshold,
-      **gate.promise,
+      **gate.calibration,
       'points': [p.plain() for p in points],
       'peak_memory_bytes': console.peak_memory_bytes(),
     }

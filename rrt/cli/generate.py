@@ -23,29 +23,35 @@ _MODEL = FLAGS.needed.string(
   'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
   'file, smollm2-135m, gemma3-270m, or a hub id.',
 )
-_PROMPT = FLAGS.needed.multi_string(
-  'prompt', None, 'What to continue. Repeat it for several prompts.'
-)
+_PROMPT = FLAGS.needed.multi_string('prompt', None, 'Text to continue; may be repeated.')
 _MAX_NEW_TOKENS = FLAGS.usual.integer(
-  'max_new_tokens', 128, 'Tokens to write after each prompt, at most.'
+  'max_new_tokens', 128, 'Maximum tokens to generate for each prompt.'
 )
-_TEMPERATURE = FLAGS.usual.float('temperature', 0.0, '0 takes the most likely token each time.')
-_TOP_K = FLAGS.usual.integer('top_k', 0, 'Draw from the k most likely tokens; 0 is all.')
-_TOP_P = FLAGS.usual.float('top_p', 1.0, 'Draw from the fewest tokens with this much probability.')
-_MIN_P = FLAGS.rare.float('min_p', 0.0, 'Draw from tokens at least this times the most likely one.')
-_SEED = FLAGS.usual.integer('seed', 0, 'Of the first prompt; the next prompts count up.')
-_STOP = FLAGS.usual.multi_string('stop', [], 'Text that ends a completion. Repeat it for several.')
+_TEMPERATURE = FLAGS.usual.float('temperature', 0.0, 'Sampling temperature; 0 is greedy.')
+_TOP_K = FLAGS.usual.integer('top_k', 0, 'Sample from the k most likely tokens; 0 is all.')
+_TOP_P = FLAGS.usual.float(
+  'top_p', 1.0, 'Sample from the fewest tokens with this total probability.'
+)
+_MIN_P = FLAGS.rare.float(
+  'min_p', 0.0, 'Sample from tokens of at least this share of the highest probability.'
+)
+_SEED = FLAGS.usual.integer('seed', 0, 'Seed of the first prompt; prompt i has seed + i.')
+_STOP = FLAGS.usual.multi_string(
+  'stop', [], 'Stop string, which ends a completion; may be repeated.'
+)
 _LOOPS = FLAGS.rare.integer('loops', None, 'How many loops of the block to run; all by default.')
-_CHAT = FLAGS.usual.bool('chat', False, 'The prompts are messages: use the chat template.')
-_DTYPE = FLAGS.rare.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.')
-_STREAM = FLAGS.rare.bool('stream', True, 'Show the first text as it is written.')
+_CHAT = FLAGS.usual.bool('chat', False, 'Prompts are user messages: apply the chat template.')
+_DTYPE = FLAGS.rare.enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of weights and computation.'
+)
+_STREAM = FLAGS.rare.bool('stream', True, 'Print the first completion while it is generated.')
 
 
 class _Screen:
   """Prints the completions one below the other, the first one live.
 
-  The prompts are continued together; what comes for the later ones waits
-  until all are complete.
+  The prompts are decoded as one batch; the text of the later ones is printed
+  when all are complete.
   """
 
   def __init__(self, prompts, live: bool):
@@ -54,7 +60,7 @@ class _Screen:
     self._current = -1
 
   def show(self, index: int, text: str) -> None:
-    """Takes new text of one prompt."""
+    """Receives new text of one prompt."""
     if self._current < 0:
       self._next()
     if self._live and index == self._current:
@@ -63,7 +69,7 @@ class _Screen:
       self._waiting[index] += text
 
   def finish(self) -> None:
-    """Prints all that waits."""
+    """Prints the completions that were not streamed."""
     while self._current < len(self._prompts):
       self._next()
 
@@ -82,7 +88,7 @@ class _Screen:
 
 
 def main(argv) -> None:
-  """Writes, then tells the speed."""
+  """Generates, then prints the speed."""
   del argv
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')

@@ -202,7 +202,7 @@ def _exits(exits: dict[str, Any], ways: dict[str, dict[str, Any]]) -> str:
   return f"""<h2>Tokens that leave early</h2>
 <p>All of them after loop 1: {first.lost_nats:+.3f} nats a token,
 {100 * first.agreement:.0f} % as at full depth. The gate, calibrated to lose
-less than {exits['promise']} nats: {held.mean_loops:.2f} loops a token,
+less than {exits['exit_loss']} nats: {held.mean_loops:.2f} loops a token,
 {held.lost_nats:+.3f} nats, {100 * held.agreement:.0f} % as at full depth.</p>
 <table><tr><th>engine, {len(ways['exits']['tokens'])} texts at once</th>
 <th class="number">tokens a second</th><th class="number">loops a token</th>

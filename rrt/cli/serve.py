@@ -22,71 +22,71 @@ FLAGS = command.Flags(
   "Serves a model over HTTP, with OpenAI's interface.",
   'rrt serve --model=gated --gate=stored \\\n    --slots=16 --context=1024',
 )
-_MODEL = FLAGS.needed.string('model', None, 'As `rrt generate` takes it.')
-_NAME = FLAGS.rare.string('name', None, "The model's name for clients; the last part of --model.")
+_MODEL = FLAGS.needed.string('model', None, 'The model, as `rrt generate` takes it.')
+_NAME = FLAGS.rare.string(
+  'name', None, "The model's name for clients; the last part of --model by default."
+)
 _HOST = FLAGS.usual.string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = FLAGS.usual.integer('port', 8000, 'Port; 0 takes a free one.')
 _KEY_FILE = FLAGS.usual.string(
-  'api_key_file',
-  None,
-  'File with the key that clients must give; or the environment variable RRT_API_KEY.',
+  'api_key_file', None, 'File with the API key that clients must send; or set RRT_API_KEY.'
 )
-_SLOTS = FLAGS.usual.integer('slots', 8, 'Sequences at once.')
+_SLOTS = FLAGS.usual.integer('slots', 8, 'Maximum number of concurrent sequences.')
 _CONTEXT = FLAGS.usual.integer(
-  'context', None, "Tokens of a sequence; 2048, or the model's if shorter."
+  'context', None, "Maximum tokens of a sequence; by default 2048, or the model's if shorter."
 )
-_STEPS = FLAGS.rare.integer('steps', 4, 'Block steps between two looks of the host.')
+_STEPS = FLAGS.rare.integer('steps', 4, 'Block steps of one device call.')
 _GATE = FLAGS.usual.enum(
   'gate',
   'none',
   ['none', 'stored', 'change'],
-  "Exits: 'stored' is the gate that rrt fit-gate kept with the model.",
+  "Early exits: 'stored' is the gate that rrt fit-gate saved with the model.",
 )
 _THRESHOLD = FLAGS.usual.float(
-  'threshold', None, "Of the gate; the stored one's own by default; 2 never leaves early."
+  'threshold', None, 'Threshold of the gate; the calibrated one by default; 2 never exits early.'
 )
 _LANES = FLAGS.rare.integer(
-  'max_batch_tokens', None, 'Tokens that one block step runs; see rrt.infer.engine.config.'
+  'max_batch_tokens', None, 'Maximum tokens of one block step; see rrt.infer.engine.config.'
 )
 _LOSSLESS = FLAGS.usual.bool(
   'lossless',
   False,
-  'Speculate, on early loops and on what followed the same words before; same '
-  'text, sooner with few sequences. With a gate, requests may say "lossless": '
-  'false and leave early instead.',
+  'Self-speculative decoding: drafts from early loops and prompt lookup, verified '
+  'at full depth; same text, faster with few sequences. With a gate, requests may '
+  'set "lossless": false to exit early instead.',
 )
 _DTYPE = FLAGS.usual.enum(
-  'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and computation.'
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of weights and computation.'
 )
 _WEIGHT_DTYPE = FLAGS.rare.enum(
   'weight_dtype',
   None,
   ['float32', 'bfloat16'],
-  'Rounds the weights to this first; none by default.',
+  'Dtype that the weights are rounded to; none by default.',
 )
-_KV_DTYPE = FLAGS.rare.enum('kv_dtype', None, ['float32', 'bfloat16'], 'Of the cache.')
+_KV_DTYPE = FLAGS.rare.enum('kv_dtype', None, ['float32', 'bfloat16'], 'Dtype of the KV cache.')
 _MAX_WAITING = FLAGS.rare.integer(
-  'max_waiting', 64, 'Requests that wait for a slot; more get status 429.'
+  'max_waiting', 64, 'Maximum requests waiting for a slot; more get status 429.'
 )
-_MAX_TOKENS = FLAGS.rare.integer('max_tokens', 4096, 'Of one answer.')
-_MAX_BODY = FLAGS.rare.integer('max_body', 1 << 20, 'Bytes of a request.')
-_SECONDS = FLAGS.rare.float('seconds', 600.0, 'For one answer.')
+_MAX_TOKENS = FLAGS.rare.integer('max_tokens', 4096, 'Maximum new tokens of a completion.')
+_MAX_BODY = FLAGS.rare.integer('max_body', 1 << 20, 'Maximum bytes of a request body.')
+_SECONDS = FLAGS.rare.float('seconds', 600.0, 'Maximum seconds for a response.')
 _WARM = FLAGS.rare.integer(
   'warm',
   32,
-  'Compile at the start for prompts of up to so many tokens, some seconds for '
-  'each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
-  'greater size compiles when it comes, and all streams wait meanwhile.',
+  'Compile prefill at start-up for prompts of up to so many tokens, some seconds '
+  'for each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
+  'larger size compiles on arrival, and all streams wait meanwhile.',
 )
 _LOG_REQUESTS = FLAGS.rare.bool(
-  'log_requests', False, 'Print a line (method, path, status) a request.'
+  'log_requests', False, 'Log method, path and status of each request.'
 )
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 
 
 def read_key(path: str | None) -> str | None:
-  """The API key from a file or the environment; None where there is none.
+  """The API key from a file or the environment; None if none is set.
 
   Raises:
     InputError: the file cannot be read, or the key is empty.
@@ -103,7 +103,7 @@ def read_key(path: str | None) -> str | None:
 
 
 def check_ranges() -> None:
-  """Raises InputError for a flag with which nothing could be served."""
+  """Raises InputError for flags out of range."""
   for flag, least, most in (
     (_PORT, 0, 65535),
     (_MAX_WAITING, 0, 10**6),
@@ -183,7 +183,7 @@ def warm(engine, longest: int) -> None:
 
 
 def run(server, sock: socket.socket, name: str) -> None:
-  """Listens until SIGTERM or SIGINT; says where."""
+  """Listens until SIGTERM or SIGINT, and prints the address."""
   host, port = sock.getsockname()[:2]
   try:
     sock.listen()  # Who reads the address below may call at once.

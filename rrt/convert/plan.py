@@ -87,7 +87,7 @@ class ConvertConfig:
 def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   """The shape of the child that `to_recursive` makes of a parent.
 
-  All that can be told without the weights is checked. A budget's ranks are
+  Checks everything that does not need the weights. A budget's ranks are
   only known when it is spent; here the child is without low-rank terms then.
 
   Raises:

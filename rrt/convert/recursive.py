@@ -77,7 +77,7 @@ def to_recursive(
     calibration: text, or token ids, to fit on and to measure on; None reads
       `convert.calibration`. Where nothing is fitted, text that is too short
       is not measured on.
-    seed: of weights drawn at random.
+    seed: of random weights.
     steps: of the calibration; all of them, but for experiments.
     progress: called with (layers done, layers in all) as work proceeds.
     **changes: fields of `ConvertConfig`.
@@ -234,8 +234,8 @@ def _counter(
   return count
 
 
-def check_finite(model: LanguageModel, who: str, mend: str) -> None:
+def check_finite(model: LanguageModel, who: str, remedy: str) -> None:
   """Raises InputError naming the first weights with NaN or infinity."""
   for path, leaf in flatten(model.params).items():
     if not np.isfinite(np.asarray(leaf)).all():
-      raise InputError(f'The {who} has NaN or infinity in {path}; {mend}.')
+      raise InputError(f'The {who} has NaN or infinity in {path}; {remedy}.')

@@ -42,7 +42,7 @@ class ChildWeights:
       config: the child's, its relaxations known.
       layers: the parent's stacked layers.
       init: of the shared weights; tied gains come from the same layers.
-      seed: of initial values drawn at random.
+      seed: of random initial values.
       fits: whether relaxations are fitted; otherwise they stay without effect.
     """
     self.config, self._layers, self._fits = config, layers, fits
@@ -58,8 +58,8 @@ class ChildWeights:
       leaves = {}
       for name, leaf in described.items():
         key, *own = jax.random.split(key, 1 + host.layers)
-        drawn = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
-        leaves[name] = drawn[0] if host.site == 'block' else np.stack(drawn)
+        values = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
+        leaves[name] = values[0] if host.site == 'block' else np.stack(values)
       masked = relaxation.mask(leaves, host)
       self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
       if host.site == 'linear':

@@ -1,1 +1,1 @@
-"""Text in, batches out: sources, the grain pipeline, tokenizers, a corpus."""
+"""Data loading: text sources, the grain pipeline, tokenizers and a built-in corpus."""

@@ -1,4 +1,4 @@
-"""Chat templates: messages as the prompt that a model was trained on."""
+"""Renders chat messages into a prompt with the model's chat template (Jinja)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def render(
   """Renders messages `{'role', 'content'}` with a Jinja template.
 
   Args:
-    template: the model's own; it runs in a sandbox.
-    messages: the chat so far.
-    add_generation_prompt: whether the text ends where an answer begins.
-    bos: the token that begins a document, as the vocabulary writes it.
-    eos: the token that ends one.
+    template: Jinja source; it is rendered in a sandbox.
+    messages: the conversation, oldest first.
+    add_generation_prompt: whether to end with the header of an assistant turn.
+    bos: text of the begin-of-sequence token.
+    eos: text of the end-of-sequence token.
 
   Raises:
-    InputError: the template refuses the messages, or jinja2 is missing.
+    InputError: the template raises an error, or jinja2 is missing.
   """
   try:
     import jinja2

@@ -1,4 +1,4 @@
-"""Reads files, compressed or not; what is wrong with one is one sentence."""
+"""Opens plain, gzip, xz and zstandard files; damaged ones raise InputError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAGIC = {b'\x1f\x8b': '.gz', b'\xfd7zXZ\x00': '.xz', b'\x28\xb5\x2f\xfd': '.zst
 
 
 def compression(file: str) -> str | None:
-  """'.gz', '.xz' or '.zst' by the first bytes, None for plain files."""
+  """'.gz', '.xz' or '.zst' from the file's first bytes; None for a plain file."""
   with open(file, 'rb') as f:
     head = f.read(6)
   found = next((c for m, c in _MAGIC.items() if head.startswith(m)), None)
@@ -31,7 +31,7 @@ def compression(file: str) -> str | None:
 def open_binary(file: str) -> BinaryIO:
   """Opens a file to read its decompressed bytes.
 
-  Reading a damaged one raises what `reading` turns into an InputError.
+  Call it, and read, inside `reading`, which turns their errors into InputError.
   """
   match compression(file):
     case '.gz':
@@ -45,7 +45,7 @@ def open_binary(file: str) -> BinaryIO:
 
 
 def _zstd_blocks(file: str) -> Iterator[bytes]:
-  """Decompressed blocks; unlike zstandard's reader it notices a cut file."""
+  """Yields decompressed blocks; raises EOFError on a truncated file."""
   zstandard = require('zstandard', '.zst files', 'train')
   with open(file, 'rb') as f:
     frame = None
@@ -63,7 +63,7 @@ def _zstd_blocks(file: str) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-  """A file over an iterator of blocks."""
+  """A readable file object over an iterator of blocks of bytes."""
 
   def __init__(self, blocks: Iterator[bytes]):
     self._blocks, self._rest = blocks, b''
@@ -84,7 +84,7 @@ class _Blocks(io.RawIOBase):
 
 @contextlib.contextmanager
 def reading(file: str) -> Iterator[None]:
-  """Turns what readers raise on a bad file into one sentence."""
+  """Context manager: errors of reading `file` become an InputError."""
   try:
     yield
   except EOFError as e:
@@ -102,7 +102,7 @@ def reading(file: str) -> Iterator[None]:
 
 
 def require(module: str, what: str, extra: str) -> Any:
-  """Imports an optional library at the moment it is needed."""
+  """Imports an optional dependency; InputError names the extra that installs it."""
   try:
     return __import__(module, fromlist=['_'])
   except ImportError as e:

@@ -1,12 +1,11 @@
-"""English prose that is already on the machine, for demos without downloads.
+"""The built-in corpus: English text from installed packages, without downloads.
 
-The best that a Python environment offers is the test data of `gensim` (a
-small wheel, never imported here): some 60 whole Wikipedia articles of 2016
-(CC BY-SA 3.0) and 300 news items of the Lee corpus. Where it is missing, the
-language reference inside `pydoc_data` and the prose of docstrings that come
-with Python, numpy, scipy and jax stand in: plainer text, but English.
+With `gensim` installed (it is never imported), its test data: some 60 whole
+Wikipedia articles of 2016 (CC BY-SA 3.0) and 300 news items of the Lee corpus.
+Without it, the language reference inside `pydoc_data` and the prose of the
+docstrings of Python, numpy, scipy and jax.
 
-Nothing is copied or redistributed: the text is read where it lies.
+Nothing is copied or redistributed: files are read in place.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def builtin_text() -> str:
 
 
 def documents(name: str = 'builtin') -> list[str]:
-  """The built-in documents, in an order that is always the same.
+  """The built-in documents, in a fixed order.
 
   Args:
     name: 'builtin' for all, 'builtin:train' or 'builtin:heldout' for the
@@ -52,8 +51,8 @@ def split(
 ) -> tuple[list[str], list[str]]:
   """Splits documents into (train, held out), each whole and in order.
 
-  Held out are documents drawn at random until they hold `heldout_fraction`
-  of the characters; train keeps one document at least.
+  Random documents are held out until they hold `heldout_fraction` of the
+  characters; at least one document stays for training.
   """
   wanted = heldout_fraction * sum(map(len, documents))
   held: set[int] = set()

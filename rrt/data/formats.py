@@ -1,7 +1,7 @@
-"""How each format holds documents: text, JSON lines, parquet, records, hub.
+"""Readers of one file by format: text, JSON lines, parquet, ArrayRecord, hub.
 
-Plain functions of one file. Those named `open_` give random access, the others
-yield the documents once. `rrt.data.sources` chooses among them.
+Functions named `open_*` give random access, the others yield the documents
+once. `rrt.data.sources` chooses the reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUT = 8192
 
 
 def text_pieces(file: str, whole: bool) -> Iterator[str]:
-  """Pieces of a text file; joined they are the file, its line ends unified."""
+  """Yields pieces of a text file; joined they are the file, with unified line ends."""
   line = 1
   with compressed.open_binary(file) as raw:
     reader = io.TextIOWrapper(raw, encoding='utf-8-sig')
@@ -109,7 +109,7 @@ def _string(value: Any, field: str, where: str) -> str:
 
 
 def parquet_rows(file: str, field: str) -> Iterator[str]:
-  """The texts of a column; rows without one are left out."""
+  """Yields the texts of a column; null rows are skipped."""
   parquet = compressed.require('pyarrow.parquet', 'parquet files', 'train')
   with parquet.ParquetFile(file) as table:
     names = table.schema_arrow.names
@@ -127,7 +127,7 @@ def parquet_rows(file: str, field: str) -> Iterator[str]:
 
 
 def open_json_lines(file: str, field: str) -> Sequence[str]:
-  """Maps the file; reads all of it once to check and to index its lines."""
+  """Maps the file into memory, and reads it once to validate and index its lines."""
   with compressed.reading(file):
     offsets, sizes = [], []
     for offset, text in json_lines(file, field):
@@ -138,7 +138,7 @@ def open_json_lines(file: str, field: str) -> Sequence[str]:
 
 
 class _Rows(Sequence[str]):
-  """Rows of something with random access, made into texts when asked for."""
+  """A random-access sequence of texts, converted from rows on access."""
 
   def __init__(self, rows: Any, text: Callable[[Any, int], str]):
     self._rows, self._text = rows, text

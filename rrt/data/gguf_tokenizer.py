@@ -1,4 +1,4 @@
-"""Tokenizers from the metadata of GGUF files."""
+"""Builds `tokenizers` tokenizers from the metadata of GGUF files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WHOLE_WORDS_FIRST = ('llama-bpe', 'llama3', 'smaug-bpe')
 
 
 def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-  """GPT-2's kind: merges over bytes, text split by a rule first."""
+  """Byte-level BPE (GPT-2): text is split by a regular expression, then merged."""
   pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
   if pre not in _SPLITS:
     raise InputError(
@@ -66,10 +66,10 @@ def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-  """SentencePiece's BPE: the pair with the best-scored union merges first.
+  """SentencePiece BPE: the pair whose union has the highest score merges first.
 
-  The pieces are known by score and not by merge, so every split of a piece
-  into two others becomes a merge of the piece's rank.
+  The file lists scores, not merges, so every split of a piece into two other
+  pieces becomes a merge with the piece's rank.
   """
   tokens = list(metadata['tokenizer.ggml.tokens'])
   kinds = [int(kind) for kind in metadata['tokenizer.ggml.token_type']]
@@ -104,7 +104,7 @@ def sentencepiece_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _add_special(core, tokens: Sequence[str], kinds: Iterable[int]) -> None:
-  """Marks control tokens special, and user-defined ones never to be split."""
+  """Adds control tokens as special and user-defined tokens as unsplittable."""
   special, plain = [], []
   for token, kind in zip(tokens, kinds, strict=True):
     if kind == _CONTROL:

@@ -1,14 +1,12 @@
-"""Text to training batches through grain, resumable to the bit.
+"""Packed training batches from text, through grain, with an exact data state.
 
-Documents are mixed, shuffled and repeated by grain into one endless stream
-with random access. Each row of the *global* batch is a lane: lane k of G reads
-the stream's elements k, k + G, k + 2 G, ... and lays their tokens end to end;
-what does not fit goes on in the lane's next row. A process owns the lanes of
-its own rows.
+grain mixes, shuffles and repeats documents into one endless random-access
+stream. Each row of the *global* batch is a lane: lane k of G reads elements
+k, k + G, k + 2 G, ... and concatenates their tokens; tokens beyond the row's
+length continue in the lane's next row. A process reads the lanes of its rows.
 
-So the whole state of a run is one pair (element, token) a lane: small, plain
-integers, independent of any packing buffer, and of how many processes share
-the lanes. No token is left out.
+The data state is one pair (element, token) a lane. It does not depend on a
+packing buffer or on the number of processes, and no token is dropped.
 """
 
 from __future__ import annotations
@@ -45,18 +43,19 @@ def batches(
   prefetch: int = 2,
   vocab_size: int | None = None,
 ) -> Batches:
-  """Batches of packed documents.
+  """Iterates over batches of packed documents.
 
   Args:
-    spec: what to read; a path stands for that one source.
+    spec: the sources and their mixture; a path is a spec of one source.
     tokenizer: with `encode(text)`, `vocab_size` and `eos_ids`.
     batch: rows that this process yields; the global batch is `process_count`
       times as many.
     length: L, tokens a row.
-    seed: decides the order of documents.
-    process_index, process_count: which rows of the global batch are ours.
-    prefetch: batches made ahead by a thread; 0 makes them when asked for.
-    vocab_size: of the model; text with tokens beyond it is an error.
+    seed: of the order of documents.
+    process_index, process_count: select the rows of the global batch that this
+      process yields.
+    prefetch: batches prepared ahead by a thread; 0 prepares them on demand.
+    vocab_size: of the model; larger token ids are an error.
 
   Returns:
     An iterator of dicts of arrays [batch, L]:
@@ -68,7 +67,7 @@ def batches(
         no target; the last token of a row does if its element goes on.
 
   Raises:
-    InputError: unreadable or empty sources, sizes that make no sense.
+    InputError: unreadable or empty sources, or sizes out of range.
   """
   if not isinstance(spec, DataSpec):
     source = spec if isinstance(spec, Source) else Source(str(spec))
@@ -87,7 +86,7 @@ def batches(
 
 
 class Batches(Iterator[Batch]):
-  """The iterator that `batches` returns; made there only."""
+  """The iterator that `batches` returns."""
 
   def __init__(self, stream: Stream, lanes: range, length: int, prefetch: int):
     self._stream, self._lane_ids, self._length = stream, lanes, length
@@ -113,10 +112,10 @@ class Batches(Iterator[Batch]):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def get_state(self) -> dict[str, Any]:
-    """Where the batches handed out so far end: strings, ints and lists.
+    """The data state behind the last batch returned: strings, ints and lists.
 
-    It holds this process's lanes. To go on with another number of processes
-    keep the states of all of them.
+    It covers this process's lanes. To resume with another number of processes,
+    save the states of all of them.
     """
     lanes = {str(lane): list(at) for lane, at in self._places.items()}
     return {
@@ -127,7 +126,7 @@ class Batches(Iterator[Batch]):
     }
 
   def set_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-    """Goes on from a state, or from the states of all processes of a run.
+    """Resumes from a state, or from the states of all processes of a run.
 
     The number of processes may differ as long as the global batch is the same.
 
@@ -158,7 +157,7 @@ class Batches(Iterator[Batch]):
     self._start({lane: places[lane] for lane in self._lane_ids})
 
   def close(self) -> None:
-    """Stops the threads; the state stays readable."""
+    """Stops the threads; `get_state` still works."""
     self._start(self._places)
 
   def _start(self, places: _Places) -> None:
@@ -172,7 +171,7 @@ class Batches(Iterator[Batch]):
     self._lanes = [_Lane(self._stream, *at) for at in places.values()]
 
   def _make_ahead(self) -> _Made | None:
-    """What `_make` returns, from a thread that is some batches ahead."""
+    """Like `_make`, from the prefetching thread."""
     if not self._pools:
       # One thread makes the batches in order; more would race for the lanes.
       # The lanes of a batch know nothing of each other, and tokenizers let
@@ -188,7 +187,7 @@ class Batches(Iterator[Batch]):
     return self._ahead.pop(0).result()
 
   def _make(self) -> _Made | None:
-    """One batch and where it ends; None when all lanes are used up."""
+    """One batch and the data state behind it; None when all lanes are exhausted."""
     rows = list(self._map(lambda lane: lane.row(self._length), self._lanes))
     if not any(row['segment_ids'].any() for row in rows):
       return None
@@ -205,7 +204,7 @@ def _empty_row(length: int) -> dict[str, np.ndarray]:
 
 
 class _Lane:
-  """One row of the global batch through time."""
+  """Reads the successive rows of one lane."""
 
   def __init__(self, stream: Stream, element: int, token: int):
     self._stream = stream
@@ -213,7 +212,7 @@ class _Lane:
     self._tokens: np.ndarray | None = None
 
   def row(self, length: int) -> dict[str, np.ndarray]:
-    """The next row; padding from where the elements end."""
+    """The next row, padded behind the last element."""
     row = _empty_row(length)
     element, token = self.place
     filled = segment = barren = 0
@@ -256,14 +255,14 @@ def read_tokens(
   max_tokens: int | None = None,
   field: str = 'text',
 ) -> np.ndarray:
-  """The first tokens of a text, its documents joined by blank lines.
+  """The first tokens of a text, with documents joined by blank lines.
 
   Args:
     path_or_text: a path (see `rrt.data.sources`) or the text itself; a string
       is a path if it looks like one (`sources.is_path`).
     tokenizer: with `encode(text)`.
-    max_tokens: how many at most; None for all. No more files or lines are
-      read than that takes.
+    max_tokens: at most so many; None for all. Files are read only as far as
+      needed.
     field: the field that holds the text.
 
   Returns:
@@ -298,17 +297,16 @@ def read_tokens(
 
 
 def _first(text: str, size: int) -> str:
-  """The beginning of a text up to a space behind `size` characters."""
+  """The prefix of a text that ends at the first space behind `size` characters."""
   space = text.find(' ', size)
   return text if space < 0 else text[:space]
 
 
 def rows(tokens: np.ndarray, length: int, bos: int | None = None) -> np.ndarray:
-  """Cuts tokens into rows [B, length]; what is left over is dropped.
+  """Cuts tokens into rows [B, length]; the remainder is dropped.
 
-  Fewer tokens than a row make one shorter row. With `bos` each row starts
-  with that token, as models do that were trained so; a row then takes
-  `length - 1` tokens of the text.
+  Fewer tokens than `length` make one shorter row. With `bos` each row starts
+  with that token and holds `length - 1` tokens of the text.
 
   Raises:
     InputError: a length below 2, or no token.

@@ -1,23 +1,23 @@
-"""Documents from files: text, JSON lines, parquet, ArrayRecord, the hub.
+"""Reads documents from text, JSON lines, parquet, ArrayRecord and the hub.
 
-Two ways in. `stream(path)` yields the documents once, in order, in little
-memory: evaluation and calibration read it. `open_documents(source)` checks
-everything first and gives random access, as the grain pipeline needs.
+`stream(path)` yields the documents once, in order, with little memory, for
+evaluation and calibration. `open_documents(source)` validates the whole source
+and gives random access, for the grain pipeline.
 
 A path is a file, a directory (searched in depth, hidden files left out), a
 glob, `hf://owner/name[/config]:split`, or one of `builtin`, `builtin:train`
 and `builtin:heldout` (see `rrt.data.corpus`). Text and JSON lines may be
-compressed with gzip, xz or zstandard, which is told by the first bytes. What
-a document is:
+compressed with gzip, xz or zstandard, detected by the first bytes. A document
+is, by format:
 
 * text: a file of up to `2 * CUT` characters is one document; a longer one is
   cut at the first blank line (else line end, else space) that follows `CUT`
   characters, so that it can be shuffled. `whole_files=True` never cuts.
 * JSON lines: one object a line, its text in `field`.
-* parquet and the hub: a row, its text in the column `field`.
+* parquet and the hub: one row, its text in the column `field`.
 * ArrayRecord: a record is UTF-8 text, or a JSON object with `field`.
 
-Documents without any visible character are left out.
+Documents of white space alone are skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RECORDS = ('.array_record', '.arrayrecord')
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where documents come from.
+  """A source of documents and how to read it.
 
   Attributes:
     path: a file, directory, glob, `hf://` name or `builtin`.
@@ -63,8 +63,8 @@ class Source:
 def is_path(text: str) -> bool:
   """Whether a string names a source rather than being text itself.
 
-  It does if such a file exists, or if it looks like a name: one line, and
-  either no white space, a leading '/', './', '../' or '~', or a known ending.
+  True if such a file exists, or for one line that has no white space, begins
+  with '/', './', '../' or '~', or ends in a known suffix.
   """
   if '\n' in text or len(text) > 1024 or not text.strip():
     return False
@@ -86,10 +86,10 @@ def kind(path: str | pathlib.Path) -> str | None:
 
 
 def resolve(path: str | pathlib.Path) -> list[str]:
-  """The files that a path stands for, sorted; `hf://` and builtin as given.
+  """The files that a path matches, sorted; `hf://` and builtin unchanged.
 
   Raises:
-    InputError: nothing is there, or a directory without a readable file.
+    InputError: no such path, or a directory without a readable file.
   """
   path = str(path)
   if path.startswith('hf://') or path in BUILTIN:
@@ -169,11 +169,11 @@ def _stream_file(file: str, field: str, whole_files: bool) -> Iterator[str]:
 
 
 def open_documents(source: Source) -> Sequence[str]:
-  """Checks a source from end to end and opens it for random access.
+  """Validates a whole source and opens it for random access.
 
-  Plain JSON lines, ArrayRecord and hub datasets are read where they lie. The
-  others are unpacked: up to `store.IN_MEMORY` bytes into memory, more into a
-  file of the user's cache directory, once (see `rrt.data.store`).
+  Plain JSON lines, ArrayRecord and hub datasets are read in place. Others are
+  unpacked: up to `store.IN_MEMORY` bytes into memory, larger ones once into a
+  file of the user's cache directory (see `rrt.data.store`).
 
   Raises:
     InputError: as `stream`.
@@ -198,7 +198,7 @@ def open_documents(source: Source) -> Sequence[str]:
 
 
 def _in_place(file: str) -> Callable[[str, str], Sequence[str]] | None:
-  """How to open a file without unpacking it; None where that cannot be."""
+  """The reader that opens a file in place; None if it has to be unpacked."""
   if file in BUILTIN:
     return None
   if file.startswith('hf://'):
@@ -211,7 +211,7 @@ def _in_place(file: str) -> Callable[[str, str], Sequence[str]] | None:
 
 
 class _Joined(Sequence[str]):
-  """Several sequences of documents as one."""
+  """The concatenation of several sequences of documents."""
 
   def __init__(self, parts: Sequence[Any]):
     self._parts = parts

@@ -1,11 +1,11 @@
-"""Where unpacked documents lie: memory, or one file of the user's cache.
+"""Storage of unpacked documents, in memory or in one file of the user's cache.
 
-Documents are kept as UTF-8 bytes end to end with an array of their ends, so
-that a hundred million of them cost their bytes and 8 bytes each. `sizes` are
-the documents' lengths, in bytes or characters. The cache is
-`$RRT_CACHE`, else `$XDG_CACHE_HOME/rrt`, else `~/.cache/rrt`; an entry is
-named after the files' paths, sizes and times of change, so a changed file is
-unpacked anew. It may be deleted at any time.
+Documents are UTF-8 bytes end to end with an array of end offsets: 8 bytes a
+document beside its text. `sizes` are the documents' lengths, in bytes or
+characters. The cache directory is `$RRT_CACHE`, else `$XDG_CACHE_HOME/rrt`,
+else `~/.cache/rrt`. An entry's key is made of the files' paths, sizes and
+modification times, so a changed file is unpacked again. The directory can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMAT = '1'
 
 
 class Flat(Sequence[str]):
-  """Documents end to end in a buffer."""
+  """Documents concatenated in a buffer, with random access."""
 
   def __init__(self, buffer: Any, ends: np.ndarray):
     self._buffer, self._ends = buffer, ends
@@ -46,7 +46,7 @@ class Flat(Sequence[str]):
 
 
 class Lines(Sequence[str]):
-  """Lines of a file that stays where it is, parsed when asked for."""
+  """Lines of a file that is read in place, parsed on access."""
 
   def __init__(
     self, file: str, offsets: Sequence[int], sizes: Sequence[int], parse: Callable[[bytes], str]
@@ -75,15 +75,15 @@ def cache_dir() -> pathlib.Path:
 
 
 def unpack(texts: Iterable[str], files: Sequence[str], options: str) -> Sequence[str]:
-  """Puts documents where they can be reached by index.
+  """Stores documents for random access, or finds them in the cache.
 
   Args:
-    texts: the documents, read only if the cache does not have them.
-    files: the files they come from (or names of what is not a file).
-    options: whatever else decides about `texts`, as one string.
+    texts: the documents; iterated only if the cache does not have them.
+    files: the files they come from, part of the cache key.
+    options: every other setting that `texts` depends on, as one string.
 
   Raises:
-    InputError: whatever `texts` raises, or a cache that cannot be written.
+    InputError: raised by `texts`, or the cache cannot be written.
   """
   entry = cache_dir() / _key(files, options)
   ends_file = entry.with_suffix('.npy')
@@ -104,7 +104,7 @@ def unpack(texts: Iterable[str], files: Sequence[str], options: str) -> Sequence
 
 
 def _unpack_to(entry, buffer, ends, texts) -> Flat:
-  """Writes the rest to the cache; the index last, so that it is complete."""
+  """Writes an entry of the cache; the index last, which marks it complete."""
   names: list[str] = []
   text_file, ends_file = entry.with_suffix('.txt'), entry.with_suffix('.npy')
   try:

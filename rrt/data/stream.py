@@ -1,8 +1,8 @@
-"""Documents as one stream of tokens by index: mixed, shuffled, repeated.
+"""The mixed, shuffled and repeated stream of tokenized documents, by index.
 
-An element is a document. One of more than 8,192 characters and more than
-`16 * length` (some four rows) is shared out, at line ends or spaces, in equal
-pieces that are shuffled on their own: else one novel would fill a row of the
+An element is a document. A document of more than 8,192 characters and more than
+`16 * length` (some four rows) is split, at line ends or spaces, into equal
+pieces that are shuffled separately: else one novel would fill a row of the
 batch for hundreds of steps.
 """
 
@@ -26,17 +26,18 @@ _TURN_ENDS = ('<|im_end|>', '<|eot_id|>', '<|eom_id|>', '<end_of_turn>')
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-  """What to train on.
+  """The training data: sources, mixture and epochs.
 
   Attributes:
-    sources: where the documents come from. With weights, each source gives
-      that share of the text (by its size), repeated as often as needed;
-      without any, all are joined and an epoch reads each document once.
-    epochs: passes over the documents; None repeats for ever. The last batch
-      is padded. With weights an epoch ends when one source is used up.
-    shuffle: whether the order of documents is random, anew every epoch.
-    separator: the token put behind every document: None for the tokenizer's
-      first token that ends a document (not a turn), -1 for none.
+    sources: of the documents. With weights, each source supplies that share of
+      the text (by size), repeated as often as needed; without weights, sources
+      are concatenated and an epoch reads each document once.
+    epochs: passes over the documents; None repeats them endlessly. The last
+      batch is padded. With weights an epoch ends with the first source that is
+      exhausted.
+    shuffle: whether to shuffle the documents, differently in every epoch.
+    separator: token appended to every document: None for the tokenizer's first
+      end-of-document token (not end of turn), -1 for none.
   """
 
   sources: tuple[Source, ...]
@@ -128,7 +129,7 @@ class Stream:
 
 
 class _Pieces(Sequence[tuple[str, bool]]):
-  """Documents with the long ones shared out: (text, whether it ends one)."""
+  """Pieces of documents: (text, whether it ends its document)."""
 
   def __init__(self, documents: Sequence[str], size: int):
     self._documents = documents
@@ -143,7 +144,7 @@ class _Pieces(Sequence[tuple[str, bool]]):
     self._ends = np.cumsum(self._counts)
 
   def divide(self, times: int) -> None:
-    """Makes `times` pieces of each."""
+    """Splits each document into `times` pieces."""
     self._counts = self._counts * times
     self._ends = np.cumsum(self._counts)
 
@@ -162,7 +163,7 @@ class _Pieces(Sequence[tuple[str, bool]]):
 
 
 def _edge(text: str, part: int, count: int) -> int:
-  """Where a part starts: at its even share, or a bit behind, between words."""
+  """Start of a piece: the even split, moved forward to the next word boundary."""
   even = len(text) * part // count
   if part in (0, count):
     return even
@@ -176,7 +177,7 @@ def _edge(text: str, part: int, count: int) -> int:
 
 
 def _separator(spec: DataSpec, tokenizer: Any) -> int:
-  """The token put behind a document, -1 for none."""
+  """The separator token, -1 for none."""
   if spec.separator is None:
     ids = tuple(tokenizer.eos_ids or ())
     # A chat model's first such token may end a turn, not a document.
@@ -191,13 +192,13 @@ def _separator(spec: DataSpec, tokenizer: Any) -> int:
 
 
 def _sample(documents: Sequence[str]) -> list[str]:
-  """Documents spread evenly over a source."""
+  """Evenly spaced documents of a source."""
   count = min(_SAMPLE, len(documents))
   return [documents[i * len(documents) // count] for i in range(count)]
 
 
 def _digest(spec: DataSpec, opened: Sequence[Sequence[str]]) -> str:
-  """Names the data by content, so that it may move to another place."""
+  """A digest of the data's content, independent of its path."""
   digest = hashlib.sha256(f'{spec.epochs} {spec.shuffle}'.encode())
   for source, documents in zip(spec.sources, opened, strict=True):
     digest.update(f'\n{source.weight} {len(documents)}'.encode())

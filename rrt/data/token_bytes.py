@@ -1,4 +1,4 @@
-"""The bytes of text that a token stands for, which may be part of a character."""
+"""Maps tokens to bytes; a token may hold a part of a UTF-8 character."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BYTES |= {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes | None:
-  """A token's bytes; None where the vocabulary has no such token.
+  """A token's bytes; None for an id outside the vocabulary.
 
   Byte-level vocabularies write each byte as one character; SentencePiece ones
   write a lone byte as `<0x0A>`. Added tokens stand for the bytes of their names.

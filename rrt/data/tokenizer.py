@@ -1,8 +1,8 @@
-"""Text to token ids and back, over the `tokenizers` library.
+"""The tokenizer: encoding, decoding and chat templates, over `tokenizers`.
 
-A tokenizer is read from a model directory (tokenizer.json and what stands
-beside it) or built from the metadata of a GGUF file: byte-level BPE
-('gpt2') or SentencePiece BPE ('llama').
+A tokenizer is read from a model directory (tokenizer.json and the config files
+beside it) or built from the metadata of a GGUF file: byte-level BPE ('gpt2') or
+SentencePiece BPE ('llama').
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Tokenizer:
   """Encodes text, decodes ids, renders chats.
 
   Attributes:
-    bos_id: the token that begins a document, or None.
-    eos_ids: tokens that end a text.
-    add_bos: whether `encode` begins with `bos_id` by default.
+    bos_id: the begin-of-sequence token, or None.
+    eos_ids: tokens that end a completion.
+    add_bos: whether `encode` prepends `bos_id` by default.
     chat_template: a Jinja template, or None.
   """
 
@@ -65,7 +65,7 @@ class Tokenizer:
 
   @classmethod
   def from_directory(cls, directory: str | Path) -> Tokenizer:
-    """Reads tokenizer.json and what the directory says about its ends.
+    """Reads tokenizer.json, and special tokens and template from the configs.
 
     Raises:
       InputError: there is no tokenizer.json or it is damaged.
@@ -162,17 +162,17 @@ class Tokenizer:
     """Token ids of a text.
 
     Args:
-      text: special tokens written out in it (`<|im_end|>`) count as such.
-      bos: whether to begin with `bos_id`; None is the family's habit.
+      text: special tokens in it (`<|im_end|>`) are encoded as special tokens.
+      bos: whether to prepend `bos_id`; None uses `add_bos`.
 
     Raises:
-      InputError: `bos` is asked of a tokenizer that has none, or the text
-        cannot be encoded.
+      InputError: `bos=True` for a tokenizer without the token, or text that is
+        not valid Unicode.
     """
     return self.encode_batch([text], bos)[0]
 
   def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> list[list[int]]:
-    """`encode` of many texts, on all cores."""
+    """Encodes many texts, on all cores."""
     bos = self.add_bos if bos is None else bos
     if bos and self.bos_id is None:
       raise InputError('bos=True, but this tokenizer has no such token.')
@@ -189,19 +189,19 @@ class Tokenizer:
 
   @property
   def start_id(self) -> int | None:
-    """The token that each row of text begins with, or None.
+    """The token prepended to every row of a text, or None.
 
-    Models that were trained with a begin token attend to it at every step,
-    and predict badly without it wherever a text is cut into rows.
+    Models trained with a begin-of-sequence token attend to it at every step,
+    and predict badly in rows that lack it.
     """
     return self.bos_id if self.add_bos else None
 
   def token(self, token_id: int) -> str | None:
-    """A token as the vocabulary writes it."""
+    """A token's string in the vocabulary."""
     return self._core.id_to_token(int(token_id))
 
   def token_id(self, token: str) -> int | None:
-    """The id of a token as the vocabulary writes it."""
+    """The id of a token's string in the vocabulary."""
     return self._core.token_to_id(token)
 
   @functools.cached_property
@@ -211,14 +211,14 @@ class Tokenizer:
 
   @functools.cached_property
   def text_vocab_size(self) -> int:
-    """One more than the largest id that ordinary text can get."""
+    """One more than the largest id that encoding text can yield."""
     special = {i for i, token in self._core.get_added_tokens_decoder().items() if token.special}
     ids = self._core.get_vocab(with_added_tokens=True).values()
     return max((i for i in ids if i not in special), default=-1) + 1
 
   @functools.cached_property
   def added_ids(self) -> frozenset[int]:
-    """Ids of special and other added tokens, which are written as they read."""
+    """Ids of special and other added tokens, whose strings are plain text."""
     return frozenset(self._core.get_added_tokens_decoder())
 
   @functools.cached_property
@@ -230,7 +230,7 @@ class Tokenizer:
     return spaces[0] is not None and spaces[1] is None
 
   def check_same_ids(self, other: Tokenizer) -> None:
-    """Raises InputError unless both have the same token at each id."""
+    """Raises InputError unless both tokenizers have the same token at each id."""
     ours, theirs = self._core.get_vocab(), other._core.get_vocab()
     for token, i in ours.items():
       if theirs.get(token, i) != i:
@@ -242,7 +242,7 @@ class Tokenizer:
 
   @functools.cached_property
   def sha256(self) -> str:
-    """A digest of everything that `encode` depends on."""
+    """A digest of the tokenizer; equal digests encode text alike."""
     core = json.loads(self._core.to_str())
     del core['post_processor']  # `encode` does not use it.
     text = json.dumps(core, sort_keys=True)
@@ -254,12 +254,12 @@ class Tokenizer:
   ) -> str:
     """Renders messages `{'role', 'content'}` with the chat template.
 
-    The text already has the template's special tokens: encode it with
-    bos=False where it begins with one.
+    The text includes the template's special tokens: encode it with bos=False
+    if it begins with the begin-of-sequence token.
 
     Raises:
-      InputError: there is no template, it refuses the messages, or jinja2
-        is missing.
+      InputError: there is no template, it raises an error, or jinja2 is
+        missing.
     """
     if self.chat_template is None:
       raise InputError('This tokenizer has no chat template; give a plain prompt instead.')
@@ -273,7 +273,7 @@ class Tokenizer:
     )
 
   def save(self, directory: str | Path) -> None:
-    """Writes the tokenizer files that Hugging Face reads too."""
+    """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
     directory = Path(directory)
     fields: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast'}
     fields |= self._extra
@@ -298,7 +298,7 @@ class Tokenizer:
       (directory / name).write_text(text, encoding='utf-8')
 
   def _to_json(self) -> str:
-    """tokenizer.json, whose post-processor adds what `encode` adds."""
+    """tokenizer.json with a post-processor that prepends what `encode` does."""
     core = json.loads(self._core.to_str())
     if self.add_bos and not self._core.encode('').ids:
       bos = None if self.bos_id is None else self.token(self.bos_id)
@@ -308,7 +308,7 @@ class Tokenizer:
 
 
 def _known_ends(core, *given: int | None) -> list[int]:
-  """The given end tokens first, then the well-known ones that exist."""
+  """The given end tokens, then well-known ones that the vocabulary has."""
   ends = [i for i in given if i is not None]
   added = {
     token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special

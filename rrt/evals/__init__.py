@@ -1,1 +1,1 @@
-"""How good a model is: cross-entropy of text, and few-shot tasks."""
+"""Evaluation: cross-entropy of text, few-shot tasks, early-exit curves."""

@@ -1,12 +1,12 @@
-"""The quality-depth curve: what leaving early costs, gate by gate.
+"""The quality-depth curve of early exits, by gate and threshold.
 
-A text is read with exits, all tokens at once (`rrt.exits.forward`), as the
-engine would write it token by token, and compared with the same model at full
-depth: mean loops, agreement of the most likely tokens, nats lost.
+A text is scored with early exits in one parallel forward pass
+(`rrt.exits.forward`), which computes what the engine does token by token, and
+compared with full depth: mean loops, top-1 agreement, nats lost.
 
-Gates that cost O(D) decide from the states they meet ('learned', 'change').
-Others are there to compare with: 'margin' and 'entropy' run coda and head
-after every loop, 'oracle' knows what full depth will say (the paper's exits).
+'learned' and 'change' gates score the block's output at a cost of O(D). The
+others are baselines: 'margin' and 'entropy' run coda and head after every loop,
+'oracle' uses the prediction of full depth (the paper's exits).
 
 B batch, L row length, D model, V vocabulary, N tokens, R loops.
 """
@@ -42,16 +42,15 @@ class Point:
 
   Attributes:
     gate: its kind.
-    kv: what skipped loops keep of a token.
-    threshold: of its score.
+    kv: cache policy for the loops that a token skipped.
+    threshold: of the gate's score.
     mean_loops: loops a token, over scored tokens.
-    agreement: share of scored tokens whose most likely successor is that of
-      full depth.
+    agreement: top-1 agreement with full depth, a share of the scored tokens.
     nll_nats: cross-entropy of the text.
-    lost_nats: above that of full depth.
-    tokens: how many were scored.
-    row_agreement: the agreement of each row, to judge its spread.
-    row_lost: the nats lost of each row.
+    lost_nats: its excess over full depth.
+    tokens: number of scored tokens.
+    row_agreement: the agreement by row, for confidence bounds.
+    row_lost: the nats lost by row.
   """
 
   gate: str
@@ -66,7 +65,7 @@ class Point:
   row_lost: tuple[float, ...] = ()
 
   def plain(self) -> dict[str, Any]:
-    """The figures without those of each row."""
+    """The figures without the per-row ones."""
     fields = dataclasses.asdict(self)
     return {k: v for k, v in fields.items() if not k.startswith('row_')}
 
@@ -83,16 +82,16 @@ def curve(
   dtype: str = 'float32',
   progress: Callable[[int], None] | None = None,
 ) -> list[Point]:
-  """Points of each gate, from hardly any exits to nearly all.
+  """Measures each gate at thresholds from few exits to many.
 
   Args:
     model: the model.
-    static: from `every_loop.read_static`, over the text to measure on.
+    static: of the text, from `every_loop.read_static`.
     gates: kinds, of `LIVE` and `WITH_HEAD`.
     arrays: of the learned gate.
-    kv: what skipped loops keep of a token.
-    shares: thresholds are those at which about this share of the tokens
-      leaves after the first loop.
+    kv: cache policy for the loops that a token skipped.
+    shares: thresholds are chosen so that about these shares of the tokens
+      leave after the first loop.
     batch: rows in one pass.
     dtype: of the computation.
     progress: called with the number of tokens after each pass.
@@ -110,7 +109,7 @@ def curve(
 
 
 def table(points: Sequence[Point]) -> list[tuple]:
-  """Rows of a table of points, under `HEADERS`."""
+  """Table rows of points, for the columns `HEADERS`."""
   return [
     (p.gate, p.kv, p.threshold, p.mean_loops, 100 * p.agreement, p.nll_nats, p.lost_nats)
     for p in points
@@ -118,10 +117,10 @@ def table(points: Sequence[Point]) -> list[tuple]:
 
 
 def parse_gates(text: str) -> list[str]:
-  """Gates named on a command line.
+  """Parses a comma-separated list of gate kinds.
 
   Raises:
-    InputError: one does not exist.
+    InputError: an unknown kind.
   """
   known = (*LIVE, *WITH_HEAD)
   if text == 'all':
@@ -134,7 +133,7 @@ def parse_gates(text: str) -> list[str]:
 
 
 def thresholds(static: EveryLoop, gate: str, shares: Sequence[float]) -> list[float]:
-  """Scores that about these shares of the first loop's tokens reach."""
+  """Quantiles of the first loop's scores, for these shares of exits."""
   if gate == 'oracle':
     return [1.0]
   first = static.scores[gate][0][static.scored_NxL]
@@ -153,7 +152,7 @@ def measure(
   dtype: str = 'float32',
   progress: Callable[[int], None] | None = None,
 ) -> Point:
-  """Reads the text with exits; arguments as for `curve`."""
+  """Scores the text with one gate and threshold; arguments as for `curve`."""
   params = cast(model.params, dtype)
   live = gate in LIVE
   depth_NxL = np.zeros_like(static.tokens_NxL)
@@ -196,9 +195,9 @@ def measure(
 
 
 def replayed(static: EveryLoop, gate: str, threshold: float) -> np.ndarray:
-  """After how many loops each token leaves by a gate that needs the head.
+  """Loops that each token runs under a gate that needs the head, [N, L].
 
-  The first token of a row stays, as it does with live gates.
+  The first token of a row runs all loops, as with live gates.
   """
   score = static.right_RxNxL if gate == 'oracle' else static.scores[gate]
   reached = np.asarray(score) >= threshold

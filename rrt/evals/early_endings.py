@@ -1,8 +1,8 @@
-"""Log-likelihoods of endings whose tokens may leave early.
+"""Log-likelihoods of endings with early exits.
 
-What a served model would make of a task: the context is read at full depth, as
-a prompt is, and from its last token on each token leaves when its gate says
-so. See `rrt.evals.endings` for the same at a fixed depth.
+As in serving, the context is prefilled at full depth, and from its last token on
+each token leaves when its gate's score reaches the threshold. `rrt.evals.endings`
+is the same at a fixed depth.
 
 B rows, L tokens of a row.
 """
@@ -41,17 +41,17 @@ def score_endings(
     config: the model's shape.
     params: its parameters, stacked, on the device.
     pairs: contexts and endings, token ids.
-    gate: when tokens leave, and what the loops that they skip keep; also by
-      margin or entropy, which an engine has no head for. Their coda reads
-      every token before as if it had left after the same loop.
+    gate: kind, threshold and cache policy; also the kinds margin and entropy,
+      which the engine does not have: for them the coda's keys and values of
+      earlier tokens are computed as if those had left after the same loop.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
     progress: called with the number of pairs after each pass.
 
   Returns:
     For each pair the log-likelihood in nats, summed over the ending, and
-    whether greedy decoding would write it; and the mean loops of the tokens
-    that may leave.
+    whether it is the greedy continuation; and the mean loops of the tokens that
+    may leave.
 
   Raises:
     InputError: an ending as long as the model's context.
@@ -106,7 +106,7 @@ def score_endings(
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))
 def _score(params, arrays, threshold, fed_BxL, next_BxL, start_B, *, config, kind, kv, dtype):
-  """Loss, whether greedy, and loops of every token."""
+  """Loss, whether it is the argmax, and loops of every token."""
   may_BxL = jnp.arange(fed_BxL.shape[1])[None, :] >= start_B[:, None]
 
   context = transformer.make_context(config, fed_BxL)

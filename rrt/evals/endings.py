@@ -1,9 +1,8 @@
-"""Log-likelihoods of endings, given contexts: what few-shot tasks ask for.
+"""Log-likelihoods of endings given contexts, for few-shot tasks.
 
-The endings of one context share its pass: the context runs once into a cache,
-the cache is repeated for its endings. Requests are grouped by the shape that
-they are padded to, so that few shapes compile, and only the endings' own
-tokens meet the head.
+The endings of one context share its prefill: the context runs once into a cache,
+which is repeated for its endings. Requests are grouped by padded shape, so that
+few shapes compile, and the head runs on the endings' tokens alone.
 
 Q contexts, L their length, E endings of each, M tokens fed of an ending (all
 but the last), T = M + 1 its length, D model.
@@ -33,7 +32,7 @@ class Batch(NamedTuple):
   """Groups of one padded shape.
 
   Attributes:
-    groups: for each context, the indices of its requests.
+    groups: by context, the indices of its requests.
     shape: Q, L, E, T.
   """
 
@@ -56,8 +55,8 @@ def score_endings(
   Args:
     config: the model's shape.
     params: its parameters, stacked, on the device.
-    pairs: contexts of at least one token, cut from the left where they are
-      too long, and endings of at least one.
+    pairs: contexts of at least one token, truncated from the left if too long,
+      and endings of at least one.
     loops: how many loops of the block to run; None for all.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
@@ -65,7 +64,7 @@ def score_endings(
 
   Returns:
     For each pair the log-likelihood in nats, summed over the ending, and
-    whether greedy decoding would write it.
+    whether it is the greedy continuation.
 
   Raises:
     InputError: an ending as long as the model's context.
@@ -92,7 +91,7 @@ def score_endings(
 
 
 def fit(config: ModelConfig, context, ending) -> Pair:
-  """The pair with the context's begin cut off until both fit."""
+  """Truncates the context from the left until both fit."""
   if not len(context) or not len(ending):
     raise InputError('A context and an ending need at least one token each.')
   # The ending's last token is predicted, never fed.
@@ -105,7 +104,7 @@ def fit(config: ModelConfig, context, ending) -> Pair:
 
 
 def plan(config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Batch]:
-  """Groups pairs by context and contexts by shape, the longest first."""
+  """Groups pairs by context, and contexts by padded shape, longest first."""
   by_context: dict[tuple[int, ...], list[int]] = {}
   for i, (context, _) in enumerate(pairs):
     by_context.setdefault(tuple(context), []).append(i)
@@ -128,14 +127,14 @@ def plan(config: ModelConfig, pairs: Sequence[Pair], batch_tokens: int) -> Itera
 
 
 def _tokens(E: int, L: int, T: int) -> int:
-  """Padded tokens of one context with its endings."""
+  """Number of padded tokens of one context with its endings."""
   return L + E * (T - 1)
 
 
 def _merge(by_shape):
-  """Shapes and their groups, small ones padded into the one before.
+  """Merges small shapes into the next larger one, to compile fewer programs.
 
-  A shape that compiles costs as much time as some thousands of tokens.
+  Compiling a shape takes as long as some thousands of tokens.
   """
   merged: list[tuple[tuple[int, int, int], list[list[int]]]] = []
   for shape, groups in sorted(by_shape.items(), reverse=True):
@@ -153,7 +152,7 @@ def _merge(by_shape):
 
 
 def _arrays(pairs, batch: Batch):
-  """The padded arrays of a batch, and its requests in the order of picks."""
+  """The padded arrays of a batch, and its requests in the order of `pick_N`."""
   Q, L, E, T = batch.shape
   context_QxL = np.zeros((Q, L), np.int32)
   length_Q = np.ones(Q, np.int32)

@@ -1,6 +1,7 @@
-"""A text with coda and head after every loop, had all its tokens left there.
+"""Scores a text with coda and head after every loop of the block.
 
-What gates, lenses and thresholds are fitted on.
+Gates, lenses and thresholds are fitted on these figures, in which all tokens
+leave after the same loop.
 
 B batch, L row length, D model, V vocabulary, C tokens of a chunk, N rows,
 R loops.
@@ -34,20 +35,20 @@ WITH_HEAD = ('margin', 'entropy', 'oracle')
 
 @dataclasses.dataclass(frozen=True)
 class EveryLoop:
-  """A text after every loop, had all its tokens left there.
+  """Figures of a text after every loop, with all tokens leaving there.
 
   Attributes:
     tokens_NxL: the rows, padded.
-    scored_NxL: whether a token's successor is scored.
-    nll_NxL: negative log-likelihood of it at full depth.
-    top_NxL: the most likely successor at full depth.
+    scored_NxL: whether the next token is scored.
+    nll_NxL: its negative log-likelihood at full depth.
+    top_NxL: the most likely next token at full depth.
     scores: by gate, [R - 1, N, L]: the score after each loop but the last.
-    right_RxNxL: [R - 1, N, L], whether the most likely successor after each
-      loop but the last is that of full depth.
-    divergence_RxNxL: [R - 1, N, L], nats that the distribution of the
-      successor after each loop but the last lacks of full depth's, if asked
-      for: KL(full depth || this loop).
-    states_RxNxLxD: the block's outputs after all R loops, float32, likewise.
+    right_RxNxL: [R - 1, N, L], whether the most likely next token after each
+      loop but the last equals that of full depth.
+    divergence_RxNxL: [R - 1, N, L], KL(full depth || this loop) of the next
+      token's distribution, in nats; None unless `fitting`.
+    states_RxNxLxD: the block's outputs after all R loops, float32; None unless
+      `fitting`.
   """
 
   tokens_NxL: np.ndarray
@@ -61,7 +62,7 @@ class EveryLoop:
 
 
 def check(config) -> None:
-  """Raises InputError for a model whose tokens cannot leave early."""
+  """Raises InputError for a model without early exits."""
   if config.loops < 2 or config.order != 'cycle':
     raise InputError(
       f'This model has loops={config.loops} in the {config.order} order; '
@@ -79,17 +80,17 @@ def read_static(
   fitting: bool = False,
   progress: Callable[[int], None] | None = None,
 ) -> EveryLoop:
-  """Reads rows once, with coda and head after every loop.
+  """Scores rows in one pass, with coda and head after every loop.
 
   Args:
     model: of two loops or more, in cycle order.
     rows: tokens, from `perplexity.make_rows`.
-    gate: arrays of a gate: of a learned one, to score with it too, and its
+    gate: arrays of a gate: of a learned one, to compute its scores, and of its
       lens.
     batch: rows in one pass.
     dtype: of the computation.
-    fitting: also what lenses and gates are fitted on, the divergences and the
-      block's outputs.
+    fitting: whether to return divergences and the block's outputs, which lenses
+      and gates are fitted on.
     progress: called with the number of tokens after each pass.
 
   Raises:
@@ -168,19 +169,19 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
 
 
 def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
-  """How sure the head is of what it would say after some loops, [B, L].
+  """Confidence of the prediction after some loops, [B, L].
 
-  All tokens are read as if they had left after these loops.
+  Computed with all tokens leaving after these loops.
 
   Args:
-    kind: 'margin', of the two likeliest tokens, or 'entropy', 1 less its share
-      of the most that the vocabulary allows.
+    kind: 'margin', the probability difference of the two likeliest tokens, or
+      'entropy', 1 - entropy / log(V).
     config: the model's shape.
     params: of the whole model, stacked.
     gate: arrays with the lens, if any.
     context: from `transformer.make_context`.
     after_BxLxD: the block's output.
-    loops: int, how many it has run.
+    loops: int, the number of loops run.
     dtype: of the computation.
   """
   hidden_BxLxD = _leave(config, params, gate, context, after_BxLxD, loops)
@@ -190,7 +191,7 @@ def confidence(kind, config, params, gate, context, after_BxLxD, loops, dtype):
 
 
 def _leave(config, params, gate, context, after_BxLxD, loops):
-  """What the head would read of tokens that left after some loops."""
+  """The head's input of tokens that leave after some loops, [B, L, D]."""
   loops_BxL = jnp.full(after_BxLxD.shape[:2], loops)
   read_BxLxD = score_lib.through_lens(gate, after_BxLxD, loops_BxL)
   return passes.run_coda(config, params, read_BxLxD, context, None, scan=True)[0]
@@ -204,9 +205,9 @@ def _confidences(config, margin_BxL, entropy_BxL):
 
 
 def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
-  """Loss, most likely token, its margin and the entropy, all [B, L].
+  """Loss, argmax, probability margin and entropy, all [B, L].
 
-  Head chunk by chunk, of hidden states after the final norm.
+  Runs the head chunk by chunk on hidden states after the final norm.
   """
 
   def one(x):
@@ -226,7 +227,7 @@ def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
 
 
 def divergence(config, params, dtype, full_BxLxD, hidden_BxLxD):
-  """KL(full || hidden) in nats of what the head makes of two states, [B, L]."""
+  """KL(full || hidden) of the head's distributions for two states, nats, [B, L]."""
 
   def one(x):
     full_CxV, log_p_CxV = (
@@ -238,7 +239,7 @@ def divergence(config, params, dtype, full_BxLxD, hidden_BxLxD):
 
 
 def _by_chunk(one, *of_tokens):
-  """Maps a function of some tokens over arrays [B, L, ...], chunk by chunk."""
+  """Maps a function of C tokens over arrays [B, L, ...], chunk by chunk."""
   B, L = of_tokens[0].shape[:2]
   chunk = min(HEAD_CHUNK, B * L)
   pad = -(B * L) % chunk

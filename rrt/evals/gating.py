@@ -1,4 +1,4 @@
-"""Fitting an exit gate to a model and its threshold to a promise."""
+"""Fits an exit gate and calibrates its threshold to a quality target."""
 
 from __future__ import annotations
 
@@ -40,38 +40,39 @@ def fit_gate(
   shares: Sequence[float] = SHARES,
   progress: Callable[[int], None] | None = None,
 ) -> tuple[gate_lib.Gate, list[depth.Point]]:
-  """A gate that keeps a promise on half of some rows, fitted on the others.
+  """Fits a gate on half of the rows and calibrates its threshold on the others.
 
-  Thresholds are tried from the most careful on, until one fails.
+  Thresholds are tested from the most conservative on, until one misses the
+  target.
 
   Args:
     model: of two loops or more, in cycle order.
     rows: at least 8 rows of tokens, from `perplexity.make_rows`.
     kind: 'learned' or 'change'.
     lens: whether to fit one too; see `rrt.exits.fit.fit_lens`.
-    lens_epochs: for how many it is then tuned; see `lens.tune_lens`.
-    kv: what the loops that a token skipped keep of it.
-    agreement: promised share of tokens that are as at full depth; a learned
-      gate then learns which tokens are.
-    loss: or promised nats a token lost against full depth; it then learns
-      exp(-KL), which tells a token that loses little from one that loses much.
-    confidence: of the promise.
+    lens_epochs: epochs of tuning it; see `rrt.exits.tune_lens.tune_lens`.
+    kv: cache policy for the loops that a token skipped.
+    agreement: target: top-1 agreement with full depth. The learned gate then
+      regresses on whether the top token agrees.
+    loss: or target: nats a token lost against full depth. The learned gate then
+      regresses on exp(-KL).
+    confidence: of the target's bound.
     ridge: penalty of the regression.
     batch: rows in one pass.
-    shares: thresholds tried, by the share of tokens that they let go.
-    progress: called with the number of tokens after each pass; there are
-      `work` at most.
+    shares: thresholds to test, as shares of tokens that leave.
+    progress: called with the number of tokens after each pass; `work` is their
+      maximum.
 
   Returns:
-    The gate, its threshold `NEVER` where nothing keeps the promise, and
-    all that was tried.
+    The gate, with the threshold `NEVER` if none meets the target, and all
+    points that were measured.
 
   Raises:
     InputError: the model has no exits, or the rows are too few.
   """
   every_loop.check(model.config)
   if (agreement is None) == (loss is None):
-    raise InputError('Give either an agreement or a loss to promise.')
+    raise InputError('Give either agreement or loss as the target.')
   if lens_epochs < 0 or (lens_epochs and not lens):
     raise InputError(f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.')
   fitting, judging = split(rows)
@@ -91,7 +92,7 @@ def fit_gate(
     if best is None or best[0] is not points[-1]:
       break
     chosen = best
-  promise: dict[str, Any] = {
+  calibration: dict[str, Any] = {
     'agreement': agreement,
     'loss': loss,
     'confidence': confidence,
@@ -100,7 +101,7 @@ def fit_gate(
     'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
   }
   threshold = chosen[0].threshold if chosen else gate_lib.NEVER
-  return gate_lib.Gate(kind, threshold, arrays, kv, promise), points
+  return gate_lib.Gate(kind, threshold, arrays, kv, calibration), points
 
 
 def continued(
@@ -110,21 +111,21 @@ def continued(
   slots: int = 16,
   progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-  """Rows of which a share goes on, after its first quarter, as the model would.
+  """Replaces a share of the rows by the model's continuation of their first quarter.
 
-  The lossless mode guesses what the model itself writes, which repeats itself
-  more than the text that it was trained on.
+  The lossless mode drafts tokens of the model's own output, which repeats itself
+  more than the training text; a gate for it is fitted on such rows.
 
   Args:
     model: continues greedily, at full depth.
-    rows: of tokens, as many as `split` asks for; none empty.
-    share: of the rows that are continued, rounded up, drawn at random from
-      those that fit and from those that judge.
-    slots: rows at once.
-    progress: called now and then with the tokens written and of how many.
+    rows: of tokens, as many as `split` needs; none empty.
+    share: of rows to continue, rounded up, chosen at random in the fitting half
+      and in the calibration half.
+    slots: rows decoded at once.
+    progress: called with the tokens generated so far and their total.
 
   Returns:
-    All rows, in their order and of their lengths.
+    All rows, with order and lengths unchanged.
 
   Raises:
     InputError: the rows are too few.
@@ -148,7 +149,7 @@ def continued(
 
 
 def split(rows: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
-  """The rows that fit a gate and those that judge it; raises InputError."""
+  """Splits rows into (fitting, calibration); InputError if they are too few."""
   if len(rows) < 8:
     raise InputError(
       f'{len(rows)} rows of text are too few: half of them judge the gate, '
@@ -158,10 +159,10 @@ def split(rows: Sequence[_T]) -> tuple[Sequence[_T], Sequence[_T]]:
 
 
 def _fit(rows, read, kind: str, fit_lens, ridge: float, by_loss: bool) -> dict[str, Any]:
-  """Lens and gate, where they are asked for.
+  """Fits the lens and the gate that are asked for.
 
-  What a token's exit is worth is judged, for the gate, with a lens that was
-  fitted on the other half of the rows.
+  The gate's regression targets are computed with a lens that was fitted on the
+  other half of the rows (cross-fitting).
   """
   halves = [read(half, fitting=True) for half in (rows[::2], rows[1::2])]
   states = [h.states_RxNxLxD[:, h.scored_NxL] for h in halves]
@@ -179,7 +180,7 @@ def _fit(rows, read, kind: str, fit_lens, ridge: float, by_loss: bool) -> dict[s
 
 
 def _fit_lens(model, halves, *, epochs: int, progress) -> dict[str, Any]:
-  """By least squares, then tuned."""
+  """Fits a lens by least squares, then tunes it."""
   scored = [h.scored_NxL for h in halves]
   states = [h.states_RxNxLxD for h in halves]
   pairs = zip(states, scored, strict=True)
@@ -203,9 +204,9 @@ def work(
   shares: Sequence[float] = SHARES,
   tuning: int = 0,
 ) -> int:
-  """Tokens that `fit_gate` reads at most.
+  """Maximum number of tokens that `fit_gate` processes.
 
-  `tuning` is how often a lens is tuned on each: epochs times loops but one.
+  `tuning` is epochs * (R - 1), the passes of tuning the lens over each token.
   """
   judging = sum(map(len, rows[1::2]))
   passes = (lens or kind == 'learned') + (lens and kind == 'learned')

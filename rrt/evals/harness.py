@@ -1,4 +1,4 @@
-r"""A front of EleutherAI's lm-eval for the paper's tasks.
+r"""Runs the paper's few-shot tasks through EleutherAI's lm-eval.
 
 From Python, `run(model, tasks, data=...)`. From lm-eval's own command line,
 with all of its tasks:
@@ -42,13 +42,13 @@ class Result:
 
   Attributes:
     task: its name.
-    metric: what `score` is, such as 'acc'.
+    metric: name of the metric in `score`, such as 'acc'.
     score: a share, from 0 to 1.
-    stderr: its standard error; None where lm-eval has none, as of one question.
-    questions: how many were asked.
-    metrics: all that lm-eval computed, by name.
-    mean_loops: of the answers' tokens, over all tasks that were asked at once;
-      None without a gate.
+    stderr: its standard error; None where lm-eval has none, as for one question.
+    questions: number of questions.
+    metrics: all metrics of lm-eval by name.
+    mean_loops: of the endings' tokens, over all tasks of the run; None without
+      a gate.
   """
 
   task: str
@@ -73,7 +73,7 @@ def run(
   gate: gate_lib.Gate | None = None,
   seed: int = 1234,
 ) -> list[Result]:
-  """Asks a model the questions of some tasks.
+  """Evaluates a model on tasks.
 
   Args:
     model: what `rrt.load` gives.
@@ -82,11 +82,11 @@ def run(
       lm-eval's own tasks of these names from the hub.
     shots: solved questions before each one; the harness' standard for the
       paper's tasks is 0.
-    limit: ask only the first so many questions of each.
+    limit: evaluate only the first so many questions of each.
     loops: how many loops of the block to run; None for all.
     dtype: of the computation.
     batch_tokens: padded tokens of a pass, about.
-    gate: lets the tokens of answers leave early.
+    gate: early exits of the endings' tokens; None runs all loops.
     seed: of the choice of shots.
 
   Raises:
@@ -116,7 +116,7 @@ def run(
 
 
 def _evaluate(lm, chosen, shots, limit, seed):
-  """lm-eval's own loop, without its chatter."""
+  """lm-eval's evaluation loop, with its logging silenced."""
   loud = logging.getLogger('lm_eval')
   before = loud.level
   loud.setLevel(logging.ERROR)
@@ -150,7 +150,7 @@ def _dataset(splits: dict[str, list[dict[str, Any]]]):
 
 
 def _result(name, found, key, metric) -> Result:
-  """One task's figures; metric '' is the best known that it has."""
+  """One task's result; metric '' takes acc_norm, acc or the first one."""
   figures = {
     k.removesuffix(',none'): v
     for k, v in found['results'][key].items()
@@ -174,7 +174,7 @@ def _result(name, found, key, metric) -> Result:
 
 
 def _questions(found, key) -> int:
-  """How many were asked in a task, or in all tasks of a group."""
+  """Number of questions of a task, or of all tasks of a group."""
   if key in found['n-samples']:
     return found['n-samples'][key]['effective']
   parts = found.get('group_subtasks', {}).get(key, ())
@@ -182,7 +182,7 @@ def _questions(found, key) -> int:
 
 
 def main() -> None:
-  """lm-eval's command line, where `--model rrt` is known."""
+  """lm-eval's command line with `--model rrt` registered."""
   from lm_eval.__main__ import cli_evaluate
 
   try:

@@ -1,7 +1,4 @@
-"""A model of this package as EleutherAI's lm-eval sees one.
-
-Registered under the name `rrt`; `rrt.evals.harness` puts it to use.
-"""
+"""Adapter of `LanguageModel` to EleutherAI's lm-eval, registered as `rrt`."""
 
 from __future__ import annotations
 
@@ -27,15 +24,14 @@ _ROW_TOKENS = 512  # what one row of lm-eval's batch_size stands for
 
 @register_model('rrt')
 class RrtLM(TemplateLM):
-  """A model of this package, as lm-eval sees one.
+  """lm-eval's `LM` interface over a `LanguageModel`.
 
   Args of `--model_args`: `pretrained` (anything that `rrt.load` takes),
   `loops`, `dtype`, `max_length`, `batch_tokens`.
 
   Attributes:
-    gate: lets the tokens of endings leave early, with full `loops`; None
-      lets none.
-    mean_loops: of those tokens, in what was scored last.
+    gate: early exits of the endings' tokens, with full `loops`; None runs all.
+    mean_loops: of the endings' tokens in the last call.
   """
 
   def __init__(
@@ -78,38 +74,38 @@ class RrtLM(TemplateLM):
 
   @property
   def max_length(self) -> int:
-    """Tokens that the model can see."""
+    """Maximum context in tokens."""
     return self.config.max_context
 
   @property
   def eot_token_id(self) -> int:
-    """The token that ends a text."""
+    """The end-of-text token."""
     if not self.tokenizer.eos_ids:
       raise InputError('The tokenizer has no end token.')
     return self.tokenizer.eos_ids[0]
 
   @property
   def prefix_token_id(self) -> int:
-    """What stands before a text that has no context."""
+    """The token that precedes a text without a context."""
     bos = self.tokenizer.bos_id
     return self.eot_token_id if bos is None else bos
 
   @property
   def tokenizer_name(self) -> str:
-    """A name for lm-eval's cache of requests."""
+    """The tokenizer's key in lm-eval's request cache."""
     return f'rrt-{self.tokenizer.sha256[:16]}'
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """The tokenizer's own template."""
+    """The tokenizer's chat template."""
     del chat_template
     return self.tokenizer.chat_template
 
   def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-    """A dialogue as text."""
+    """Renders a dialogue with the chat template."""
     return self.tokenizer.apply_chat(chat_history, add_generation_prompt)
 
   def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
-    """Token ids; a begin token where the family has the habit."""
+    """Token ids, with a begin-of-sequence token if the tokenizer adds one."""
     del kwargs
     bos = add_special_tokens
     if bos is None and self.tokenizer.bos_id is not None:
@@ -155,7 +151,7 @@ class RrtLM(TemplateLM):
       )
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False):
-    """Log-likelihoods of whole texts, in windows where they are long."""
+    """Log-likelihoods of whole texts; long ones in disjoint windows."""
     pairs, counts = [], []
     for request in requests:
       windows = [
@@ -177,7 +173,7 @@ class RrtLM(TemplateLM):
     return sums
 
   def generate_until(self, requests, disable_tqdm=False):
-    """What the model writes after each context."""
+    """The model's continuation of each context."""
     if self._writer is None:
       limited = dataclasses.replace(self.model, config=self.config)
       self._writer = generate.Generator(limited, loops=self.loops, dtype=self.dtype)
@@ -215,7 +211,7 @@ def _loaded(source):
 
 
 def _settings(arguments: dict[str, Any]) -> SamplingParams:
-  """lm-eval's generation arguments as ours."""
+  """`SamplingParams` from lm-eval's generation arguments."""
   until = arguments.get('until') or ()
   temperature = float(arguments.get('temperature') or 0.0)
   if not arguments.get('do_sample', temperature > 0):

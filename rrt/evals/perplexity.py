@@ -1,10 +1,10 @@
 """Cross-entropy, perplexity and bits per byte of a text.
 
-The text becomes one line of tokens, cut into rows of `context`. Each row is
-read alone: its first token is given, the others are predicted from those
-before them in the row. So a row of 1,024 scores 1,023 tokens, and a figure
-depends on `context`: longer rows know more. Where a model was trained with a
-begin token, that is the token which is given to each row of a text.
+The text's tokens are cut into rows of `context`, which are scored independently:
+the first token of a row is given, the others are predicted from those before
+them in the row. So a row of 1,024 scores 1,023 tokens, and losses depend on
+`context`: longer rows have lower ones. For a model that was trained with a
+begin-of-sequence token, that token is the first of every row.
 
 B batch, L length, D model, V vocabulary, N tokens, C tokens of a chunk.
 """
@@ -37,16 +37,16 @@ _CHARACTERS = 16  # more than the tokens of ordinary text have
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """How well a model predicts a text.
+  """Cross-entropy of a text under a model.
 
   Attributes:
     nll_nats: mean negative log-likelihood of a token.
     perplexity: its exponential.
     bits_per_byte: negative log-likelihood in bits over the bytes of the
       scored tokens; comparable between tokenizers. None without a tokenizer.
-    tokens: how many were scored.
-    bytes: how long they are as UTF-8; None without a tokenizer.
-    loops: how many loops the model ran.
+    tokens: number of scored tokens.
+    bytes: their length in UTF-8; None without a tokenizer.
+    loops: number of loops that the model ran.
   """
 
   nll_nats: float
@@ -72,9 +72,9 @@ def score(
 
   Args:
     model: what `rrt.load` gives.
-    text: at least two tokens of it. Tokens are cut into rows as they are,
-      without begin tokens.
-    context: length of a row in tokens, the last one may be shorter.
+    text: text or token ids, of at least two tokens. Token ids are cut into rows
+      without adding begin-of-sequence tokens.
+    context: length of a row in tokens; the last row may be shorter.
     loops: how many loops of the block to run; None for all.
     batch: rows in one pass.
     max_tokens: use the first so many tokens; None for all.
@@ -120,7 +120,7 @@ def score(
 
 
 def make_rows(model: LanguageModel, text, context: int, max_tokens: int | None) -> list[list[int]]:
-  """Tokens in rows of `context`; a last row of one token is left out.
+  """Cuts tokens into rows of `context`; a last row of one token is dropped.
 
   Raises:
     InputError: see `score`.
@@ -152,7 +152,7 @@ def make_rows(model: LanguageModel, text, context: int, max_tokens: int | None) 
 def encode(
   tokenizer: Tokenizer | None, text: str | Sequence[int], max_tokens: int | None
 ) -> list[int]:
-  """The first tokens of a text, without a begin token."""
+  """The first tokens of a text, without a begin-of-sequence token."""
   if not isinstance(text, str):
     return [int(t) for t in text][:max_tokens]
   if tokenizer is None:
@@ -173,7 +173,8 @@ def read_text(path: str | Path, max_tokens: int | None = None) -> str:
 
   Args:
     path: anything that `rrt.data.sources` reads.
-    max_tokens: stop when the text surely holds so many; None reads all.
+    max_tokens: stop reading once the text holds at least so many; None reads
+      all.
 
   Raises:
     InputError: there is no such file, it is damaged, binary, or empty.
@@ -201,15 +202,15 @@ def _row_losses(params, tokens_BxL, *, config, loops, dtype):
 
 
 def token_losses(config, params, hidden_NxD, targets_N, dtype='float32', count=None):
-  """Losses of tokens from the hidden states before them, chunk by chunk.
+  """Losses of next tokens from hidden states, with the head chunk by chunk.
 
   Args:
     config: the model's shape.
-    params: the model's parameters, of which the head is used.
+    params: the model's parameters; only the head is used.
     hidden_NxD: hidden states.
     targets_N: the token after each.
     dtype: of the product with the head.
-    count: only the first so many are wanted; the rest may stay 0.
+    count: compute only the first so many; the others may be 0.
 
   Returns:
     nll_N: float32 negative log-likelihoods, in nats.
@@ -237,7 +238,7 @@ def token_losses(config, params, hidden_NxD, targets_N, dtype='float32', count=N
 
 
 def byte_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
-  """How many bytes of text each token stands for, int [N]."""
+  """Number of UTF-8 bytes of each token, int [N]."""
   distinct, where = np.unique(np.asarray(ids, np.int64), return_inverse=True)
   lengths = [len(token_bytes(tokenizer, i) or b'') for i in distinct]
   return np.array(lengths, np.int64)[where]

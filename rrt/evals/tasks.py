@@ -5,15 +5,14 @@ LAMBADA, HellaSwag, PIQA, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA
 standard prompts and shots, accuracy normalised by the byte length of the
 answer except for LAMBADA and WinoGrande).
 
-Local files hold one question a line, plain or compressed:
+Local files, plain or compressed, hold one question a line:
 
   {"query": ..., "choices": [...], "label": 2}                 most tasks
   {"context_options": [a, b], "continuation": ..., "label": 0} WinoGrande
   {"text": ...} or {"context": ..., "target": " word"}         LAMBADA
 
-A file `NAME*_train*` is the pool that shots are drawn from. Any other file of
-the first two forms is a task too, under its own name, its query taken as it
-is.
+Shots are sampled from a file `NAME*_train*`. Any other file of the first two
+forms is a task under its own name, whose query is the prompt unchanged.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Task:
     kind: 'choices' (one context, several endings), 'contexts' (several
       contexts, one ending) or 'word' (the ending must be the greedy one).
     docs: questions: 'text', 'choices' and 'gold'; for kind 'word' 'target'.
-    pool: questions to draw shots from; empty for none.
-    metric: what the score is: 'acc' or 'acc_bytes'.
+    pool: questions to sample shots from; empty for none.
+    metric: of the score: 'acc' or 'acc_bytes'.
   """
 
   name: str
@@ -75,14 +74,14 @@ def _expand(name: str) -> Sequence[str]:
 
 
 def hub_name(name: str) -> str:
-  """What lm-eval calls a task."""
+  """The task's name in lm-eval."""
   return _ON_HUB.get(name, name)
 
 
 def load_task(name: str, directory: str | Path) -> Task:
   """Reads a task's questions and its pool of shots.
 
-  Questions of the pool that are asked in the task too are left out of it.
+  Questions of the pool that the task has too are removed from the pool.
 
   Raises:
     InputError: no such file, or a line that is not a question.
@@ -104,7 +103,7 @@ def load_task(name: str, directory: str | Path) -> Task:
 
 
 def find_files(name: str, directory: str | Path) -> tuple[list[Path], list[Path]]:
-  """The files with a task's questions, and those with its pool of shots."""
+  """The files of a task's questions, and those of its pool of shots."""
   directory = Path(directory).expanduser()
   if not directory.is_dir():
     raise InputError(f'data={str(directory)!r}: is not a directory.')
@@ -140,7 +139,7 @@ def _is_of(path: Path, name: str) -> bool:
 
 
 def _records(file: Path):
-  """Yields (where, object) for each line."""
+  """Yields ('file:line', object) for each line."""
   try:
     with _OPEN[file.suffix](file, 'rb') as f:
       lines = f.read().splitlines()
@@ -158,7 +157,7 @@ def _records(file: Path):
 
 
 def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
-  """One question, in the same form for all tasks."""
+  """Normalizes one question to the form of `Task.docs`."""
   try:
     if 'choices' in record or 'context_options' in record:
       gold = int(record['label'] if 'label' in record else record['gold'])
@@ -199,17 +198,17 @@ def _doc(name: str, record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _key(doc: dict[str, Any]) -> str:
-  """What makes two questions the same."""
+  """Key by which two questions are equal."""
   text = doc['text'] or ' / '.join(doc['choices'])
   return ' '.join(text.casefold().split())
 
 
 def lm_eval_config(task: Task, dataset, shots: int) -> dict[str, Any]:
-  """The task as lm-eval takes it.
+  """lm-eval's configuration of the task.
 
   Args:
     task: its questions.
-    dataset: called with lists of questions by split, makes a dataset.
+    dataset: constructs a dataset from lists of questions by split.
     shots: solved questions before each one.
   """
   splits = {'test': task.docs}

@@ -24,26 +24,26 @@ def choose(
 ) -> tuple[Point, float] | None:
   """The most aggressive threshold whose confidence bound meets the target.
 
-  Points are tried from the most careful on, and the first that cannot be
-  shown to keep the promise ends the search; so the confidence holds for the
-  chosen one although many were tried (Learn-then-Test, arXiv 2110.01052).
-  Tokens of a row are not independent, so the bound is a one-sided t interval
-  over rows. It holds as far as rows are independent pieces of one kind of
-  text and thresholds are not chosen by them; rows that follow each other in a
-  text, and thresholds at their quantiles, are near to that and not it.
+  Points are tested from the most conservative on, up to the first whose bound
+  misses the target; this fixed sequence keeps the confidence valid for the chosen
+  one although several were tested (Learn-then-Test, arXiv 2110.01052). Tokens of
+  a row are not independent, so the bound is a one-sided t interval over rows. It
+  assumes that rows are independent samples of one distribution and that
+  thresholds do not depend on them; consecutive rows of a text, and thresholds at
+  their quantiles, satisfy both only approximately.
 
   Args:
     points: of one gate.
-    agreement: promised share of tokens that equal full depth's.
-    loss: or promised nats a token above full depth.
+    agreement: target: top-1 agreement with full depth.
+    loss: or target: nats a token above full depth.
     confidence: of the bound.
 
   Returns:
-    The point and its bound (a lower one of the agreement, an upper one of
-    the loss); None where not even the most careful keeps the promise.
+    The point and its bound (a lower one of the agreement, an upper one of the
+    loss); None if not even the most conservative meets the target.
   """
   if (agreement is None) == (loss is None):
-    raise InputError('Give either an agreement or a loss to promise.')
+    raise InputError('Give either agreement or loss as the target.')
   best = None
   for point in sorted(points, key=lambda p: -p.threshold):
     if agreement is not None:
@@ -59,7 +59,7 @@ def choose(
 
 
 def lower_bound(values: Sequence[float], confidence: float) -> float:
-  """One-sided lower bound of the mean of independent values.
+  """One-sided lower confidence bound of the mean of independent values.
 
   Student's t through its normal approximation (Abramowitz and Stegun
   26.7.5).

@@ -22,12 +22,12 @@ from rrt.models.transformer import make_context
 
 
 class Early(NamedTuple):
-  """What a forward pass with exits gives.
+  """Output of a forward pass with early exits.
 
   Attributes:
     hidden_BxLxD: after coda and final norm.
-    depth_BxL: int, after how many loops each token left.
-    left_BxLxD: the block's output in which it left.
+    depth_BxL: int, the number of loops that each token ran.
+    left_BxLxD: the block's output at each token's exit.
   """
 
   hidden_BxLxD: jax.Array
@@ -44,7 +44,7 @@ def forward_early(
   dtype='float32',
   lens: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Early:
-  """Runs tokens through the model, each as deep as it needs.
+  """Forward pass with early exits.
 
   Args:
     config: the model's shape, of cycle order.
@@ -52,7 +52,7 @@ def forward_early(
     tokens_BxL: int token ids.
     leaves: (loops run, x before the last of them, x after it), both
       [B, L, D], to bool [B, L]: which tokens leave.
-    kv: what skipped loops keep: 'write_ahead', 'propagate' or 'exact_fill';
+    kv: cache policy of skipped loops: 'write_ahead', 'propagate' or 'exact_fill';
       see `rrt.infer.engine.config.EngineConfig`.
     dtype: of the computation.
     lens: (block's output, depth_BxL) to what the coda reads; see

@@ -31,23 +31,23 @@ LENS_WIDTH = 1024  # H, hidden units of a tuned lens.
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """When tokens leave.
+  """An exit gate: kind, threshold and arrays.
 
   Attributes:
     kind: 'learned' or 'change'; see `score.score`.
-    threshold: the score at which they do.
+    threshold: the score at which tokens leave.
     arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1]; of its
       lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D], of a tuned
       one `lens_in` [R - 1, D, H] and `lens_out` [R - 1, H, D] too.
-    kv: what skipped loops keep of a token, as calibrated.
-    promise: what the threshold was calibrated to, and on what.
+    kv: cache policy of skipped loops, as calibrated.
+    calibration: target, confidence, measured figures and text of the calibration.
   """
 
   kind: str
   threshold: float
   arrays: dict[str, np.ndarray] | None = None
   kv: str = 'propagate'
-  promise: dict[str, Any] = dataclasses.field(default_factory=dict)
+  calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
     """Plain values for a model's meta."""
@@ -58,15 +58,15 @@ class Gate:
 
 
 def store(meta: dict[str, Any], gate: Gate) -> dict[str, Any]:
-  """A model's meta with a gate in it."""
+  """Adds a gate to a model's meta."""
   return meta | {_KEY: gate.to_json()}
 
 
 def stored(model) -> Gate | None:
-  """The gate that was kept with a model.
+  """The gate stored with a model, or None.
 
   Raises:
-    InputError: it does not fit the model.
+    InputError: the gate does not fit the model.
   """
   fields = model.meta.get(_KEY)
   if fields is None:
@@ -85,7 +85,7 @@ def stored(model) -> Gate | None:
 
 
 def check_arrays(kind: str, arrays: Any, config) -> None:
-  """Raises InputError where a gate's arrays miss something or do not fit."""
+  """Raises InputError for missing arrays or arrays of wrong shapes."""
   arrays = arrays or {}
   needed = {'learned': ('kernel', 'bias'), 'replay': ('loops',)}
   for name in needed.get(kind, ()):
@@ -109,7 +109,7 @@ def check_arrays(kind: str, arrays: Any, config) -> None:
 
 
 def _shapes(config) -> dict[str, tuple[int, ...]]:
-  """Of the arrays of gates and lenses, by name."""
+  """Shapes of the arrays of gates and lenses, by name."""
   R, D, H = config.loops - 1, config.d_model, LENS_WIDTH
   return {
     'kernel': (R, D),
@@ -122,7 +122,7 @@ def _shapes(config) -> dict[str, tuple[int, ...]]:
 
 
 def stored_lens(model) -> dict[str, np.ndarray] | None:
-  """The lens alone of the gate that was kept with a model."""
+  """The arrays of the lens of the gate stored with a model."""
   gate = stored(model)
   if gate is None or gate.arrays is None or not score_lib.has_lens(gate.arrays):
     return None

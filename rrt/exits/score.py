@@ -19,29 +19,29 @@ KINDS = ('none', 'learned', 'change', 'replay')
 
 
 def check_kind(kind: str) -> None:
-  """Raises InputError for a gate that does not exist."""
+  """Raises InputError for an unknown kind of gate."""
   if kind not in KINDS:
     raise InputError(f'gate={kind!r}: must be one of {KINDS}.')
 
 
 def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_B, count_B):
-  """How sure each row is to need no further loop, float32 [B] in 0..1.
+  """Score of leaving after this loop, float32 [B] in 0..1.
 
-  The first position scores 0, so that it leaves by a threshold of 0 or less
-  alone: attention falls back on what it keeps in each loop, and without it all
-  later tokens suffer.
+  The first position scores 0, so that it leaves only at a threshold of 0 or less:
+  it is an attention sink, and skipping its later loops degrades all tokens after
+  it.
 
   Args:
     kind: one of `KINDS`.
     gate: arrays of the gate. 'learned': `kernel` [R - 1, D] and `bias`
-      [R - 1]. 'replay': `loops` int [S, T], after how many loops the t-th
-      drawn token of a slot leaves. Others: None.
+      [R - 1]. 'replay': `loops` int [S, T], the number of loops of the t-th
+      sampled token of a slot. Others: None.
     before_BxD: the residual stream before the loop.
-    after_BxD: after it.
-    loop_B: int, how many loops the row has run, 1..R.
-    position_B: int, where its token stands.
+    after_BxD: the residual stream after the loop.
+    loop_B: int, the number of loops run, 1..R.
+    position_B: int, position of the token.
     slot_B: int, the row's slot.
-    count_B: int, how many tokens the slot has drawn.
+    count_B: int, number of tokens that the slot has sampled.
   """
   if kind == 'replay':
     loops_SxT = gate['loops']
@@ -60,12 +60,12 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_
 
 
 def through_lens(gate: Any, x_BxD, loop_B):
-  """What coda and head read of rows that leave early.
+  """Applies the lens to the block's output of rows that leave early.
 
-  A lens is a map a loop from where that loop leaves the residual stream to
-  where the last loop would have left it (a "tuned lens", arXiv 2303.08112,
-  between loops): affine and, if it was tuned, with one hidden layer beside.
-  Rows that have run all loops pass unchanged, as all do where there is no lens.
+  A lens maps, for each loop, the block's output after that loop to an estimate
+  of that after the last loop (a "tuned lens", arXiv 2303.08112, between loops).
+  It is affine and, if tuned, has an added hidden layer. Rows that have run all
+  loops are unchanged, and so are all rows without a lens.
 
   Args:
     gate: arrays of a gate; `lens_kernel` [R - 1, D, D] and `lens_bias`
@@ -87,7 +87,7 @@ def through_lens(gate: Any, x_BxD, loop_B):
 
 
 def apply_lens(lens: Any, x_BxD):
-  """One loop's lens on rows that all left there, [B, D] or [B, L, D]."""
+  """Applies one loop's lens to all rows, [B, D] or [B, L, D]."""
   dtype = x_BxD.dtype
   lead = (1,) * (x_BxD.ndim - 1)
   bias_D = jnp.asarray(lens['lens_bias'], dtype).reshape(*lead, -1)
@@ -102,7 +102,7 @@ def apply_lens(lens: Any, x_BxD):
 def on_device(gate: Any, dtype: str = 'float32') -> Any:
   """A gate's arrays, for an engine that computes in a dtype.
 
-  A lens becomes a tuple over loops, which no step has to cut.
+  A lens becomes a tuple over loops, to avoid slicing in every step.
   """
 
   def part(name, value):

@@ -14,11 +14,11 @@ class Row:
   """One line of a family's table.
 
   Attributes:
-    path: place in our tree; of a layer when the names have a `{}`.
-    hf: Hugging Face's name; `{}` stands for the depth.
+    path: of the leaf in the parameter tree; of a layer if the names have a `{}`.
+    hf: Hugging Face's name, with `{}` for the depth.
     gguf: llama.cpp's name.
-    kind: 'table' and 'gain' are stored as they are, 'linear' is transposed;
-      'q' and 'k' are linears whose rows GGUF files of Llama interleave.
+    kind: 'table' and 'gain' are stored unchanged, 'linear' is transposed; 'q' and
+      'k' are linears whose rows are interleaved in Llama's GGUF files.
   """
 
   path: str
@@ -37,8 +37,9 @@ class Family:
     rows: the table of names.
     from_hf: config.json as a dict -> ModelConfig.
     to_hf: ModelConfig of an untied model -> config.json as a dict.
-    gguf_permuted: GGUF interleaves q and k rows (llama.cpp's RoPE pairs).
-    gguf_gain_offset: what GGUF adds to norm gains.
+    gguf_permuted: whether GGUF files interleave q and k rows (llama.cpp's RoPE
+      pairs).
+    gguf_gain_offset: constant that GGUF files add to norm gains.
   """
 
   name: str
@@ -51,7 +52,7 @@ class Family:
 
 
 def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
-  """Shape of a row's leaf in our tree, without the layers axis."""
+  """Shape of a row's leaf in the parameter tree, without the layers axis."""
   parts = path.split('/')
   if parts[-1] == 'table':
     return (config.vocab_size, config.d_model)
@@ -65,7 +66,7 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
 
 
 def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
-  """The rows of a table that a model has tensors for."""
+  """The rows of the family's table that a model's configuration uses."""
   for row in family.rows:
     if not (row.path.startswith('head/') and config.tie_embeddings):
       yield row

@@ -1,4 +1,4 @@
-"""Reads fields of a Hugging Face config.json, with checks."""
+"""Reads and validates fields of a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from rrt.config import Rope, is_number, is_whole
 from rrt.errors import InputError
 
 
-def refuse(fields: dict[str, Any], name: str, *allowed: Any, mend: str = '') -> None:
-  """Raises InputError unless a field is absent, null or as allowed."""
+def refuse(fields: dict[str, Any], name: str, *allowed: Any, remedy: str = '') -> None:
+  """Raises InputError unless a field is absent, null or an allowed value."""
   value = fields.get(name)
   if value is None or value in allowed:
     return
   can = ' or '.join(repr(v) for v in allowed if v is not None) or 'no value'
   raise InputError(
-    f'config.json: {name}={value!r} is not supported, only {can}{"; " + mend if mend else ""}.'
+    f'config.json: {name}={value!r} is not supported, only {can}{"; " + remedy if remedy else ""}.'
   )
 
 
 def require(fields: dict[str, Any], name: str) -> Any:
-  """A field that has no default."""
+  """A required field."""
   if fields.get(name) is None:
     raise InputError(f'config.json lacks {name}; add it.')
   return fields[name]
 
 
 def whole(fields: dict[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
-  """A field that counts something.
+  """An integer field.
 
   Args:
     fields: of config.json.
     name: of the field.
-    default: where it is absent or null; None if it may not be.
-    least: the smallest value that can work.
+    default: used if it is absent or null; None if the field is required.
+    least: the smallest valid value.
 
   Raises:
     InputError: names the field and its value.
@@ -62,7 +62,7 @@ def number(
 
 
 def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
-  """A field that is true or false; null is false."""
+  """A boolean field; null is false."""
   value = fields.get(name, default)
   if not isinstance(value, bool | None):
     raise InputError(f'config.json: {name}={value!r} must be true or false.')
@@ -70,7 +70,7 @@ def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
 
 
 def table(fields: dict[str, Any], name: str) -> dict[str, Any]:
-  """A field that is an object; {} where it is absent or null."""
+  """An object field; {} if it is absent or null."""
   value = fields.get(name)
   if not isinstance(value, dict | None):
     raise InputError(f'config.json: {name}={value!r} must be an object.')
@@ -81,12 +81,12 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
   """One rotary table from a `rope_parameters` or `rope_scaling` dict.
 
   Args:
-    parameters: the dict; None is the plain table.
-    base: theta where the dict has none.
-    max_context: llama3's original context where the dict has none.
+    parameters: the dict; None is no scaling.
+    base: theta, if the dict has none.
+    max_context: llama3's original context, if the dict has none.
 
   Raises:
-    InputError: the kind of scaling is not supported, or a value cannot work.
+    InputError: the kind of scaling is not supported, or a value is invalid.
   """
   p = parameters or {}
   base = number(p, 'rope_theta', base)
@@ -111,7 +111,7 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
-  """A `rope_scaling` dict, None for the plain table."""
+  """A `rope_scaling` dict; None for no scaling."""
   if not rope.scaling:
     return None
   fields = {'rope_type': rope.scaling, 'factor': rope.factor}

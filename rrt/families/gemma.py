@@ -1,9 +1,9 @@
-"""Gemma 1 and the text half of Gemma 3.
+"""Gemma 1 and the text decoder of Gemma 3.
 
-Both store gains as offsets from 1, scale embeddings by sqrt(D) and gate with
-tanh-approximated GELU. Gemma 3 adds a norm after attention and after the
-MLP, norms over the heads of q and k, and layers with a sliding window and a
-RoPE base of their own.
+Both store norm gains as offsets from 1, scale embeddings by sqrt(D) and have a
+GeGLU MLP with tanh-approximated GELU. Gemma 3 adds norms after attention and
+after the MLP, QK-norm, and local layers with a sliding window and a separate
+RoPE base.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _layer_kinds(c: dict[str, Any]) -> list[str]:
 
 
 def _ropes_from_hf(c: dict[str, Any]) -> tuple[Rope, Rope]:
-  """(global, local) rotary tables; a scaling outside is the global one's."""
+  """(global, local) rotary tables; `rope_scaling` applies to the global one."""
   nested = fields_lib.table(c, 'rope_parameters')
   if nested and not (GLOBAL in nested or LOCAL in nested):
     nested = {GLOBAL: nested}
@@ -198,7 +198,7 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
   """config.json of an untied Gemma 3 text model, for 4.x and 5.x.
 
   Raises:
-    InputError: its layers differ by more than Gemma 3's two kinds do.
+    InputError: its layers differ by more than Gemma 3's two layer types.
   """
   windows = config.windows or (0,) * config.depth
   far, near, window = _kinds_of_layers(config, windows)
@@ -222,8 +222,8 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _kinds_of_layers(config: ModelConfig, windows: tuple[int, ...]) -> tuple[Rope, Rope, int]:
   """(global rotary table, local one, local window) of an untied model.
 
-  A config.json has one of each; where there are no layers of a kind, the
-  first table is the global and the last the local one.
+  A config.json has one of each. If there are no layers of a type, the first
+  table is the global and the last the local one.
   """
   index = config.rope_index or (0,) * config.depth
   used: dict[bool, set[Rope]] = {False: set(), True: set()}
@@ -238,7 +238,7 @@ def _kinds_of_layers(config: ModelConfig, windows: tuple[int, ...]) -> tuple[Rop
     if len(found) > 1:
       raise InputError(
         f'{name} have {len(found)} different values, of which a Gemma 3 '
-        'config.json holds one; give them the same to export the model.'
+        'config.json holds one; set them equal to export the model.'
       )
   far = used[False] or {config.ropes[0]}
   near = used[True] or {config.ropes[-1]}
@@ -251,7 +251,7 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
 
 
 def _whole(value: float) -> int | float:
-  """An integer where the value is one up to rounding."""
+  """Rounds a value to an integer if it is one up to rounding errors."""
   nearest = round(value)
   return nearest if abs(value - nearest) < 1e-6 * value else value
 

@@ -1,7 +1,7 @@
-"""Llama, and what computes the same: Mistral, TinyLlama, SmolLM, SmolLM2.
+"""Llama and models of its architecture: Mistral, TinyLlama, SmolLM, SmolLM2.
 
-Pre-norm layers, SiLU-gated MLP, grouped queries, RoPE with or without
-Llama 3's scaling, one sliding window for all layers (Mistral) or none.
+Pre-norm layers, SwiGLU MLP, grouped-query attention, RoPE with or without Llama
+3's scaling, one sliding window for all layers (Mistral) or none.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
   """config.json of an untied Llama or Mistral, for 4.x and 5.x.
 
-  Its layers are all alike; families in which they differ replace the fields.
+  Assumes that all layers are alike; other families override the fields.
   """
   rope = config.ropes[0]
   scaling = fields_lib.rope_to_hf(rope)

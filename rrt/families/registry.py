@@ -9,12 +9,12 @@ from rrt.families.base import Family
 
 
 def families() -> tuple[Family, ...]:
-  """All families, in the order in which errors list them."""
+  """All supported families, in the order of error messages."""
   return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3)
 
 
 def family_of(config: ModelConfig) -> Family:
-  """The family that a model came from."""
+  """The family of a model configuration."""
   return next(f for f in families() if f.name == config.family)
 
 

@@ -31,14 +31,14 @@ _SOON = 256  # tokens that the first cache has room for behind the prompts
 
 
 class DecodeRows(NamedTuple):
-  """Where each row of a batch stands.
+  """Decoding state of each row of a batch.
 
   Attributes:
-    token_B: its newest token, not yet in the cache.
-    position_B: the slot that this token will take.
-    count_B: how many tokens it has sampled.
-    max_new_tokens_B: how many it may sample.
-    done_B: whether it has ended.
+    token_B: the last sampled token, not yet in the cache.
+    position_B: the cache slot of this token.
+    count_B: number of tokens sampled.
+    max_new_tokens_B: limit of `count_B`.
+    done_B: whether the row has finished.
   """
 
   token_B: Array
@@ -49,7 +49,7 @@ class DecodeRows(NamedTuple):
 
 
 class Static(NamedTuple):
-  """What a step is compiled for."""
+  """Static arguments of a compiled step."""
 
   config: ModelConfig
   loops: int
@@ -63,7 +63,7 @@ _jit = functools.partial(jax.jit, static_argnames=('static',))
 def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
   """Runs tokens at positions start.. into the cache.
 
-  Without a start they are the first, and the cache is empty.
+  Without a start they are the first tokens, and the cache must be empty.
 
   Returns:
     The hidden state of each row's last prompt token, where this chunk or an
@@ -92,7 +92,7 @@ def extend(params, cache, last_BxD, tokens_BxL, start, length_B, *, static):
 @_jit
 def begin(params, last_BxD, rows, sampling, eos_E, *, static):
   """Samples each row's first token from its prompt's last hidden state."""
-  return _draw(params, last_BxD, rows, sampling, eos_E, static)
+  return _sample(params, last_BxD, rows, sampling, eos_E, static)
 
 
 @functools.partial(_jit, donate_argnames=('cache',))
@@ -100,8 +100,8 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
   """Decodes until `limit` tokens are sampled or all rows are done.
 
   Returns:
-    tokens_BxT: what was sampled, T = `CALL`; -1 where a row was done.
-    rows: where they stand now.
+    tokens_BxT: sampled tokens, T = `CALL`; -1 for rows that were done.
+    rows: the new decoding state.
     cache: the written cache.
   """
 
@@ -120,7 +120,7 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
     # A row that is done feeds its last token to the same slot for ever.
     moved_B = rows.position_B + jnp.where(rows.done_B, 0, 1)
     was_done_B = rows.done_B
-    rows = _draw(
+    rows = _sample(
       params, step.hidden_BxLxD[:, 0], rows._replace(position_B=moved_B), sampling, eos_E, static
     )
     token_B = jnp.where(was_done_B, -1, rows.token_B)
@@ -136,8 +136,8 @@ def advance(params, cache, rows, sampling, eos_E, limit, *, static):
   return out_BxT, rows, cache
 
 
-def _draw(params, hidden_BxD, rows, sampling, eos_E, static):
-  """The rows with their next token sampled; rows that are done stay."""
+def _sample(params, hidden_BxD, rows, sampling, eos_E, static):
+  """Samples the next token of each row; rows that are done are unchanged."""
   head = static.config, params, hidden_BxD, static.dtype
   if sampling is None:
     token_B = transformer.greedy_token(*head)
@@ -163,7 +163,7 @@ def grow(cache: Cache, *, length: int, static: Static) -> Cache:
 
 @dataclasses.dataclass
 class Clock:
-  """Tokens and seconds of a run; compilation is counted apart."""
+  """Counts tokens and seconds; compilation separately."""
 
   prefill_tokens: int = 0
   prefill_seconds: float = 0.0
@@ -173,13 +173,13 @@ class Clock:
 
 
 class Decoder:
-  """A model made ready for decoding, and the loop that drives a batch.
+  """A model prepared for decoding, and the host loop over a batch.
 
   Attributes:
     static: the model's shape, the loops it runs, the dtype it computes in.
     params: weights in that dtype on the device, one subtree a layer; see
       `transpose_kernels`.
-    clock: what all calls so far took.
+    clock: tokens and seconds of all calls.
   """
 
   def __init__(
@@ -200,19 +200,19 @@ class Decoder:
     eos: Sequence[int] = (),
     call: int = CALL,
   ):
-    """Yields sampled tokens of a batch as they come.
+    """Decodes a batch and yields its sampled tokens.
 
     Args:
       prompts: token ids of each row; none empty.
-      max_new_tokens: how many tokens each row may sample; with its prompt within the
+      max_new_tokens: limit of each row; prompt and new tokens must fit the
         model's context.
       sampling: settings of the rows; None is greedy.
       eos: tokens that end their row.
-      call: tokens sampled between two looks of the host, 1..CALL.
+      call: tokens of one device call, 1..CALL.
 
     Yields:
-      tokens: list of new ids a row; nothing for rows that are done. Whoever
-        iterates may send the indices of rows that are to end.
+      tokens: list of new ids a row; empty for rows that are done. The consumer
+        may send the indices of rows to stop.
     """
     static, clock = self.static, self.clock
     B, context = len(prompts), static.config.max_context
@@ -255,7 +255,7 @@ class Decoder:
       ended = yield tokens
 
   def _prefill(self, prompts, length_B, cache):
-    """Runs all prompts into the cache, a bounded chunk at a time."""
+    """Prefills all prompts in chunks of bounded size."""
     B, longest = len(prompts), int(length_B.max())
     most = bucket(min(max(CHUNK_TOKENS // B, 64), longest))
     last_BxD = jnp.zeros((B, self.static.config.d_model), self.static.dtype)

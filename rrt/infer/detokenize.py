@@ -1,4 +1,4 @@
-"""A row's text as it is written: whole characters, stop strings, streaming."""
+"""Incremental detokenization: whole characters, stop strings, streaming."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CONTEXT = 8
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What a model wrote after one prompt.
+  """The completion of one prompt.
 
   Attributes:
-    text: without the prompt, end tokens and the stop string.
-    tokens: ids as drawn, with the end token or stop string that ended them.
-    prompt_tokens: how many tokens the prompt has.
+    text: without prompt, end token and stop string.
+    tokens: sampled ids, with the end token or stop string that ended them.
+    prompt_tokens: number of tokens of the prompt.
     finish_reason: 'end' (an end token), 'stop' (a stop string), 'length'
       (max_new_tokens) or 'context' (the model's context is full).
   """
@@ -34,10 +34,10 @@ class Completion:
 
 
 class Detokenizer:
-  """One row's text as it grows; finds stop strings, hands out what is sure.
+  """Detokenizes one row; finds stop strings, streams text that is final.
 
   Attributes:
-    tokens: taken so far, none behind an end token or a stop string.
+    tokens: accepted so far, none behind an end token or a stop string.
     stopped: whether a stop string was met.
   """
 
@@ -60,7 +60,7 @@ class Detokenizer:
     self._ended = False
 
   def extend(self, tokens: Sequence[int]) -> None:
-    """Takes new tokens; those behind a stop string are dropped."""
+    """Appends new tokens; those behind a stop string are dropped."""
     for token in tokens:
       if self.stopped or self._ended:
         break
@@ -73,7 +73,7 @@ class Detokenizer:
     self._hand_out(len(self._text) - self._held())
 
   def finish(self, prompt_tokens: int, reason: str) -> Completion:
-    """The completion; `reason` is why it ended if nothing it knows of."""
+    """The completion; `reason` applies unless an end token or stop string was met."""
     if not (self.stopped or self._ended):
       self._grow(self._stream.flush())
     self._hand_out(len(self._text))
@@ -95,7 +95,7 @@ class Detokenizer:
       self._text, self.stopped = self._text[: min(found)], True
 
   def _held(self) -> int:
-    """How much of the end might be the beginning of a stop string."""
+    """Length of the text's longest suffix that may begin a stop string."""
     if self.stopped or self._ended:
       return 0
     for size in range(max(map(len, self._stops), default=1) - 1, 0, -1):
@@ -110,14 +110,14 @@ class Detokenizer:
 
 
 class StreamDecoder:
-  """Text as it comes, one token at a time.
+  """Decodes text incrementally, one token at a time.
 
   A character may be spread over tokens and a decoder may strip a leading
   space, so the tail since the last complete text is decoded together.
   """
 
   def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, before: Sequence[int] = ()):
-    """`before`: the tokens that the text goes on from, not handed out."""
+    """`before`: the preceding tokens, which are not returned as text."""
     self._tokenizer = tokenizer
     self._skip = skip_special
     self._ids: list[int] = [int(i) for i in before[-_CONTEXT:]]
@@ -125,12 +125,12 @@ class StreamDecoder:
     self._shown = len(self._ids)  # Ids whose text was handed out.
 
   def push(self, token_id: int) -> str:
-    """The text that becomes complete with this token, often ''."""
+    """The text that this token completes, often ''."""
     self._ids.append(int(token_id))
     return self._take(final=False)
 
   def flush(self) -> str:
-    """What is left, an unfinished character as U+FFFD."""
+    """The remaining text, with an incomplete character as U+FFFD."""
     return self._take(final=True)
 
   def _take(self, final: bool) -> str:
@@ -144,7 +144,7 @@ class StreamDecoder:
 
 
 class _Mute:
-  """Stands for a stream decoder where there is no tokenizer."""
+  """A stream decoder without a tokenizer: all text is ''."""
 
   def push(self, token: int) -> str:
     del token

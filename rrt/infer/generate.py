@@ -39,20 +39,19 @@ def complete(
     model: what `rrt.load` gives, or a `Generator` over it, which keeps the
       prepared weights from call to call.
     prompts: a text, texts, or lists of token ids.
-    params: how to sample; keyword arguments change single fields, such as
-      `max_new_tokens=40` or `temperature=0.8`.
+    params: sampling parameters; keyword arguments override single fields, such
+      as `max_new_tokens=40` or `temperature=0.8`.
     loops: how many loops of the block to run; None for all.
     dtype: 'float32' or 'bfloat16', of weights and computation.
-    chat: prompts are messages of a user; put them in the chat template.
-    stream: called with (index of the prompt, new text) as text comes.
+    chat: prompts are user messages; apply the chat template.
+    stream: called with (index of the prompt, new text) during generation.
     **changes: fields of `SamplingParams`.
 
   Returns:
-    One completion a prompt, in order. Each is what the prompt would give
-    alone.
+    One completion a prompt, in order. Each is independent of the other prompts.
 
   Raises:
-    InputError: a setting or prompt that cannot work; nothing was run.
+    InputError: an invalid setting or prompt; nothing was run.
   """
   params = (params or SamplingParams()).replace(**changes)
   params.check()
@@ -62,7 +61,7 @@ def complete(
 
 
 class Generator:
-  """A model whose weights stay prepared between calls of `complete`.
+  """Keeps a model's prepared weights between calls of `complete`.
 
   Attributes:
     clock: tokens and seconds of all calls; see `rrt.infer.decode.Clock`.
@@ -127,7 +126,7 @@ class Generator:
 
 
 def _drive(run, texts: list[Detokenizer]) -> Iterator[list[list[int]]]:
-  """Iterates a decoder's run, telling it which rows met a stop string."""
+  """Iterates a decoder's run, and stops rows that met a stop string."""
   try:
     tokens = next(run)
     while True:
@@ -167,7 +166,7 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 
 def check_prompts(config, ids: Sequence[Sequence[int]]) -> None:
-  """Raises InputError for the first prompt that the model cannot take."""
+  """Raises InputError for the first prompt that is empty, too long or out of range."""
   for i, prompt in enumerate(ids):
     if not prompt:
       raise InputError(f'Prompt {i} has no tokens; give at least one.')

@@ -1,6 +1,6 @@
-"""`SamplingParams`, and sampling the next token of each row by its own.
+"""`SamplingParams`, and sampling the next token of each row by its own parameters.
 
-Every rule keeps the tokens at or above a threshold of its row. Thresholds are
+Top-k, top-p and min-p keep the tokens above a threshold of the row. Thresholds are
 found by bisection over the 32 bits of the logits, without a sort: a sort of a
 vocabulary of 50 thousand costs more than a small model's decode step.
 
@@ -30,19 +30,18 @@ _LARGE = 1e30  # Far from where float32 ends.
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How a sequence is sampled and when it ends, as vLLM names it.
+  """Sampling parameters of a request, with vLLM's names.
 
   Attributes:
-    max_new_tokens: tokens to write at most.
-    temperature: 0 always takes the most likely token; above, logits are
-      divided by it and tokens drawn.
-    top_k: draw from the k most likely tokens only; 0 is all.
+    max_new_tokens: maximum number of new tokens.
+    temperature: 0 is greedy; above, logits are divided by it and sampled.
+    top_k: sample from the k most likely tokens only; 0 is all.
     top_p: of those, from the fewest that hold this much probability.
     min_p: of those, from the ones at least this times as likely as the most
       likely one.
     seed: of the first prompt, the others count up; or one for each.
-    stop: texts that end a completion where they first appear.
-    ignore_eos: write on through end tokens.
+    stop: strings that end a completion at their first occurrence.
+    ignore_eos: continue after end tokens.
     presence_penalty, frequency_penalty, repetition_penalty: see
       `PenaltyArrays`; of the engine alone.
     logprobs: alternatives to return log-probabilities of; None for none at
@@ -63,7 +62,7 @@ class SamplingParams:
   logprobs: int | None = None
 
   def replace(self, **changes) -> SamplingParams:
-    """The same with some fields changed; one stop string may be given bare."""
+    """A copy with some fields changed; a single stop string needs no tuple."""
     stop = changes.get('stop', self.stop)
     changes['stop'] = (stop,) if isinstance(stop, str) else tuple(stop)
     return dataclasses.replace(self, **changes)
@@ -75,7 +74,7 @@ class SamplingParams:
     return penalties != (0, 0, 1)
 
   def check(self) -> None:
-    """Raises InputError for the first field that cannot work."""
+    """Raises InputError for the first invalid field."""
 
     def need(ok: bool, field: str, why: str) -> None:
       if not ok:
@@ -107,7 +106,7 @@ class SamplingParams:
     need(self.logprobs is None or whole('logprobs', 0), 'logprobs', 'whole, 0 or more, or none')
 
   def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
-    """Raises InputError for what these prompts or this model cannot have."""
+    """Raises InputError for fields that do not fit the prompts or the model."""
     if not isinstance(self.seed, int | np.integer) and len(self.seed) != prompts:
       raise InputError(
         f'seed has {len(self.seed)} values for {prompts} prompts; give one for each, or one in all.'
@@ -161,12 +160,12 @@ def greedy(logits_BxV):
 
 
 def sample(logits_BxV, sampling: SamplingArrays, step_B):
-  """Draws one token a row, int [B].
+  """Samples one token a row, int [B].
 
   Args:
     logits_BxV: float.
     sampling: the rows' settings.
-    step_B: int; how many tokens each row has so far.
+    step_B: int; number of tokens that each row has sampled.
   """
   # What XLA flushes to 0 is 0.
   hot_B = sampling.temperature_B >= jnp.finfo(jnp.float32).tiny
@@ -178,22 +177,22 @@ def sample(logits_BxV, sampling: SamplingArrays, step_B):
   kept_BxV = keep_top_k(scaled_BxV, sampling.top_k_B)
   kept_BxV = keep_top_p(kept_BxV, sampling.top_p_B)
   kept_BxV = keep_min_p(kept_BxV, sampling.min_p_B)
-  drawn_B = jax.vmap(_draw)(kept_BxV, sampling.seed_B, step_B)
-  return jnp.where(hot_B, drawn_B, greedy(logits_BxV))
+  sampled_B = jax.vmap(_sample_categorical)(kept_BxV, sampling.seed_B, step_B)
+  return jnp.where(hot_B, sampled_B, greedy(logits_BxV))
 
 
-def _draw(logits_V, seed, step):
+def _sample_categorical(logits_V, seed, step):
   key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
 
 class PenaltyArrays(NamedTuple):
-  """What each row pays for tokens that it has; 0, 0 and 1 change nothing.
+  """Penalties of repeated tokens, by row; 0, 0 and 1 have no effect.
 
   Attributes:
-    presence_B: subtracted from the logit of each token that was drawn.
-    frequency_B: subtracted as often as it was drawn.
-    repetition_B: logits above 0 of tokens of prompt and draws are divided by
+    presence_B: subtracted from the logit of each token sampled so far.
+    frequency_B: subtracted once for each time that it was sampled.
+    repetition_B: logits above 0 of tokens of prompt and completion are divided by
       it, those below multiplied (Keskar et al., arXiv 1909.05858).
   """
 
@@ -202,22 +201,22 @@ class PenaltyArrays(NamedTuple):
   repetition_B: Array
 
 
-def penalize(logits_BxV, penalties: PenaltyArrays, drawn_BxV, prompt_BxV):
-  """Logits less what repeating costs, float32.
+def penalize(logits_BxV, penalties: PenaltyArrays, counts_BxV, prompt_BxV):
+  """Applies penalties to logits, float32.
 
   Args:
     logits_BxV: float.
     penalties: of the rows.
-    drawn_BxV: how often each token was drawn.
+    counts_BxV: how often each token was sampled.
     prompt_BxV: bool, whether it is in the prompt.
   """
   logits_BxV = logits_BxV.astype(jnp.float32)
-  again_BxV = prompt_BxV | (drawn_BxV > 0)
+  again_BxV = prompt_BxV | (counts_BxV > 0)
   factor_Bx1 = penalties.repetition_B[:, None]
   harder_BxV = jnp.where(logits_BxV > 0, logits_BxV / factor_Bx1, logits_BxV * factor_Bx1)
   logits_BxV = jnp.where(again_BxV, harder_BxV, logits_BxV)
-  cost_BxV = penalties.frequency_B[:, None] * drawn_BxV
-  cost_BxV += penalties.presence_B[:, None] * (drawn_BxV > 0)
+  cost_BxV = penalties.frequency_B[:, None] * counts_BxV
+  cost_BxV += penalties.presence_B[:, None] * (counts_BxV > 0)
   return logits_BxV - cost_BxV
 
 

@@ -19,14 +19,14 @@ from rrt.sharding import constrain
 
 
 class Context(NamedTuple):
-  """What all layers of one forward pass see.
+  """Inputs shared by all layers of one forward pass.
 
   Attributes:
     positions_BxL: of each token in its document.
     segments_BxL: document of each token, or None for one a row.
     cos_TxBxLxK, sin_TxBxLxK: rotary tables.
-    left_BxL: bool, tokens whose residual stream no layer changes any more,
-      as they have left the block; None for none.
+    left_BxL: bool, tokens that have left the block, whose residual stream stays
+      unchanged; None for none.
   """
 
   positions_BxL: jax.Array
@@ -36,7 +36,7 @@ class Context(NamedTuple):
   left_BxL: jax.Array | None = None
 
   def repeat_rows(self, times: int) -> Context:
-    """The context of a batch in which each row stands `times` in a row."""
+    """The context of a batch in which each row is repeated `times` times."""
     row = lambda t, axis: jnp.repeat(t, times, axis)
     segments_BxL = self.segments_BxL
     return Context(
@@ -48,7 +48,7 @@ class Context(NamedTuple):
 
 
 class AttnSpec(NamedTuple):
-  """What differs by depth besides weights; a scalar, or one value a row.
+  """Attention settings of one depth; scalars, or one value a row.
 
   Attributes:
     window: sliding window in tokens, 0 for global; None if all are global.
@@ -102,7 +102,7 @@ class Attention(nn.Module):
     return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
 
   def write_kv(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
-    """The cache with keys and values of x written; attends to nothing."""
+    """Writes keys and values of x to the cache, without attention."""
     k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
     return kv.update(k_BxLxGxDh, v_BxLxGxDh, context)[0]
 

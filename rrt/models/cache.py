@@ -58,9 +58,9 @@ class KV(NamedTuple):
 
 
 class EmptyKV(NamedTuple):
-  """A KV that holds nothing yet, and whose next tokens take slots 0, 1, ..
+  """An empty KV, whose next tokens are written to slots 0, 1, ...
 
-  These attend to each other alone, so that the slots are not read.
+  They attend to each other only, so the slots are not read.
   """
 
   k_BxGxDhxS: jax.Array

@@ -7,7 +7,7 @@ from rrt.relax.base import count_all
 
 
 class ParamCount(NamedTuple):
-  """How many numbers a model holds, and how many its depth uses.
+  """Number of parameters, unique and of the untied model.
 
   Attributes:
     unique: distinct parameters; what is stored and trained.

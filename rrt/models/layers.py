@@ -1,4 +1,4 @@
-"""Norm, linear, rotary embedding, gated MLP: the maths and its thin modules.
+"""Norm, linear, rotary embedding and gated MLP: functions and linen modules.
 
 B batch, L length, D model, F out or ffn, H heads, Dh head size, R loops,
 T rotary tables.

@@ -32,8 +32,8 @@ _HIDDEN = -1e30
 class KVPool(NamedTuple):
   """Keys (after RoPE) and values of one layer, in all loops and slots.
 
-  bfloat16 lies here as the uint16 of its bits: XLA's CPU backend would copy
-  the whole of a bfloat16 array for every scatter into it.
+  bfloat16 is stored as the uint16 of its bits: XLA's CPU backend would copy the
+  whole bfloat16 array for every scatter into it.
   """
 
   k_PxGxDhxC: jax.Array
@@ -62,7 +62,7 @@ class PagedKV(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PageRange:
-  """Where one layer keeps its loops: of slot s, at base + s * count.
+  """Page ranges of one layer by loop: slot s begins at page base + s * count.
 
   Attributes:
     base: first page by loop.
@@ -75,7 +75,7 @@ class PageRange:
   pages: int
 
   def rows(self, slot_B, loop_BxW, live_B):
-    """`base_BxW` and `count_BxW` of rows; dead rows lie past the end."""
+    """`base_BxW` and `count_BxW` of rows; dead rows get pages past the end."""
     base_R, count_R = np.array(self.base), np.array(self.count)
     count_BxW = jnp.asarray(count_R)[loop_BxW]
     base_BxW = jnp.asarray(base_R)[loop_BxW] + slot_B[:, None] * count_BxW
@@ -83,7 +83,7 @@ class PageRange:
 
 
 class CacheLayout(NamedTuple):
-  """Regions of prelude, block and coda, by layer."""
+  """Page ranges of prelude, block and coda, by layer."""
 
   prelude: tuple[PageRange, ...]
   block: tuple[PageRange, ...]
@@ -91,7 +91,7 @@ class CacheLayout(NamedTuple):
 
 
 class KVPools(NamedTuple):
-  """Stores of prelude, block and coda, by layer."""
+  """KV pools of prelude, block and coda, by layer."""
 
   prelude: tuple[KVPool, ...]
   block: tuple[KVPool, ...]
@@ -122,14 +122,14 @@ def make_cache_layout(config: ModelConfig, slots: int, context: int, page: int) 
 
 
 def layout_bytes(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> int:
-  """Bytes of all stores of a layout."""
+  """Bytes of all pools of a layout."""
   pages = sum(r.pages for part in layout for r in part)
   position = 2 * config.num_kv_heads * config.head_dim
   return pages * page * position * jnp.dtype(dtype).itemsize
 
 
 def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KVPools:
-  """Empty stores."""
+  """Empty pools."""
   G, Dh = config.num_kv_heads, config.head_dim
   kept = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
@@ -143,21 +143,21 @@ def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KV
 
 
 def pack(x, dtype):
-  """Keys or values as a pool of this dtype holds them."""
+  """Converts keys or values to a pool's storage dtype."""
   if dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
   return x.astype(dtype)
 
 
 def unpack(x, dtype):
-  """What a pool holds, for a computation in this dtype."""
+  """Converts a pool's storage to the dtype of a computation."""
   if x.dtype == jnp.uint16:
     x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
   return x.astype(dtype)
 
 
 def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
-  """Puts one token a row at its position, in all loops that it writes."""
+  """Writes one token a row at its position, in all loops that it writes."""
   k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
   P, C = v_PxGxCxDh.shape[0], v_PxGxCxDh.shape[2]
   page_BxW = kv.base_BxW + (position_Bx1 // C) % kv.count_BxW
@@ -238,7 +238,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
 
 
 def insert(kv_pool: KVPool, page_range: PageRange, loop: int, slot, kv: KV, length):
-  """Moves one prefilled row into a slot's pages of one loop.
+  """Copies one prefilled row into a slot's pages of one loop.
 
   Args:
     kv_pool: of the layer.
@@ -246,7 +246,7 @@ def insert(kv_pool: KVPool, page_range: PageRange, loop: int, slot, kv: KV, leng
     loop: which loop `kv` belongs to.
     slot: int scalar.
     kv: of one row: keys [1, G, Dh, S], values [1, G, S, Dh].
-    length: int scalar; how many of its tokens count.
+    length: int scalar; number of valid tokens.
   """
   G, S, Dh = kv.v_BxGxSxDh.shape[1:]
   P, C = kv_pool.v_PxGxCxDh.shape[0], kv_pool.v_PxGxCxDh.shape[2]

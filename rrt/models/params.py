@@ -26,7 +26,7 @@ def cast(params, dtype: str):
 
 
 def transpose_kernels(params):
-  """Unstacked parameters with matrices as decoding multiplies them fastest."""
+  """Unstacked parameters with matrices in the layout that is fastest for decoding."""
   if not matmul.prefers_transposed():
     return params
   parts = {k: params[k] for k in ('prelude', 'block', 'coda') if k in params}
@@ -37,8 +37,8 @@ def bucket(n: int, most: int | None = None, least: int = 16) -> int:
   """N rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
 
   Args:
-    n: what has to fit.
-    most: never more than this.
+    n: the length to round up.
+    most: upper limit of the result.
     least: the smallest bucket, a power of 2.
   """
   size = least

@@ -33,7 +33,7 @@ def run_prelude(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, sc
     scan: as in `forward`.
 
   Returns:
-    (x_BxLxD, kvs): what the block's first loop takes, and the written KVs.
+    (x_BxLxD, kvs): the input of the block's first loop, and the written KVs.
   """
   chex.assert_rank(tokens_BxL, 2)
   x_BxLxD = embed(config, params['embed']['table'], tokens_BxL, dtype)
@@ -51,7 +51,7 @@ def run_coda(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: 
   """Coda and final norm of the block's output; arguments as for `run_prelude`.
 
   Returns:
-    (hidden_BxLxD, kvs): what the head takes, and the written KVs.
+    (hidden_BxLxD, kvs): the input of the head, and the written KVs.
   """
   with float32_is_float32(x_BxLxD.dtype):
     if config.coda_layers:
@@ -110,10 +110,10 @@ def block_attn_specs(config: ModelConfig, loop) -> AttnSpec:
 
 
 def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
-  """Writes keys and values of x in some loop and computes nothing else of it.
+  """Writes keys and values of x for a loop, without attention and MLP.
 
-  What CALM calls state propagation: a token that left early gives the loops
-  that it skipped the projections of the state in which it left.
+  State propagation (CALM, arXiv 2207.07061): the loops that a token skipped
+  cache the projections of its hidden state at the exit.
 
   Args:
     config: the model's shape.

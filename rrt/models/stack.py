@@ -56,12 +56,12 @@ class Layer(nn.Module):
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed')), kv
 
   def attn_post(self, y_BxLxD, loop):
-    """What attention adds to the residual stream."""
+    """Post-norm of attention's output, if the family has one."""
     post = self.config.post_norms
     return self.attn_post_norm(y_BxLxD, loop) if post else y_BxLxD
 
   def mlp_post(self, y_BxLxD, loop):
-    """What the MLP adds to the residual stream."""
+    """Post-norm of the MLP's output, if the family has one."""
     post = self.config.post_norms
     return self.mlp_post_norm(y_BxLxD, loop) if post else y_BxLxD
 

@@ -33,15 +33,15 @@ from rrt.sharding import constrain
 
 
 class Output(NamedTuple):
-  """What a forward pass gives; logits are computed from it when asked for.
+  """Output of a forward pass; `logits` computes the logits from it.
 
   Attributes:
     hidden_BxLxD: after the final norm.
-    loops_RxBxLxD: the block's output after each loop, if asked for.
+    loops_RxBxLxD: the block's output after each loop, if requested.
     cache: the written cache, if one was given.
-    exits_RxBxLxD: after coda and final norm, had all tokens left after each
-      loop, if asked for; the last is `hidden_BxLxD`.
-    aux: losses and statistics of the relaxations, if asked for.
+    exits_RxBxLxD: after coda and final norm with all tokens leaving after each
+      loop, if requested; the last is `hidden_BxLxD`.
+    aux: losses and statistics of the relaxations, if requested.
   """
 
   hidden_BxLxD: jax.Array

@@ -127,8 +127,8 @@ def _matmul_transposed(x, kernel_FxD):
 @functools.cache
 def _avx512_alone() -> bool:
   """Whether these cores have AVX-512 and no AMX."""
-  told = Path('/proc/cpuinfo')
-  flags = told.read_text().split() if told.exists() else ()
+  cpuinfo = Path('/proc/cpuinfo')
+  flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
   return 'avx512f' in flags and 'amx_bf16' not in flags
 
 

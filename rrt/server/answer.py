@@ -1,4 +1,4 @@
-"""OpenAI responses, whole or streamed, from the engine's output."""
+"""Builds OpenAI responses, whole or streamed, from the engine's output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
 
 
 class Answer:
-  """Writes the objects of one answer."""
+  """Builds the response objects of one job."""
 
   def __init__(self, job: Job, model: str, tokenizer):
     self._job, self._model, self._tokenizer = job, model, tokenizer
@@ -38,10 +38,10 @@ class Answer:
     }
 
   def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
-    """A piece of a stream."""
+    """One chunk of a streamed response."""
     text = ''.join(t for t, _ in event.pieces)
-    told = self._told(self._job.requests[index], event.first, event.tokens)
-    choice: dict[str, Any] = {'index': index, 'logprobs': told}
+    logprobs = self._logprobs(self._job.requests[index], event.first, event.tokens)
+    choice: dict[str, Any] = {'index': index, 'logprobs': logprobs}
     if self._job.chat:
       role = {'role': 'assistant'} if begin else {}
       choice['delta'] = role | ({'content': text} if text or begin else {})
@@ -56,11 +56,11 @@ class Answer:
     return self._shell([choice], chunk=True)
 
   def usage_chunk(self) -> dict[str, Any]:
-    """The last piece of a stream that asks for a count."""
+    """The last chunk of a stream with `include_usage`."""
     return self._shell([], chunk=True) | {'usage': self._usage()}
 
   def whole(self, texts: Sequence[str]) -> dict[str, Any]:
-    """The answer in one piece, of requests that have ended."""
+    """The whole response, of requests that have finished."""
     choices = []
     for i, (request, text) in enumerate(zip(self._job.requests, texts, strict=True)):
       choice: dict[str, Any] = {'index': i}
@@ -68,7 +68,7 @@ class Answer:
         choice['message'] = {'role': 'assistant', 'content': text}
       else:
         choice['text'] = text
-      choice['logprobs'] = self._told(request, 0, len(request.tokens))
+      choice['logprobs'] = self._logprobs(request, 0, len(request.tokens))
       choice['finish_reason'] = FINISH.get(request.finish)
       choices.append(choice)
     return self._shell(choices, chunk=False) | {'usage': self._usage()}
@@ -77,8 +77,12 @@ class Answer:
     requests = self._job.requests
     # The choices of a prompt share it.
     prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
-    drawn = sum(len(r.detokenizer.tokens) for r in requests if r.detokenizer)
-    return {'prompt_tokens': prompt, 'completion_tokens': drawn, 'total_tokens': prompt + drawn}
+    completion = sum(len(r.detokenizer.tokens) for r in requests if r.detokenizer)
+    return {
+      'prompt_tokens': prompt,
+      'completion_tokens': completion,
+      'total_tokens': prompt + completion,
+    }
 
   def _name(self, token: int) -> str:
     """A token's text."""
@@ -87,13 +91,13 @@ class Answer:
     return self._names[token]
 
   def _bytes(self, token: int) -> list[int]:
-    """A token's bytes, also where they are a part of a character."""
+    """A token's bytes, which may be part of a character."""
     if '\ufffd' not in self._name(token):
       return list(self._name(token).encode())
     return list(token_bytes(self._tokenizer, token) or b'')
 
-  def _told(self, request: Request, first: int, count: int) -> dict[str, Any] | None:
-    """Log-probabilities of some of a request's tokens."""
+  def _logprobs(self, request: Request, first: int, count: int) -> dict[str, Any] | None:
+    """The `logprobs` object of some of a request's tokens."""
     if request.params.logprobs is None or request.detokenizer is None:
       return None
     name = self._name
@@ -112,7 +116,7 @@ class Answer:
     }
 
   def _offsets(self, request: Request, first: int, count: int) -> list[int]:
-    """Where tokens begin, by the lengths of those before them."""
+    """Character offset of each token in the text."""
     tokens = request.detokenizer.tokens[: first + count] if request.detokenizer else []
     sizes = (len(self._name(t)) for t in tokens)
     return list(itertools.accumulate(sizes, initial=0))[first : first + count]

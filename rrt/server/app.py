@@ -1,4 +1,4 @@
-"""The HTTP side: routes, limits, keys, streams."""
+"""The ASGI application: routes, limits, API key, streaming."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _LAST_WORD = 1.0  # Seconds to tell a client that its time is over.
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a client may ask for.
+  """Limits of requests.
 
   Attributes:
-    body_bytes: of a request.
-    body_seconds: for its arrival.
-    max_tokens: of one answer.
-    seconds: for one answer, from its arrival.
-    retry_after: seconds that a refused client is asked to wait.
+    body_bytes: size of a request's body.
+    body_seconds: time for receiving the body.
+    max_tokens: new tokens of one completion.
+    seconds: time for a response, from the request's arrival.
+    retry_after: `Retry-After` of a 429, in seconds.
   """
 
   body_bytes: int = 1 << 20
@@ -52,7 +52,7 @@ class Limits:
 
 
 class Server:
-  """Handlers around a worker."""
+  """HTTP handlers in front of a worker."""
 
   def __init__(self, worker: Worker, tokenizer, name: str, limits: Limits, key: str | None = None):
     self.worker, self.name, self.limits = worker, name, limits
@@ -60,7 +60,7 @@ class Server:
     self._key = None if key is None else key.encode()
 
   def app(self) -> Starlette:
-    """The ASGI application; the engine runs as long as it does."""
+    """The ASGI application; its lifespan starts and stops the worker."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
@@ -81,7 +81,7 @@ class Server:
     return Starlette(routes=routes, lifespan=lifespan)
 
   def _guarded(self, handler):
-    """The handler behind the key, its refusals as OpenAI writes them."""
+    """Wraps a handler: checks the API key, returns errors in OpenAI's format."""
 
     async def guarded(request: Request):
       try:
@@ -180,14 +180,14 @@ class Server:
     return complete
 
   async def _read_in_time(self, request: Request) -> bytes:
-    """The body, from a client that does not stop half-way."""
+    """Reads the body within `body_seconds`."""
     try:
       return await asyncio.wait_for(self._read(request), self.limits.body_seconds)
     except TimeoutError:
       raise Refused(f'The body took longer than {self.limits.body_seconds:.0f} s.', 408) from None
 
   async def _read(self, request: Request) -> bytes:
-    """The body, no longer than allowed."""
+    """Reads the body up to `body_bytes`."""
     most = self.limits.body_bytes
     length = request.headers.get('content-length', '0')
     parts, size = [], 0
@@ -201,7 +201,7 @@ class Server:
     return b''.join(parts)
 
   async def _wait(self, request: Request, tickets: list[Ticket], answer):
-    """The whole answer; a client that goes away ends its requests."""
+    """The whole response; a disconnected client cancels its requests."""
 
     async def read(ticket: Ticket) -> str:
       pieces: list[str] = []
@@ -232,7 +232,7 @@ class Server:
   async def _stream(
     self, job: protocol.Job, tickets: list[Ticket], answer
   ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of all choices as they come."""
+    """Streams server-sent events of all choices."""
     merged: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
     async def read(index: int, ticket: Ticket) -> None:
@@ -268,17 +268,17 @@ class Server:
 
 
 class Events(StreamingResponse):
-  """Server-sent events that end in time, read or not."""
+  """A stream of server-sent events with a time limit, read or not."""
 
   def __init__(
     self, events: AsyncGenerator[bytes, None], seconds: float, leave: Callable[[], None]
   ):
-    """`leave`: called at the end; the events may not have begun."""
+    """`leave` is called at the end, also if no event was sent."""
     super().__init__(events, media_type='text/event-stream', headers={'Cache-Control': 'no-cache'})
     self._events, self._seconds, self._leave = events, seconds, leave
 
   async def stream_response(self, send) -> None:
-    """Sends them; a client that stops reading holds up `send` itself."""
+    """Sends the events; `send` itself blocks if the client stops reading."""
     try:
       async with asyncio.timeout(self._seconds):
         await super().stream_response(send)
@@ -293,7 +293,7 @@ class Events(StreamingResponse):
 
 
 async def _disconnected(request: Request) -> None:
-  """Returns when the client has gone away."""
+  """Returns when the client has disconnected."""
   while (await request.receive())['type'] != 'http.disconnect':
     pass
 

@@ -1,4 +1,4 @@
-"""uvicorn as the server runs it: connections and their limits."""
+"""uvicorn with limits on idle and unfinished connections."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ _SPARE = 256
 
 
 class Connection(H11Protocol):
-  """A connection that ends when its client sends no whole request.
+  """A connection that is closed if its client sends no complete request.
 
-  uvicorn alone waits for ever: for a first request, for the rest of one that
-  has begun, and for the rest of a body after the answer. Each connection takes
-  one of `limit_concurrency` places.
+  uvicorn alone waits endlessly for a first request, for the rest of one, and for
+  the rest of a body after the response, while each connection takes one of
+  `limit_concurrency` places.
 
   Attributes:
-    idle_seconds: how long nothing may be asked, from the connection on, or
-      from the first byte after an answer; a body that is still on its way when
-      it has been refused has as long.
+    idle_seconds: time for a complete request head, from the connection or from
+      the first byte after a response; also for the rest of a refused body.
   """
 
   idle_seconds = 30.0
@@ -69,9 +68,9 @@ def http_server(app, requests: int, seconds: float, log_requests: bool) -> uvico
 
   Args:
     app: the ASGI application.
-    requests: that it holds at once.
-    seconds: for one answer, which SIGTERM lets end.
-    log_requests: whether to print a line for each.
+    requests: concurrent requests.
+    seconds: time for one response; SIGTERM waits as long for running ones.
+    log_requests: whether to print a line a request.
   """
   config = uvicorn.Config(
     app,

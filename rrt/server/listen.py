@@ -1,4 +1,4 @@
-"""The socket of the server."""
+"""Binds the server's socket."""
 
 import socket
 
@@ -6,16 +6,16 @@ from rrt.errors import InputError
 
 
 def bind(host: str, port: int, seconds: float) -> socket.socket:
-  """A socket at an address, which does not listen yet.
+  """Binds a socket to an address, without listening yet.
 
   Args:
-    host: its name or number.
+    host: name or IP address.
     port: 0 takes a free one.
-    seconds: until a connection ends whose client reads nothing of what waits
-      for it, where the system can do that.
+    seconds: TCP user timeout: a connection whose client acknowledges no data
+      for so long is closed (Linux).
 
   Raises:
-    InputError: the address cannot be had.
+    InputError: the address is in use or not of this machine.
   """
   sock = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
   sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

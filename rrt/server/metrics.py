@@ -1,4 +1,4 @@
-"""Prometheus metrics, under the names of vLLM where it has one."""
+"""Prometheus metrics, under vLLM's names where vLLM has the metric."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Histogram:
     self.total += value * times
 
   def lines(self, name: str) -> list[str]:
-    """In the text format."""
+    """Lines of the text exposition format."""
     found, below = [f'# TYPE {name} histogram'], 0
     for bound, count in zip((*self.bounds, '+Inf'), self.counts, strict=True):
       below += count
@@ -49,13 +49,13 @@ class Histogram:
 
 
 class Metrics:
-  """All that is counted: by the engine's thread, refusals by the handlers."""
+  """All metrics; the engine's thread writes them, handlers count refusals."""
 
   def __init__(self, shape: EngineShape):
     self._shape = shape
     self.refused = 0
     self._prompt_tokens = 0
-    self._drawn_tokens = 0
+    self._generation_tokens = 0
     self._finished: dict[str, int] = {}
     self._running = self._waiting = 0
     self._used = 0.0
@@ -64,7 +64,7 @@ class Metrics:
     self._whole = Histogram(TIMES)
 
   def note(self, ticket, event, now: float) -> None:
-    """Counts what is new of a request."""
+    """Records the new tokens, times and end of a request."""
     if event.tokens and not ticket.first:
       ticket.first = now
       self._prompt_tokens += len(ticket.request.prompt)
@@ -77,14 +77,14 @@ class Metrics:
       self._gap.add(0.0, event.tokens - 1)
     if event.tokens:
       ticket.last = now
-    self._drawn_tokens += event.tokens
+    self._generation_tokens += event.tokens
     if event.finish:
       reason = event.finish
       self._finished[reason] = self._finished.get(reason, 0) + 1
       self._whole.add(now - ticket.arrived)
 
   def look(self, engine) -> None:
-    """Takes over the engine's state after a turn."""
+    """Records the engine's gauges after a step."""
     running = [r for r in engine.running if r is not None]
     self._running, self._waiting = len(running), len(engine.waiting)
     tokens = sum(len(r.prompt) + len(r.tokens) for r in running)
@@ -92,7 +92,7 @@ class Metrics:
     self._engine = engine.figures()
 
   def text(self) -> str:
-    """The text format of Prometheus."""
+    """All metrics in Prometheus' text exposition format."""
     lines: list[str] = []
 
     def put(name, kind, value, labels=''):
@@ -104,7 +104,7 @@ class Metrics:
     put('vllm:num_requests_waiting', 'gauge', self._waiting)
     put('vllm:kv_cache_usage_perc', 'gauge', self._used)
     put('vllm:prompt_tokens_total', 'counter', self._prompt_tokens)
-    put('vllm:generation_tokens_total', 'counter', self._drawn_tokens)
+    put('vllm:generation_tokens_total', 'counter', self._generation_tokens)
     for reason, count in sorted(self._finished.items()):
       label = f'{{finished_reason="{reason}"}}'
       put('vllm:request_success_total', 'counter', count, label)

@@ -25,7 +25,7 @@ class Refused(Exception):
     self.status, self.param = status, param
 
   def body(self) -> dict[str, Any]:
-    """As OpenAI's clients read it."""
+    """The error object in OpenAI's format."""
     kind = 'invalid_request_error' if self.status < 500 else 'server_error'
     # A reason may quote the request, lone surrogates and all.
     message = str(self).encode('utf-8', 'backslashreplace').decode()
@@ -35,16 +35,16 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A checked request.
+  """A validated request.
 
   Attributes:
-    requests: `n` for each prompt.
-    stops: texts that end each.
-    stream: whether the answer comes in pieces.
-    usage: whether the last piece counts the tokens.
-    chat: whether it is a chat.
-    pieces: whether texts and tokens come with their loops (our page asks).
-    choices: choices a prompt.
+    requests: engine requests, `n` for each prompt.
+    stops: stop strings.
+    stream: whether to stream the response.
+    usage: whether the last chunk has token counts (`include_usage`).
+    chat: whether it came to the chat endpoint.
+    pieces: whether to return each token's text and loops (the built-in page).
+    choices: `n`, choices a prompt.
   """
 
   requests: list[Request]
@@ -60,7 +60,7 @@ def read_body(raw: bytes) -> dict[str, Any]:
   """The JSON object of a request.
 
   Raises:
-    Refused: it is none.
+    Refused: the body is not a JSON object.
   """
   try:
     body = json.loads(raw.decode('utf-8'), parse_constant=_no_constant)
@@ -84,7 +84,7 @@ class Fields:
     self._body = body
 
   def get(self, name: str, default: Any = None) -> Any:
-    """The field as it is."""
+    """The field's value, unchecked."""
     value = self._body.get(name)
     return default if value is None else value
 
@@ -113,7 +113,7 @@ class Fields:
     return value
 
   def refuse(self, *names: str) -> None:
-    """Refuses fields that ask for what this server does not have."""
+    """Raises Refused for fields that request an unsupported feature."""
     for name in names:
       if self.get(name) not in (None, False, 0, [], {}, ''):
         raise Refused(f'{name} is not supported.', param=name)
@@ -130,20 +130,20 @@ def parse(
   max_tokens: int,
   logprobs: int,
 ) -> Job:
-  """Checks a body and makes requests of it.
+  """Validates a body and builds its engine requests.
 
   Args:
     body: from `read_body`.
     chat: whether it came to the chat endpoint.
-    name: of the model served.
-    tokenizer: the model's.
-    context: tokens of a sequence.
-    vocab: tokens there are.
-    max_tokens: that one answer may have.
-    logprobs: alternatives that the engine tells.
+    name: of the served model.
+    tokenizer: of the model.
+    context: maximum tokens of a sequence, prompt included.
+    vocab: vocabulary size.
+    max_tokens: limit of new tokens of one completion.
+    logprobs: maximum `top_logprobs` that the engine returns.
 
   Raises:
-    Refused: with the field that is wrong.
+    Refused: names the invalid field.
   """
   f = Fields(body)
   if f.get('model', name) != name:

@@ -1,7 +1,7 @@
-"""The engine's thread, and its queue to the asynchronous handlers.
+"""Runs the engine in a thread, with queues to the asynchronous handlers.
 
-One thread owns the engine. Handlers hand it tickets and read from each the
-pieces of text as they come; nothing else is shared.
+Only this thread uses the engine. Handlers submit tickets and read each ticket's
+events; nothing else is shared.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Failed(Exception):
 
 @dataclasses.dataclass
 class Event:
-  """What is new of a request.
+  """New output of a request.
 
   Attributes:
-    pieces: text by token, with the loops after which the token left; a token
-      that ends no character gives no piece yet.
-    first: the number of the first new token.
-    tokens: how many tokens are new.
-    finish: why it ended; '' while it goes on.
+    pieces: new text by token, with the loops that the token ran; a token that
+      completes no character yields no piece yet.
+    first: index of the first new token in the completion.
+    tokens: number of new tokens.
+    finish: the finish reason; '' while the request runs.
   """
 
   pieces: list[tuple[str, int]]
@@ -48,7 +48,7 @@ class Event:
 
 
 class Ticket:
-  """A request on its way, and the channel back to who asked."""
+  """A submitted request and its queue of events for the handler."""
 
   def __init__(self, request: Request, tokenizer, stops, ends):
     self.request = request
@@ -70,7 +70,7 @@ class Ticket:
     self._pieces.append((text, loops[at] if at >= 0 else 0))
 
   def news(self) -> Event:
-    """What came since the last call; in the engine's thread."""
+    """The output since the last call; called by the engine's thread."""
     if self.request.finish:
       self.text.finish(len(self.request.prompt), self.request.finish)
     tokens = len(self.text.tokens)
@@ -80,7 +80,7 @@ class Ticket:
     return event
 
   def put(self, event: Event | Exception) -> None:
-    """Sends to the handler, from any thread."""
+    """Queues an event for the handler; thread-safe."""
     try:
       self._loop.call_soon_threadsafe(self._events.put_nowait, event)
     except RuntimeError:
@@ -98,13 +98,13 @@ class Worker:
   """Runs an engine in a thread.
 
   Attributes:
-    engine: used by the thread alone, but for what never changes.
-    metrics: counts and times of all requests.
-    failed: the error that ended the thread, if any.
+    engine: used by the thread alone, except for constant attributes.
+    metrics: of all requests.
+    failed: the error that ended the thread, or None.
   """
 
   def __init__(self, engine: Engine, tokenizer, max_waiting: int):
-    """`max_waiting`: requests without a slot, before `submit` refuses."""
+    """`max_waiting`: requests that may wait for a slot; `submit` refuses more."""
     self.engine = engine
     self.metrics = Metrics(engine.shape)
     self.failed: BaseException | None = None
@@ -122,7 +122,7 @@ class Worker:
     self._thread.start()
 
   def stop(self) -> None:
-    """Ends the thread; requests that still run fail."""
+    """Stops the thread; running requests fail."""
     self._commands.put(('stop', None))
     if self._thread.is_alive():
       self._thread.join(timeout=30)
@@ -143,10 +143,10 @@ class Worker:
     """Queues requests, all or none.
 
     Raises:
-      Busy: there is no room for them now.
+      Busy: the queue is full.
       Failed: the engine has stopped.
-      InputError: one does not fit the engine, or there are more of them than
-        it ever holds.
+      InputError: a request exceeds the engine's limits, or there are more than
+        the queue's capacity.
     """
     if len(requests) > self._most:
       raise InputError(
@@ -164,11 +164,11 @@ class Worker:
     return tickets
 
   def cancel(self, ticket: Ticket) -> None:
-    """Ends a request that nobody waits for any more."""
+    """Cancels a request, whose handler no longer waits."""
     self._commands.put(('cancel', ticket))
 
   async def stream(self, ticket: Ticket) -> AsyncIterator[Event]:
-    """Events until the request ends; leaving early cancels it."""
+    """Yields events until the request ends; closing the iterator cancels it."""
     finished = False
     try:
       while not finished:
@@ -203,7 +203,7 @@ class Worker:
     self._tickets.clear()
 
   def _obey(self, wait: bool) -> bool:
-    """Takes commands; False is the end."""
+    """Executes queued commands; False for stop."""
     while True:
       try:
         what, ticket = self._commands.get(block=wait)

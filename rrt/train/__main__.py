@@ -42,7 +42,7 @@ def define_flags() -> None:
   """
   define_config_flag()
   FLAGS.needed.add('config')
-  FLAGS.needed.string('workdir', None, 'Directory of the run; it goes on where it was.')
+  FLAGS.needed.string('workdir', None, 'Directory of the run; an existing run is resumed.')
   FLAGS.rare.bool(
     'distributed', False, 'Several processes, found from the environment (TPU pods, Slurm, MPI).'
   )
@@ -92,10 +92,10 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
 
 
 def initialize_distributed() -> None:
-  """Joins the processes that the flags speak of.
+  """Initializes `jax.distributed` from the flags or the environment.
 
   Raises:
-    InputError: there are none to be found, or a flag is missing.
+    InputError: no processes are found, or a flag is missing.
   """
   by_hand = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
   if flags.FLAGS.distributed:
@@ -103,7 +103,7 @@ def initialize_distributed() -> None:
       jax.distributed.initialize()
     except (ValueError, RuntimeError) as e:
       raise InputError(
-        f'--distributed: the environment does not tell the processes ({e}); '
+        f'--distributed: the environment does not name the processes ({e}); '
         'name them with --coordinator, --processes and --process.'
       ) from e
   elif any(value is not None for value in by_hand):
@@ -113,13 +113,13 @@ def initialize_distributed() -> None:
 
 
 def leave(*_):
-  """Answers SIGTERM while no training step runs."""
+  """Handles SIGTERM outside of training steps."""
   print('stopped by SIGTERM; the same command goes on from what is saved', flush=True)
   sys.exit(143)
 
 
 def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
-  """Prints what a run has reached: a table and the last line."""
+  """Prints a run's final metrics: a table and the last line of JSON."""
   count = count_params(run.model.config)
   rows = [r for r in run.history if 'loss' in r]
   heldout = [r for r in run.history if 'heldout_nats' in r]

@@ -2,15 +2,14 @@
 
 One checkpoint is a directory named by its step. It holds the train state
 (Orbax, every process its own shards), the position of the data iterator, the
-run's configuration and the versions of what wrote it. Orbax writes it under
-another name and renames it when it is whole, so that one cut short is never
-taken for a checkpoint. What can still happen to it on disk (a flipped bit, a
-truncated file) is caught by digests of all arrays, taken on the devices from
-what was trained and compared with what was read.
+run's configuration and the versions of the software. Orbax writes it under a
+temporary name and renames it when complete, so that a partial checkpoint is never
+restored. Later damage on disk (a flipped bit, a truncated file) is detected by
+digests of all arrays, computed on the devices before saving and after restoring.
 
-A damaged newest checkpoint stops the run with a sentence that says which
-older one is whole. It is never passed over in silence, and nothing is deleted
-but checkpoints beyond the newest `keep`.
+A damaged newest checkpoint stops the run with an error that names the newest
+intact one. It is never skipped silently, and only checkpoints beyond the newest
+`keep` are deleted.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 class Damaged(Exception):
-  """A checkpoint that does not hold what was saved; says what is wrong."""
+  """A checkpoint that differs from what was saved."""
 
 
 @jax.jit
@@ -77,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 class NoCheckpoints:
-  """The checkpoints of a run that keeps none."""
+  """Checkpoints of a run without a work directory."""
 
   def __enter__(self):
     return self
@@ -89,11 +88,11 @@ class NoCheckpoints:
     """Does nothing."""
 
   def restore(self, *_):
-    """There is never one."""
+    """Returns None."""
 
 
 def open_checkpoints(workdir: str | Path | None, keep: int):
-  """The checkpoints of a work directory; of none, nothing is kept."""
+  """The checkpoints of a work directory; `NoCheckpoints` without one."""
   if workdir is None:
     return NoCheckpoints()
   return Checkpoints(Path(workdir) / 'checkpoints', keep)
@@ -103,7 +102,7 @@ class Checkpoints:
   """The checkpoints of one run, `directory/STEP`."""
 
   def __init__(self, directory: Path, keep: int):
-    """Opens, and if need be makes, the directory.
+    """Opens the directory; creates it if needed.
 
     Raises:
       InputError: the directory cannot be written to.
@@ -125,12 +124,12 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: TrainState, data: Any, config: dict[str, Any]) -> None:
-    """Starts to write a checkpoint and returns; the state may be donated.
+    """Starts writing a checkpoint and returns; the state may be donated.
 
-    Does nothing when the step has one.
+    Does nothing if the step has a checkpoint.
 
     Args:
-      step: its name.
+      step: names the checkpoint.
       state: the whole train state.
       data: the position of this process's data iterator, for json.
       config: the run's configuration, for json.
@@ -159,7 +158,7 @@ class Checkpoints:
       raise self._unwritten(e) from e
 
   def wait(self) -> None:
-    """Returns when the checkpoint that was being written is whole.
+    """Waits until the pending checkpoint is complete.
 
     Raises:
       InputError: it could not be written.
@@ -184,7 +183,7 @@ class Checkpoints:
   def restore(
     self, abstract: TrainState, config: dict[str, Any], free: tuple[str, ...]
   ) -> tuple[int, TrainState, list[Any]] | None:
-    """The newest checkpoint, laid out as `abstract` says; None without one.
+    """Restores the newest checkpoint with the shardings of `abstract`, or None.
 
     Args:
       abstract: shapes, dtypes and shardings of the state, on any mesh.
@@ -207,15 +206,17 @@ class Checkpoints:
       data = [json.loads(text) for text in run['data']]
       return newest, self._read_state(newest, abstract, run), data
     except Damaged as e:
-      mend = 'No other checkpoint is whole: start anew with another --workdir.'
+      remedy = 'No other checkpoint is whole: start anew with another --workdir.'
       for step in older:
         if self._whole(step, abstract):
-          mend = (
+          remedy = (
             f'The one of step {step} is whole: move {self.directory}/'
             f'{newest} away, and the same command continues from there.'
           )
           break
-      raise InputError(f'The checkpoint {self.directory}/{newest} is damaged ({e}). {mend}') from e
+      raise InputError(
+        f'The checkpoint {self.directory}/{newest} is damaged ({e}). {remedy}'
+      ) from e
 
   def _read_run(self, step: int) -> dict[str, Any]:
     try:
@@ -256,7 +257,7 @@ class Checkpoints:
       return False
 
   def _unwritten(self, e: Exception) -> InputError:
-    """What to tell when writing failed; removes what was left half-written."""
+    """The error of a failed write; removes partial files."""
     for left in self.directory.glob(f'{self._saving}.*'):
       shutil.rmtree(left, ignore_errors=True)
     whole = [s for s in self.steps() if (self.directory / str(s)).is_dir()]
@@ -273,7 +274,7 @@ def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:
 
   Args:
     workdir: of the run.
-    saved, now: the run's configuration and the one it is to go on with.
+    saved, now: the run's configuration and that of the resuming command.
     free: top-level fields that may differ.
   """
   for name in sorted(saved.keys() | now.keys()):
@@ -311,7 +312,7 @@ def _gather(text: str) -> list[str]:
 
 
 def _first_line(e: BaseException) -> str:
-  """The gist of an exception: its root cause's first line, shortened."""
+  """The first line of an exception's root cause, shortened."""
   while e.__cause__ is not None:
     e = e.__cause__
   text = str(e)

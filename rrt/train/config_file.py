@@ -1,6 +1,6 @@
 """--config: a file with get_config(), its fields set from the command line.
 
-ml_collections does the work; what it raises is told in one line here.
+ml_collections does the work; its errors become one line here.
 """
 
 import functools
@@ -16,7 +16,7 @@ from rrt.train.recipe import require_ml_collections
 def define_config_flag() -> None:
   """Adds --config, a file with get_config(), and --config.FIELD to absl.
 
-  What is wrong with a file is raised as ConfigFileError when flags are parsed.
+  Errors in a file are raised as ConfigFileError when flags are parsed.
   """
   _, config_flags = require_ml_collections()
   holder = config_flags.DEFINE_config_file(
@@ -31,11 +31,11 @@ def define_config_flag() -> None:
 
 
 class ConfigFileError(Exception):
-  """A config file that cannot be used; no ValueError, which absl rewords."""
+  """An invalid config file; not a ValueError, which absl rewords."""
 
 
 def _read_config(parse, path: str):
-  """What get_config() returns, or one line with the file and its error."""
+  """Calls get_config(); errors become one line with the file's name."""
   file = path.split(':', 1)[0]
   if not Path(file).is_file():
     raise ConfigFileError(f'--config={file}: there is no such file.')
@@ -61,13 +61,13 @@ def _read_config(parse, path: str):
 
 
 def config_error(error: Exception) -> str:
-  """One line for what parsing --config and --config.FIELD raised."""
-  told = ' '.join(str(error).split())
+  """One line for an error of parsing --config and --config.FIELD."""
+  message = ' '.join(str(error).split())
   if isinstance(error, (InputError, ConfigFileError)):
-    return told
+    return message
   # ml_collections wraps the KeyError of an unknown field in an AttributeError.
   unknown = error.args[0] if isinstance(error, AttributeError) else None
   if isinstance(unknown, KeyError):
     lines = '; '.join(str(unknown.args[0]).splitlines())
     return f'--config: there is no field {lines}'
-  return f'--config: {told or type(error).__name__}'
+  return f'--config: {message or type(error).__name__}'

@@ -1,9 +1,9 @@
-"""Training models whose tokens can leave after any loop.
+"""Early-exit losses of the loops before the last.
 
-The paper's early-exit training (section 3.7, appendix E): the shared coda,
-norm and head read the block's output after every loop, and each loop's
-cross-entropy joins the loss with a coefficient of its own. Loops before the
-last are also distilled from the last, which takes no gradient from it.
+The paper's early-exit training (section 3.7, appendix E): the shared coda, norm
+and head run on the block's output after every loop, and each loop's cross-entropy
+is added to the loss with a coefficient. Loops before the last are also distilled
+from the last, with a stopped gradient.
 
 B batch, L length, D model, V vocabulary, R loops.
 """
@@ -24,7 +24,7 @@ COEFFICIENTS = ('none', 'weighted', 'aggressive')
 
 @dataclasses.dataclass(frozen=True)
 class ExitObjective:
-  """What the loops before the last learn.
+  """Coefficients and weights of the early-exit losses.
 
   Attributes:
     coefficients: of the loops' losses. 'none' trains the last loop alone;

@@ -1,4 +1,4 @@
-"""Cross-entropy on held-out text while a run goes on, on the run's mesh."""
+"""Cross-entropy on held-out text during a run, on the run's mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any],
   """Reads the text and returns a function of the parameters.
 
   Returns:
-    params -> nats a token; None where the recipe names no text.
+    A function of the parameters, in nats a token; None without a text.
 
   Raises:
     InputError: see `read_heldout`.
@@ -47,11 +47,11 @@ def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any],
 
 
 def read_heldout(recipe: Recipe, config: ModelConfig, tokenizer, mesh) -> tuple[np.ndarray, int]:
-  """The held-out text, int [N, L], and how many rows are read at a time.
+  """The held-out text, int [N, L], and the number of rows in a batch.
 
-  The text is cut into rows of `context` tokens; the first token of a row (its
-  begin token, where the model has one) is read but not predicted, and what is
-  left after the last full row is dropped.
+  The text is cut into rows of `context` tokens; the first token of a row (the
+  begin-of-sequence token, if the model has one) is not predicted, and a last
+  partial row is dropped.
 
   Raises:
     InputError: the text is unreadable or too short, or its rows do not fit
@@ -87,7 +87,7 @@ def read_heldout(recipe: Recipe, config: ModelConfig, tokenizer, mesh) -> tuple[
 
 
 def _batch(tokens_BxL: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-  """A batch filled up with rows of no weight; this process's share of it."""
+  """The rows of this process in a batch, padded with rows of weight 0."""
   B, L = tokens_BxL.shape
   tokens_BxL = np.pad(tokens_BxL, ((0, rows - B), (0, 0))).astype(np.int32)
   weights_BxL = np.zeros((rows, L), np.float32)

@@ -34,13 +34,13 @@ from rrt.train.teacher import with_teacher
 
 
 class Uptrained(NamedTuple):
-  """What a run gives.
+  """The result of a run.
 
   Attributes:
     model: the trained model, its parameters on the host.
     history: the rows of metrics, from step 1.
-    step: how many steps it has taken.
-    stopped: whether SIGTERM asked it to end.
+    step: number of steps taken.
+    stopped: whether SIGTERM ended it.
   """
 
   model: LanguageModel
@@ -60,14 +60,14 @@ def uptrain(
 
   Args:
     parent: the model to distil from; not needed with loss.distillation=0.
-    child: the model to train; its arrays are left as they are.
+    child: the model to train; its arrays are not modified.
     recipe: the settings, as a `Recipe` or nested dicts of its fields.
-    workdir: where checkpoints and metrics go, and where a run is continued
-      from; None keeps the run in memory.
+    workdir: directory of checkpoints and metrics, from which a run resumes; None
+      keeps the run in memory.
     on_row: called with each new row of metrics.
 
   Raises:
-    InputError: the settings, the data or the work directory are no good.
+    InputError: invalid settings, data or work directory.
   """
   if not isinstance(recipe, Recipe):
     recipe = Recipe.from_dict(recipe)
@@ -124,10 +124,10 @@ def uptrain(
 
 
 class Stop:
-  """Notes SIGTERM, so that the loop can save and leave between two steps."""
+  """Records SIGTERM, so that the loop can save and stop between two steps."""
 
   def __init__(self, every: int):
-    """`every`: steps between agreements, where there are many processes."""
+    """`every`: steps between the agreements of several processes."""
     self.asked, self._every, self._old = False, every, cast(Any, None)
 
   def __enter__(self):
@@ -143,7 +143,7 @@ class Stop:
     self.asked = True
 
   def requested(self, step: int) -> bool:
-    """Whether any process was asked to stop: all answer alike."""
+    """Whether any process received SIGTERM; the same on all processes."""
     if jax.process_count() > 1:
       if step % self._every:
         return False

@@ -1,10 +1,9 @@
 """The training losses: cross-entropy, and distillation from the parent.
 
-The head of a small model costs as much as its block, and its logits are the
-largest array of a training step. Here they exist for one chunk of tokens at a
-time. The gradients are computed in the same pass, so that a chunk costs three
-matrix products with the head (logits, hidden gradient, head gradient) where
-rematerialisation needs four, plus one with the teacher's.
+Logits are the largest array of a training step; here they are computed for one
+chunk of tokens at a time. Gradients are computed in the same pass, so that a chunk
+costs three matrix products with the head (logits, hidden gradient, head gradient)
+where rematerialisation needs four, plus one with the teacher's head.
 
 Axes: B batch, L length, C positions of a chunk, D model, V vocabulary, S
 devices over which the rows of a batch are split.
@@ -62,7 +61,7 @@ class Objective:
 
 
 def check_weights(objective: Any, name: str, weights: tuple[str, ...]) -> None:
-  """Raises InputError for weights or a temperature that cannot work.
+  """Raises InputError for invalid weights or temperature.
 
   Args:
     objective: with `weights`, cross_entropy, distillation and temperature.
@@ -99,14 +98,14 @@ def losses(
   weights_BxL: jax.Array,
   teacher: tuple[jax.Array, jax.Array] | None = None,
 ) -> Losses:
-  """All losses of a batch, without ever holding its logits whole.
+  """All losses of a batch, with logits of one chunk at a time.
 
   Differentiable in `hidden_BxLxD` and `head_DxV`, through `loss` alone.
   Products run in the dtype of `hidden_BxLxD`; softmaxes and sums in float32.
 
   Args:
     objective: which losses, with which weights.
-    hidden_BxLxD: what the head reads: the child's output after its norm.
+    hidden_BxLxD: the child's output after its final norm.
     head_DxV: the child's head.
     targets_BxL: the next token's id.
     weights_BxL: float32, the factor of each token; 0 where there is no
@@ -176,8 +175,8 @@ def row_shards(batch: int) -> int:
 def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
   """Scans over chunks of positions, so that every chunk has all rows.
 
-  Rows are what the mesh splits: cutting along the length leaves each device
-  with its own rows in every chunk.
+  The mesh shards rows: with chunks along the length, each device keeps its own
+  rows in every chunk.
 
   Returns:
     (Losses, None or (d_hidden_BxLxD, d_head_DxV, an empty array of the

@@ -76,8 +76,8 @@ def forward_flops(config: ModelConfig, length: int) -> float:
 def step_flops(config: ModelConfig, teacher: ModelConfig | None, tokens: int, length: int) -> float:
   """Model FLOPs of a train step: 3 forward passes, and one of the teacher.
 
-  What rematerialisation repeats is not counted, nor what frozen parameters
-  save.
+  Recomputation by rematerialisation is not counted; savings of frozen parameters
+  are not subtracted.
   """
   flops = 3.0 * forward_flops(config, length)
   if teacher is not None:
@@ -86,19 +86,19 @@ def step_flops(config: ModelConfig, teacher: ModelConfig | None, tokens: int, le
 
 
 def peak_flops() -> float | None:
-  """Of all devices together; None for a kind that the table lacks (CPUs)."""
+  """Peak FLOP/s of all devices; None for unknown kinds (CPUs)."""
   one = peak_of(jax.devices()[0].device_kind)
   return None if one is None else one * jax.device_count()
 
 
 def peak_of(kind: str) -> float | None:
-  """Of one device, by whole words of its name: an L40S is no L4."""
+  """Peak FLOP/s of one device, by whole words of its name (L40S is not L4)."""
   names = [n for n in PEAK_FLOPS if re.search(rf'\b{n}\b', kind, re.I)]
   return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def memory_bytes() -> int:
-  """The most memory used so far: of the first device, or of the host."""
+  """Peak memory so far of the first device, or of the host."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get('peak_bytes_in_use') or console.peak_memory_bytes()
 
@@ -108,7 +108,7 @@ relaxation_norms = jax.jit(norms_of, static_argnums=0)
 
 
 def revision(directory: Path) -> str:
-  """The git revision of a directory, '+' where it has been edited, or ''."""
+  """The git revision of a directory, with '+' if it has changes, or ''."""
   ask = lambda *args: subprocess.run(
     ['git', '-C', str(directory), *args], capture_output=True, text=True, timeout=10, check=True
   ).stdout.strip()
@@ -125,7 +125,7 @@ class Writer:
   def __init__(self, directory: Path, step: int, tensorboard: bool):
     """Keeps the rows up to `step` and drops later ones.
 
-    Only process 0 writes. Of a file with damaged lines it keeps a copy.
+    Only process 0 writes. A file with damaged lines is copied first.
     """
     self.path = Path(directory) / 'metrics.jsonl'
     rows, damaged = _parse(self.path)
@@ -149,7 +149,7 @@ class Writer:
       self._board = require_tensorboard()(str(Path(directory) / 'tensorboard'), purge_step=step + 1)
 
   def write(self, row: dict[str, Any]) -> None:
-    """Adds a row; 'step' is one of its keys, values that are None go."""
+    """Appends a row, which has the key 'step'; None values are dropped."""
     row = {k: v for k, v in row.items() if v is not None}
     self.rows.append(row)
     if self._file:
@@ -168,14 +168,14 @@ class Writer:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-  """The rows of a metrics file; lines that are damaged are left out."""
+  """The rows of a metrics file, without damaged lines."""
   return _parse(path)[0]
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
   """(the rows, the numbers of damaged lines) of a file that may not exist.
 
-  A last line cut short is neither: its run was killed while writing it.
+  A truncated last line is ignored: the run was killed while writing it.
   """
   rows, damaged = [], []
   text = path.read_text(errors='replace') if path.exists() else ''

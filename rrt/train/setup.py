@@ -149,7 +149,7 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
   on a conversion's last bits.
 
   Raises:
-    InputError: anything that would fail later, as far as can be told now.
+    InputError: anything that would fail later, as far as can be checked now.
   """
   mesh = sharding.make_mesh(recipe.mesh)
   recipe.data.spec()

@@ -1,8 +1,8 @@
 """The train state and the train step: pure, one jitted function.
 
-A step runs the child and, in the same program, the parent that it is distilled
-from. Parameters of the parent that equal frozen ones of the child are not passed
-but read from the child's (`rrt.train.teacher`).
+A step runs the child and, in the same program, the parent for distillation.
+Parameters of the parent that equal frozen ones of the child are shared
+(`rrt.train.teacher`).
 
 B batch, L length, D model, R loops.
 """
@@ -34,13 +34,14 @@ Params = dict[str, Any]
 
 
 class TrainState(struct.PyTreeNode):
-  """All that a run changes.
+  """The state of a run.
 
   Attributes:
     step: batches taken so far, skipped ones included; int32.
     params: the child's parameters, float32.
     opt_state: of the trained parameters.
-    skipped: steps whose loss or gradient was not finite; they changed nothing.
+    skipped: number of steps without an update, as loss or gradient was not
+      finite.
     skipped_in_a_row: those since the last good step.
   """
 
@@ -53,7 +54,7 @@ class TrainState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What a train step is made of; all of it static.
+  """Static arguments of a train step.
 
   Attributes:
     config: the child.
@@ -66,7 +67,7 @@ class Step:
     accumulate: microbatches a step.
     dtype: of the computation; weights stay float32.
     remat: 'none', 'full' or 'dots'.
-    exits: what the loops before the last learn.
+    exits: losses of the loops before the last.
   """
 
   config: ModelConfig
@@ -97,7 +98,7 @@ def merge(*flat: Params) -> Params:
 
 
 def place(tree, shardings):
-  """Arrays (numpy or jax) laid out over the mesh, each device its own part.
+  """Puts arrays (numpy or jax) on the mesh with the given shardings.
 
   Every process must hold the same values.
   """
@@ -110,7 +111,7 @@ def place(tree, shardings):
 
 
 def param_shardings(config: ModelConfig, mesh) -> Any:
-  """Where each parameter of a model lives."""
+  """The sharding of each parameter of a model."""
   boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
   return sharding_lib.shardings(boxed, mesh)
 
@@ -146,7 +147,7 @@ def abstract_state(spec: Step, mesh) -> TrainState:
 
 
 def init_state(spec: Step, params: Params, mesh) -> TrainState:
-  """The state at step 0: one jitted function, laid out from the start.
+  """The sharded state at step 0, by one jitted function.
 
   The arrays of `params` are copied, never donated.
   """
@@ -182,9 +183,9 @@ def train_step(
     batch: tokens, targets, segment_ids, positions and weights, all [B, L].
 
   Returns:
-    The state after the step and its metrics: the means of the losses over
-    target tokens, `tokens` (how many those were), norms of the gradient, and
-    how much each loop after the first changed the residual stream.
+    The state after the step and its metrics: mean losses over target tokens,
+    `tokens` (their number), gradient norms, and the relative change of the
+    residual stream in each loop after the first.
   """
   trained, frozen = split(state.params, spec.trained)
   # Dividing by the whole batch's count makes accumulation exact.
@@ -244,12 +245,12 @@ def train_step(
 
 
 class BatchLosses(NamedTuple):
-  """What one (micro)batch gives.
+  """Losses and statistics of one (micro)batch.
 
   Attributes:
     sums: the losses; those of relaxations are in `sums.loss` alone.
-    loop_change_R: how much loops 2..R changed x.
-    exits_R: cross-entropies after loops 1..R-1, [0] unless they are trained.
+    loop_change_R: relative change of x in loops 2..R.
+    exits_R: cross-entropies after loops 1..R-1, [0] without early-exit losses.
     relax: losses and statistics of the relaxations.
   """
 
@@ -263,10 +264,10 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
   """Losses of one (micro)batch.
 
   Args:
-    spec: what the step is made of.
-    child, parent: their parameters.
+    spec: the static parts.
+    child, parent: parameters.
     batch: tokens, targets, segment_ids, positions and weights, all [B, L].
-    scale: of the weights: one over the tokens of the whole batch.
+    scale: of the weights: 1 / tokens of the whole batch.
   """
   weights_BxL = batch['weights'] * scale
   where = {

@@ -1,10 +1,9 @@
-"""The parent inside the child's train step, without a second copy.
+"""Shares frozen parameters between the child and its parent in the train step.
 
-Parameters of the parent that equal frozen ones of the child are read from the
-child's. Trained parameters differ from the parent's after the first step, so
-that the parent keeps its own copy of them: with `optimizer.train='all'` nothing
-is shared; with 'relaxations' the embedding and every layer that the conversion
-left unchanged are.
+Parameters of the parent that equal frozen ones of the child are stored once. Of
+trained parameters the parent keeps its own copy: with `optimizer.train='all'`
+nothing is shared; with 'relaxations' the embedding and every layer that the
+conversion left unchanged are.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ def share_teacher(
   child: Params,
   trained: frozenset[str],
 ) -> tuple[ModelConfig, Params, frozenset[str]]:
-  """What the parent needs besides the child's frozen parameters.
+  """Separates the parent's parameters from those shared with the child.
 
-  A parent without recursion is read as prelude, block and coda of the
-  child's lengths (the same layers in the same order), so that frozen layers
-  of its own that the conversion left alone can be shared as well.
+  A vanilla parent is rearranged as prelude, block and coda of the child's
+  lengths (the same layers in the same order), so that frozen layers that the
+  conversion left unchanged can be shared.
 
   Returns:
-    The parent's configuration as the step must run it, its own parameters as
-    a flat dict, and the paths that it shares with the child.
+    The rearranged configuration of the parent, its own parameters as a flat
+    dict, and the paths that it shares with the child.
   """
   _, frozen = split(child, trained)
   P, C = child_config.prelude_layers, child_config.coda_layers

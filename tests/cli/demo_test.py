@@ -46,7 +46,7 @@ def test_demo_makes_a_model_and_a_page(tmp_path):
   child = load(tmp_path / 'out' / 'model')
   assert child.config.loops == 2
   assert figures['params_unique_uptrained'] < figures['params_unique_parent']
-  assert child.meta['exits']['promise']['loss'] == 0.1
+  assert child.meta['exits']['calibration']['loss'] == 0.1
   assert 1 <= figures['exits']['mean_loops'] <= 2
   ways = figures['engine']
   assert ways['full depth']['loops'] == ways['lossless']['loops'] == 2

@@ -184,7 +184,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   assert fitted['bound'] is None or fitted['bound'] >= 0.2
   gate = gate_lib.stored(load(tmp_path / 'gated'))
   assert gate.threshold == fitted['threshold']
-  assert (gate.promise['confidence'], gate.promise['self_generated']) == (0.95, 0.5)
+  assert (gate.calibration['confidence'], gate.calibration['self_generated']) == (0.95, 0.5)
   assert 'lens_in' in gate.arrays
   status, printed, error = command.run(
     'evaluate',

@@ -120,7 +120,7 @@ def test_a_gate_is_kept_with_its_model():
   arrays |= fit_lib.fit_lens(np.random.default_rng(0).normal(size=(3, 40, 4)), ridge=0.1)
   gate = gate_lib.Gate('learned', 0.8, arrays, 'propagate', {'agreement': 0.9})
   again = gate_lib.stored(Model(gate_lib.store({'a': 1}, gate), config))
-  assert again.promise == gate.promise and again.kv == 'propagate'
+  assert again.calibration == gate.calibration and again.kv == 'propagate'
   np.testing.assert_array_equal(again.arrays['kernel'], arrays['kernel'])
   lens = gate_lib.stored_lens(Model(gate_lib.store({}, gate), config))
   assert lens.keys() == {'lens_kernel', 'lens_bias'}

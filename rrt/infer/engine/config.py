@@ -200,7 +200,7 @@ class EngineConfig:
     threshold, mean_loops = self.threshold, self.mean_loops
     if threshold is None:
       threshold = gate.threshold
-      mean_loops = mean_loops or gate.promise.get('mean_loops')
+      mean_loops = mean_loops or gate.calibration.get('mean_loops')
     options = dataclasses.replace(
       self, gate=gate.kind, threshold=threshold, kv=kv, mean_loops=mean_loops
     )

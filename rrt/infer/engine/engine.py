@@ -153,10 +153,10 @@ class Engine:
       self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
     if any(self.running):
-      self._state, drawn, counters = _call(
+      self._state, output, counters = _call(
         self.shape, self._params, self._gate, self._table, self._end_E, self._state
       )
-      self._pending.append((list(self.running), drawn, counters))
+      self._pending.append((list(self.running), output, counters))
     if not self._pending or (len(self._pending) == 1 and any(self.running)):
       return []
     return self._process_output()
@@ -232,7 +232,7 @@ class Engine:
     """Appends the output of the oldest pending call to its requests."""
     running, *out = self._pending.popleft()
     before = self._counters
-    drawn, self._counters = jax.device_get(out)
+    output, self._counters = jax.device_get(out)
     # The device counts modulo 2^32.
     self._totals = jax.tree.map(
       lambda total, new, old: total + (new.astype(np.int64) - old) % 2**32,
@@ -244,12 +244,12 @@ class Engine:
     for slot, request in enumerate(running):
       if request is None or request.finish:
         continue
-      new = drawn.token_S[:, slot] >= 0
-      tokens = [int(t) for t in drawn.token_S[new, slot]]
+      new = output.token_S[:, slot] >= 0
+      tokens = [int(t) for t in output.token_S[new, slot]]
       request.tokens += tokens
-      request.loops += [int(n) for n in drawn.loops_S[new, slot]]
+      request.loops += [int(n) for n in output.loops_S[new, slot]]
       if request.params.logprobs is not None:
-        request.logprobs += logprobs_of(drawn, new, slot, request.params.logprobs)
+        request.logprobs += logprobs_of(output, new, slot, request.params.logprobs)
       if tokens and not request.params.ignore_eos and tokens[-1] in self.ends:
         request.finish = 'end'
       elif len(request.tokens) >= request.params.max_new_tokens:

@@ -74,7 +74,7 @@ class Request:
       raise InputError('lossless: needs an engine with lossless=True.')
     if p.logprobs is not None and p.logprobs > shape.logprobs:
       raise InputError(
-        f'logprobs={p.logprobs}: this engine tells up to {shape.logprobs} (-1: none).'
+        f'logprobs={p.logprobs}: this engine returns up to {shape.logprobs} (-1: none).'
       )
 
 

@@ -57,7 +57,7 @@ def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: S
       state, hidden_BxD = _coda(shape, params, gate, state, rows, final_B)
       return state, _head(shape, params, slot_params, state, rows, final_B, hidden_BxD)
 
-    carry = state, (known_B, _untold(shape, rows))
+    carry = state, (known_B, _no_logprobs(shape, rows))
     if shape.lookup:
       carry = run_if(jnp.any(unknown_B), read, carry)
     else:
@@ -71,14 +71,14 @@ def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: S
     state = speculate.remember(shape, state)
     return state, SamplerOutput(token_S, loops_S, *jax.tree.map(by_slot, logprobs_of))
 
-  state, drawn = run_if(go, body, (state, empty_output(shape)))
+  state, output = run_if(go, body, (state, empty_output(shape)))
   f = state.in_flight
   waits_SxK = (f.stage_SxK == WAIT_SAMPLE) | (f.wants_draft_SxK & (f.stage_SxK != EMPTY))
   due = jnp.sum(f.stage_SxK == WAIT_SAMPLE, dtype=jnp.int32)
   counters = state.counters._replace(stalls=state.counters.stalls + due)
   keeps_SxK = jnp.where(f.stage_SxK == WAIT_PRELUDE, f.wait_SxK, 0)
   f = f._replace(wait_SxK=jnp.where(waits_SxK, f.wait_SxK + 1, keeps_SxK))
-  return state._replace(in_flight=f, counters=counters), drawn
+  return state._replace(in_flight=f, counters=counters), output
 
 
 def _coda(shape: EngineShape, params, gate, state: State, rows: Batch, final_B):
@@ -127,13 +127,13 @@ def _head(shape: EngineShape, params, slot_params, state: State, rows: Batch, fi
     token_B = _token(shape, slot_params, state, rows, logits_VxB)
     return token_B, _logprobs(shape, slot_params, rows, logits_VxB, token_B)
 
-  def guess():
+  def draft():
     token_B = _token(shape, slot_params, state, rows, read(params['draft']))
-    return token_B, _untold(shape, rows)
+    return token_B, _no_logprobs(shape, rows)
 
   if 'draft' not in params:
     return full()
-  return jax.lax.cond(jnp.any(final_B), full, guess)
+  return jax.lax.cond(jnp.any(final_B), full, draft)
 
 
 def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_VxB):
@@ -157,9 +157,9 @@ def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_Vx
     rest = ((0, shape.config.vocab_size - logits_VxB.shape[0]), (0, 0))
     logits_BxV = jnp.pad(logits_VxB, rest, constant_values=-jnp.inf).T
     if state.seen is not None:
-      drawn_BxV = _drawn_before(state, rows)
+      counts_BxV = _counts_before(state, rows)
       prompt_BxV = state.seen.prompt_SxV[slot_B]
-      logits_BxV = penalize(logits_BxV, penalties, drawn_BxV, prompt_BxV)
+      logits_BxV = penalize(logits_BxV, penalties, counts_BxV, prompt_BxV)
     return sample(logits_BxV, sampling, count_B)
 
   return jax.lax.cond(
@@ -167,16 +167,16 @@ def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_Vx
   )
 
 
-def _drawn_before(state: State, rows: Batch):
+def _counts_before(state: State, rows: Batch):
   """How often each token was sampled up to each row's own, drafts included."""
   f, slot_B = state.in_flight, rows.slot_B
   assert state.seen is not None
-  drawn_BxV = state.seen.drawn_SxV[slot_B]
+  counts_BxV = state.seen.counts_SxV[slot_B]
   position_BxK = f.position_SxK[slot_B]
   drafted_BxK = (f.stage_SxK[slot_B] != EMPTY) & (position_BxK > state.base_S[slot_B][:, None])
   drafted_BxK &= position_BxK <= rows.of(f.position_SxK)[:, None]
   rows_Bx1 = jnp.arange(slot_B.shape[0])[:, None]
-  return drawn_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(drafted_BxK.astype(jnp.int32))
+  return counts_BxV.at[rows_Bx1, f.token_SxK[slot_B]].add(drafted_BxK.astype(jnp.int32))
 
 
 def _logprobs(shape: EngineShape, slot_params, rows: Batch, logits_VxB, token_B):
@@ -197,10 +197,12 @@ def _logprobs(shape: EngineShape, slot_params, rows: Batch, logits_VxB, token_B)
     return logprob_B, top_BxA.astype(jnp.int32)[:, :A], top_logprob_BxA[:, :A]
 
   asked_B = jnp.asarray(slot_params.logprobs_S)[rows.slot_B]
-  return jax.lax.cond(jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _untold(shape, rows))
+  return jax.lax.cond(
+    jnp.any(rows.live_B & asked_B), logprobs_of, lambda: _no_logprobs(shape, rows)
+  )
 
 
-def _untold(shape: EngineShape, rows: Batch):
+def _no_logprobs(shape: EngineShape, rows: Batch):
   """What `_logprobs` returns where nobody asked."""
   if shape.logprobs < 0:
     return None, None, None
@@ -214,10 +216,10 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
   f, base_S = state.in_flight, state.base_S
   slots_S = jnp.arange(S)
   final_S = Batch(rows.slot_B, rows.k_B, final_B).put(jnp.zeros((S, K), bool), True)
-  drawn_SxK = rows.put(jnp.full((S, K), -1, jnp.int32), token_B)
+  sampled_SxK = rows.put(jnp.full((S, K), -1, jnp.int32), token_B)
   k_S, next_S = base_S % K, (base_S + 1) % K
   got_S = jnp.any(final_S, 1)
-  token_S = jnp.where(got_S, drawn_SxK[slots_S, k_S], -1)
+  token_S = jnp.where(got_S, sampled_SxK[slots_S, k_S], -1)
   loops_S = jnp.where(got_S, f.loop_SxK[slots_S, k_S], -1)
   count_S = state.count_S + got_S
   ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & slot_params.ends_S
@@ -255,7 +257,7 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
   seen = state.seen
   if seen is not None:
     add_S = got_S.astype(jnp.int32)
-    seen = seen._replace(drawn_SxV=seen.drawn_SxV.at[slots_S, token_S].add(add_S))
+    seen = seen._replace(counts_SxV=seen.counts_SxV.at[slots_S, token_S].add(add_S))
   state = state._replace(
     seen=seen,
     live_S=state.live_S & ~ended_S,

@@ -107,11 +107,11 @@ class SeenTokens(NamedTuple):
   """Which tokens each sequence has.
 
   Attributes:
-    drawn_SxV: how often each was sampled.
+    counts_SxV: how often each was sampled.
     prompt_SxV: bool, whether it is in the prompt.
   """
 
-  drawn_SxV: jax.Array
+  counts_SxV: jax.Array
   prompt_SxV: jax.Array
 
 
@@ -297,7 +297,7 @@ def insert_sequence(
   seen = state.seen
   if seen is not None:
     seen = SeenTokens(
-      seen.drawn_SxV.at[slot].set(0),
+      seen.counts_SxV.at[slot].set(0),
       seen.prompt_SxV.at[slot].set(False).at[slot, prompt_L].set(True, mode='drop'),
     )
   text_SxC = state.text_SxC

@@ -41,34 +41,34 @@ def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state
 
   Args:
     shape: what is compiled for.
-    params: of the model, unstacked and in the plan's dtype.
+    params: of the model, unstacked and in the engine's dtype.
     gate: arrays of the exit gate.
-    slot_params: what each slot asked for.
+    slot_params: parameters of each slot's request.
     end_E: tokens that end a sequence.
     state: donated.
 
   Returns:
-    (state, Drawn by step, Counters).
+    (state, SamplerOutput by step, Counters).
   """
   S, K = shape.slots, shape.tokens_per_slot
   chex.assert_shape([state.live_S, slot_params.max_new_tokens_S], (S,))
   chex.assert_shape(state.in_flight.x_SxKxD, (S, K, shape.config.d_model))
 
   def body(carry):
-    i, state, all_drawn = carry
+    i, state, all_outputs = carry
     state = run_block(shape, params, gate, slot_params, state)
-    state, drawn = sample_tokens(shape, params, gate, slot_params, end_E, state)
+    state, output = sample_tokens(shape, params, gate, slot_params, end_E, state)
     state = run_prelude(shape, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
-    return i + 1, state, jax.tree.map(put, all_drawn, drawn)
+    return i + 1, state, jax.tree.map(put, all_outputs, output)
 
   none = jax.tree.map(lambda t: jnp.broadcast_to(t, (shape.steps, *t.shape)), empty_output(shape))
   # A sequence that was just admitted has not been through the prelude.
   carry = (jnp.int32(0), run_prelude(shape, params, state), none)
-  _, state, drawn = jax.lax.while_loop(
+  _, state, output = jax.lax.while_loop(
     lambda c: (c[0] < shape.steps) & jnp.any(c[1].live_S), body, carry
   )
-  return state, drawn, state.counters
+  return state, output, state.counters
 
 
 def run_block(shape: EngineShape, params, gate, slot_params, state: State) -> State:

@@ -252,7 +252,7 @@ def test_what_leaves_early_goes_through_the_lens(name, kv, tuned):
   assert want != expected(name, arrays=gate, **rest)
   engine = Engine(model(name), slots=3, page=8, steps=4, arrays=gate | lens, **rest)
   assert written(engine) == want
-  # A lens changes guesses and never the text.
+  # A lens changes drafts and never the text.
   exact = Engine(model(name), slots=3, page=8, steps=4, lossless=True, arrays=lens)
   assert written(exact) == expected(name)
 
@@ -294,7 +294,7 @@ def test_lossless_equals_full_depth(name, options):
   figures = engine.figures()
   assert 0 < figures['num_accepted'] < figures['draft_tokens']
   assert bool(figures['num_revised']) == (options.get('draft_loop', 1) == 1)
-  # Right guesses save steps; even wrong ones cost none.
+  # Accepted drafts save steps; even rejected ones cost none.
   alone = Engine(model(name), slots=options['slots'], page=8, steps=options['steps'])
   written(alone)
   assert figures['steps'] < alone.figures()['steps']
@@ -343,7 +343,7 @@ def test_a_guess_stays_a_loop_behind_its_predecessor(options):
   waiting = [Request.of(p, n, ignore_eos=True) for p, n in zip(PROMPTS, ROOMS, strict=True)]
   pairs = 0
   for step in itertools.count():
-    # Not all at once, so that guesses fly when new sequences need lanes.
+    # Not all at once, so that drafts are in flight when new sequences arrive.
     if step % 7 == 0:
       for request in (waiting.pop() for _ in waiting[:3]):
         engine.submit(request)
@@ -621,7 +621,7 @@ def test_sequence_order_is_refused():
     (Request.of([1] * 60, 5), 'context of 64'),
     (Request.of([53], 5), '0..52'),
     (Request.of([1], 5, presence_penalty=0.5), 'penalties=True'),
-    (Request.of([1], 5, logprobs=2), 'logprobs=2: this engine tells up to -1'),
+    (Request.of([1], 5, logprobs=2), 'logprobs=2: this engine returns up to -1'),
     (Request.of([1], '5'), 'max_new_tokens'),
     (Request.of([1], 5, 'hot'), 'temperature'),
     (Request.of([1], 5, 0.7, top_k=2**40), 'top_k'),
