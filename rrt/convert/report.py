@@ -11,7 +11,7 @@ from rrt import console
 from rrt.config import ModelConfig
 from rrt.evals import perplexity
 from rrt.model import LanguageModel
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.count import ParamCount, count_params
 from rrt.relax.base import padding
 from rrt.relax.ranks import LOW_RANK, ranks_of
@@ -176,6 +176,6 @@ def identity_error(parent: LanguageModel, child: LanguageModel, tokens_BxL: np.n
   def run(model):
     params = jax.tree.map(jnp.asarray, model.params)
     hidden = transformer.forward(model.config, params, tokens_BxL).hidden_BxLxD
-    return np.asarray(transformer.logits(model.config, params, hidden))
+    return np.asarray(lm_head.logits(model.config, params, hidden))
 
   return float(np.abs(run(parent) - run(child)).max())

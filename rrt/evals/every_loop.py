@@ -23,7 +23,7 @@ from rrt.errors import InputError
 from rrt.evals.perplexity import HEAD_CHUNK
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
-from rrt.models import passes, transformer
+from rrt.models import lm_head, passes, transformer
 from rrt.models.params import cast
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def read_hidden(config, params, dtype, hidden_BxLxD, targets_BxL):
 
   def one(x):
     hidden_CxD, targets_C = x
-    logits_CxV = transformer.logits(config, params, hidden_CxD, dtype)
+    logits_CxV = lm_head.logits(config, params, hidden_CxD, dtype)
     log_p_CxV = jax.nn.log_softmax(logits_CxV, -1)
     hit_C = jnp.take_along_axis(log_p_CxV, targets_C[:, None], -1)[:, 0]
     p_CxV = jnp.exp(log_p_CxV)
@@ -231,7 +231,7 @@ def divergence(config, params, dtype, full_BxLxD, hidden_BxLxD):
 
   def one(x):
     full_CxV, log_p_CxV = (
-      jax.nn.log_softmax(transformer.logits(config, params, h_CxD, dtype), -1) for h_CxD in x
+      jax.nn.log_softmax(lm_head.logits(config, params, h_CxD, dtype), -1) for h_CxD in x
     )
     return (jnp.sum(jnp.exp(full_CxV) * (full_CxV - log_p_CxV), -1),)
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from rrt.data.token_bytes import token_bytes
 from rrt.errors import InputError
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.params import cast
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def token_losses(config, params, hidden_NxD, targets_N, dtype='float32', count=N
   def one(k, done):
     nll_KxC, greedy_KxC = done
     targets_C = targets_KxC[k]
-    logits_CxV = transformer.logits(config, params, hidden_KxCxD[k], dtype)
+    logits_CxV = lm_head.logits(config, params, hidden_KxCxD[k], dtype)
     target_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], -1)[:, 0]
     nll_C = jax.nn.logsumexp(logits_CxV, -1) - target_C
     greedy_C = jnp.argmax(logits_CxV, -1) == targets_C

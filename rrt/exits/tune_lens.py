@@ -21,7 +21,7 @@ import optax
 
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.models import passes, transformer
+from rrt.models import lm_head, passes, transformer
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
@@ -68,12 +68,12 @@ def tune_lens(
   schedule = optax.cosine_decay_schedule(RATE, steps)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
   params = jax.device_put(model.params)
-  few = transformer.head_of_first(config, params, min(VOCAB, config.vocab_size))
+  few = lm_head.first_tokens(config, params, min(VOCAB, config.vocab_size))
 
   def log_p(params, few, x_BxLxD):
     context = transformer.make_context(config, jnp.zeros(x_BxLxD.shape[:2], jnp.int32))
     hidden_BxLxD, _ = passes.run_coda(config, params, x_BxLxD, context, None, scan=True)
-    logits_BxLxV = transformer.logits(config, few, hidden_BxLxD, 'float32')
+    logits_BxLxV = lm_head.logits(config, few, hidden_BxLxD, 'float32')
     return jax.nn.log_softmax(logits_BxLxV, -1)
 
   def loss(trained, params, few, x_BxLxD, last_BxLxD, scored_BxL):

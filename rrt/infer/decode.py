@@ -20,7 +20,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.infer.sampling import Array, SamplingArrays, sample
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.cache import Cache, as_empty, init_cache
 from rrt.models.params import bucket, cast, transpose_kernels
 from rrt.models.stack import unstack
@@ -140,9 +140,9 @@ def _sample(params, hidden_BxD, rows, sampling, eos_E, static):
   """Samples the next token of each row; rows that are done are unchanged."""
   head = static.config, params, hidden_BxD, static.dtype
   if sampling is None:
-    token_B = transformer.greedy_token(*head)
+    token_B = lm_head.greedy_token(*head)
   else:
-    logits_BxV = transformer.logits(*head)
+    logits_BxV = lm_head.logits(*head)
     token_B = sample(logits_BxV, sampling, rows.count_B)
   token_B = jnp.where(rows.done_B, rows.token_B, token_B)
   count_B = rows.count_B + jnp.where(rows.done_B, 0, 1)

@@ -21,7 +21,7 @@ import optax
 
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.init import boxed_params, init_params
 from rrt.relax import registry
 from rrt.relax.base import Aux
@@ -292,9 +292,9 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     hidden_BxLxD = transformer.forward(
       spec.teacher_config, parent, batch['tokens'], **where
     ).hidden_BxLxD
-    parent_head = transformer.head_kernel(spec.teacher_config, parent)
+    parent_head = lm_head.kernel(spec.teacher_config, parent)
     teacher = (jax.lax.stop_gradient(hidden_BxLxD), parent_head)
-  head = transformer.head_kernel(spec.config, child)
+  head = lm_head.kernel(spec.config, child)
   text = batch['targets'], weights_BxL
   sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher)
   exits_R = jnp.zeros((0,))

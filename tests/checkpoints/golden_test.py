@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rrt.checkpoints.load import load
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
@@ -18,7 +18,7 @@ NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
   out = transformer.forward(config, params, tokens)
-  return transformer.logits(config, params, out.hidden_BxLxD, jnp.float32)
+  return lm_head.logits(config, params, out.hidden_BxLxD, jnp.float32)
 
 
 @pytest.mark.parametrize('name', NAMES)

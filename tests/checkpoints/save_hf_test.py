@@ -16,7 +16,7 @@ from rrt.checkpoints.load import load
 from rrt.checkpoints.save_hf import save_hf
 from rrt.errors import InputError
 from rrt.model import LanguageModel
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.models.untie import to_untied
 from rrt.relax.lora import Lora
@@ -29,7 +29,7 @@ NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
   out = transformer.forward(config, params, tokens)
-  return transformer.logits(config, params, out.hidden_BxLxD, jnp.float32)
+  return lm_head.logits(config, params, out.hidden_BxLxD, jnp.float32)
 
 
 def logits(model, tokens):

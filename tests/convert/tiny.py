@@ -5,7 +5,7 @@ import numpy as np
 
 from rrt.config import ModelConfig, Rope
 from rrt.model import LanguageModel
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 
 VOCAB = 61
@@ -61,4 +61,4 @@ def tokens(count=600, seed=1):
 def logits(model, tokens_BxL):
   """The model's logits, as an array."""
   hidden = transformer.forward(model.config, model.params, tokens_BxL).hidden_BxLxD
-  return np.asarray(transformer.logits(model.config, model.params, hidden))
+  return np.asarray(lm_head.logits(model.config, model.params, hidden))

@@ -15,7 +15,7 @@ from rrt.exits import gate as gate_lib
 from rrt.exits import tune_lens
 from rrt.infer import generate
 from rrt.model import LanguageModel
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from tests import command, runs
 from tests.evals import tasks_test
 from tests.models.configs import llama, perturbed
@@ -84,7 +84,7 @@ def test_what_a_gate_is_fitted_on(model, rows):
 
   def log_p_of(loops):
     out = transformer.forward(config, params, static.tokens_NxL, loops=loops)
-    logits = transformer.logits(config, params, out.hidden_BxLxD, 'float32')
+    logits = lm_head.logits(config, params, out.hidden_BxLxD, 'float32')
     return np.asarray(jax.nn.log_softmax(logits))
 
   log_p = log_p_of(1), log_p_of(R)

@@ -8,7 +8,7 @@ import pytest
 
 from rrt.errors import InputError
 from rrt.evals import endings
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from tests.models import configs
 
 
@@ -20,7 +20,7 @@ def params(name):
 @functools.partial(jax.jit, static_argnames=('config', 'loops'))
 def log_probs(params, tokens_BxL, *, config, loops):
   out = transformer.forward(config, params, tokens_BxL, loops=loops)
-  logits = transformer.logits(config, params, out.hidden_BxLxD)
+  logits = lm_head.logits(config, params, out.hidden_BxLxD)
   return jax.nn.log_softmax(logits, -1)
 
 

@@ -14,7 +14,7 @@ import tokenizers
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
 from rrt.evals import perplexity
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from tests import runs
 
 TEXT = 'The sea is wide, naïve 日本 and the ship sails on to a far shore. ' * 3
@@ -29,7 +29,7 @@ def model():
 def log_probs(tokens_BxL, loops):
   params = model().params
   out = transformer.forward(model().config, params, tokens_BxL, loops=loops)
-  logits = transformer.logits(model().config, params, out.hidden_BxLxD)
+  logits = lm_head.logits(model().config, params, out.hidden_BxLxD)
   return jax.nn.log_softmax(logits, -1)
 
 

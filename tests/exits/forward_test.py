@@ -6,7 +6,8 @@ import pytest
 
 from rrt.exits import score as score_lib
 from rrt.exits.forward import forward_early
-from rrt.models.transformer import forward, greedy_token
+from rrt.models.lm_head import greedy_token
+from rrt.models.transformer import forward
 from tests.infer.engine import oracle
 from tests.models.configs import gemma3, llama, perturbed, tokens
 

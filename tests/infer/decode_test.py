@@ -10,7 +10,7 @@ import pytest
 from rrt.errors import InputError
 from rrt.infer import decode
 from rrt.infer.sampling import SamplingArrays
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.params import bucket
 from tests.models import configs
 
@@ -34,7 +34,7 @@ def run(name, prompts, new=12, loops=None, **kwargs):
 @functools.partial(jax.jit, static_argnames=('config', 'loops'))
 def best(params, tokens_BxL, *, config, loops):
   out = transformer.forward(config, params, tokens_BxL, loops=loops)
-  return transformer.logits(config, params, out.hidden_BxLxD).argmax(-1)
+  return lm_head.logits(config, params, out.hidden_BxLxD).argmax(-1)
 
 
 def full(name, prompt, new=12, loops=None):

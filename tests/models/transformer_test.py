@@ -11,9 +11,10 @@ from rrt.errors import InputError
 from rrt.models import cache as cache_lib
 from rrt.models.count import count_params
 from rrt.models.init import init_params
+from rrt.models.lm_head import likeliest, logits
 from rrt.models.passes import block_pass
 from rrt.models.stack import unstack
-from rrt.models.transformer import forward, likeliest, logits, make_context
+from rrt.models.transformer import forward, make_context
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed, tokens
 
 each_config = pytest.mark.parametrize('name', CONFIGS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import rrt
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip('torch')
@@ -47,7 +47,7 @@ def random_tokens(config, seed=3, rows=2, length=21):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
   out = transformer.forward(config, params, tokens)
-  return transformer.logits(config, params, out.hidden_BxLxD, jnp.float32)
+  return lm_head.logits(config, params, out.hidden_BxLxD, jnp.float32)
 
 
 def assert_same_logits(ours, theirs, tokens=None):

@@ -16,7 +16,7 @@ from rrt.errors import InputError
 from rrt.infer.engine.engine import Engine
 from rrt.infer.generate import complete
 from rrt.model import LanguageModel
-from rrt.models import passes, transformer
+from rrt.models import lm_head, passes, transformer
 from rrt.models.cache import init_cache
 from rrt.models.count import count_params
 from rrt.models.init import init_params
@@ -68,7 +68,7 @@ def params(name: str):
 @functools.partial(jax.jit, static_argnames=('config', 'scan', 'aux'))
 def forward(params, tokens_BxL, *, config, scan=True, aux=False):
   out = transformer.forward(config, params, tokens_BxL, scan=scan, return_aux=aux)
-  return transformer.logits(config, params, out.hidden_BxLxD), out.aux
+  return lm_head.logits(config, params, out.hidden_BxLxD), out.aux
 
 
 def test_the_cases_reach_every_site():
@@ -212,7 +212,7 @@ def test_decoding_equals_the_full_forward(name):
     out = transformer.forward(
       c, p, tokens_BxL, positions_BxL=positions_BxL, cache=cache, scan=False
     )
-    return out.cache, transformer.logits(c, p, out.hidden_BxLxD)
+    return out.cache, lm_head.logits(c, p, out.hidden_BxLxD)
 
   cache, got = step(init_cache(c, 2, 8), tokens_BxL[:, :5], 0)
   np.testing.assert_allclose(got, want[:, :5], atol=2e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.train import metrics
 from tests import runs
@@ -22,7 +22,7 @@ def test_flops_against_xla():
 
   def f(params, tokens):
     out = transformer.forward(config, params, tokens, scan=False)
-    return transformer.logits(config, params, out.hidden_BxLxD)
+    return lm_head.logits(config, params, out.hidden_BxLxD)
 
   tokens = jax.ShapeDtypeStruct((1, L), jnp.int32)
   cost = jax.jit(f).lower(params, tokens).compile().cost_analysis()

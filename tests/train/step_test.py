@@ -11,7 +11,7 @@ import pytest
 
 from rrt import sharding
 from rrt.errors import InputError
-from rrt.models import transformer
+from rrt.models import lm_head, transformer
 from rrt.models.count import count_params
 from rrt.train import optim, teacher
 from rrt.train import step as step_lib
@@ -169,7 +169,7 @@ def test_the_loss_is_what_it_says():
   losses, metrics, _ = run(steps=1)
   b, child, parent = batch(), runs.child(), runs.parent()
   where = {'positions_BxL': b['positions'], 'segment_ids_BxL': b['segment_ids']}
-  logits = lambda m: transformer.logits(
+  logits = lambda m: lm_head.logits(
     m.config, m.params, transformer.forward(m.config, m.params, b['tokens'], **where).hidden_BxLxD
   )
   log_q, log_p = (jax.nn.log_softmax(logits(m)) for m in (child, parent))

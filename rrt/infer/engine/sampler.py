@@ -26,7 +26,7 @@ from rrt.infer.engine.state import (
   empty_output,
 )
 from rrt.infer.sampling import penalize, sample
-from rrt.models import passes, transformer
+from rrt.models import lm_head, passes
 
 
 def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: State):
@@ -120,7 +120,7 @@ def _head(shape: EngineShape, params, slot_params, state: State, rows: Batch, fi
 
   Where no row is final, all rows draft among the draft vocabulary.
   """
-  read = lambda params: transformer.logits_by_column(shape.config, params, hidden_BxD, shape.dtype)
+  read = lambda params: lm_head.logits_by_column(shape.config, params, hidden_BxD, shape.dtype)
 
   def full():
     logits_VxB = read(params)
@@ -163,7 +163,7 @@ def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_Vx
     return sample(logits_BxV, sampling, count_B)
 
   return jax.lax.cond(
-    jnp.any(rows.live_B & wants_B), by_rules, lambda: transformer.likeliest(logits_VxB)
+    jnp.any(rows.live_B & wants_B), by_rules, lambda: lm_head.likeliest(logits_VxB)
   )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rrt.infer.engine.batch import Batch
 from rrt.infer.engine.state import EMPTY, LAST, WAIT_PRELUDE, EngineShape, InFlightTokens, State
-from rrt.models import transformer
+from rrt.models import lm_head
 
 UNKNOWN = -1
 
@@ -46,7 +46,7 @@ def with_draft_head(shape: EngineShape, params):
   """The parameters with the rows of the head that drafts are made of."""
   if not shape.lossless or shape.draft_vocab == shape.config.vocab_size:
     return params
-  draft = transformer.head_of_first(shape.config, params, shape.draft_vocab)
+  draft = lm_head.first_tokens(shape.config, params, shape.draft_vocab)
   return {**params, 'draft': draft}
 
 

@@ -14,8 +14,9 @@ from rrt.models import passes
 from rrt.models.attention import Attention
 from rrt.models.cache import init_cache
 from rrt.models.layers import Norm
+from rrt.models.lm_head import greedy_token, logits
 from rrt.models.stack import unstack
-from rrt.models.transformer import forward, greedy_token, logits, make_context
+from rrt.models.transformer import forward, make_context
 
 
 def _jit(function, *static):
