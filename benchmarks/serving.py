@@ -13,21 +13,21 @@ number of tokens (log-normal prompts and answers, end tokens ignored). Rungs:
   untied            our engine on the untied export: continuous batching
   tied              the recursive model at full depth, all tokens in step
   static            the same, new requests only when all before have ended
-  depth-wise        as the engine does by itself: out of step, where a draw
+  depth-wise        the engine's default schedule: out of step, where sampling
                     waits for some tokens only and loops share a launch; in step
                     where prelude, coda and head cost more than the block
   without LoRA      the same without its low-rank terms: what they cost
   in step           tokens leave early and wait for the others of their step
   depth-wise exits  tokens leave early and the next ones take their lanes
   copied exits      the same, skipped loops keep copies of keys and values
-  live gate         depth-wise, with the gate that is kept with the model
-  lossless          guesses after every loop but the last, at full depth
-  without lookup    the same, no guess taken from the text before
+  live gate         depth-wise, with the gate that is stored with the model
+  lossless          drafts after every loop but the last, verified at full depth
+  without lookup    the same, without prompt-lookup drafts
 
 Exits are replayed at random depths whose mean is `depth` of the loops, so that
-speed is measured apart from a gate; the live gate leaves when it will, at the
-loss that was promised when it was fitted (`promised`, nats a token), and what
-it loses on other text is what `rrt evaluate --exits` tells. The bound on "times
+speed is measured apart from a gate; the live gate has the threshold calibrated to
+its target loss (`promised`, nats a token), and `rrt evaluate --exits` measures its
+loss on other text. The bound on "times
 tied" is by parameters: what a token costs at full depth over what it costs at
 its mean depth, embedding apart and head included, without LoRA; of the lossless
 mode, by launches: those of tied over its own. "roof" is the bound on the
