@@ -7,7 +7,8 @@ import pytest
 
 from rrt import sharding
 from rrt.errors import InputError
-from rrt.models.transformer import forward, head_kernel
+from rrt.models import lm_head
+from rrt.models.transformer import forward
 from rrt.train import optim, setup
 from rrt.train import step as step_lib
 from rrt.train.exit_losses import ExitObjective, exit_losses
@@ -91,7 +92,7 @@ def test_a_step_sums_the_losses_of_all_loops():
 
   def entropy(loops):
     hidden = forward(config, params, batch['tokens'], loops=loops).hidden_BxLxD
-    log_p = jax.nn.log_softmax(hidden @ head_kernel(config, params))
+    log_p = jax.nn.log_softmax(hidden @ lm_head.kernel(config, params))
     hit = jnp.take_along_axis(log_p, batch['targets'][..., None], -1)
     return -float(hit.mean())
 
