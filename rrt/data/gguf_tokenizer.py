@@ -33,6 +33,15 @@ _SPLITS = {
 }
 _SINGLE_DIGITS = ('smollm', 'starcoder')
 _WHOLE_WORDS_FIRST = ('llama-bpe', 'llama3', 'smaug-bpe')
+# Kinds to which llama.cpp adds the begin token if the file does not say.
+_ADD_BOS = ('llama-bpe', 'llama3')
+
+
+def adds_bos(metadata: dict[str, Any]) -> bool:
+  """Whether llama.cpp adds a begin token, for files without add_bos_token."""
+  if metadata.get('tokenizer.ggml.model') == 'llama':
+    return True
+  return metadata.get('tokenizer.ggml.pre') in _ADD_BOS
 
 
 def byte_level_bpe(metadata: dict[str, Any]) -> tokenizers.Tokenizer:

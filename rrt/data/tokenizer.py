@@ -16,21 +16,9 @@ from typing import Any
 
 import tokenizers
 
-from rrt.data import chat, gguf_tokenizer
+from rrt.data import chat, gguf_tokenizer, tokenizer_config
+from rrt.data.tokenizer_config import NAMES as _NAMES
 from rrt.errors import InputError
-
-# Tokens that end a turn or a document in the supported families, for files
-# that do not list their own.
-_ENDS = (
-  '</s>',
-  '<eos>',
-  '<|endoftext|>',
-  '<|im_end|>',
-  '<end_of_turn>',
-  '<|end_of_text|>',
-  '<|eot_id|>',
-  '<|eom_id|>',
-)
 
 # What `Tokenizer.save` writes.
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
@@ -80,40 +68,7 @@ class Tokenizer:
       raise InputError(f'{path} is not a tokenizer: {e}.') from e
     core.no_padding()
     core.no_truncation()
-    fields = _json(directory / 'tokenizer_config.json')
-    model = _json(directory / 'config.json')
-    model = (model.get('text_config') or {}) | model
-    generation = _json(directory / 'generation_config.json')
-    first = core.encode('').ids
-    bos_id = first[0] if first else None
-    if isinstance(fields.get('add_bos_token'), bool):
-      add_bos = fields['add_bos_token']
-    else:
-      add_bos = bool(first)
-    if bos_id is None:
-      named = _content(fields.get('bos_token'))
-      bos_id = core.token_to_id(named) if named else None
-    if bos_id is None:
-      bos_id = model.get('bos_token_id')
-    ends = generation.get('eos_token_id', model.get('eos_token_id'))
-    if ends is None:
-      named = _content(fields.get('eos_token'))
-      ends = _known_ends(core, core.token_to_id(named) if named else None)
-    template = fields.get('chat_template')
-    if isinstance(template, list):  # Several by name.
-      by_name = {t['name']: t['template'] for t in template}
-      template = by_name.get('default')
-    beside = directory / 'chat_template.jinja'
-    if template is None and beside.is_file():
-      template = beside.read_text(encoding='utf-8')
-    return cls(
-      core,
-      bos_id=bos_id,
-      eos_ids=[ends] if isinstance(ends, int) else ends,
-      add_bos=add_bos,
-      chat_template=template,
-      extra=fields,
-    )
+    return cls(core, **tokenizer_config.read(directory, core))
 
   @classmethod
   def from_gguf(cls, metadata: dict[str, Any]) -> Tokenizer:
@@ -142,7 +97,11 @@ class Tokenizer:
     for name in ('bos', 'eos', 'eot', 'unknown', 'padding'):
       value = metadata.get(f'tokenizer.ggml.{name}_token_id')
       special[name] = None if value is None else int(value)
-    ends = _known_ends(core, special['eos'], special['eot'])
+      if value is not None and core.id_to_token(int(value)) is None:
+        raise InputError(
+          f'The GGUF field tokenizer.ggml.{name}_token_id={value} lies outside the vocabulary.'
+        )
+    ends = tokenizer_config.known_ends(core, special['eos'], special['eot'])
     names = {'unknown': 'unk_token', 'padding': 'pad_token'}
     extra = {
       names.get(name, f'{name}_token'): core.id_to_token(value)
@@ -153,7 +112,7 @@ class Tokenizer:
       core,
       bos_id=special['bos'],
       eos_ids=ends,
-      add_bos=bool(metadata.get('tokenizer.ggml.add_bos_token', kind == 'llama')),
+      add_bos=bool(metadata.get('tokenizer.ggml.add_bos_token', gguf_tokenizer.adds_bos(metadata))),
       chat_template=metadata.get('tokenizer.chat_template'),
       extra=extra,
     )
@@ -212,14 +171,19 @@ class Tokenizer:
   @functools.cached_property
   def text_vocab_size(self) -> int:
     """One more than the largest id that encoding text can yield."""
-    special = {i for i, token in self._core.get_added_tokens_decoder().items() if token.special}
     ids = self._core.get_vocab(with_added_tokens=True).values()
-    return max((i for i in ids if i not in special), default=-1) + 1
+    return max((i for i in ids if i not in self.special_ids), default=-1) + 1
 
   @functools.cached_property
   def added_ids(self) -> frozenset[int]:
     """Ids of special and other added tokens, whose strings are plain text."""
     return frozenset(self._core.get_added_tokens_decoder())
+
+  @functools.cached_property
+  def special_ids(self) -> frozenset[int]:
+    """Ids of special tokens, which `decode` skips by default."""
+    added = self._core.get_added_tokens_decoder().items()
+    return frozenset(i for i, token in added if token.special)
 
   @functools.cached_property
   def byte_level(self) -> bool:
@@ -249,13 +213,32 @@ class Tokenizer:
     text += json.dumps([self.bos_id, self.add_bos])
     return hashlib.sha256(text.encode()).hexdigest()
 
+  @property
+  def special_tokens(self) -> dict[str, str]:
+    """Special tokens by name ('bos_token', 'eos_token', 'pad_token', ...)."""
+    tokens = {name: tokenizer_config.content(self._extra.get(name)) for name in _NAMES}
+    for name, ids in (('bos_token', [self.bos_id]), ('eos_token', self.eos_ids)):
+      if tokens[name] is None and ids and ids[0] is not None:
+        tokens[name] = self.token(ids[0])
+    return {name: token for name, token in tokens.items() if token is not None}
+
   def apply_chat(
-    self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    self,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
+    **variables: Any,
   ) -> str:
-    """Renders messages `{'role', 'content'}` with the chat template.
+    """Renders messages with the chat template, as transformers does.
 
     The text includes the template's special tokens: encode it with bos=False
     if it begins with the begin-of-sequence token.
+
+    Args:
+      messages: dicts with 'role', 'content' and whatever else the template reads.
+      add_generation_prompt: whether to end with the header of an assistant turn.
+      tools: JSON schemas of functions, for templates that use them.
+      **variables: further variables of the template.
 
     Raises:
       InputError: there is no template, it raises an error, or jinja2 is
@@ -263,13 +246,12 @@ class Tokenizer:
     """
     if self.chat_template is None:
       raise InputError('This tokenizer has no chat template; give a plain prompt instead.')
-    end = self.eos_ids[0] if self.eos_ids else None
     return chat.render(
       self.chat_template,
       messages,
       add_generation_prompt=add_generation_prompt,
-      bos='' if self.bos_id is None else self.token(self.bos_id),
-      eos='' if end is None else self.token(end),
+      tools=tools,
+      variables=self.special_tokens | variables,
     )
 
   def save(self, directory: str | Path) -> None:
@@ -278,12 +260,9 @@ class Tokenizer:
     fields: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast'}
     fields |= self._extra
     fields['add_bos_token'] = self.add_bos
-    for name, value in (
-      ('bos_token', self.bos_id),
-      ('eos_token', self.eos_ids[0] if self.eos_ids else None),
-    ):
-      if fields.get(name) is None and value is not None:
-        fields[name] = self.token(value)
+    for name, token in self.special_tokens.items():
+      if fields.get(name) is None:
+        fields[name] = token
     fields.pop('chat_template', None)
     if self.chat_template is not None:
       fields['chat_template'] = self.chat_template
@@ -300,21 +279,11 @@ class Tokenizer:
   def _to_json(self) -> str:
     """tokenizer.json with a post-processor that prepends what `encode` does."""
     core = json.loads(self._core.to_str())
-    if self.add_bos and not self._core.encode('').ids:
+    if self.add_bos and not tokenizer_config.prefix_ids(self._core):
       bos = None if self.bos_id is None else self.token(self.bos_id)
       if bos is not None and self.bos_id is not None:
         core['post_processor'] = _bos_template(bos, self.bos_id)
     return json.dumps(core, ensure_ascii=False)
-
-
-def _known_ends(core, *given: int | None) -> list[int]:
-  """The given end tokens, then well-known ones that the vocabulary has."""
-  ends = [i for i in given if i is not None]
-  added = {
-    token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special
-  }
-  ends += [added[token] for token in _ENDS if token in added]
-  return list(dict.fromkeys(ends))
 
 
 def _bos_template(token: str, token_id: int) -> dict[str, Any]:
@@ -328,22 +297,6 @@ def _bos_template(token: str, token_id: int) -> dict[str, Any]:
     'pair': [bos, first, bos, second],
     'special_tokens': {token: {'id': token, 'ids': [token_id], 'tokens': [token]}},
   }
-
-
-def _json(path: Path) -> dict[str, Any]:
-  """A JSON object, {} where there is no file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as e:
-    raise InputError(f'{path} is not valid JSON: {e}.') from e
-  return value if isinstance(value, dict) else {}
-
-
-def _content(token: Any) -> str | None:
-  """A token's text; files write it plain or as an object."""
-  return token.get('content') if isinstance(token, dict) else token
 
 
 def _dump(fields: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
+from rrt.data.token_bytes import character_start, incomplete_tail, token_bytes
+
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
 
@@ -36,6 +38,9 @@ class Completion:
 class Detokenizer:
   """Detokenizes one row; finds stop strings, streams text that is final.
 
+  Special tokens are not part of the text, but stop strings may be or contain
+  them: stop strings are searched in the text with special tokens written out.
+
   Attributes:
     tokens: accepted so far, none behind an end token or a stop string.
     stopped: whether a stop string was met.
@@ -52,10 +57,12 @@ class Detokenizer:
   ):
     self._end, self._stops = frozenset(end), stops
     self._index, self._show = index, show
-    self._stream = _decoder(tokenizer, prompt)
+    self._tokenizer = tokenizer
+    self._stream = StreamDecoder(tokenizer, before=prompt) if tokenizer else None
     self.tokens: list[int] = []
-    self._text = ''
-    self._shown = 0
+    self._text = ''  # With special tokens.
+    self._special: list[tuple[int, int]] = []  # Where they begin and end in it.
+    self._shown = 0  # How far the text was streamed.
     self.stopped = False
     self._ended = False
 
@@ -65,64 +72,106 @@ class Detokenizer:
       if self.stopped or self._ended:
         break
       self.tokens.append(token)
-      if token in self._end:
-        self._ended = True
-        self._grow(self._stream.flush())
-      else:
+      self._ended = token in self._end
+      if self._tokenizer is None or self._stream is None:
+        continue
+      if not self._ended:
         self._grow(self._stream.push(token))
-    self._hand_out(len(self._text) - self._held())
+      else:
+        self._grow(self._stream.flush())
+      if token in self._tokenizer.special_ids and not self.stopped:
+        self._grow(self._tokenizer.token(token) or '', special=True)
+    self._hand_out(self._held())
+
+  @property
+  def strips_space(self) -> bool:
+    """Whether the decoder has stripped a space in front of the first token."""
+    if self._tokenizer is None or not self.tokens:
+      return False
+    first = token_bytes(self._tokenizer, self.tokens[0]) or b''
+    return first.startswith(b' ') and bool(self._text) and not self._text.startswith(' ')
 
   def finish(self, prompt_tokens: int, reason: str) -> Completion:
     """The completion; `reason` applies unless an end token or stop string was met."""
-    if not (self.stopped or self._ended):
+    if self._stream is not None and not (self.stopped or self._ended):
       self._grow(self._stream.flush())
     self._hand_out(len(self._text))
     if self.stopped:
       reason = 'stop'
     elif self._ended:
       reason = 'end'
-    return Completion(self._text, self.tokens, prompt_tokens, reason)
+    return Completion(self._visible(0, len(self._text)), self.tokens, prompt_tokens, reason)
 
-  def _grow(self, new: str) -> None:
+  def _grow(self, new: str, special: bool = False) -> None:
     if not new:
       return
     longest = max(map(len, self._stops), default=0)
     begin = max(len(self._text) - longest + 1, 0)
+    if special:
+      self._special.append((len(self._text), len(self._text) + len(new)))
     self._text += new
-    found = [self._text.find(s, begin) for s in self._stops]
-    found = [at for at in found if at >= 0]
-    if found:
+    found = [at for s in self._stops if (at := self._find(s, begin)) >= 0]
+    # An end token ends the row by itself; a stop string that it completes may
+    # begin earlier.
+    if found and not (self._ended and special and min(found) >= len(self._text) - len(new)):
       self._text, self.stopped = self._text[: min(found)], True
+      self._special = [s for s in self._special if s[1] <= len(self._text)]
+
+  def _find(self, stop: str, begin: int) -> int:
+    """Where a stop string begins, -1 if nowhere; it contains no part of a special token."""
+    at = self._text.find(stop, begin)
+    while at >= 0 and any((a < at < b) or (a < at + len(stop) < b) for a, b in self._special):
+      at = self._text.find(stop, at + 1)
+    return at
+
+  def _visible(self, begin: int, end: int) -> str:
+    """The text from `begin` to `end` without special tokens."""
+    parts = []
+    for a, b in self._special:
+      if b > begin and a < end:
+        parts.append(self._text[begin:a])
+        begin = b
+    return ''.join(parts) + self._text[begin:end]
 
   def _held(self) -> int:
-    """Length of the text's longest suffix that may begin a stop string."""
+    """Where the longest suffix that may begin a stop string begins."""
+    end = len(self._text)
     if self.stopped or self._ended:
-      return 0
-    for size in range(max(map(len, self._stops), default=1) - 1, 0, -1):
+      return end
+    for size in range(min(max(map(len, self._stops), default=1) - 1, end), 0, -1):
       if any(s.startswith(self._text[-size:]) for s in self._stops):
-        return min(size, len(self._text))
-    return 0
+        return end - size
+    return end
 
   def _hand_out(self, end: int) -> None:
     if end > self._shown:
-      self._show(self._index, self._text[self._shown : end])
+      text = self._visible(self._shown, end)
       self._shown = end
+      if text:
+        self._show(self._index, text)
 
 
 class StreamDecoder:
   """Decodes text incrementally, one token at a time.
 
-  A character may be spread over tokens and a decoder may strip a leading
-  space, so the tail since the last complete text is decoded together.
+  A character may be spread over tokens and a decoder may strip a leading space,
+  so the tokens since the last complete text are decoded together. The window
+  begins at a character's first byte.
   """
 
   def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, before: Sequence[int] = ()):
     """`before`: the preceding tokens, which are not returned as text."""
     self._tokenizer = tokenizer
-    self._skip = skip_special
-    self._ids: list[int] = [int(i) for i in before[-_CONTEXT:]]
-    self._begin = 0  # First id of the context that is decoded again.
-    self._shown = len(self._ids)  # Ids whose text was handed out.
+    self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
+    before = [int(i) for i in before]
+    start = max(len(before) - _CONTEXT, 0)
+    if start:
+      start = character_start(tokenizer, before, start)
+    self._ids = before[start:]
+    # A character that the prompt leaves incomplete belongs to the completion.
+    complete, text = incomplete_tail(tokenizer, self._ids)
+    self._known = len(self._decode(self._ids[:complete])) + len(text)
+    self._returned = len(self._ids)  # Tokens whose text was returned.
 
   def push(self, token_id: int) -> str:
     """The text that this token completes, often ''."""
@@ -134,25 +183,14 @@ class StreamDecoder:
     return self._take(final=True)
 
   def _take(self, final: bool) -> str:
-    decode = functools.partial(self._tokenizer.decode, skip_special=self._skip)
-    before = decode(self._ids[self._begin : self._shown])
-    after = decode(self._ids[self._begin :])
-    if len(after) <= len(before) or (after.endswith('\ufffd') and not final):
+    if self._returned == len(self._ids):
       return ''
-    self._begin, self._shown = self._shown, len(self._ids)
-    return after[len(before) :]
-
-
-class _Mute:
-  """A stream decoder without a tokenizer: all text is ''."""
-
-  def push(self, token: int) -> str:
-    del token
-    return ''
-
-  def flush(self) -> str:
-    return ''
-
-
-def _decoder(tokenizer: Tokenizer | None, prompt: Sequence[int]):
-  return StreamDecoder(tokenizer, before=prompt) if tokenizer else _Mute()
+    text = self._decode(self._ids)
+    new = text[self._known :]
+    if not new or (new.endswith('\ufffd') and not final):
+      return ''
+    # The tokens of this call are the context of the next one.
+    del self._ids[: character_start(self._tokenizer, self._ids, self._returned)]
+    self._returned = len(self._ids)
+    self._known = len(self._decode(self._ids))
+    return new

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-import itertools
 import secrets
 import time
 from typing import Any
@@ -23,7 +23,7 @@ class Answer:
     kind = 'chatcmpl' if job.chat else 'cmpl'
     self._id = f'{kind}-{secrets.token_hex(12)}'
     self._created = int(time.time())
-    self._names: dict[int, str] = {}
+    self._names: dict[int, tuple[str, bytes]] = {}
 
   def _shell(self, choices: list, chunk: bool) -> dict[str, Any]:
     kind = 'text_completion'
@@ -84,39 +84,68 @@ class Answer:
       'total_tokens': prompt + completion,
     }
 
-  def _name(self, token: int) -> str:
-    """A token's text."""
-    if token not in self._names:
-      self._names[token] = self._tokenizer.decode([token], skip_special=False)
-    return self._names[token]
+  def _token(self, token: int) -> tuple[str, bytes]:
+    r"""A token's name and its bytes.
 
-  def _bytes(self, token: int) -> list[int]:
-    """A token's bytes, which may be part of a character."""
-    if '\ufffd' not in self._name(token):
-      return list(self._name(token).encode())
-    return list(token_bytes(self._tokenizer, token) or b'')
+    The name is the token's text, which joined gives the completion. A part of a
+    character has OpenAI's form `bytes:\xe4\xb8`.
+    """
+    if token not in self._names:
+      raw = token_bytes(self._tokenizer, token) or b''
+      try:
+        name = raw.decode()
+      except UnicodeDecodeError:
+        name = 'bytes:' + ''.join(f'\\x{b:02x}' for b in raw)
+      self._names[token] = name, raw
+    return self._names[token]
 
   def _logprobs(self, request: Request, first: int, count: int) -> dict[str, Any] | None:
     """The `logprobs` object of some of a request's tokens."""
     if request.params.logprobs is None or request.detokenizer is None:
       return None
-    name = self._name
     kept = request.detokenizer.tokens[first : first + count]
     rows = list(zip(kept, request.logprobs[first:], strict=False))
+    # A decoder may strip the space in front of a text's first token.
+    stripped = first == 0 and request.detokenizer.strips_space
+    entries = [
+      (self._stripped(t) if stripped and i == 0 else self._token(t), p, top)
+      for i, (t, (p, top)) in enumerate(rows)
+    ]
     if self._job.chat:
-      one = lambda t, p: {'token': name(t), 'logprob': p, 'bytes': self._bytes(t)}
+      one = lambda n, p: {'token': n[0], 'logprob': p, 'bytes': list(n[1])}
       return {
-        'content': [one(t, p) | {'top_logprobs': [one(*a) for a in top]} for t, (p, top) in rows]
+        'content': [
+          one(n, p) | {'top_logprobs': [one(self._token(t), q) for t, q in top]}
+          for n, p, top in entries
+        ]
       }
     return {
-      'tokens': [name(t) for t, _ in rows],
-      'token_logprobs': [p for _, (p, _) in rows],
-      'top_logprobs': [{name(t): p for t, p in top} for _, (_, top) in rows],
+      'tokens': [n[0] for n, _, _ in entries],
+      'token_logprobs': [p for _, p, _ in entries],
+      'top_logprobs': [self._by_name(top) for _, _, top in entries],
       'text_offset': self._offsets(request, first, len(rows)),
     }
 
+  def _stripped(self, token: int) -> tuple[str, bytes]:
+    name, raw = self._token(token)
+    return name.removeprefix(' '), raw.removeprefix(b' ')
+
+  def _by_name(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Log-probabilities by name; a name that is taken becomes `token_id:N`."""
+    found: dict[str, float] = {}
+    for token, logprob in top:
+      name = self._token(token)[0]
+      found[f'token_id:{token}' if name in found else name] = logprob
+    return found
+
   def _offsets(self, request: Request, first: int, count: int) -> list[int]:
-    """Character offset of each token in the text."""
-    tokens = request.detokenizer.tokens[: first + count] if request.detokenizer else []
-    sizes = (len(self._name(t)) for t in tokens)
-    return list(itertools.accumulate(sizes, initial=0))[first : first + count]
+    """Character offset in the text of the character that each token begins in."""
+    assert request.detokenizer is not None
+    special = self._tokenizer.special_ids
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    offset, offsets = -int(request.detokenizer.strips_space), []
+    for token in request.detokenizer.tokens[: first + count]:
+      offsets.append(max(offset, 0))
+      if token not in special:  # Those are not part of the text.
+        offset += len(decoder.decode(self._token(token)[1]))
+    return offsets[first:]

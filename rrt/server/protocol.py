@@ -256,25 +256,55 @@ def _chat_prompt(f: Fields, tokenizer) -> list[int]:
   messages = f.get('messages')
   if not isinstance(messages, list) or not messages:
     raise Refused('messages must be a list of messages.', param='messages')
-  plain = []
-  for message in messages:
-    role = message.get('role') if isinstance(message, dict) else None
-    content = message.get('content') if isinstance(message, dict) else None
-    if isinstance(content, list) and all(
-      isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str)
-      for p in content
-    ):
-      content = ''.join(p['text'] for p in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-      raise Refused('Each message needs a role and a text as content.', param='messages')
-    plain.append({'role': role, 'content': content})
+  variables = f.get('chat_template_kwargs', {})
+  if not isinstance(variables, dict):
+    raise Refused('chat_template_kwargs must be an object.', param='chat_template_kwargs')
   try:
-    ids = tokenizer.encode(tokenizer.apply_chat(plain), bos=False)
-  except (InputError, ValueError, UnicodeError) as e:
+    text = tokenizer.apply_chat([_message(m) for m in messages], **variables)
+    ids = tokenizer.encode(text, bos=False)
+  except (InputError, ValueError, TypeError, UnicodeError) as e:
     raise Refused(f'messages: {e}', param='messages') from None
   if not ids:
     raise Refused('The messages make no token.', param='messages')
   return ids
+
+
+def _message(message: Any) -> dict[str, Any]:
+  """A message for the template: all its fields, content as text, arguments as objects."""
+  role = message.get('role') if isinstance(message, dict) else None
+  content = message.get('content') if isinstance(message, dict) else None
+  if isinstance(content, list) and all(
+    isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str)
+    for p in content
+  ):
+    content = ''.join(p['text'] for p in content)
+  if not isinstance(role, str):
+    raise Refused('Each message needs a role.', param='messages')
+  if content is None and role == 'assistant':
+    # Templates tell calls from text by it; a turn without calls is an empty text.
+    content = None if message.get('tool_calls') else ''
+  elif not isinstance(content, str):
+    raise Refused('Each message needs a text as content.', param='messages')
+  calls = message.get('tool_calls')
+  if calls is None:
+    return message | {'content': content}
+  if not isinstance(calls, list) or not all(
+    isinstance(c, dict) and isinstance(c.get('function'), dict) for c in calls
+  ):
+    raise Refused('tool_calls must be a list of calls with a function.', param='messages')
+  return message | {'content': content, 'tool_calls': [_tool_call(c) for c in calls]}
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+  """A call whose arguments, a JSON text in OpenAI's form, are an object."""
+  function = call['function']
+  arguments = function.get('arguments')
+  if isinstance(arguments, str):
+    try:
+      arguments = json.loads(arguments or '{}')
+    except ValueError:
+      raise Refused('The arguments of a tool call are not JSON.', param='messages') from None
+  return call | {'function': function | {'arguments': arguments}}
 
 
 def _stops(f: Fields) -> tuple[str, ...]:

@@ -188,8 +188,8 @@ def test_ends_of_directories(byte_level, tmp_path):
   byte_level.save(str(tmp_path / 'tokenizer.json'))
   assert Tokenizer.from_directory(tmp_path).eos_ids == (0, 2)
   assert ends('tokenizer_config.json', {'eos_token': '<|im_end|>'}) == (2, 0)
-  assert ends('config.json', {'eos_token_id': 5}) == (5,)
-  assert ends('generation_config.json', {'eos_token_id': [7, 5]}) == (7, 5)
+  assert ends('config.json', {'eos_token_id': 5}) == (5, 2)
+  assert ends('generation_config.json', {'eos_token_id': [7, 5]}) == (7, 5, 2)
 
 
 def test_padding_and_truncation_of_files_are_dropped(byte_level, tmp_path):
@@ -309,3 +309,148 @@ def test_a_stream_goes_on_from_a_prompt():
   stream = StreamDecoder(ours, before=ids[:cut])
   parts = ''.join(stream.push(i) for i in ids[cut:]) + stream.flush()
   assert parts == ' the'
+
+
+@pytest.fixture
+def directory(byte_level, tmp_path):
+  """Writes a tokenizer's files; each is given as the fields of its JSON."""
+
+  def make(core=byte_level, **files):
+    core.save(str(tmp_path / 'tokenizer.json'))
+    for name, fields in files.items():
+      (tmp_path / f'{name}.json').write_text(json.dumps(fields))
+    return Tokenizer.from_directory(tmp_path)
+
+  return make
+
+
+def test_all_end_tokens_of_the_files_end_a_text(directory):
+  ours = directory(
+    tokenizer_config={'eos_token': '<|im_end|>'}, generation_config={'eos_token_id': 0}
+  )
+  assert ours.eos_ids == (0, 2)
+  ours = directory(config={'eos_token_id': [5, 0], 'vocab_size': 340})
+  assert ours.eos_ids == (0, 5, 2)
+  assert ours.special_tokens['eos_token'] == '<|im_end|>'
+
+
+@pytest.mark.parametrize(
+  'single, bos_id',
+  [('$A <|endoftext|>', None), ('<|im_start|> $A <|endoftext|>', 1), ('<|im_start|> $A', 1)],
+)
+def test_only_what_a_post_processor_puts_in_front_begins_a_text(
+  byte_level, directory, single, bos_id
+):
+  byte_level.post_processor = processors.Sequence(
+    [
+      processors.ByteLevel(trim_offsets=False),
+      processors.TemplateProcessing(
+        single=single, special_tokens=[('<|im_start|>', 1), ('<|endoftext|>', 0)]
+      ),
+    ]
+  )
+  ours = directory()
+  assert (ours.bos_id, ours.add_bos) == (bos_id, bos_id is not None)
+  begin = [] if bos_id is None else [bos_id]
+  assert ours.encode('a') == begin + ours.encode('a', bos=False)
+
+
+@pytest.mark.parametrize(
+  'pre, adds', [('llama-bpe', True), ('llama3', True), ('smollm', False), ('smaug-bpe', False)]
+)
+def test_gguf_kinds_to_which_llama_cpp_adds_a_begin_token(byte_level, pre, adds):
+  metadata = gguf_of(byte_level) | {'tokenizer.ggml.pre': pre}
+  assert not Tokenizer.from_gguf(metadata).add_bos  # The file says so.
+  del metadata['tokenizer.ggml.add_bos_token']
+  assert Tokenizer.from_gguf(metadata).add_bos == adds
+
+
+@pytest.mark.parametrize(
+  'files, message',
+  [
+    ({'generation_config': {'eos_token_id': 'x'}}, "eos_token_id='x' must be a token id"),
+    ({'config': {'eos_token_id': [True]}}, r'eos_token_id=\[True\] must be a token id'),
+    ({'generation_config': {'eos_token_id': [99999]}}, 'outside the vocabulary of 339'),
+    ({'config': {'bos_token_id': -1}}, 'outside the vocabulary'),
+    ({'tokenizer_config': {'bos_token': 7}}, 'bos_token=7 must be the text of a token'),
+    ({'tokenizer_config': {'pad_token': {'content': []}}}, 'pad_token'),
+    ({'tokenizer_config': {'chat_template': [{'x': 1}]}}, 'chat_template must be a text, or a'),
+    ({'tokenizer_config': {'chat_template': 3}}, 'chat_template must be a text, not int'),
+    ({'tokenizer_config': [1]}, 'must hold a JSON object'),
+  ],
+)
+def test_fields_of_wrong_types_are_refused_at_loading(directory, files, message):
+  with pytest.raises(InputError, match=message) as e:
+    directory(**files)
+  assert str(e.value).count('\n') == 0
+
+
+def test_special_tokens_outside_a_gguf_vocabulary(byte_level):
+  metadata = gguf_of(byte_level) | {'tokenizer.ggml.eos_token_id': 99999}
+  with pytest.raises(InputError, match='eos_token_id=99999 lies outside'):
+    Tokenizer.from_gguf(metadata)
+
+
+TEMPLATES = {
+  'special tokens': (
+    '{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ sep_token }}',
+    '<|im_start|>|<|im_end|>|<|endoftext|>||',
+  ),
+  'generation': (
+    '{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}',
+    'a<é>&\'"',
+  ),
+  'tojson': ('{{ messages | tojson }}', '[{"role": "user", "content": "a<é>&\'\\""}]'),
+  'tojson with options': (
+    '{{ {"b": "é", "a": 1} | tojson(ensure_ascii=True, sort_keys=True, indent=1) }}',
+    '{\n "a": 1,\n "b": "\\u00e9"\n}',
+  ),
+  'no tools': ('{% if tools is none %}none{% endif %}{{ tools }}', 'noneNone'),
+  'blocks': ('{% for m in messages %}\n  {% if m %}\n x\n  {% endif %}\n{% endfor %}', ' x\n'),
+  'loop controls': (
+    '{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}',
+    '1',
+  ),
+}
+MESSAGES = [{'role': 'user', 'content': 'a<é>&\'"'}]
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_templates_render_as_in_transformers(directory, name):
+  """The right values are those of transformers 5.24 (tests/parity/templates_test.py)."""
+  pytest.importorskip('jinja2')
+  template, text = TEMPLATES[name]
+  ours = directory(
+    tokenizer_config={
+      'bos_token': '<|im_start|>',
+      'eos_token': {'content': '<|im_end|>'},
+      'pad_token': '<|endoftext|>',
+      'chat_template': template,
+    },
+    generation_config={'eos_token_id': 0},
+  )
+  assert ours.apply_chat(MESSAGES) == text
+
+
+def test_a_template_file_wins_over_the_field(directory, tmp_path):
+  pytest.importorskip('jinja2')
+  directory(tokenizer_config={'chat_template': 'field'})
+  (tmp_path / 'chat_template.jinja').write_text('file')
+  assert Tokenizer.from_directory(tmp_path).apply_chat(MESSAGES) == 'file'
+
+
+def test_templates_get_all_fields_of_messages_tools_and_variables(directory):
+  pytest.importorskip('jinja2')
+  ours = directory(
+    tokenizer_config={
+      'chat_template': '{{ messages[0].tool_calls[0].function.name }} {{ messages[1].name }} '
+      '{{ tools[0].name }} {{ messages[0].content is defined }} {{ enable_thinking }}'
+    }
+  )
+  calls = [{'function': {'name': 'sum', 'arguments': {'a': 1}}}]
+  messages = [
+    {'role': 'assistant', 'content': None, 'tool_calls': calls},
+    {'role': 'tool', 'name': 'sum', 'content': '3'},
+  ]
+  text = ours.apply_chat(messages, tools=[{'name': 'add'}], enable_thinking=False)
+  assert text == 'sum sum add False False'

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import http.client
-import itertools
 import json
 import signal
 import subprocess
@@ -16,8 +15,10 @@ import pytest
 
 from rrt.checkpoints.load import save
 from rrt.infer import generate
+from rrt.infer.detokenize import Detokenizer
 from rrt.infer.engine.engine import Engine
 from tests import command, runs
+from tests.infer.detokenize_test import byte_fallback
 
 pytest.importorskip('starlette')
 pytest.importorskip('httpx')
@@ -146,8 +147,7 @@ def test_log_probabilities_and_penalties(client):
   other = client.post(
     '/v1/completions', json=ask(frequency_penalty=2, ignore_eos=True, logprobs=0)
   ).json()['choices'][0]['logprobs']['tokens']
-  # '\ufffd' stands for every byte that is no character alone.
-  most = lambda tokens: max(tokens.count(t) for t in tokens if t != '\ufffd')
+  most = lambda tokens: max(tokens.count(t) for t in tokens)
   assert most(other) < most(told['tokens'])
 
 
@@ -156,9 +156,11 @@ def test_parts_of_characters_have_their_bytes():
   job = types.SimpleNamespace(chat=True)
   answer = Answer(job, 'tiny', tokenizer)
   text = '\u20ac\U0001f600'
-  told = [answer._bytes(t) for t in tokenizer.encode(text)]
+  told = [answer._token(t)[1] for t in tokenizer.encode(text)]
   assert [len(t) for t in told] == [1] * 7  # Each a part of a character.
-  assert bytes(itertools.chain(*told)) == text.encode()
+  assert b''.join(told) == text.encode()
+  names = [answer._token(t)[0] for t in tokenizer.encode(text)]
+  assert names[0] == r'bytes:\xe2' and len(set(names)) == 7
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,61 @@ def test_log_probabilities_come_with_a_stream(client):
   for field in ('tokens', 'token_logprobs', 'top_logprobs', 'text_offset'):
     joined = [v for part in parts for v in part[field]]
     assert joined == whole['logprobs'][field]
+
+
+def test_templates_get_whole_messages(client, child):
+  template, child.tokenizer.chat_template = (
+    child.tokenizer.chat_template,
+    (
+      '{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ m.name }}'
+      '{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}'
+      '{% endfor %}{{ mode }}'
+    ),
+  )
+  try:
+    call = {'id': '1', 'type': 'function', 'function': {'name': 'f', 'arguments': '{"x": 12}'}}
+    messages = [
+      {'role': 'user', 'content': 'a'},
+      {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+      {'role': 'tool', 'content': 'b', 'name': 'f'},
+      {'role': 'assistant', 'content': None},
+    ]
+    body = {'messages': messages, 'max_tokens': 1, 'chat_template_kwargs': {'mode': 'M'}}
+    reply = client.post('/v1/chat/completions', json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()['usage']['prompt_tokens'] == len('ua' + 'a12' + 'tbf' + 'a' + 'M')
+    call['function']['arguments'] = '{'
+    reply = client.post('/v1/chat/completions', json=body)
+    assert reply.status_code == 400 and 'not JSON' in reply.text
+    body['messages'] = [{'role': 'user', 'content': None}]
+    assert client.post('/v1/chat/completions', json=body).status_code == 400
+  finally:
+    child.tokenizer.chat_template = template
+
+
+def test_log_probabilities_of_a_sentencepiece_vocabulary():
+  tokenizer = byte_fallback(words=['▁world', '▁true', '▁s'])
+  text = ' world 語 true s'
+  ids = [tokenizer.token_id('▁world'), *tokenizer.encode(' 語', bos=False)]
+  ids += [tokenizer.token_id('▁true'), tokenizer.token_id('▁s')]
+  row = Detokenizer(tokenizer, tokenizer.encode('a', bos=False), (), (), 0, lambda i, t: None)
+  row.extend(ids)
+  assert row.finish(1, 'length').text == text
+  # Two pairs that decode alike on their own, and two names of one letter.
+  top = [(tokenizer.token_id('s'), -1.0), (tokenizer.token_id('▁s'), -2.0)]
+  top += [(tokenizer.token_id(f'<0x{b:02X}>'), -3.0) for b in (0xE8, 0xAA, ord('s'))]
+  params = types.SimpleNamespace(logprobs=5)
+  request = types.SimpleNamespace(params=params, detokenizer=row, logprobs=[(-1.0, top)] * len(ids))
+  found = Answer(types.SimpleNamespace(chat=False), 'm', tokenizer)._logprobs(request, 0, len(ids))
+  named = ''.join(t for t in found['tokens'] if not t.startswith('bytes:'))
+  assert named == text.replace('語', '')
+  assert r'bytes:\xe8' in found['tokens']
+  starts = [0, 6, 7, 7, 7, 8, 13]
+  assert found['text_offset'] == starts and text[6:9] == ' 語 '
+  assert len(found['top_logprobs'][0]) == 5
+  chat = Answer(types.SimpleNamespace(chat=True), 'm', tokenizer)._logprobs(request, 0, len(ids))
+  joined = b''.join(bytes(c['bytes']) for c in chat['content'])
+  assert joined == text.encode()
 
 
 def test_other_models_chats_and_paths(client):
