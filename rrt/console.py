@@ -40,6 +40,16 @@ def _cell(value: Any) -> str:
   return str(value)
 
 
+_noted: set[str] = set()
+
+
+def note(text: str) -> None:
+  """Prints a note to stderr, the same one once."""
+  if text not in _noted:
+    _noted.add(text)
+    print(f'note: {text}', file=sys.stderr, flush=True)
+
+
 def finish(figures: dict[str, Any]) -> None:
   """Prints the figures as the program's last line, one JSON object."""
   print(json.dumps(_plain(figures), allow_nan=False), flush=True)

@@ -17,7 +17,8 @@ is, by format:
 * parquet and the hub: one row, its text in the column `field`.
 * ArrayRecord: a record is UTF-8 text, or a JSON object with `field`.
 
-Documents of white space alone are skipped.
+`field='a.b'` is the field b of the object a. Rows without the field, or with null
+in it, are skipped, and a note says how many. So are documents of white space alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Source:
     path: a file, directory, glob, `hf://` name or `builtin`.
     weight: this source's share of the text in a mix; None (in all sources
       of a mix) takes every source in proportion to its size.
-    field: the field or column that holds the text.
+    field: the field or column that holds the text; 'a.b' of nested objects.
     whole_files: a text file is one document however long it is.
   """
 
@@ -128,36 +129,43 @@ def stream(
   """Yields the documents of a path once, in order.
 
   Raises:
-    InputError: a file that is missing, damaged, binary or not UTF-8, a line
-      or column without `field`, or no document at all.
+    InputError: a file that is missing, damaged, binary or not UTF-8, or no
+      document at all.
   """
+  skipped = formats.Skipped(str(path), field)
   empty = True
-  for file in resolve(path):
-    for text in _stream_file(file, field, whole_files):
-      empty = False
-      yield text
+  try:
+    for file in resolve(path):
+      for text in _stream_file(file, field, whole_files, skipped):
+        empty = False
+        yield text
+  finally:
+    if not empty:
+      skipped.report()
   if empty:
-    raise InputError(f'{path}: holds no text')
+    raise skipped.error()
 
 
-def _stream_file(file: str, field: str, whole_files: bool) -> Iterator[str]:
+def _stream_file(
+  file: str, field: str, whole_files: bool, skipped: formats.Skipped
+) -> Iterator[str]:
   if file in BUILTIN:
     from rrt.data import corpus  # corpus reads through this module too
 
     yield from corpus.documents(file)
     return
   if file.startswith('hf://'):
-    dataset = formats.open_hub(file, field)
+    dataset = formats.open_hub(file, field, skipped)
     yield from filter(str.strip, (dataset[i] for i in range(len(dataset))))
     return
   texts: Iterator[str]
   match kind(file):
     case 'json':
-      texts = (text for _, text in formats.json_lines(file, field))
+      texts = (text for _, text in formats.json_lines(file, field, skipped))
     case 'parquet':
-      texts = formats.parquet_rows(file, field)
+      texts = formats.parquet_rows(file, field, skipped)
     case 'records':
-      records = formats.open_records(file, field)
+      records = formats.open_records(file, field, skipped)
       texts = (records[i] for i in range(len(records)))
     case _:
       texts = formats.text_pieces(file, whole_files)
@@ -178,6 +186,7 @@ def open_documents(source: Source) -> Sequence[str]:
   Raises:
     InputError: as `stream`.
   """
+  skipped = formats.Skipped(str(source.path), source.field)
   parts: list[Sequence[str]] = []
   files = resolve(source.path)
   by_store = itertools.groupby(files, lambda f: (_in_place(f), kind(f)))
@@ -185,19 +194,20 @@ def open_documents(source: Source) -> Sequence[str]:
     if in_place is None:
       names = list(group)
       texts = itertools.chain.from_iterable(
-        _stream_file(f, source.field, source.whole_files) for f in names
+        _stream_file(f, source.field, source.whole_files, skipped) for f in names
       )
       options = f'{source.field} {source.whole_files} {formats.CUT}'
       parts.append(store.unpack(texts, names, options))
     else:
-      parts.extend(in_place(f, source.field) for f in group)
+      parts.extend(in_place(f, source.field, skipped) for f in group)
   documents = parts[0] if len(parts) == 1 else _Joined(parts)
   if not len(documents):
-    raise InputError(f'{source.path}: holds no text')
+    raise skipped.error()
+  skipped.report()
   return documents
 
 
-def _in_place(file: str) -> Callable[[str, str], Sequence[str]] | None:
+def _in_place(file: str) -> Callable[[str, str, formats.Skipped], Sequence[str]] | None:
   """The reader that opens a file in place; None if it has to be unpacked."""
   if file in BUILTIN:
     return None

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from rrt import console
 from rrt.data import formats, sources, store
 from rrt.data.sources import Source
 from rrt.errors import InputError
@@ -67,21 +68,65 @@ def test_parquet(tmp_path):
   path = tmp_path / 'a.parquet'
   pq.write_table(pa.table({'n': [1, 2, 3, 4], 'body': [*TEXTS, None]}), path)
   assert both(path, field='body') == TEXTS
-  with pytest.raises(InputError, match=r"no column 'text'.*n, body"):
+  with pytest.raises(InputError, match=r"in the field 'text' \(the fields of the first: n, body\)"):
     both(path)
+
+
+def write_records(module, path, records):
+  writer = module.ArrayRecordWriter(str(path), 'group_size:1')
+  for record in records:
+    writer.write(record)
+  writer.close()
 
 
 def test_array_record(tmp_path):
   module = pytest.importorskip('array_record.python.array_record_module')
   path = tmp_path / 'a.array_record-00000-of-00001'
-  writer = module.ArrayRecordWriter(str(path), 'group_size:1')
-  for text in (TEXTS[0].encode(), json.dumps({'text': TEXTS[1]}).encode()):
-    writer.write(text)
-  writer.close()
-  assert both(path) == TEXTS[:2]
+  records = [TEXTS[0].encode(), b'{"text": null}', json.dumps({'text': TEXTS[1]}).encode()]
+  records += [b'{"body": "x"}', b' ', b'{no JSON}']
+  write_records(module, path, records)
+  assert both(path) == [*TEXTS[:2], '{no JSON}']
+  write_records(module, tmp_path / 'c.array_record', [b'{"body": "x"}'])
+  with pytest.raises(InputError, match='the fields of the first: body'):
+    both(tmp_path / 'c.array_record')
   (tmp_path / 'b.array_record').write_bytes(b'no such thing')
   with pytest.raises(InputError, match='not a readable ArrayRecord file'):
     both(tmp_path / 'b.array_record')
+
+
+ROWS = [{'text': 'a'}, {'text': None}, {'body': 'x'}, {'text': 'b'}, {'text': ''}]
+NESTED = [{'data': {'text': 'a'}}, {'data': None}, {'data': {'n': 1}}, {'data': {'text': 'b'}}]
+
+
+@pytest.mark.parametrize('ending', ['.jsonl', '.jsonl.gz', '.parquet', 'hub', '.array_record'])
+@pytest.mark.parametrize('rows, field', [(ROWS, 'text'), (NESTED, 'data.text')])
+def test_rows_without_a_text_are_left_out_and_counted(
+  tmp_path, monkeypatch, capsys, ending, rows, field
+):
+  path = str(tmp_path / f'a{ending}')
+  if ending.startswith('.jsonl'):
+    data = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+    (tmp_path / f'a{ending}').write_bytes(gzip.compress(data) if ending.endswith('gz') else data)
+  elif ending == '.array_record':
+    module = pytest.importorskip('array_record.python.array_record_module')
+    write_records(module, path, [json.dumps(row).encode() for row in rows])
+  else:
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / 'a.parquet')
+    if ending == 'hub':
+      datasets = pytest.importorskip('datasets')
+      path = 'hf://owner/name:train'
+      load = lambda *names, split: datasets.Dataset(table)
+      monkeypatch.setattr(datasets, 'load_dataset', load)
+  monkeypatch.setattr(console, '_noted', set())
+  assert both(path, field=field) == ['a', 'b']
+  note = f'note: {path}: 2 rows without a text in the field {field!r} left out\n'
+  assert capsys.readouterr().err == note
+  with pytest.raises(InputError, match=r"holds no text: no row has one in the field 'no\.such'"):
+    both(path, field='no.such')
 
 
 def test_directory_and_glob_read_every_kind(tmp_path):
@@ -171,8 +216,8 @@ BAD = {
   'latin.txt': ('line\nna\xefve'.encode('latin-1'), 'not UTF-8.*0xef'),
   'latin.jsonl': (b'{"text": "\xef"}', 'line 1: not UTF-8'),
   'field.jsonl': (
-    b'{"text": "a"}\n\n{"body": "b", "n": 1}\n',
-    "line 3: has no field 'text' .its fields: body, n.",
+    b'{"text": null}\n\n{"body": "b", "n": 1}\n',
+    "holds no text: no row has one in the field 'text' .the fields of the first: text.",
   ),
   'number.jsonl': (b'{"text": 3}', "line 1: the field 'text' is int"),
   'list.jsonl': (b'["text"]', 'line 1: a JSON list'),
