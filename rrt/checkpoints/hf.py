@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import dataclasses
 from pathlib import Path
 import re
 from typing import Any
 
 import numpy as np
 
+from rrt import console
 from rrt.checkpoints import reader, safetensors
 from rrt.checkpoints.safetensors import Tensors
 from rrt.config import ModelConfig
+from rrt.data import tokenizer_config
 from rrt.errors import InputError
-from rrt.families.fields import refuse, table, whole
+from rrt.families.base import Family
+from rrt.families.fields import COMMON, refuse, refuse_unknown, table, whole
 from rrt.families.registry import family_for, family_of
 from rrt.files import read_json
 
@@ -39,12 +43,24 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
   if layers > MAX_LAYERS:
     raise InputError(f'config.json: num_hidden_layers={layers} cannot be right.')
   refuse(fields, 'quantization_config', None, remedy='dequantize it first')
+  _refuse_custom_code(fields)
+  refuse_unknown(fields, (*COMMON, *kind.fields, 'auto_map'))
   try:
     return kind.from_hf(fields)
   except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
     if isinstance(e, InputError):
       raise
     raise InputError(f'config.json has a value of a wrong type: {e}.') from e
+
+
+def _refuse_custom_code(fields: dict[str, Any]) -> None:
+  """Raises InputError for a model with Python code of its own."""
+  for name, code in table(fields, 'auto_map').items():
+    if name == 'AutoModel' or name.startswith('AutoModelFor'):
+      raise InputError(
+        f'config.json: auto_map has {name}={code!r}, code that may compute something else; '
+        'remove auto_map if the model is one of transformers itself.'
+      )
 
 
 _PREFIXES = (
@@ -65,10 +81,10 @@ def canonical_name(name: str) -> str:
 
 
 class _Renamed:
-  """A view of a checkpoint under canonical names."""
+  """A view of a checkpoint under other names."""
 
-  def __init__(self, tensors: Tensors):
-    self._names = {canonical_name(name): name for name in tensors.infos}
+  def __init__(self, tensors: Tensors, rename: Callable[[str], str]):
+    self._names = {rename(name): name for name in tensors.infos}
     self._tensors = tensors
     self.infos = {new: tensors.infos[n] for new, n in self._names.items()}
 
@@ -115,7 +131,34 @@ def open_directory(directory: Path) -> Tensors:
       f'{directory} has a config.json but no *.safetensors{pickled}; save the model as safetensors.'
     )
   shards = safetensors.open_all([directory / n for n in names], safetensors.SafetensorsFile, faults)
-  return _Renamed(safetensors.ShardedTensors(shards))
+  return _Renamed(safetensors.ShardedTensors(shards), canonical_name)
+
+
+def _resolve_head(
+  config: ModelConfig, family: Family, tensors: Tensors, where: Path
+) -> tuple[ModelConfig, Tensors]:
+  """Head and embedding of a model whose config.json says that they are tied.
+
+  The file may hold the matrix under the head's name alone, or a head that differs
+  from the embedding: then they are untied, as in transformers.
+  """
+  names = {row.path: row.hf for row in family.rows}
+  embed, head = names['embed/table'], names['head/kernel']
+  if not config.tie_embeddings or head not in tensors.infos:
+    return config, tensors
+  if embed not in tensors.infos:
+    return config, _Renamed(tensors, lambda name: embed if name == head else name)
+  if _same_values(tensors, embed, head):
+    return config, tensors
+  console.note(f'{where}: {head} differs from {embed}: loaded without tie_word_embeddings')
+  return dataclasses.replace(config, tie_embeddings=False), tensors
+
+
+def _same_values(tensors: Tensors, one: str, other: str) -> bool:
+  if tensors.infos[one] != tensors.infos[other]:
+    return False
+  pairs = zip(tensors.chunks(one), tensors.chunks(other), strict=True)
+  return all(np.array_equal(a, b) for (_, a), (_, b) in pairs)
 
 
 def load_directory(
@@ -131,6 +174,9 @@ def load_directory(
   generation = {}
   if (directory / 'generation_config.json').is_file():
     generation = read_json(directory / 'generation_config.json')
+  ids = _token_ids(directory, fields, generation, config.vocab_size)
+  family = family_of(config)
+  config, tensors = _resolve_head(config, family, open_directory(directory), directory)
   ignored = ['rotary_emb.inv_freq']
   if config.tie_embeddings:
     ignored.append('lm_head.weight')
@@ -138,15 +184,26 @@ def load_directory(
     ignored += ['vision_tower.', 'multi_modal_projector.']
   params = reader.read_params(
     config,
-    family_of(config),
-    open_directory(directory),
+    family,
+    tensors,
     dtype=dtype,
     ignore=lambda name: any(part in name for part in ignored),
     where=str(directory),
   )
-  ids = {}
-  for source in (fields.get('text_config') or {}, fields, generation):
-    for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
-      if source.get(name) is not None:
-        ids[name] = source[name]
   return config, params, ids
+
+
+def _token_ids(directory: Path, fields, generation, vocab_size: int) -> dict[str, Any]:
+  """Ids of special tokens, generation_config.json before config.json."""
+  ids: dict[str, Any] = {}
+  for name, source in (
+    ('config.json', table(fields, 'text_config')),
+    ('config.json', fields),
+    ('generation_config.json', generation),
+  ):
+    for field in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+      if field == 'pad_token_id' and source.get(field) == -1:  # Early Llamas: none.
+        continue
+      if tokenizer_config.token_ids(source, field, vocab_size, directory / name):
+        ids[field] = source[field]
+  return ids

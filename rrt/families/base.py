@@ -35,6 +35,8 @@ class Family:
     name: `ModelConfig.family`.
     model_types: values of `model_type` in config.json.
     rows: the table of names.
+    fields: of config.json that `from_hf` reads or refuses, besides
+      `rrt.families.fields.COMMON`; others are refused unless they are harmless.
     from_hf: config.json as a dict -> ModelConfig.
     to_hf: ModelConfig of an untied model -> config.json as a dict.
     gguf_permuted: whether GGUF files interleave q and k rows (llama.cpp's RoPE
@@ -45,6 +47,7 @@ class Family:
   name: str
   model_types: tuple[str, ...]
   rows: tuple[Row, ...]
+  fields: tuple[str, ...]
   from_hf: Callable[[dict[str, Any]], ModelConfig]
   to_hf: Callable[[ModelConfig], dict[str, Any]]
   gguf_permuted: bool = False

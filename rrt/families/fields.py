@@ -2,10 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rrt.config import Rope, is_number, is_whole
 from rrt.errors import InputError
+
+LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
+
+# Fields that all families read or refuse.
+COMMON = (
+  'model_type',
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'max_position_embeddings',
+  'rms_norm_eps',
+  'tie_word_embeddings',
+  'rope_theta',
+  'rope_scaling',
+  'rope_parameters',
+  'attention_bias',
+  'quantization_config',
+)
+
+# Fields that do not change what a trained model computes: of other software, of
+# training, of generation, and of heads that are not read.
+HARMLESS = frozenset(
+  """
+  architectures transformers_version transformers.js_config _name_or_path name_or_path
+  exported_by torch_dtype dtype use_cache cache_implementation is_llama_config
+  unsloth_version unsloth_fixed model_name revision license
+  bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id
+  mask_token_id decoder_start_token_id tokenizer_class prefix
+  initializer_range initializer_factor attention_dropout attn_pdrop embd_pdrop resid_pdrop
+  hidden_dropout hidden_dropout_prob attention_probs_dropout_prob classifier_dropout
+  neftune_noise_alpha gradient_checkpointing use_bfloat16 torchscript tf_legacy_loss
+  pretraining_tp tensor_parallel_size chunk_size_feed_forward max_sequence_length
+  attn_implementation _attn_implementation _attn_implementation_autoset
+  _attn_implementation_internal _flash_attn_2_enabled use_flash_attention_2 flash_attention
+  output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
+  id2label label2id num_labels problem_type finetuning_task task_specific_params
+  is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
+  tie_encoder_decoder pruned_heads summary_type summary_use_proj summary_activation
+  summary_proj_to_labels summary_first_dropout max_length min_length do_sample
+  early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+  typical_p repetition_penalty length_penalty no_repeat_ngram_size
+  encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
+  forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+  suppress_tokens begin_suppress_tokens
+  """.split()
+)
+_ROPE_FIELDS = (
+  'rope_type',
+  'type',
+  'rope_theta',
+  'factor',
+  'low_freq_factor',
+  'high_freq_factor',
+  'original_max_position_embeddings',
+  'partial_rotary_factor',
+)
+
+
+def refuse_unknown(fields: dict[str, Any], known: Iterable[str], where: str = '') -> None:
+  """Raises InputError for fields that are neither known, nor harmless, nor null."""
+  known = {*known}
+  odd = [n for n, v in fields.items() if v is not None and n not in known and n not in HARMLESS]
+  if odd:
+    named = ', '.join(f'{n}={str(fields[n])[:40]!r}' for n in odd[:4])
+    more = f' and {len(odd) - 4} more' if len(odd) > 4 else ''
+    raise InputError(
+      f'config.json: {where}{named}{more}: not known to this version for '
+      f'{"this model" if where else fields.get("model_type")}, and may change what the model '
+      'computes; remove what does not.'
+    )
+
+
+def layer_types(fields: dict[str, Any]) -> list[str] | None:
+  """LOCAL or GLOBAL for every layer; None if the field is absent."""
+  kinds = fields.get('layer_types')
+  if kinds is None:
+    return None
+  layers = whole(fields, 'num_hidden_layers')
+  if not isinstance(kinds, list):
+    raise InputError(f'config.json: layer_types={kinds!r} must be a list.')
+  if len(kinds) != layers:
+    raise InputError(
+      f'config.json: layer_types has {len(kinds)} entries for '
+      f'num_hidden_layers={layers}; give one a layer.'
+    )
+  for kind in kinds:
+    if kind not in (LOCAL, GLOBAL):
+      raise InputError(
+        f'config.json: layer_types has {kind!r}, which is not supported, only {LOCAL} and {GLOBAL}.'
+      )
+  return kinds
+
+
+def windows(fields: dict[str, Any], kinds: list[str], window: int) -> tuple[int, ...]:
+  """The window of every layer, 0 for global ones."""
+  if LOCAL in kinds and not window:
+    raise InputError(
+      f'config.json: sliding_window={fields.get("sliding_window")!r} with layers of type '
+      f'{LOCAL}; give the window in tokens.'
+    )
+  return tuple(window if kind == LOCAL else 0 for kind in kinds)
 
 
 def refuse(fields: dict[str, Any], name: str, *allowed: Any, remedy: str = '') -> None:
@@ -89,6 +195,7 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
     InputError: the kind of scaling is not supported, or a value is invalid.
   """
   p = parameters or {}
+  refuse_unknown(p, _ROPE_FIELDS, 'rotary parameter ')
   base = number(p, 'rope_theta', base)
   refuse(p, 'partial_rotary_factor', 1, 1.0)
   kind = p.get('rope_type', p.get('type', 'default')) or 'default'

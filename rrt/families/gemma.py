@@ -15,6 +15,7 @@ from rrt.errors import InputError
 from rrt.families import fields as fields_lib
 from rrt.families import llama
 from rrt.families.base import Family, Row
+from rrt.families.fields import GLOBAL, LOCAL
 
 GEMMA3_ROWS = (
   Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
@@ -76,7 +77,6 @@ GEMMA3_DEFAULTS = {
   'query_pre_attn_scalar': 256,
   'sliding_window': 4096,
 }
-LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
 
 
 def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
@@ -107,18 +107,13 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
   fields_lib.refuse(c, 'final_logit_softcapping')
   kinds = _layer_kinds(c)
   window = fields_lib.whole(c, 'sliding_window', 0, least=0)
-  if LOCAL in kinds and not window:
-    raise InputError(
-      f'config.json: sliding_window={window!r} with layers of type '
-      f'{LOCAL}; give the window in tokens.'
-    )
   is_local = tuple(int(kind == LOCAL) for kind in kinds)
   return ModelConfig(
     **_common(c, 'gemma3'),
     post_norms=True,
     qk_norm=True,
     query_scale=fields_lib.number(c, 'query_pre_attn_scalar') ** -0.5,
-    windows=tuple(window * local for local in is_local),
+    windows=fields_lib.windows(c, kinds, window),
     ropes=_ropes_from_hf(c),
     rope_index=is_local,
   )
@@ -147,24 +142,12 @@ def _common(c: dict[str, Any], family: str) -> dict[str, Any]:
 
 def _layer_kinds(c: dict[str, Any]) -> list[str]:
   """LOCAL or GLOBAL for every layer."""
-  layers = fields_lib.whole(c, 'num_hidden_layers')
-  kinds = c.get('layer_types')
+  kinds = fields_lib.layer_types(c)
   if kinds is None:
     every = fields_lib.whole(c, '_sliding_window_pattern', 6)
     every = fields_lib.whole(c, 'sliding_window_pattern', every)
+    layers = fields_lib.whole(c, 'num_hidden_layers')
     kinds = [LOCAL if (i + 1) % every else GLOBAL for i in range(layers)]
-  if not isinstance(kinds, list):
-    raise InputError(f'config.json: layer_types={kinds!r} must be a list.')
-  if len(kinds) != layers:
-    raise InputError(
-      f'config.json: layer_types has {len(kinds)} entries for '
-      f'num_hidden_layers={layers}; give one a layer.'
-    )
-  for kind in kinds:
-    if kind not in (LOCAL, GLOBAL):
-      raise InputError(
-        f'config.json: layer_types has {kind!r}, which is not supported, only {LOCAL} and {GLOBAL}.'
-      )
   return kinds
 
 
@@ -260,6 +243,7 @@ GEMMA = Family(
   name='gemma',
   model_types=('gemma',),
   rows=llama.ROWS,
+  fields=('hidden_act', 'hidden_activation', 'use_bidirectional_attention'),
   from_hf=gemma_from_hf,
   to_hf=gemma_to_hf,
   gguf_gain_offset=1.0,
@@ -268,6 +252,18 @@ GEMMA3 = Family(
   name='gemma3',
   model_types=('gemma3_text', 'gemma3'),
   rows=GEMMA3_ROWS,
+  fields=(
+    'hidden_activation',
+    'use_bidirectional_attention',
+    'attn_logit_softcapping',
+    'final_logit_softcapping',
+    'query_pre_attn_scalar',
+    'sliding_window',
+    'sliding_window_pattern',
+    '_sliding_window_pattern',
+    'layer_types',
+    'rope_local_base_freq',
+  ),
   from_hf=gemma3_from_hf,
   to_hf=gemma3_to_hf,
   gguf_gain_offset=1.0,

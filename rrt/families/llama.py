@@ -1,7 +1,7 @@
 """Llama and models of its architecture: Mistral, TinyLlama, SmolLM, SmolLM2.
 
 Pre-norm layers, SwiGLU MLP, grouped-query attention, RoPE with or without Llama
-3's scaling, one sliding window for all layers (Mistral) or none.
+3's scaling, one sliding window for all layers (Mistral), for some (Ministral) or none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rrt.config import ModelConfig
+from rrt.errors import InputError
 from rrt.families import fields as fields_lib
 from rrt.families.base import Family, Row
 
@@ -36,12 +37,14 @@ ROWS = (
 
 
 def from_hf(c: dict[str, Any]) -> ModelConfig:
-  """ModelConfig of a Llama or Mistral config.json, 4.x or 5.x style."""
-  mistral = c.get('model_type') == 'mistral'
+  """ModelConfig of a Llama, Mistral or Ministral config.json, 4.x or 5.x style."""
+  mistral = c.get('model_type') in ('mistral', 'ministral')
   fields_lib.refuse(c, 'attention_bias', False)
   fields_lib.refuse(c, 'mlp_bias', False)
   fields_lib.refuse(c, 'hidden_act', 'silu', 'swish')
   fields_lib.refuse(c, 'num_local_experts', 0, 1)
+  fields_lib.refuse(c, 'rope_interleaved', False)
+  fields_lib.refuse(c, 'partial_rotary_factor', 1, 1.0)
   layers = fields_lib.whole(c, 'num_hidden_layers')
   max_context = fields_lib.whole(c, 'max_position_embeddings', 2048)
   window = 0
@@ -49,7 +52,14 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     window = 4096  # The default of the original.
   elif mistral:
     window = fields_lib.whole(c, 'sliding_window', 0, least=0)
+  else:
+    fields_lib.refuse(c, 'sliding_window')
+  kinds = fields_lib.layer_types(c)
+  if kinds is None:
+    kinds = [fields_lib.LOCAL if window else fields_lib.GLOBAL] * layers
+  windows = fields_lib.windows(c, kinds, window)
   heads = fields_lib.whole(c, 'num_attention_heads')
+  kv_heads = 8 if mistral and 'num_key_value_heads' not in c else heads
   d_model = fields_lib.whole(c, 'hidden_size')
   return ModelConfig(
     family='llama',
@@ -57,13 +67,13 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     d_model=d_model,
     d_ff=fields_lib.whole(c, 'intermediate_size'),
     num_heads=heads,
-    num_kv_heads=fields_lib.whole(c, 'num_key_value_heads', 8 if mistral else heads),
+    num_kv_heads=fields_lib.whole(c, 'num_key_value_heads', kv_heads),
     head_dim=fields_lib.whole(c, 'head_dim', d_model // heads),
     block_layers=layers,
     max_context=max_context,
     norm_eps=fields_lib.number(c, 'rms_norm_eps', 1e-6, least=0),
     tie_embeddings=fields_lib.flag(c, 'tie_word_embeddings', False),
-    windows=(window,) * layers if window else (),
+    windows=windows if any(windows) else (),
     ropes=(
       fields_lib.rope_from_hf(
         fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters'),
@@ -75,9 +85,13 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Llama or Mistral, for 4.x and 5.x.
+  """config.json of an untied Llama, Mistral or Ministral, for 4.x and 5.x.
 
-  Assumes that all layers are alike; other families override the fields.
+  Assumes that all layers have the same rotary table; other families override the
+  fields.
+
+  Raises:
+    InputError: its layers have windows of several sizes.
   """
   rope = config.ropes[0]
   scaling = fields_lib.rope_to_hf(rope)
@@ -101,17 +115,39 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'attention_bias': False,
     'mlp_bias': False,
   }
-  if config.windows and config.windows[0]:
+  sizes = {window for window in config.windows if window}
+  if len(sizes) > 1 and config.family == 'llama':
+    raise InputError(
+      f'windows: layers have {len(sizes)} different sizes, of which a config.json holds one; '
+      'set them equal to export the model.'
+    )
+  if sizes and all(config.windows):
     fields['architectures'] = ['MistralForCausalLM']
     fields['model_type'] = 'mistral'
-    fields['sliding_window'] = config.windows[0]
+    fields['sliding_window'] = max(sizes)
+  elif sizes:
+    fields['architectures'] = ['MinistralForCausalLM']
+    fields['model_type'] = 'ministral'
+    fields['sliding_window'] = max(sizes)
+    kinds = {False: fields_lib.GLOBAL, True: fields_lib.LOCAL}
+    fields['layer_types'] = [kinds[window > 0] for window in config.windows]
   return fields
 
 
 FAMILY = Family(
   name='llama',
-  model_types=('llama', 'mistral'),
+  model_types=('llama', 'mistral', 'ministral'),
   rows=ROWS,
+  fields=(
+    'hidden_act',
+    'mlp_bias',
+    'num_local_experts',
+    'num_experts_per_tok',
+    'sliding_window',
+    'layer_types',
+    'rope_interleaved',
+    'partial_rotary_factor',
+  ),
   from_hf=from_hf,
   to_hf=to_hf,
   gguf_permuted=True,

@@ -206,6 +206,47 @@ def test_gemma3_exports_what_its_layers_have():
       to_hf(dataclasses.replace(config, **changes))
 
 
+def test_layer_types_of_mistral():
+  kinds = ['sliding_attention', 'full_attention'] * 2
+  mistral = LLAMA | MISTRAL | {'num_key_value_heads': None}
+  config = hf.config_from_hf(mistral | {'sliding_window': 5, 'layer_types': kinds})
+  assert config.windows == (5, 0, 5, 0)
+  fields = family_of(config).to_hf(config)
+  assert fields['model_type'] == 'ministral' and fields['layer_types'] == kinds
+  assert hf.config_from_hf(fields) == config
+  full = hf.config_from_hf(mistral | {'layer_types': ['full_attention'] * 4})
+  assert full.windows == ()
+  with pytest.raises(InputError, match='2 different sizes'):
+    family_of(config).to_hf(dataclasses.replace(config, windows=(5, 0, 7, 0)))
+
+
+@pytest.mark.parametrize(
+  'fields, says',
+  [
+    ({'embedding_multiplier': 12.0}, "embedding_multiplier='12.0': not known"),
+    ({'use_qk_norm': True, 'logits_scaling': 8}, "use_qk_norm='True', logits_scaling='8'"),
+    ({'sliding_window': 5}, 'sliding_window=5 is not supported'),
+    (MISTRAL | {'layer_types': ['chunked_attention'] * 4}, 'chunked_attention'),
+    (MISTRAL | {'layer_types': ['full_attention']}, 'layer_types has 1'),
+    ({'rope_interleaved': True}, 'rope_interleaved=True'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ({'rope_parameters': {'mrope_section': [1]}}, 'rotary parameter mrope_section'),
+    ({'auto_map': {'AutoModelForCausalLM': 'm.Model'}}, 'auto_map has AutoModelForCausalLM'),
+    (GEMMA3 | {'altup_num_inputs': 4}, 'altup_num_inputs'),
+  ],
+)
+def test_fields_that_may_change_the_function_are_refused(fields, says):
+  with pytest.raises(InputError, match=says) as error:
+    hf.config_from_hf(LLAMA | fields)
+  assert '\n' not in str(error.value)
+
+
+def test_fields_that_are_null_or_do_not_matter_are_not():
+  fields = {'embedding_multiplier': None, 'use_cache': True, 'temperature': 1.0}
+  fields |= {'auto_map': {'AutoConfig': 'c.Config'}, 'id2label': {'0': 'a'}}
+  assert hf.config_from_hf(LLAMA | fields) == hf.config_from_hf(LLAMA)
+
+
 # ---- tensors ---------------------------------------------------------------
 
 
@@ -309,3 +350,42 @@ def test_missing_shard_and_pickles(tmp_path):
   shutil.move(directory / 'model.safetensors', directory / 'model.bin')
   with pytest.raises(InputError, match=r'model.bin is a pickle'):
     load(directory)
+
+
+def head_and_embedding(name='gemma'):
+  tensors = tensors_of(name)
+  return tensors, tensors['model.embed_tokens.weight']
+
+
+def test_a_tied_matrix_under_the_name_of_the_head(tmp_path):
+  """As safetensors' `save_model` writes a tied model."""
+  tensors, table = head_and_embedding()
+  plain = load(GOLDEN / 'gemma')
+  del tensors['model.embed_tokens.weight']
+  found = load(write(tmp_path / 'm', 'gemma', tensors | {'lm_head.weight': table}))
+  assert found.config == plain.config
+  jax.tree.map(np.testing.assert_array_equal, found.params, plain.params)
+  with pytest.raises(InputError, match=r'1 missing \(model\.embed_tokens'):
+    load(write(tmp_path / 'none', 'gemma', tensors))
+
+
+def test_a_head_that_differs_unties_the_model(tmp_path, capsys):
+  tensors, table = head_and_embedding()
+  plain = load(GOLDEN / 'gemma')
+  same = load(write(tmp_path / 'same', 'gemma', tensors | {'lm_head.weight': table.copy()}))
+  assert same.config.tie_embeddings and 'head' not in same.params
+  other = table.copy()
+  other[-1, -1] += 1
+  untied = load(write(tmp_path / 'other', 'gemma', tensors | {'lm_head.weight': other}))
+  assert untied.config == dataclasses.replace(plain.config, tie_embeddings=False)
+  np.testing.assert_array_equal(untied.params['head']['kernel'], other.T)
+  np.testing.assert_array_equal(untied.params['embed']['table'], table)
+  assert 'loaded without tie_word_embeddings' in capsys.readouterr().err
+
+
+def test_token_ids_of_wrong_types_or_outside_the_vocabulary(tmp_path):
+  tensors = tensors_of('gemma')
+  for i, (value, says) in enumerate((('x', 'must be a token id'), ([99999], 'outside'))):
+    with pytest.raises(InputError, match=says):
+      load(write(tmp_path / str(i), 'gemma', tensors, eos_token_id=value))
+  assert load(write(tmp_path / 'pad', 'gemma', tensors, pad_token_id=-1)).tokenizer is None

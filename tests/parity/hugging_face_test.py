@@ -7,6 +7,7 @@ file's seeds; the golden files hold the same without torch.
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -208,3 +209,41 @@ def test_gguf_weights_are_those_of_hugging_faces_reader(name, tmp_path):
   ).state_dict()
   for tensor, value in hf_tensors(rrt.load(name)).items():
     np.testing.assert_array_equal(value, theirs[tensor].numpy())
+
+
+def test_layers_with_and_without_a_window(tmp_path):
+  kinds = ['sliding_attention', 'full_attention', 'full_attention', 'sliding_attention']
+  config = transformers.MinistralConfig(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=38,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    sliding_window=5,
+    layer_types=kinds,
+  )
+  theirs = make().random_model(config, 3)
+  theirs.save_pretrained(tmp_path / 'a')
+  # The name that such files have in practice.
+  path = tmp_path / 'a' / 'config.json'
+  fields = json.loads(path.read_text()) | {'model_type': 'mistral'}
+  path.write_text(json.dumps(fields))
+  ours = rrt.load(tmp_path / 'a')
+  assert ours.config.windows == (5, 0, 0, 5)
+  assert_same_logits(ours, theirs)
+  assert_same_logits(ours, exported(ours, tmp_path / 'b'))
+
+
+def test_a_tied_config_beside_another_head(tmp_path):
+  config = transformers.LlamaConfig(
+    **make().MODELS['llama3'].to_dict() | {'tie_word_embeddings': False}
+  )
+  theirs = make().random_model(config, 4)
+  theirs.save_pretrained(tmp_path)
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'tie_word_embeddings': True}))
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+  assert_same_logits(rrt.load(tmp_path), again)
