@@ -197,7 +197,9 @@ class RrtLM(TemplateLM):
         indices.sort(key=lambda i: -len(prompts[i]))
         for first in range(0, len(indices), generate.BATCH):
           part = indices[first : first + generate.BATCH]
-          done = self._writer.complete([prompts[i] for i in part], settings)
+          # A request's seed depends on its number alone, not on its batch.
+          seeds = [(settings.seed + i) % 2**32 for i in part]
+          done = self._writer.complete([prompts[i] for i in part], settings.replace(seed=seeds))
           for i, completion in zip(part, done, strict=True):
             texts[i] = completion.text
             self.cache_hook.add_partial('generate_until', requests[i].args, completion.text)
@@ -210,8 +212,35 @@ def _loaded(source):
   return source if hasattr(source, 'params') else load(source)
 
 
+# Generation arguments that are read, and values of others that have no effect.
+_READ = (
+  *('until', 'max_gen_toks', 'max_new_tokens', 'do_sample', 'seed'),
+  *('temperature', 'top_k', 'top_p', 'min_p'),
+)
+_NEUTRAL = {
+  'repetition_penalty': 1,
+  'presence_penalty': 0,
+  'frequency_penalty': 0,
+  'length_penalty': 1,
+  'no_repeat_ngram_size': 0,
+  'num_beams': 1,
+  'num_return_sequences': 1,
+  'typical_p': 1,
+  'use_cache': True,
+}
+
+
 def _settings(arguments: dict[str, Any]) -> SamplingParams:
-  """`SamplingParams` from lm-eval's generation arguments."""
+  """`SamplingParams` from lm-eval's generation arguments.
+
+  Raises:
+    InputError: an argument that is not supported.
+  """
+  for name, value in arguments.items():
+    if name not in _READ and value is not None and _NEUTRAL.get(name) != value:
+      raise InputError(
+        f'generation_kwargs: {name}={value!r} is not supported; supported are {", ".join(_READ)}.'
+      )
   until = arguments.get('until') or ()
   temperature = float(arguments.get('temperature') or 0.0)
   if not arguments.get('do_sample', temperature > 0):
@@ -224,5 +253,6 @@ def _settings(arguments: dict[str, Any]) -> SamplingParams:
     top_k=int(arguments.get('top_k') or 0),
     top_p=float(arguments.get('top_p') or 1.0),
     min_p=float(arguments.get('min_p') or 0.0),
+    seed=int(arguments.get('seed') or 0),
     stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
   )

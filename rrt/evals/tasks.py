@@ -146,6 +146,8 @@ def _records(file: Path):
   except (EOFError, OSError, lzma.LZMAError, zlib.error) as e:
     raise InputError(f'{file}: cannot be read, or is damaged ({e}).') from e
   for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
     where = f'{file}, line {number}'
     try:
       record = json.loads(line)

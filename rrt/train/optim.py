@@ -30,18 +30,18 @@ class Optimizer:
   """AdamW with warm-up, a schedule, clipping, and rules by path.
 
   Attributes:
-    train: 'all' (the paper's way), 'relaxations' (and norms), or a pattern; the rest stays as it is, without moments or gradients.
-    learning_rate: the highest.
-    warmup_steps: linearly from 0.
+    train: 'all' (as in the paper), 'relaxations' (and norms), or a pattern of
+      paths; other parameters are frozen, without moments or gradients.
+    learning_rate: the peak.
+    warmup_steps: of linear warm-up; the last of them has the peak.
     schedule: after the warm-up: 'cosine' or 'linear' down to `final_rate`,
       or 'constant'.
-    final_rate: of the highest learning rate, at the last step.
+    final_rate: share of the peak that the schedule reaches at the last step.
     beta1, beta2, eps, weight_decay: of AdamW; norms are not decayed.
-    clip: gradients longer than this (global L2 norm) are shortened to it; 0
-      leaves them.
-    rules: (pattern, {field: value}) pairs; the first whose pattern a path
-      has overrides these fields for it: any above but `train` and `clip`,
-      and 'multiplier' (of the learning rate).
+    clip: global L2 norm to clip gradients to; 0 does not clip.
+    rules: (pattern, {field: value}) pairs; the first whose pattern matches a path
+      overrides these fields for it: any above but `train` and `clip`, and
+      'multiplier' (of the learning rate).
   """
 
   train: str = 'all'
@@ -152,7 +152,9 @@ def schedule(o: Optimizer, steps: int) -> optax.Schedule:
   The first step of a warm-up has 1 / warmup_steps of the rate, not none of
   it: a step that changes nothing is a step lost.
   """
-  after = max(steps - o.warmup_steps, 1)
+  # The highest rate is that of step `top`, `final_rate` that of the last step.
+  top = max(o.warmup_steps - 1, 0)
+  after = max(steps - 1 - top, 1)
   if o.schedule == 'cosine':
     main = optax.cosine_decay_schedule(o.learning_rate, after, o.final_rate)
   elif o.schedule == 'linear':
@@ -162,8 +164,8 @@ def schedule(o: Optimizer, steps: int) -> optax.Schedule:
   if not o.warmup_steps:
     return main
   first = o.learning_rate / o.warmup_steps
-  warmup = optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
-  return optax.join_schedules([warmup, main], [o.warmup_steps])
+  warmup = optax.linear_schedule(first, o.learning_rate, top)
+  return optax.join_schedules([warmup, main], [top])
 
 
 def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransformation:

@@ -225,6 +225,27 @@ def test_generate_until(harness):
   assert got[0] == text[: text.index(stop)] and len(got) == 3
 
 
+def test_repeated_sampled_requests_differ(harness):
+  lm = harness.RrtLM(model())
+  hot = {'max_gen_toks': 6, 'do_sample': True, 'temperature': 3.0, 'seed': 5}
+  requests = [Request('the sea', hot) for _ in range(40)]  # More than a batch.
+  texts = lm.generate_until(requests, disable_tqdm=True)
+  assert len(set(texts)) > 35 and all(a != b for a, b in zip(texts, texts[32:]))
+  # The batch that a request falls into makes no difference.
+  assert lm.generate_until(requests[:3], disable_tqdm=True) == texts[:3]
+  other = [Request('the sea', hot | {'seed': 6}) for _ in range(3)]
+  assert lm.generate_until(other, disable_tqdm=True) == texts[1:4]
+
+
+def test_generation_arguments_without_support_are_refused(harness):
+  lm = harness.RrtLM(model())
+  neutral = {'until': [], 'max_gen_toks': 2, 'repetition_penalty': 1.0, 'num_beams': 1}
+  assert len(lm.generate_until([Request('a', neutral)], disable_tqdm=True)) == 1
+  for name, value in (('repetition_penalty', 1.2), ('num_beams', 4), ('sampler', 'x')):
+    with pytest.raises(InputError, match=f'generation_kwargs: {name}=.* is not supported'):
+      lm.generate_until([Request('a', neutral | {name: value})], disable_tqdm=True)
+
+
 def test_lm_eval_knows_the_model_by_name(harness):
   from lm_eval.api.registry import get_model
 

@@ -56,11 +56,20 @@ def test_a_pattern_without_a_match_is_told(pattern):
 
 def test_schedule_warms_up_and_falls():
   o = optim.Optimizer(learning_rate=1.0, warmup_steps=4, final_rate=0.1)
-  rate = [float(optim.schedule(o, 12)(i)) for i in range(13)]
-  np.testing.assert_allclose(rate[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
-  np.testing.assert_allclose(rate[8], (1.0 + 0.1) / 2, rtol=1e-6)
-  np.testing.assert_allclose(rate[12], 0.1, rtol=1e-6)
-  assert all(a >= b for a, b in itertools.pairwise(rate[4:]))
+  rate = [float(optim.schedule(o, 12)(i)) for i in range(12)]
+  np.testing.assert_allclose(rate[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(rate[7], (1.0 + 0.1) / 2, rtol=1e-6)
+  np.testing.assert_allclose(rate[11], 0.1, rtol=1e-6)
+  assert all(a > b for a, b in itertools.pairwise(rate[3:]))
+
+
+@pytest.mark.parametrize('kind', ['cosine', 'linear'])
+@pytest.mark.parametrize('warmup', [0, 1, 3, 7])
+@pytest.mark.parametrize('final', [0.0, 0.25])
+def test_the_last_step_has_the_final_rate(kind, warmup, final):
+  o = optim.Optimizer(learning_rate=2.0, warmup_steps=warmup, schedule=kind, final_rate=final)
+  rate = [float(optim.schedule(o, 8)(i)) for i in range(8)]
+  np.testing.assert_allclose([max(rate), rate[7]], [2.0, 2.0 * final], atol=1e-6)
 
 
 @pytest.mark.parametrize('warmup', [0, 1, 2])
@@ -71,7 +80,7 @@ def test_short_warmups(warmup):
 
 def test_linear_schedule():
   o = optim.Optimizer(learning_rate=1.0, schedule='linear')
-  rate = [float(optim.schedule(o, 4)(i)) for i in range(5)]
+  rate = [float(optim.schedule(o, 5)(i)) for i in range(5)]
   np.testing.assert_allclose(rate, [1, 0.75, 0.5, 0.25, 0], atol=1e-6)
 
 
