@@ -12,13 +12,13 @@ absl does the parsing. A command declares its flags in three groups, in
 from collections.abc import Callable, Sequence
 import functools
 import logging
-import os
 import sys
 import textwrap
 from typing import Any
 
 from absl import app, flags
 
+from rrt import console
 from rrt.errors import InputError
 
 _WIDTH = 80
@@ -137,23 +137,26 @@ def run(
 
   def outer(argv):
     try:
-      return guarded(argv)
+      status = guarded(argv)
+      sys.stdout.flush()
+      error = getattr(sys.stdout, 'error', None)
+      if error is None or isinstance(error, BrokenPipeError):
+        return status
+      print(f'error: {error}: the output is incomplete', file=sys.stderr)
+      return status or 2
     except InputError as e:
       print(f'error: {e}', file=sys.stderr)
       return 2
-    except BrokenPipeError:
-      # The reader of stdout is gone: exit must not try to write the rest.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      return 1
     except OSError as e:
       # A full disk or a directory without permission.
-      where = e.filename or 'standard output or a file'
+      where = e.filename or 'a file'
       print(f'error: {e.strerror or e}: {where}', file=sys.stderr)
       return 2
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       return 130
 
+  console.guard_streams()
   # Missing accelerator backends are not worth a warning.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   app.run(outer, flags_parser=parse, argv=None if argv is None else list(argv))

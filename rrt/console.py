@@ -1,8 +1,10 @@
 """Terminal output of commands: tables, progress bars, the final line of JSON."""
 
 from collections.abc import Sequence
+import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -40,6 +42,64 @@ def _cell(value: Any) -> str:
   return str(value)
 
 
+class SafeStream:
+  """A standard stream that drops what cannot be written, and never raises.
+
+  The reader of a pipe may be gone, a disk full, a terminal closed.
+
+  Attributes:
+    error: of the first failed write, or None.
+  """
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+    self.error: OSError | ValueError | None = None
+
+  def write(self, text: str) -> int:
+    """Writes a text, or drops it."""
+    self._do(lambda: self._stream.write(text))
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes, or drops what is buffered."""
+    self._do(self._stream.flush)
+
+  def _do(self, act) -> None:
+    if self.error is not None:
+      return
+    try:
+      act()
+    except (OSError, ValueError) as e:
+      self.error = e
+      # What is buffered, and what C code prints, must not fail later.
+      with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+def guard_streams() -> None:
+  """Makes stdout and stderr of a program safe, also if they are closed."""
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:  # Or the next file that is opened would take its place.
+      os.dup2(os.open(os.devnull, os.O_RDWR), number)
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, 'w'))
+    elif not isinstance(stream, SafeStream):
+      setattr(sys, name, SafeStream(stream))
+
+
+def say(text: str, end: str = '\n') -> None:
+  """Prints to stderr; a failure is ignored, as printing must not end work."""
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True, end=end)
+
+
 _noted: set[str] = set()
 
 
@@ -47,7 +107,7 @@ def note(text: str) -> None:
   """Prints a note to stderr, the same one once."""
   if text not in _noted:
     _noted.add(text)
-    print(f'note: {text}', file=sys.stderr, flush=True)
+    say(f'note: {text}')
 
 
 def finish(figures: dict[str, Any]) -> None:
@@ -83,7 +143,7 @@ class Progress:
     self.total, self.label, self.unit = total, label, unit
     self.done, self.start, self.shown = 0, time.monotonic(), 0.0
     self.reported = -1
-    self.bar = sys.stderr.isatty()
+    self.bar = sys.stderr is not None and sys.stderr.isatty()
 
   def __enter__(self):
     return self
@@ -118,7 +178,7 @@ class Progress:
     if self.bar:
       full = int(24 * min(self.done / max(self.total, 1), 1.0))
       text = f'\r[{"#" * full}{"." * (24 - full)}] {text}\033[K'
-    print(text, file=sys.stderr, flush=True, end='' if self.bar and not last else '\n')
+    say(text, end='' if self.bar and not last else '\n')
 
 
 def _clock(seconds: float) -> str:

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-from rrt import command
+from rrt import command, console
 from rrt.errors import InputError
 
 # Summaries stand here, so that listing the commands imports none of them.
@@ -30,6 +30,7 @@ def usage() -> str:
 
 def main() -> None:
   """The console script `rrt`, and `python -m rrt`."""
+  console.guard_streams()
   name, *rest = sys.argv[1:] or ['--help']
   if name in ('-h', '-help', '--help', '--helpfull', 'help'):
     print(usage())

@@ -184,6 +184,7 @@ class RrtLM(TemplateLM):
     with console.Progress(len(requests), 'write', 'texts') as progress:
       for settings, indices in by_settings.items():
         settings.check()
+        (first_seed,) = settings.seeds(range(1))
         room = self.max_length - settings.max_new_tokens
         if room < 1:
           raise InputError(
@@ -198,7 +199,7 @@ class RrtLM(TemplateLM):
         for first in range(0, len(indices), generate.BATCH):
           part = indices[first : first + generate.BATCH]
           # A request's seed depends on its number alone, not on its batch.
-          seeds = [(settings.seed + i) % 2**32 for i in part]
+          seeds = [(first_seed + i) % 2**32 for i in part]
           done = self._writer.complete([prompts[i] for i in part], settings.replace(seed=seeds))
           for i, completion in zip(part, done, strict=True):
             texts[i] = completion.text

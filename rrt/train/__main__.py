@@ -21,7 +21,7 @@ from rrt.errors import InputError
 from rrt.files import check_writable, lock
 from rrt.models.count import count_params
 from rrt.train.config_file import config_error, define_config_flag
-from rrt.train.loop import Uptrained, uptrain
+from rrt.train.loop import Uptrained, handle_stops, uptrain
 from rrt.train.recipe import Recipe
 from rrt.train.setup import check_workdir, prepare
 
@@ -68,7 +68,7 @@ def main(argv):
   workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
   check_writable(workdir)
   check_workdir(workdir)
-  signal.signal(signal.SIGTERM, leave)
+  handle_stops(leave)
   # Process 0 stands for all processes of a run.
   own = lock(workdir, 'run') if jax.process_index() == 0 else nullcontext()
   with own:
@@ -80,11 +80,9 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
   parent, child = prepare(recipe, workdir)
   run = uptrain(parent, child, recipe, workdir)
   if run.stopped and run.step < recipe.steps:
-    print(
-      f'stopped by SIGTERM after step {run.step}, which is saved; the same '
-      'command goes on from there'
-    )
-    return 143
+    name = signal.Signals(run.stopped).name
+    print(f'stopped by {name} after step {run.step}, which is saved; the same command resumes it')
+    return 128 + run.stopped
   if jax.process_index() == 0:
     save(run.model, workdir / 'model')
     summarize(recipe, run, workdir, time.monotonic() - begin)
@@ -112,10 +110,11 @@ def initialize_distributed() -> None:
     jax.distributed.initialize(*by_hand)
 
 
-def leave(*_):
-  """Handles SIGTERM outside of training steps."""
-  print('stopped by SIGTERM; the same command goes on from what is saved', flush=True)
-  sys.exit(143)
+def leave(number, _):
+  """Handles SIGTERM and SIGHUP outside of training steps."""
+  name = signal.Signals(number).name
+  print(f'stopped by {name}; the same command resumes from what is saved', flush=True)
+  sys.exit(128 + number)
 
 
 def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:

@@ -6,7 +6,7 @@ r"""Uptrains a converted model, optionally distilling from its parent.
 The work directory holds the whole run: config.json (with versions and git
 revision), child/ (the converted model it starts from), checkpoints/,
 metrics.jsonl and, at the end, model/. The same command resumes from the last
-checkpoint, bit for bit; SIGTERM saves one and exits with status 143.
+checkpoint, bit for bit; SIGTERM and SIGHUP save one and exit with 128 + their number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 import signal
 import threading
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -40,13 +40,13 @@ class Uptrained(NamedTuple):
     model: the trained model, its parameters on the host.
     history: the rows of metrics, from step 1.
     step: number of steps taken.
-    stopped: whether SIGTERM ended it.
+    stopped: the number of the signal that ended it, SIGTERM or SIGHUP; 0 for none.
   """
 
   model: LanguageModel
   history: list[dict[str, Any]]
   step: int
-  stopped: bool
+  stopped: int
 
 
 def uptrain(
@@ -120,33 +120,51 @@ def uptrain(
 
   meta = {**child.meta, 'uptraining': {**recipe.to_dict(), 'step': step}}
   model = dataclasses.replace(child, params=params, meta=meta)
-  return Uptrained(model, log.rows, step, stop.asked)
+  return Uptrained(model, log.rows, step, stop.signal)
 
 
 class Stop:
-  """Records SIGTERM, so that the loop can save and stop between two steps."""
+  """Records SIGTERM and SIGHUP, so that the loop can save and stop between two steps.
+
+  Attributes:
+    signal: the number of the one that was received, 0 for none.
+  """
 
   def __init__(self, every: int):
     """`every`: steps between the agreements of several processes."""
-    self.asked, self._every, self._old = False, every, cast(Any, None)
+    self.signal, self._every = 0, every
+    self._old: dict[int, Any] = {}
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, self._note)
+      self._old = handle_stops(self._note)
     return self
 
   def __exit__(self, *_):
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, old in self._old.items():
+      signal.signal(number, old)
 
-  def _note(self, *_):
-    self.asked = True
+  def _note(self, number, _):
+    self.signal = number
 
   def requested(self, step: int) -> bool:
-    """Whether any process received SIGTERM; the same on all processes."""
+    """Whether any process received a signal; the same on all processes."""
     if jax.process_count() > 1:
       if step % self._every:
         return False
-      votes = multihost_utils.process_allgather(np.array(self.asked))
-      self.asked = bool(votes.any())
-    return self.asked
+      votes = multihost_utils.process_allgather(np.array(self.signal))
+      self.signal = int(votes.max())
+    return self.signal > 0
+
+
+def handle_stops(handler) -> dict[int, Any]:
+  """Handles SIGTERM and SIGHUP; returns the old handlers by number.
+
+  SIGHUP, of a terminal that is closed, stays ignored under nohup.
+  """
+  old = {}
+  for name in ('SIGTERM', 'SIGHUP'):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+      old[int(number)] = signal.signal(number, handler)
+  return old

@@ -7,6 +7,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import json
 import math
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 import re
 import shutil
 import subprocess
-import sys
 import time
 from typing import Any
 
@@ -28,6 +28,7 @@ from rrt.models.count import linears
 from rrt.relax.base import count_all
 from rrt.relax.base import norms as norms_of
 from rrt.train import optim
+from rrt.train.tensorboard import Board
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -130,23 +131,27 @@ class Writer:
     self.path = Path(directory) / 'metrics.jsonl'
     rows, damaged = _parse(self.path)
     self.rows = [r for r in rows if r['step'] <= step and step]
-    self._file = self._board = None
+    self._file: Any = None
+    self._board: Any = None
     if jax.process_index():
       return
     if damaged:
       copy = self.path.with_name(self.path.name + '.damaged')
       shutil.copyfile(self.path, copy)
-      print(
+      console.say(
         f'{self.path}: lines {damaged} are damaged and left out from now on; '
-        f'{copy.name} is the file as it was',
-        file=sys.stderr,
+        f'{copy.name} is the file as it was'
       )
     rest = self.path.with_suffix('.tmp')
     rest.write_text(''.join(json.dumps(r) + '\n' for r in self.rows))
     os.replace(rest, self.path)
-    self._file = self.path.open('a')
+    # The buffer keeps rows while the disk is full.
+    self._file = self.path.open('a', buffering=1 << 20)
     if tensorboard:
-      self._board = require_tensorboard()(str(Path(directory) / 'tensorboard'), purge_step=step + 1)
+      self._attempt(lambda: self._open_board(step + 1))
+
+  def _open_board(self, step: int) -> None:
+    self._board = Board(self.path.parent / 'tensorboard', step)
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends a row, which has the key 'step'; None values are dropped."""
@@ -154,17 +159,27 @@ class Writer:
     self.rows.append(row)
     if self._file:
       self._file.write(json.dumps(_plain(row)) + '\n')
-      self._file.flush()
+      self._attempt(self._file.flush)
     if self._board:
-      for name, value in row.items():
-        if name != 'step' and isinstance(value, (int, float)):
-          self._board.add_scalar(name, value, row['step'])
+      numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, (int, float))}
+      if not self._attempt(lambda: self._board.write(numbers, row['step'])):
+        self._board = None  # Its file may end in half an event.
 
   def close(self) -> None:
     """Flushes and closes the files."""
     for f in (self._file, self._board):
       if f:
-        f.close()
+        self._attempt(f.close)
+
+  def _attempt(self, write: Callable[[], Any]) -> bool:
+    """Writes; a failure is noted and does not end the run."""
+    try:
+      write()
+    except OSError as e:
+      where = self.path.parent
+      console.note(f'{where}: metrics cannot be written ({e.strerror or e}); the run goes on')
+      return False
+    return True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -194,23 +209,6 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
   """JSON has no NaN: such a value is written as its name."""
   return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def require_tensorboard():
-  """tensorboardX's SummaryWriter.
-
-  Raises:
-    InputError: it is not installed.
-  """
-  try:
-    from tensorboardX import SummaryWriter
-  except ImportError as e:
-    raise InputError(
-      'tensorboard=True needs tensorboardX: pip install '
-      '"relaxed-recursive-transformers[train]", or set '
-      'config.tensorboard=False.'
-    ) from e
-  return SummaryWriter
 
 
 class Log:
@@ -244,7 +242,7 @@ class Log:
   def say(self, text: str) -> None:
     """A line for the user, from one process."""
     if jax.process_index() == 0:
-      print(text, file=sys.stderr, flush=True)
+      console.say(text)
 
   def heldout(self, step: int, nats: float) -> None:
     """Files a measurement; the row of its step carries it."""

@@ -28,7 +28,7 @@ from rrt.model import LanguageModel
 from rrt.models.init import init_params
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
-from rrt.train import optim
+from rrt.train import optim, tensorboard
 from rrt.train import step as step_lib
 from rrt.train.heldout import read_heldout
 from rrt.train.recipe import Recipe
@@ -139,7 +139,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
   if recipe.heldout.path:
     read_heldout(recipe, shape, parent.tokenizer, mesh)
   if recipe.tensorboard:
-    metrics_lib.require_tensorboard()
+    tensorboard.require()
 
 
 def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel]:

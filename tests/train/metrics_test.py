@@ -1,6 +1,8 @@
 """What is written down, and the closed forms behind it."""
 
 import dataclasses
+import errno
+import io
 import json
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rrt import console
 from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.train import metrics
@@ -106,8 +109,48 @@ def test_tensorboard(tmp_path):
   writer = metrics.Writer(tmp_path, 0, tensorboard=True)
   writer.write({'step': 1, 'loss': 0.5})
   writer.close()
-  files = list((tmp_path / 'tensorboard').glob('events*'))
-  assert files and files[0].stat().st_size > 0
+  (file,) = (tmp_path / 'tensorboard').glob('events*')
+  assert scalars(file) == [(1, 'loss', 0.5)]
+
+
+def scalars(file):
+  """(step, name, value) of an event file, by the record format's own rules."""
+  from tensorboardX.proto import event_pb2
+
+  data, found = file.read_bytes(), []
+  while data:  # Length, its checksum, the event, its checksum.
+    size = int.from_bytes(data[:8], 'little')
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    data = data[16 + size :]
+  return found
+
+
+class FullDisk(io.StringIO):
+  """A file whose disk is full until `free` is set; it keeps what was written."""
+
+  free = False
+
+  def flush(self):
+    if not self.free:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, capsys, monkeypatch):
+  pytest.importorskip('tensorboardX')
+  monkeypatch.setattr(console, '_noted', set())
+  writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+  writer._file, writer._board._file = FullDisk(), FullDisk()
+  writer._board._file.write_event = lambda event: None
+  for step in (1, 2):
+    writer.write({'step': step, 'loss': 0.5})
+  assert writer._board is None  # Its file may end in half an event.
+  assert capsys.readouterr().err.count('No space left on device') == 1
+  writer._file.free = True
+  writer.write({'step': 3, 'loss': 0.5})
+  lines = writer._file.getvalue().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [1, 2, 3]
+  writer.close()
 
 
 def test_revision(tmp_path):

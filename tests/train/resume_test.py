@@ -1,8 +1,12 @@
 """A run that is interrupted is the run that was not, bit for bit."""
 
 import json
+import os
+from pathlib import Path
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -118,6 +122,51 @@ def test_sigkill(tmp_path):
 @pytest.mark.manual
 def test_sigkill_ten_times(tmp_path):
   kill_and_finish(tmp_path, kills=10, steps=400, seed=time.time_ns())
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_goes_away_saves(tmp_path):
+  """SIGHUP comes, and both of the streams fail from then on."""
+  pytest.importorskip('ml_collections')
+  file = runs.write_experiment(tmp_path)
+  run, flags = tmp_path / 'run', ('--config.steps=20000', '--config.checkpoint_every=20000')
+  process = runs.start(file, run, *flags)
+  until(process, run, 2)
+  process.stdout.close()
+  process.stderr.close()
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(600) == 128 + signal.SIGHUP
+  step = runs.losses(run)[-1][0]
+  assert (run / 'checkpoints' / str(step)).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('streams', ['pipes without a reader', 'closed', 'a full disk'])
+def test_a_run_ends_well_if_nothing_can_be_printed(tmp_path, streams):
+  pytest.importorskip('ml_collections')
+  file = runs.write_experiment(tmp_path)
+  run = tmp_path / 'run'
+  command = f'{sys.executable} -m rrt.train --config={file} --workdir={run}'
+  if streams == 'closed':
+    command += ' >&- 2>&-'
+  elif streams == 'a full disk':
+    if not os.path.exists('/dev/full'):
+      pytest.skip('no /dev/full')
+    command += ' >/dev/full 2>/dev/full'
+  process = subprocess.Popen(
+    command,
+    shell=True,
+    cwd=Path(__file__).parents[2],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  process.stdout.close()
+  process.stderr.close()
+  # Output that is lost to a full disk is no success, but the work is done.
+  assert process.wait(600) == (2 if streams == 'a full disk' else 0)
+  assert len(runs.losses(run)) == 12
+  load(run)
 
 
 @pytest.mark.slow

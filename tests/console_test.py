@@ -1,0 +1,73 @@
+"""Terminal output: failures to print never reach the program."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rrt import console
+
+
+class Broken(io.StringIO):
+  """A stream whose reader is gone."""
+
+  def write(self, text):
+    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+  def flush(self):
+    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+
+def test_a_stream_that_fails_drops_what_is_written():
+  stream = console.SafeStream(Broken())
+  print('a', file=stream, flush=True)
+  assert isinstance(stream.error, BrokenPipeError)
+  closed = io.StringIO()
+  closed.close()
+  stream = console.SafeStream(closed)
+  assert stream.write('ab') == 2 and isinstance(stream.error, ValueError)
+  kept = io.StringIO()
+  stream = console.SafeStream(kept)
+  print('a', file=stream, flush=True)
+  assert kept.getvalue() == 'a\n' and stream.error is None and not stream.isatty()
+
+
+def test_progress_and_notes_survive_a_broken_stderr(monkeypatch):
+  monkeypatch.setattr(sys, 'stderr', Broken())
+  with console.Progress(2, 'work') as progress:
+    progress.update(2)
+  console.note('never seen')
+  monkeypatch.setattr(sys, 'stderr', None)
+  with console.Progress(1, 'work') as progress:
+    progress.update()
+  console.say('a')
+
+
+@pytest.mark.parametrize('redirect', ['| head -1', '>&-', '2>&- >&-', '>/dev/null 2>/dev/full'])
+def test_a_command_whose_output_has_no_reader(redirect):
+  if '/dev/full' in redirect and not os.path.exists('/dev/full'):
+    pytest.skip('no /dev/full')
+  done = subprocess.run(
+    f'set -o pipefail; {sys.executable} -m rrt {redirect}',
+    shell=True,
+    executable='/bin/bash',
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0 and not done.stderr
+
+
+def test_output_that_is_lost_to_a_full_disk_is_an_error():
+  if not os.path.exists('/dev/full'):
+    pytest.skip('no /dev/full')
+  program = 'from rrt import command; command.run(lambda argv: print("x" * 99), argv=["x"])'
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+      [sys.executable, '-c', program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+    )
+  assert done.returncode == 2
+  assert done.stderr == 'error: [Errno 28] No space left on device: the output is incomplete\n'
