@@ -90,6 +90,18 @@ def _described(flag: flags.Flag) -> list[str]:
   return [head, *(f'      {line}' for line in wrapped)]
 
 
+def check_effect(flag: flags.FlagHolder, holds: bool, without: str) -> None:
+  """Raises InputError for a flag that is given and has no effect.
+
+  Args:
+    flag: the flag.
+    holds: whether it has one.
+    without: what it needs, such as '--text'.
+  """
+  if flag.present and not holds:
+    raise InputError(f'--{flag.name} has no effect without {without}.')
+
+
 def run(
   main: Callable[[Sequence[str]], Any],
   explain: Callable[[Exception], str] | None = None,

@@ -163,6 +163,12 @@ def main(argv) -> None:
     raise InputError('--model is missing; try --model=smollm2-135m.')
   if not (_TEXT.value or _TASKS.value):
     raise InputError('Nothing to measure; give --text, --tasks or both.')
+  for flag in (_MAX_TOKENS, _CONTEXT):
+    command.check_effect(flag, bool(_TEXT.value), '--text')
+  for flag in (_DATA, _LIMIT, _SHOTS):
+    command.check_effect(flag, bool(_TASKS.value), '--tasks')
+  for flag in (_KV, _CURVE):
+    command.check_effect(flag, bool(_EXITS.value), '--exits')
   from rrt.checkpoints.load import load
   from rrt.cli import exit_report
   from rrt.evals import perplexity

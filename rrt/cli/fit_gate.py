@@ -83,8 +83,8 @@ def main(argv) -> None:
     raise InputError(f'batch={_BATCH.value}: must be 1 or more.')
   if _LENS_EPOCHS.value < 0:
     raise InputError(f'lens_epochs={_LENS_EPOCHS.value}: must be 0 or more.')
-  if _LENS_EPOCHS.value and not _LENS.value:
-    raise InputError('--lens_epochs tunes a lens, and --nolens asks for none.')
+  command.check_effect(_LENS_EPOCHS, _LENS.value, '--lens')
+  command.check_effect(_RIDGE, _GATE.value == 'learned', '--gate=learned')
   if not 0 <= _SELF_GENERATED.value <= 1:
     raise InputError(f'self_generated={_SELF_GENERATED.value}: must lie in 0 to 1.')
   agreement = _AGREEMENT.value

@@ -98,6 +98,8 @@ def main(argv) -> None:
   from rrt.infer import generate
   from rrt.infer.sampling import SamplingParams
 
+  for flag in (_TOP_K, _TOP_P, _MIN_P, _SEED):
+    command.check_effect(flag, _TEMPERATURE.value > 0, 'a --temperature above 0')
   prompts = _PROMPT.value
   params = SamplingParams(
     _MAX_NEW_TOKENS.value,

@@ -123,6 +123,7 @@ def main(argv) -> None:
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')
   check_ranges()
+  command.check_effect(_THRESHOLD, _GATE.value != 'none', '--gate')
   key = read_key(_KEY_FILE.value)
   if _HOST.value not in LOOPBACK and key is None:
     raise InputError(

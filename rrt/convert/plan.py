@@ -91,7 +91,7 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   only known when it is spent; here the child is without low-rank terms then.
 
   Raises:
-    InputError: a field that cannot work, in one sentence.
+    InputError: a field that is invalid or has no effect.
   """
   c = convert
   if c.init not in INITS:
@@ -101,7 +101,16 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   config = arrange(parent, c)
   rank_budget.check(c.budget, c.rank)
   calibration_data.check_tokens(c.calibration_tokens)
-  return with_relaxations(config, c, c.rank)
+  config = with_relaxations(config, c, c.rank)
+  if c.alpha is not None and c.budget is None and not with_ranks(config, _ranks(c.rank), None):
+    raise InputError(f'alpha={c.alpha!r}: has no effect without a rank or a budget.')
+  if c.relax_init != RELAX_INITS[0] and c.budget is None and not config.relax:
+    raise InputError(f'relax_init={c.relax_init!r}: has no effect without a relaxation.')
+  return config
+
+
+def _ranks(rank: Any) -> Any:
+  return parse_ranks(rank) if isinstance(rank, str) else rank
 
 
 def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> ModelConfig:
@@ -110,8 +119,7 @@ def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> 
   Raises:
     InputError: ranks or relaxations that cannot work.
   """
-  rank = parse_ranks(rank) if isinstance(rank, str) else rank
-  relax = with_ranks(config, rank, convert.alpha)
+  relax = with_ranks(config, _ranks(rank), convert.alpha)
   return dataclasses.replace(config, relax=relax + convert.relaxations())
 
 

@@ -6,6 +6,7 @@ python -m rrt.train --config=experiments/smollm2_8_7x2_8.py \
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 import signal
@@ -63,6 +64,7 @@ def main(argv):
       f'--workdir={flags.FLAGS.workdir}: must be a directory of a file system that '
       'all processes see; mount the bucket first.'
     )
+  check_overrides(sys.argv[1:])
   initialize_distributed()
   recipe = Recipe.from_dict(flags.FLAGS.config.to_dict())
   workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
@@ -89,6 +91,15 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
   return 0
 
 
+def check_overrides(arguments: Sequence[str]) -> None:
+  """Raises InputError for overrides of the conversion of a child that is given."""
+  if flags.FLAGS.config.child:
+    for argument in arguments:
+      name = argument.lstrip('-').partition('=')[0]
+      if name.startswith('config.convert.'):
+        raise InputError(f'--{name} has no effect beside config.child; leave one of them out.')
+
+
 def initialize_distributed() -> None:
   """Initializes `jax.distributed` from the flags or the environment.
 
@@ -97,6 +108,8 @@ def initialize_distributed() -> None:
   """
   by_hand = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
   if flags.FLAGS.distributed:
+    if any(value is not None for value in by_hand):
+      raise InputError('--coordinator, --processes and --process replace --distributed.')
     try:
       jax.distributed.initialize()
     except (ValueError, RuntimeError) as e:

@@ -5,12 +5,13 @@ ml_collections does the work; its errors become one line here.
 
 import functools
 from pathlib import Path
+import sys
 from typing import Any
 
 from absl import flags
 
 from rrt.errors import InputError
-from rrt.train.recipe import require_ml_collections
+from rrt.train.recipe import require_ml_collections, unknown_field
 
 
 def define_config_flag() -> None:
@@ -55,6 +56,8 @@ def _read_config(parse, path: str):
     elif isinstance(e, OSError) and e.__cause__:
       cause = e.__cause__
     why = f'{type(cause).__name__}: {" ".join(str(cause).split())}'
+    if isinstance(cause, AttributeError) and cause.name == 'get_config':
+      raise ConfigFileError(f'--config={file}: defines no function get_config().') from e
     why = why.split(' Did you mean', 1)[0] if len(why) > 300 else why
     why = why if len(why) <= 300 else f'{why[:300]} ...'
   raise ConfigFileError(f'--config={file}: {why}')
@@ -68,6 +71,16 @@ def config_error(error: Exception) -> str:
   # ml_collections wraps the KeyError of an unknown field in an AttributeError.
   unknown = error.args[0] if isinstance(error, AttributeError) else None
   if isinstance(unknown, KeyError):
-    lines = '; '.join(str(unknown.args[0]).splitlines())
-    return f'--config: there is no field {lines}'
+    return _unknown_field(str(unknown.args[0]))
   return f'--config: {message or type(error).__name__}'
+
+
+def _unknown_field(message: str) -> str:
+  """The error of an override; ml_collections names the last part of its path alone."""
+  quoted = message.split("'")
+  name = quoted[1] if len(quoted) > 2 else message.split()[0]
+  for argument in sys.argv[1:]:
+    path = argument.lstrip('-').partition('=')[0].removeprefix('config.')
+    if argument.startswith(('--config.', '-config.')) and name in path.split('.'):
+      return f'--config.{path}: {unknown_field(path)}'
+  return f'--config: {name}: {unknown_field(name)}'

@@ -234,15 +234,71 @@ def require_ml_collections():
   return config_dict, config_flags
 
 
+# Names of fields elsewhere.
+_ALIASES = {
+  'lr': 'learning_rate',
+  'peak_lr': 'learning_rate',
+  'wd': 'weight_decay',
+  'bs': 'batch',
+  'batch_size': 'batch',
+  'per_device_train_batch_size': 'batch',
+  'seq_len': 'length',
+  'seq_length': 'length',
+  'max_length': 'length',
+  'max_steps': 'steps',
+  'num_steps': 'steps',
+  'train_steps': 'steps',
+  'warmup': 'warmup_steps',
+  'min_lr': 'final_rate',
+  'lr_schedule': 'schedule',
+  'grad_clip': 'clip',
+  'max_grad_norm': 'clip',
+  'grad_accum': 'accumulate',
+  'gradient_accumulation_steps': 'accumulate',
+  'save_every': 'checkpoint_every',
+  'save_steps': 'checkpoint_every',
+  'eval_every': 'every',
+  'teacher': 'parent',
+  'model': 'child',
+  'dataset': 'path',
+  'kl': 'distillation',
+}
+
+
+def field_paths(cls=None, prefix: str = '') -> list[str]:
+  """All fields of a recipe, such as 'optimizer.learning_rate'."""
+  cls = cls or Recipe
+  found = []
+  for field in dataclasses.fields(cls):
+    kind = get_type_hints(cls)[field.name]
+    path = f'{prefix}{field.name}'
+    found += field_paths(kind, f'{path}.') if dataclasses.is_dataclass(kind) else [path]
+  return found
+
+
+def unknown_field(path: str) -> str:
+  """What to say of a field that a recipe does not have."""
+  *before, name = path.split('.')
+  known = field_paths()
+  want = _ALIASES.get(name, name)
+  same = [p for p in known if p.split('.')[-1] == want]
+  inside = [p for p in known if p.split('.')[:-1] == before]
+  near = [p for p in same if p in inside] or same
+  for paths in (inside, known):
+    last = [p.split('.')[-1] for p in paths]
+    near = near or [paths[last.index(n)] for n in difflib.get_close_matches(name, last, 1)]
+  if near:
+    return f'there is no such field; did you mean {near[0]}?'
+  return f'there is no such field; there are {", ".join(inside or known)}.'
+
+
 def _build(cls, fields: Mapping[str, Any], prefix: str):
   types = get_type_hints(cls)
   known = [f.name for f in dataclasses.fields(cls)]
   values = {}
   for name, value in fields.items():
     if name not in known:
-      near = difflib.get_close_matches(name, known, 1)
-      hint = f'did you mean {prefix}{near[0]}' if near else f'known are {known}'
-      raise InputError(f'config.{prefix}{name}: there is no such field; {hint}.')
+      raise InputError(f'config.{prefix}{name}: {unknown_field(prefix + name)}')
     if dataclasses.is_dataclass(types[name]):
       if not isinstance(value, Mapping):
         raise InputError(f'config.{prefix}{name}={value!r}: must be a dict.')

@@ -84,3 +84,80 @@ def test_flags_of_several_commands_live_side_by_side():
   from rrt.cli import convert, evaluate, export  # noqa: F401
 
   assert convert.FLAGS.values['out'].help != export.FLAGS.values['out'].help
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (
+      ('convert', '--source=smollm2-135m', '--out={out}', '--seed=3'),
+      '--seed has no effect without --init=random or --relax_init=zero.',
+    ),
+    (('evaluate', '--model=x', '--tasks=piqa', '--kv=exact_fill', '--text=a'), '--kv has no'),
+    (('evaluate', '--model=x', '--text=a', '--shots=3'), '--shots has no effect without --tasks.'),
+    (('evaluate', '--model=x', '--tasks=piqa', '--context=3'), '--context has no effect'),
+    (('generate', '--model=x', '--prompt=a', '--top_p=0.9'), '--top_p has no effect without a'),
+    (('serve', '--model=x', '--threshold=0.5'), '--threshold has no effect without --gate.'),
+    (
+      ('fit-gate', '--model=x', '--text=a', '--out=b', '--nolens', '--lens_epochs=1'),
+      '--lens_epochs has no effect without --lens.',
+    ),
+    (
+      ('fit-gate', '--model=x', '--text=a', '--out=b', '--gate=change', '--ridge=1'),
+      '--ridge has no effect without --gate=learned.',
+    ),
+  ],
+)
+def test_flags_without_effect_are_refused(tmp_path, arguments, message):
+  status, _, error = rrt(*(a.format(out=tmp_path / 'out') for a in arguments))
+  assert status == 2 and error.startswith(f'error: {message}') and error.count('\n') == 1
+
+
+@pytest.fixture
+def recipes(tmp_path):
+  pytest.importorskip('ml_collections')
+  good = 'from rrt.train.recipe import config\n\ndef get_config():\n  c = config()\n'
+  (tmp_path / 'good.py').write_text(good + '  return c\n')
+  (tmp_path / 'child.py').write_text(good + "  c.child = 'child'\n  return c\n")
+  (tmp_path / 'none.py').write_text('x = 1\n')
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  'file, overrides, message',
+  [
+    (
+      'good',
+      ['optimizer.lr=1'],
+      '--config.optimizer.lr: there is no such field; did you mean optimizer.learning_rate?',
+    ),
+    (
+      'good',
+      ['lr=1'],
+      '--config.lr: there is no such field; did you mean optimizer.learning_rate?',
+    ),
+    ('good', ['batch_size=1'], '--config.batch_size: there is no such field; did you mean batch?'),
+    (
+      'good',
+      ['optimizer.xyz=1'],
+      '--config.optimizer.xyz: there is no such field; there are optimizer.train, ',
+    ),
+    # Of several mistakes the first is reported, in one line.
+    ('good', ['stepz=1', 'optimizer.lr=1', 'steps=x'], '--config.stepz: there is no such field'),
+    ('good', ['steps=x', 'batch=y'], 'flag --config.steps=x: '),
+    ('none', [], '--config={folder}/none.py: defines no function get_config().'),
+    ('none', ['lr=1'], '--config={folder}/none.py: defines no function get_config().'),
+    (
+      'child',
+      ['convert.rank=3'],
+      '--config.convert.rank has no effect beside config.child; leave one of them out.',
+    ),
+  ],
+)
+def test_mistakes_in_a_config_get_one_line(recipes, file, overrides, message):
+  flags = [f'--config.{o}' for o in overrides]
+  status, _, error = rrt(
+    'train', f'--config={recipes / file}.py', f'--workdir={recipes / "run"}', *flags
+  )
+  assert status == 2 and error.count('\n') == 1
+  assert error.startswith('error: ' + message.format(folder=recipes))

@@ -278,6 +278,8 @@ def test_svd_factors_are_balanced():
     (dict(rank=-1), 'rank=-1'),
     (dict(rank={'x': 1}), "rank names 'x'"),
     (dict(rank=2, alpha=0.0), 'alpha=0.0'),
+    (dict(alpha=2.0), 'alpha=2.0: has no effect without a rank'),
+    (dict(relax_init='zero'), "relax_init='zero': has no effect"),
     (dict(rank=2, alpha='8'), "alpha='8': must be"),
     (dict(rank=2, budget=100), 'choose one'),
     (dict(budget=-5), 'budget=-5'),

@@ -225,6 +225,12 @@ def test_generate_until(harness):
   assert got[0] == text[: text.index(stop)] and len(got) == 3
 
 
+def test_blank_lines_of_a_task_file_are_skipped(tmp_path):
+  line = '{"query": "a", "choices": ["b", "c"], "label": 1}\n'
+  (tmp_path / 'quiz.jsonl').write_text(f'\n{line}  \n{line.replace("1}", "0}")}\n\n')
+  assert len(tasks.load_task('quiz', tmp_path).docs) == 2
+
+
 def test_repeated_sampled_requests_differ(harness):
   lm = harness.RrtLM(model())
   hot = {'max_gen_toks': 6, 'do_sample': True, 'temperature': 3.0, 'seed': 5}

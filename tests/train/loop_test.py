@@ -207,7 +207,7 @@ def test_command_converts(experiment, tmp_path):
     (('--config.optimizer.learning_rate=-1',), 'learning_rate'),
     (('--workdir=/proc/nothing',), 'cannot be written to'),
     (('--config.parent=/nowhere',), '/nowhere'),
-    (('--config.stepps=3',), "there is no field 'stepps'; Did you mean"),
+    (('--config.stepps=3',), 'there is no such field; did you mean steps'),
     (('--config=FOLDER/none.py', '--config.steps=20'), 'none.py'),
     (('--config=FOLDER/bad.py', '--config.steps=20'), "name 'oops'"),
     (('--config=FOLDER/value.py',), 'ValueError: invalid literal for int()'),
