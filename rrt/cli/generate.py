@@ -98,8 +98,6 @@ def main(argv) -> None:
   from rrt.infer import generate
   from rrt.infer.sampling import SamplingParams
 
-  for flag in (_TOP_K, _TOP_P, _MIN_P, _SEED):
-    command.check_effect(flag, _TEMPERATURE.value > 0, 'a --temperature above 0')
   prompts = _PROMPT.value
   params = SamplingParams(
     _MAX_NEW_TOKENS.value,
@@ -111,6 +109,8 @@ def main(argv) -> None:
     tuple(_STOP.value),
   )
   params.check()
+  for flag in (_TOP_K, _TOP_P, _MIN_P, _SEED):
+    command.check_effect(flag, _TEMPERATURE.value > 0, 'a --temperature above 0')
   generate.check_texts(prompts)
   model = load(_MODEL.value)
   generator = generate.Generator(model, loops=_LOOPS.value, dtype=_DTYPE.value)
