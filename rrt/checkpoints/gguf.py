@@ -32,6 +32,24 @@ _FIELDS = {
   'attn_logit_softcapping': 'attn_logit_softcapping',
   'final_logit_softcapping': 'final_logit_softcapping',
 }
+# Keys that are read too, and those that do not change what a model computes.
+_READ = (
+  'attention.value_length',
+  'attention.sliding_window_pattern',
+  'rope.dimension_count',
+  'rope.freq_base_swa',
+  'rope.scaling.type',
+  'rope.scaling.factor',
+)
+_HARMLESS = (
+  'vocab_size',
+  'attention.causal',
+  'expert_used_count',
+  'pooling_type',
+  'rope.scaling.finetuned',
+  'rope.scaling.original_context_length',
+  'tensor_data_layout',
+)
 _MODEL_TYPES = {'llama': 'llama', 'gemma': 'gemma', 'gemma3': 'gemma3_text'}
 
 
@@ -66,6 +84,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
       f'The GGUF field general.architecture={arch!r} is not supported; '
       f'this version reads {", ".join(_MODEL_TYPES)}.'
     )
+  _refuse_unknown(metadata, arch)
   fields: dict[str, Any] = {'model_type': _MODEL_TYPES[arch]}
   for field, key in _FIELDS.items():
     value = metadata.get(f'{arch}.{key}')
@@ -112,6 +131,23 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     return hf.config_from_hf(fields)
   except InputError as e:
     raise InputError(f'The GGUF fields do not make a model (named as in config.json): {e}') from e
+
+
+def _refuse_unknown(metadata: dict[str, Any], arch: str) -> None:
+  """Raises InputError for keys of the architecture that are not known, unless 0."""
+  known = {f'{arch}.{key}' for key in (*_FIELDS.values(), *_READ, *_HARMLESS)}
+  for key, value in metadata.items():
+    if key.startswith(f'{arch}.') and key not in known and np.any(value):
+      raise InputError(
+        f'The GGUF field {key}={str(value)[:40]} is not known to this version, and may change '
+        'what the model computes.'
+      )
+  sizes = [metadata.get(f'{arch}.attention.{name}_length') for name in ('key', 'value')]
+  if None not in sizes and sizes[0] != sizes[1]:
+    raise InputError(
+      f'The GGUF fields {arch}.attention.key_length={sizes[0]} and value_length={sizes[1]} '
+      'differ, which is not supported.'
+    )
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:

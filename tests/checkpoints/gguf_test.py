@@ -365,6 +365,16 @@ def test_what_is_not_supported(tmp_path):
   ):
     with pytest.raises(InputError, match=f'^The GGUF fields .*{says}'):
       rrt_gguf.config_from_gguf(shape | {f'llama.{key}': value}, tensors)
+  for fields, says in (
+    ({'llama.logit_scale': 0.5}, 'llama.logit_scale=0.5 is not known'),
+    (
+      {'llama.attention.key_length': 6, 'llama.attention.value_length': 8},
+      'key_length=6 and value_length=8 differ',
+    ),
+  ):
+    with pytest.raises(InputError, match=says):
+      rrt_gguf.config_from_gguf(shape | fields, tensors)
+  assert rrt_gguf.config_from_gguf(shape | {'llama.logit_scale': 0.0}, tensors).d_model == 24
   with pytest.raises(InputError, match="architecture='mamba'"):
     rrt_gguf.config_from_gguf({'general.architecture': 'mamba'}, None)
   with pytest.raises(InputError, match="model='bert'"):

@@ -300,6 +300,13 @@ def test_tokenizers_of_installed_models(name):
   metadata, _ = gguf.open_gguf(packaged_files(name))
   ours = Tokenizer.from_gguf(metadata)
   assert [ours.encode(text) for text in TEXTS[:3]] == wanted
+  # Javanese, and Han characters of four bytes, which Gemma 3 writes as bytes.
+  text = 'the ꦧꦱꦗꦮꦲꦏ꧀ꦱꦫ sea 𪚥𠀀𠜎 語\n'
+  ids = ours.encode(text, bos=False)
+  for cut in range(1, len(ids)):
+    stream = StreamDecoder(ours, before=ids[:cut])
+    found = ''.join(map(stream.push, ids[cut:])) + stream.flush()
+    assert '\ufffd' not in found and text.endswith(found)
 
 
 def test_a_stream_goes_on_from_a_prompt():
