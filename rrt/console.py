@@ -143,19 +143,29 @@ class Progress:
     self.total, self.label, self.unit = total, label, unit
     self.done, self.start, self.shown = 0, time.monotonic(), 0.0
     self.reported = -1
+    # The first units may compile, and those of an earlier run took no time of
+    # this one: neither counts for the rate.
+    self.base: tuple[int, float] | None = None
     self.bar = sys.stderr is not None and sys.stderr.isatty()
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, failed=None, *_):
+    if failed is None:
+      self.total = self.done  # It may have been an upper bound.
     if self.bar or self.reported != self.done:
       self._show(last=True)
+
+  def skip(self, n: int) -> None:
+    """Counts n units that were finished before."""
+    self.done += n
 
   def update(self, n: int = 1, note: str = '') -> None:
     """Adds n finished units."""
     self.done += n
     now = time.monotonic()
+    self.base = self.base or (self.done, now)
     if now - self.shown >= (0.2 if self.bar else 10.0):
       self.shown = now
       self._show(note=note)
@@ -168,13 +178,13 @@ class Progress:
   def _show(self, note: str = '', last: bool = False) -> None:
     self.reported = self.done
     seconds = time.monotonic() - self.start
-    rate = self.done / max(seconds, 1e-9)
-    left = max(self.total - self.done, 0) / max(rate, 1e-9)
-    text = (
-      f'{self.label} {self.done:,}/{self.total:,} {self.unit}, '
-      f'{rate:.3g}/s, {_clock(seconds)} gone, '
-      f'{_clock(left) if self.done else "?"} left {note}'
-    ).rstrip()
+    done, since = self.base or (self.done, self.start)
+    rate = (self.done - done) / max(time.monotonic() - since, 1e-9)
+    left = _clock(max(self.total - self.done, 0) / rate) if rate else '?'
+    text = f'{self.label} {self.done:,}/{self.total:,} {self.unit}, {_clock(seconds)} gone'
+    if not last:
+      text += f', {left} left'
+    text = f'{text} {note}'.rstrip()
     if self.bar:
       full = int(24 * min(self.done / max(self.total, 1), 1.0))
       text = f'\r[{"#" * full}{"." * (24 - full)}] {text}\033[K'

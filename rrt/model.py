@@ -7,9 +7,10 @@ from typing import Any
 
 from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
+from rrt.tree import flatten
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
   """A model with its tokenizer and provenance.
 
@@ -25,3 +26,23 @@ class LanguageModel:
   params: dict[str, Any]
   tokenizer: Tokenizer | None = None
   meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __repr__(self) -> str:
+    """Five lines: family, shape, parameters, dtype, source."""
+    c = self.config
+    shape = f'{c.depth} layers'
+    if c.loops > 1:
+      shape = f'{c.prelude_layers} + {c.block_layers} x {c.loops} + {c.coda_layers} layers'
+    if c.relax:
+      shape += f', {", ".join(r.kind for r in c.relax)}'
+    leaves = list(flatten(self.params).values())
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    return '\n'.join(
+      [
+        f'LanguageModel of the family {c.family}',
+        f'  shape       {shape}; width {c.d_model}, vocabulary {c.vocab_size:,}',
+        f'  parameters  {sum(leaf.size for leaf in leaves):,}',
+        f'  dtype       {", ".join(dtypes)}',
+        f'  source      {self.meta.get("source") or self.meta.get("name") or "unknown"}',
+      ]
+    )

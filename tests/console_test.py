@@ -71,3 +71,19 @@ def test_output_that_is_lost_to_a_full_disk_is_an_error():
     )
   assert done.returncode == 2
   assert done.stderr == 'error: [Errno 28] No space left on device: the output is incomplete\n'
+
+
+def test_time_left_counts_neither_compilation_nor_an_earlier_run(monkeypatch, capsys):
+  now = [0.0]
+  monkeypatch.setattr(console.time, 'monotonic', lambda: now[0])
+  with console.Progress(110, 'work', 'steps') as progress:
+    progress.skip(100)  # Of an earlier run.
+    now[0] = 60.0  # The first step compiles.
+    progress.update()
+    now[0] = 75.0
+    progress.update()
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0] == 'work 101/110 steps, 1:00 gone, ? left'
+  assert lines[1] == 'work 102/110 steps, 1:15 gone, 2:00 left'
+  # A total that was an upper bound is reached.
+  assert len(lines) == 2 and progress.total == 102

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / 'rrt'
 # From the lowest to the highest; a folder's files share its layer.
 LAYERS = (
   ('errors',),
-  ('files', 'tree', 'command', 'console'),
+  ('files', 'tree', 'command', 'console', 'runtime'),
   ('ops',),
   ('relax',),
   ('config',),

@@ -138,6 +138,11 @@ def _find(source: str | Path) -> Path:
 
 def _locate(source: Source) -> tuple[str, list[Path]]:
   """('native' or 'hf', [the directory]) or ('gguf', its files in order)."""
+  if not isinstance(source, (str, Path, list, tuple)):
+    raise InputError(
+      f'source is a {type(source).__name__}; give the path of a model: save one of transformers '
+      "with model.save_pretrained('dir') and tokenizer.save_pretrained('dir'), and load 'dir'."
+    )
   if not isinstance(source, (str, Path)):
     return 'gguf', [Path(p) for p in source]
   if str(source) in PACKAGED and not Path(source).exists():

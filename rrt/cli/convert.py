@@ -9,7 +9,7 @@ from rrt import command, console
 from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
 from rrt.config import ORDERS
 from rrt.convert.calibration_data import calibration_text
-from rrt.convert.plan import INITS, RELAX_INITS, ConvertConfig, plan
+from rrt.convert.plan import INITS, RELAX_INITS, ConvertConfig, plan, recommended
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 
@@ -28,9 +28,14 @@ _OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier rrt model.'
 )
 _FIELDS = (
-  FLAGS.usual.integer('prelude', _DEFAULT.prelude, 'Layers before the block, not shared.'),
+  FLAGS.usual.integer(
+    'prelude',
+    None,
+    'Layers before the block, not shared; without --prelude, --coda and --block about a '
+    'quarter of the layers each.',
+  ),
   FLAGS.usual.integer('loops', _DEFAULT.loops, 'Times that the block runs.'),
-  FLAGS.usual.integer('coda', _DEFAULT.coda, 'Layers after the block, not shared.'),
+  FLAGS.usual.integer('coda', None, 'Layers after the block, not shared.'),
   FLAGS.usual.string(
     'rank',
     '0',
@@ -89,12 +94,19 @@ def main(_) -> None:
     raise InputError('--source and --out are both needed; see --help.')
   random = _BY_NAME['init'].value == 'random' or _BY_NAME['relax_init'].value == 'zero'
   command.check_effect(_SEED, random, '--init=random or --relax_init=zero')
-  convert = ConvertConfig().replace(**{flag.name: flag.value for flag in _FIELDS})
-  convert = convert.replace(relax=tuple(convert.relax))
+  fields = {flag.name: flag.value for flag in _FIELDS}
+  shape = [fields[name] for name in ('prelude', 'coda', 'block')]
+  for name in ('prelude', 'coda'):
+    fields[name] = fields[name] or 0
+  convert = ConvertConfig().replace(**fields | {'relax': tuple(fields['relax'])})
   check_save(_OUT.value)
   check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: mistakes are reported before.
-  plan(load_config(_SOURCE.value), convert)
+  config = load_config(_SOURCE.value)
+  if shape == [None] * 3:
+    prelude, coda = recommended(config.depth, convert.loops)
+    convert = convert.replace(prelude=prelude, coda=coda)
+  plan(config, convert)
   text = None
   if convert.calibration is not None:
     text = calibration_text(convert.calibration, convert.calibration_tokens)

@@ -2,40 +2,36 @@ r"""A real model becomes a smaller one that still writes sentences.
 
     rrt demo                      # English text that is installed
     rrt demo --data=my_text.txt   # your own text
+    rrt demo --exits              # also early exits and the engine
 
-SmolLM2-135M is converted twice: with the paper's initialization (mean of the tied
-layers, plain SVD) and calibrated. The calibrated child is then distilled from its
-parent for a few dozen steps, with losses after both loops. All four models are
-evaluated on held-out text and continue the same prompts. Then an exit gate is
-fitted, and the engine decodes eight sequences at full depth, with early exits, and
-in the lossless mode. Figures are printed and, with plots, written to report.html.
+SmolLM2-135M is converted, calibrated on a little text, and distilled from its parent
+for as many steps as `--minutes` allow. Parent and child are evaluated on held-out text
+and continue the same prompts. Figures are printed and, with plots, written to
+report.html.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 import time
-from typing import Any
 
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.checkpoints.load import check_save, load, save
-from rrt.cli import plots
+from rrt.cli import demo_exits, plots
+from rrt.convert.plan import recommended
 from rrt.convert.recursive import to_recursive
 from rrt.data import corpus, sources
 from rrt.errors import InputError
-from rrt.evals import depth, every_loop, gating, perplexity
-from rrt.exits import gate as gate_lib
+from rrt.evals import gating, perplexity
 from rrt.files import check_writable
-from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.generate import complete
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
 
 FLAGS = command.Flags(
-  'Converts SmolLM2-135M, uptrains it and runs it with early exits.',
-  'rrt demo\nrrt demo --data=my_text.txt',
+  'Converts SmolLM2-135M, uptrains it and runs it.',
+  'rrt demo\nrrt demo --data=my_text.txt --minutes=10',
 )
 _MODEL = FLAGS.usual.string('model', 'smollm2-135m', 'The parent, as rrt.load takes it.')
 _DATA = FLAGS.usual.string(
@@ -45,14 +41,16 @@ _DATA = FLAGS.usual.string(
   'directory, or "builtin" for text found in the installation.',
 )
 _OUT = FLAGS.usual.string('out', 'demo', 'Directory for report and model.')
-_PRELUDE = FLAGS.usual.integer('prelude', 8, 'Layers before the block.')
-_CODA = FLAGS.usual.integer('coda', 8, 'Layers after the block.')
-_LOOPS = FLAGS.usual.integer('loops', 2, 'Times the block runs.')
-_RANK = FLAGS.usual.integer('rank', 64, 'Rank of the per-loop LoRA.')
+_MINUTES = FLAGS.usual.float('minutes', 2.75, 'Time for all of it; training takes what is left.')
+_EXITS = FLAGS.usual.bool('exits', False, 'Also fit an exit gate, and run the engine three ways.')
+_PRELUDE = FLAGS.rare.integer('prelude', None, 'Layers before the block; as rrt convert.')
+_CODA = FLAGS.rare.integer('coda', None, 'Layers after the block; as rrt convert.')
+_LOOPS = FLAGS.rare.integer('loops', 2, 'Times the block runs.')
+_RANK = FLAGS.rare.integer('rank', 64, 'Rank of the per-loop LoRA.')
 _CALIBRATION_TOKENS = FLAGS.rare.integer(
   'calibration_tokens', 8192, 'Calibration tokens of the conversion.'
 )
-_STEPS = FLAGS.usual.integer('steps', 20, 'Steps of uptraining.')
+_STEPS = FLAGS.usual.integer('steps', 1000, 'Steps of uptraining, at most.')
 _BATCH = FLAGS.rare.integer('batch', 2, 'Batch size of training, in rows.')
 _LENGTH = FLAGS.rare.integer('length', 512, 'Tokens of a training row.')
 _CONTEXT = FLAGS.rare.integer('context', 512, 'Tokens of an evaluation row.')
@@ -125,22 +123,28 @@ def recipe(train: Path, heldout: Path) -> dict:
     'batch': _BATCH.value,
     'length': _LENGTH.value,
     'seed': _SEED.value,
+    # Activations are computed again, and only LoRA and norms have moments: this
+    # fits into 4 GiB. The number of steps is not known yet, so the rate is constant.
+    'remat': 'full',
+    'loss': {'chunk_tokens': 256},
     'optimizer': {
-      'learning_rate': 2e-4,
-      'warmup_steps': min(2, _STEPS.value),
-      'schedule': 'cosine',
-      'final_rate': 0.0,
+      'train': 'relaxations',
+      'learning_rate': 5e-4,
+      'warmup_steps': min(3, _STEPS.value),
+      'schedule': 'constant',
       'beta2': 0.98,
-      'rules': (('lora_[ab]$', {'multiplier': 0.5}),),
     },
-    'exits': {'coefficients': 'aggressive', 'weight': _EXIT_WEIGHT.value},
+    'exits': {
+      'coefficients': 'aggressive' if _EXITS.value else 'none',
+      'weight': _EXIT_WEIGHT.value,
+    },
     'data': {'path': str(train)},
     'heldout': {
       'path': str(heldout),
       'max_tokens': _HELDOUT.value,
       'context': _CONTEXT.value,
-      'batch': 2,
-      'every': max(_STEPS.value // 3, 1),
+      'batch': 1,
+      'every': 10,
     },
   }
 
@@ -148,7 +152,7 @@ def recipe(train: Path, heldout: Path) -> dict:
 def measure(model: LanguageModel, heldout: str, seconds: float) -> dict:
   """Size, held-out quality and samples of one model."""
   quality = perplexity.score(
-    model, heldout, context=_CONTEXT.value, batch=2, max_tokens=_HELDOUT.value
+    model, heldout, context=_CONTEXT.value, batch=1, max_tokens=_HELDOUT.value
   )
   texts = complete(model, _PROMPT.value, max_new_tokens=_NEW.value, temperature=0.0)
   return {
@@ -166,6 +170,8 @@ def main(argv):
   from rrt.train.loop import uptrain  # needs the train extra
 
   begin = time.monotonic()
+  if not _MINUTES.value > 0:
+    raise InputError(f'--minutes={_MINUTES.value}: must be above 0.')
   for flag, least in (
     (_STEPS, 1),
     (_BATCH, 1),
@@ -180,63 +186,72 @@ def main(argv):
   check_writable(out)
   check_save(out / 'model')
   plots.open_pyplot()  # Missing, it ends the demo here and not at its end.
-  steps = 8
+  say = Steps(begin, 8 if _EXITS.value else 6)
 
-  def say(step, text):
-    gone = time.monotonic() - begin
-    print(f'[{step}/{steps}] {gone:5.0f} s  {text}', flush=True)
-
-  say(1, f'loading {_MODEL.value} and the text')
+  say(f'loading {_MODEL.value} and the text')
   # The text first: too little of it is seen before a model is read.
   train, apart, heldout = prepare_text(_DATA.value, out)
   parent = load(_MODEL.value)
-  gate_rows = perplexity.make_rows(
-    parent, '\n\n'.join(sources.stream(apart)), _gate_context(), _gate_tokens()
-  )
-  gating.split(gate_rows)
   heldout_text = '\n\n'.join(sources.stream(heldout))
-  calibration = '\n\n'.join(sources.stream(train))
-  shape: dict[str, Any] = dict(
-    prelude=_PRELUDE.value,
-    loops=_LOOPS.value,
-    coda=_CODA.value,
-    rank=_RANK.value,
-    calibration=calibration,
-    seed=_SEED.value,
-    calibration_tokens=_CALIBRATION_TOKENS.value,
-  )
+  gate_rows: list[list[int]] = []
+  if _EXITS.value:
+    gate_rows = perplexity.make_rows(
+      parent, '\n\n'.join(sources.stream(apart)), _gate_context(), _gate_tokens()
+    )
+    gating.split(gate_rows)
   rows = {}
-  say(2, 'the parent: held-out text, and what it writes')
+  say('the parent: loss on held-out text, and two texts')
   rows['parent'] = measure(parent, heldout_text, 0.0)
+  runtime.release_memory()
 
-  say(3, "the paper's start: mean of the tied layers, plain SVD")
-  plain, plain_report = to_recursive(parent, init='average', **shape)
-  rows['plain SVD'] = measure(plain, heldout_text, plain_report.seconds)
-  del plain
-
-  say(4, 'the calibrated start')
+  prelude, coda = _PRELUDE.value, _CODA.value
+  if prelude is None and coda is None:
+    prelude, coda = recommended(parent.config.depth, _LOOPS.value)
+  say('the child: shared weights fitted to a text')
   with console.Progress(parent.config.depth, 'calibrate', 'layers') as progress:
-    child, report = to_recursive(parent, init='calibrated', progress=progress.to, **shape)
+    child, report = to_recursive(
+      parent,
+      prelude=prelude or 0,
+      loops=_LOOPS.value,
+      coda=coda or 0,
+      rank=_RANK.value,
+      calibration='\n\n'.join(sources.stream(train)),
+      calibration_tokens=_CALIBRATION_TOKENS.value,
+      seed=_SEED.value,
+      progress=progress.to,
+    )
+  start = time.monotonic()
   rows['calibrated'] = measure(child, heldout_text, report.seconds)
 
-  say(5, f'uptraining it: {_STEPS.value} steps of distillation')
+  runtime.release_memory()
+  # What is left, less the time of measuring once more.
+  spent = time.monotonic() - begin + (time.monotonic() - start)
+  seconds = max(0.9 * (60 * _MINUTES.value - spent), 1.0)
+  say(f'training it with the parent as teacher, for {seconds:.0f} s')
   start = time.monotonic()
-  run = uptrain(parent, child, recipe(train, heldout))
+  run = uptrain(parent, child, recipe(train, heldout), seconds=seconds)
   rows['uptrained'] = measure(run.model, heldout_text, report.seconds + time.monotonic() - start)
+  model, exits, ways = run.model, {}, {}
+  if _EXITS.value:
+    say(f'a gate calibrated to lose less than {_EXIT_LOSS.value} nats a token')
+    model, exits = demo_exits.leave_early(
+      model,
+      gate_rows,
+      heldout_text,
+      loss=_EXIT_LOSS.value,
+      context=_gate_context(),
+      max_tokens=_HELDOUT.value,
+    )
+    say('the engine: eight texts at once, three ways')
+    ways = demo_exits.serve(model, heldout_text, _CONTEXT.value, _NEW.value)
+  say(f'writing {out}')
+  save(model, out / 'model')
 
-  say(6, f'a gate calibrated to lose less than {_EXIT_LOSS.value} nats a token')
-  gated, exits = leave_early(run.model, gate_rows, heldout_text)
-  save(gated, out / 'model')
-
-  say(7, 'the engine: eight texts at once, three ways')
-  ways = serve(gated, heldout_text)
-
-  say(8, 'done')
-  show(rows)
-  show_exits(exits, ways)
   total = time.monotonic() - begin
+  tokens = run.step * _BATCH.value * _LENGTH.value
+  title = f'{_MODEL.value}: {report.shape}'
   page = plots.demo_page(
-    title=f'{_MODEL.value}: {report.shape}',
+    title=title,
     prompts=_PROMPT.value,
     rows=rows,
     history=run.history,
@@ -246,113 +261,66 @@ def main(argv):
     ways=ways,
   )
   (out / 'report.html').write_text(page, 'utf-8')
-  print(
-    f'The curves are in {out / "report.html"}. Go on with the model:\n'
-    f'  rrt generate --model={out / "model"} --prompt="..."\n'
-    f'  rrt serve --model={out / "model"} --gate=stored --lossless\n'
-  )
+  say('done')
+  show(rows)
+  if exits:
+    demo_exits.show_exits(exits, ways)
+  print('\n'.join(verdict(model, rows, tokens, out)), end='\n\n')
   console.finish(
     {
       'seconds': total,
       'peak_memory_bytes': console.peak_memory_bytes(),
+      'steps': run.step,
       'report': str(out / 'report.html'),
       'model': str(out / 'model'),
       **{
-        f'{k}_{name.replace(" ", "_")}': row[k]
+        f'{k}_{name}': row[k]
         for name, row in rows.items()
         for k in ('params_unique', 'nll_nats', 'bits_per_byte')
       },
-      'nats_first_loop': exits['first'].nll_nats,
-      'exits': exits['held'].plain(),
-      'engine': {
-        name: {k: w[k] for k in ('tokens_per_second', 'loops', 'same')} for name, w in ways.items()
-      },
     }
+    | (demo_exits.figures_of_exits(exits, ways) if exits else {})
   )
 
 
-def leave_early(model: LanguageModel, rows: list[list[int]], heldout: str):
-  """Fits a gate and measures early exits on held-out text.
+class Steps:
+  """Prints the demo's steps, numbered and timed."""
 
-  Args:
-    model: trained with losses after all loops.
-    rows: of unseen text, to fit and calibrate the gate.
-    heldout: rows of other text, to evaluate on.
-  """
-  shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-  with console.Progress(
-    gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
-  ) as progress:
-    gate, _ = gating.fit_gate(
-      model, rows, loss=_EXIT_LOSS.value, shares=shares, progress=progress.update
-    )
-  rows = perplexity.make_rows(model, heldout, _gate_context(), _HELDOUT.value)
-  static = every_loop.read_static(model, rows, gate.arrays)
-  held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)
-  first = depth.measure(model, static, 'change', -2.0)
-  gated = dataclasses.replace(model, meta=gate_lib.store(model.meta, gate))
-  return gated, {
-    'held': held,
-    'first': first,
-    'exit_loss': _EXIT_LOSS.value,
-    'loops': model.config.loops,
-  }
+  def __init__(self, begin: float, count: int):
+    self._begin, self._count, self._step = begin, count, 0
+
+  def __call__(self, text: str) -> None:
+    self._step += 1
+    gone = time.monotonic() - self._begin
+    print(f'[{self._step}/{self._count}] {gone:4.0f} s  {text}', flush=True)
 
 
-def serve(model: LanguageModel, heldout: str) -> dict[str, dict]:
-  """Decodes eight sequences in each mode of the engine, without compilation time."""
-  size = max(min(_CONTEXT.value // 32, 16), 2)
-  new = min(_NEW.value, model.config.max_context - size)
-  rows = perplexity.make_rows(model, heldout, 2 * size, 16 * size)
-  prompts = [row[:size] for row in rows[:8]]
-  ways: dict[str, dict[str, Any]] = {}
-  each: dict[str, dict[str, Any]] = {
-    'full depth': {},
-    'exits': {'gate': 'stored'},
-    'lossless': {'lossless': True},
-  }
-  for name, options in each.items():
-    engine = Engine(model, slots=8, context=size + new, **options)
-
-    def write(engine=engine):
-      return engine.run([Request.of(p, new, ignore_eos=True) for p in prompts])
-
-    write()
-    began = time.monotonic()
-    done = write()
-    took = time.monotonic() - began
-    tokens = [r.tokens for r in done]
-    loops = [n for r in done for n in r.loops]
-    full = ways.get('full depth', {'tokens': tokens})['tokens']
-    say = lambda ids: model.tokenizer.decode(ids) if model.tokenizer else str(ids)
-    ways[name] = {
-      'tokens': tokens,
-      'tokens_per_second': len(loops) / took,
-      'loops': sum(loops) / len(loops),
-      'same': sum(a == b for a, b in zip(tokens, full, strict=True)),
-      'pieces': [[(say([t]), n) for t, n in zip(r.tokens, r.loops, strict=True)] for r in done],
-      'prompts': [say(p) for p in prompts],
-    }
-  return ways
-
-
-def show_exits(exits: dict, ways: dict) -> None:
-  """Prints cost and speed of early exits."""
-  held, first = exits['held'], exits['first']
-  print(
-    f'All tokens leave after loop 1: {first.lost_nats:+.3f} nats a token, '
-    f'{100 * first.agreement:.0f} % as at full depth.\n'
-    f'The gate: {held.mean_loops:.2f} loops a token, {held.lost_nats:+.3f} '
-    f'nats, {100 * held.agreement:.0f} % as at full depth.\n'
-  )
-  console.table(
-    [(name, w['tokens_per_second'], w['loops'], f'{w["same"]} of 8') for name, w in ways.items()],
-    ('engine, 8 texts', 'tokens/s', 'loops a token', 'as full depth'),
-  )
+def verdict(model: LanguageModel, rows: dict, tokens: int, out: Path) -> list[str]:
+  """What was saved and lost, what speed is to be had, and how to go on."""
+  parent, start, child = rows['parent'], rows['calibrated'], rows['uptrained']
+  c = model.config
+  stored = c.prelude_layers + c.block_layers + c.coda_layers
+  less = 1 - child['params_unique'] / parent['params_unique']
+  mib = [4 * r['params_unique'] / 2**20 for r in (parent, child)]
+  worse = child['bits_per_byte'] / parent['bits_per_byte'] - 1
+  return [
+    f'Smaller by {100 * less:.0f} %: {mib[1]:.0f} of {mib[0]:.0f} MiB in float32. {stored} layers '
+    f'are stored, {c.depth} run ({c.block_layers} of them {c.loops} times).',
+    f'Worse by {100 * worse:.0f} %: {child["bits_per_byte"]:.3f} bits a byte on text it has not '
+    f'seen, the parent {parent["bits_per_byte"]:.3f}.',
+    f'Training on {tokens:,} tokens changed {start["bits_per_byte"]:.3f} to '
+    f'{child["bits_per_byte"]:.3f}; more steps help (--minutes=20), the paper takes billions.',
+    f'Not faster: all {c.depth} layers run. Where leaving early pays, and deleting layers is '
+    'better: README, "Where we lose".',
+    f'Try it:     rrt generate --model={out / "model"} --prompt="The sea is"',
+    'Your model: rrt convert --source=MODEL --rank=64 --calibration=TEXT --out=child',
+    'Your text:  rrt demo --data=TEXT, then rrt train --help',
+    f'The curves: {out / "report.html"}',
+  ]
 
 
 def show(rows: dict) -> None:
-  """Prints the four models side by side, then their samples."""
+  """Prints the models side by side, then their samples."""
   print()
   console.table(
     [

@@ -5,13 +5,13 @@ import importlib
 import os
 import sys
 
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.errors import InputError
 
 # Summaries stand here, so that listing the commands imports none of them.
 COMMANDS = {
   'convert': ('rrt.cli.convert', 'convert a model into a recursive one'),
-  'train': ('rrt.train.__main__', 'uptrain a converted model'),
+  'train': ('rrt.cli.train', 'uptrain a converted model'),
   'evaluate': ('rrt.cli.evaluate', 'measure cross-entropy, tasks, exits'),
   'generate': ('rrt.cli.generate', 'continue prompts'),
   'export': ('rrt.cli.export', 'write an untied Hugging Face checkpoint'),
@@ -21,18 +21,24 @@ COMMANDS = {
 }
 
 
+HELP = {'-h', '-help', '--help', '--helpfull'}
+
+
 def usage() -> str:
   """The commands, a line each."""
   lines = ['rrt COMMAND [--flag=value ...]', '']
   lines += [f'  {name:<9} {text}' for name, (_, text) in COMMANDS.items()]
-  return '\n'.join([*lines, '', 'rrt COMMAND --help lists its flags.'])
+  lines += ['', 'rrt COMMAND --help lists its flags.', '']
+  lines += [f'Compiled programs are kept in {runtime.programs_dir()}', '']
+  lines[-1] = f'(up to {runtime.MOST_BYTES >> 30} GiB); {runtime.SWITCH}=0 keeps none.'
+  return '\n'.join(lines)
 
 
 def main() -> None:
   """The console script `rrt`, and `python -m rrt`."""
   console.guard_streams()
   name, *rest = sys.argv[1:] or ['--help']
-  if name in ('-h', '-help', '--help', '--helpfull', 'help'):
+  if name in HELP | {'help'}:
     print(usage())
     sys.exit(0)
   if name not in COMMANDS:
@@ -41,12 +47,20 @@ def main() -> None:
     known = '' if near else f' {", ".join(COMMANDS)}.'
     print(f'error: rrt has no command {name!r}; {hint}{known}', file=sys.stderr)
     sys.exit(2)
+  run(name, rest)
+
+
+def run(name: str, arguments: list[str]) -> None:
+  """Runs a command with these arguments; may restart the process first."""
+  if not HELP & {*arguments}:
+    runtime.prepare()
+  console.guard_streams()
   module = importlib.import_module(COMMANDS[name][0])
   # As `python -m` does: a config file may import what lies beside it.
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   # ml_collections reads overrides of a config from the process's arguments.
-  sys.argv = [f'rrt {name}', *rest]
+  sys.argv = [f'rrt {name}', *arguments]
   if name == 'train':
     try:
       module.define_flags()

@@ -161,7 +161,7 @@ in all.</p>
 <th class="number">seconds to make</th></tr>{numbers}</table>
 {loss_curves(history, levels)}
 <h2>What they write</h2>{texts}
-{_exits(exits, ways)}
+{_exits(exits, ways) if exits else ''}
 </body></html>
 """
 

@@ -84,6 +84,16 @@ class ConvertConfig:
     return tuple(registry.parse(r) if isinstance(r, str) else r for r in words)
 
 
+def recommended(layers: int, loops: int) -> tuple[int, int]:
+  """(prelude, coda) of about a quarter of the layers each, for a block of whole loops."""
+  if loops == 1:
+    return 0, 0
+  prelude = coda = round(layers / 4)
+  while coda and (layers - prelude - coda) % loops:
+    coda -= 1
+  return (prelude, coda) if (layers - prelude - coda) % loops == 0 else (0, 0)
+
+
 def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   """The shape of the child that `to_recursive` makes of a parent.
 

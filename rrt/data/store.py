@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rrt import runtime
 from rrt.errors import InputError
 
 IN_MEMORY = 256 << 20
@@ -68,10 +69,7 @@ class Lines(Sequence[str]):
 
 def cache_dir() -> pathlib.Path:
   """The directory for unpacked text."""
-  if place := os.environ.get('RRT_CACHE'):
-    return pathlib.Path(place).expanduser()
-  base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(base).expanduser() / 'rrt'
+  return runtime.cache_root()
 
 
 def unpack(texts: Iterable[str], files: Sequence[str], options: str) -> Sequence[str]:

@@ -6,16 +6,18 @@ r"""Uptrains a converted model, optionally distilling from its parent.
 The work directory holds the whole run: config.json (with versions and git
 revision), child/ (the converted model it starts from), checkpoints/,
 metrics.jsonl and, at the end, model/. The same command resumes from the last
-checkpoint, bit for bit; SIGTERM and SIGHUP save one and exit with 128 + their number.
+checkpoint, bit for bit; SIGTERM, SIGHUP and Ctrl-C save one and exit with 128 + the signal's number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import math
 from pathlib import Path
 import signal
 import threading
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +42,8 @@ class Uptrained(NamedTuple):
     model: the trained model, its parameters on the host.
     history: the rows of metrics, from step 1.
     step: number of steps taken.
-    stopped: the number of the signal that ended it, SIGTERM or SIGHUP; 0 for none.
+    stopped: the number of the signal that ended it: SIGTERM, SIGHUP or SIGINT
+      (Ctrl-C); 0 for none.
   """
 
   model: LanguageModel
@@ -55,6 +58,7 @@ def uptrain(
   recipe: Recipe | dict[str, Any],
   workdir: str | Path | None = None,
   on_row: Callable[[dict[str, Any]], None] | None = None,
+  seconds: float | None = None,
 ) -> Uptrained:
   """Trains a child on text and on its parent's predictions.
 
@@ -65,6 +69,8 @@ def uptrain(
     workdir: directory of checkpoints and metrics, from which a run resumes; None
       keeps the run in memory.
     on_row: called with each new row of metrics.
+    seconds: time for the steps, compilation included; the time of a first step
+      chooses how many follow, `recipe.steps` at most. For runs in one process.
 
   Raises:
     InputError: invalid settings, data or work directory.
@@ -96,19 +102,26 @@ def uptrain(
   train_step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
 
   log = metrics_lib.Log(recipe, spec, workdir, step, on_row)
+  last = recipe.steps
+  clock = StepClock(seconds)
   with jax.set_mesh(mesh), checkpoints, log, Stop(recipe.log_every) as stop:
     if heldout and step == 0:
       log.heldout(0, heldout(state.params))
-    while step < recipe.steps and not stop.requested(step):
+    while step < last and not stop.requested(step):
       batch = next_batch(data, recipe)
       if batch is None:
         log.say(f'the text is used up after {step} steps')
         break
       state, metrics = train_step(state, teacher, step_lib.to_mesh(batch, mesh))
       step += 1
+      if seconds is not None:
+        if clock.steps < 2:
+          jax.block_until_ready(metrics)
+        last = min(recipe.steps, step + clock.left())
+        log.expect(last)
       # The metrics of a step are fetched when the next one is on its way.
       log.step(step, metrics, state.params)
-      if heldout and recipe.is_due(step, recipe.heldout.every):
+      if heldout and (step == last or recipe.is_due(step, recipe.heldout.every)):
         log.heldout(step, heldout(state.params))
       if recipe.is_due(step, recipe.checkpoint_every):
         log.flush()
@@ -123,8 +136,36 @@ def uptrain(
   return Uptrained(model, log.rows, step, stop.signal)
 
 
+class StepClock:
+  """Chooses how many steps fit into a budget, from the time of a step.
+
+  Attributes:
+    steps: how often `left` was asked.
+  """
+
+  def __init__(self, seconds: float | None):
+    self._seconds = math.inf if seconds is None else seconds
+    self._begin = self._last = time.monotonic()
+    self._step = 0.0  # Seconds of the second step.
+    self.steps = 0
+
+  def left(self) -> int:
+    """Call it after a step: how many more fit; the first step has compiled."""
+    now = time.monotonic()
+    self.steps += 1
+    if self.steps == 2:
+      self._step = now - self._last
+    self._last = now
+    left = self._seconds - (now - self._begin)
+    if self.steps == 1:
+      return 1 if left > 0 else 0
+    return max(int(left / max(self._step, 1e-9)), 0)
+
+
 class Stop:
-  """Records SIGTERM and SIGHUP, so that the loop can save and stop between two steps.
+  """Records SIGTERM, SIGHUP and SIGINT, so that the loop saves and stops after a step.
+
+  A second SIGINT (Ctrl-C) interrupts at once.
 
   Attributes:
     signal: the number of the one that was received, 0 for none.
@@ -137,7 +178,7 @@ class Stop:
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      self._old = handle_stops(self._note)
+      self._old = handle_stops(self._note, 'SIGTERM', 'SIGHUP', 'SIGINT')
     return self
 
   def __exit__(self, *_):
@@ -145,6 +186,8 @@ class Stop:
       signal.signal(number, old)
 
   def _note(self, number, _):
+    if number == self.signal == signal.SIGINT:
+      raise KeyboardInterrupt
     self.signal = number
 
   def requested(self, step: int) -> bool:
@@ -157,13 +200,13 @@ class Stop:
     return self.signal > 0
 
 
-def handle_stops(handler) -> dict[int, Any]:
-  """Handles SIGTERM and SIGHUP; returns the old handlers by number.
+def handle_stops(handler, *names: str) -> dict[int, Any]:
+  """Handles these signals; returns the old handlers by number.
 
   SIGHUP, of a terminal that is closed, stays ignored under nohup.
   """
   old = {}
-  for name in ('SIGTERM', 'SIGHUP'):
+  for name in names:
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) != signal.SIG_IGN:
       old[int(number)] = signal.signal(number, handler)

@@ -222,22 +222,27 @@ class Log:
     )
     self._pending = None
     self._clock: tuple[int, float] | None = None
-    self._heldout: dict[int, float] = {}
+    self._last_heldout: float | None = None
     self._writer = None
     self.rows: list[dict[str, Any]] = []
     if workdir is not None:
       self._writer = Writer(workdir, start, recipe.tensorboard)
       self.rows = self._writer.rows
     self._progress = console.Progress(recipe.steps, 'uptrain', 'steps')
-    self._progress.done = start
+    self._progress.skip(start)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._progress.__exit__()
+    # A run that was stopped has not reached its total.
+    self._progress.__exit__(True if self._progress.done < self._progress.total else None)
     if self._writer:
       self._writer.close()
+
+  def expect(self, steps: int) -> None:
+    """Sets how many steps the run will have."""
+    self._progress.total = steps
 
   def say(self, text: str) -> None:
     """A line for the user, from one process."""
@@ -247,6 +252,7 @@ class Log:
   def heldout(self, step: int, nats: float) -> None:
     """Files a measurement; the row of its step carries it."""
     self.flush()
+    self._last_heldout = nats
     row = {'step': step, 'heldout_nats': nats}
     self._write(row)
     self._clock = None  # Its seconds are not the step's.
@@ -270,7 +276,9 @@ class Log:
     (step, metrics, norms), self._pending = self._pending, None
     values = {k: v.item() for k, v in jax.device_get(metrics).items()}
     now = time.monotonic()
-    self._progress.update(1, f'loss {values["loss"]:.4f}')
+    measured = self._last_heldout
+    shown = f'text {values["cross_entropy"]:.3f}'
+    self._progress.update(1, shown if measured is None else f'held-out {measured:.3f} nats')
     if values['skipped_in_a_row'] >= self._recipe.max_skipped:
       first = step - values['skipped_in_a_row'] + 1
       raise InputError(

@@ -33,6 +33,7 @@ def test_demo_makes_a_model_and_a_page(tmp_path):
     '--coda=1',
     '--rank=2',
     '--steps=3',
+    '--exits',
     '--length=16',
     '--heldout_tokens=200',
     '--max_new_tokens=4',
