@@ -50,6 +50,7 @@ class Flags:
     summary: what the command does, one line.
     example: a command line of two lines at most.
     values: absl's store of the flags.
+    appendix: called for further lines of help, or None.
     needed, usual, rare: the groups.
   """
 
@@ -57,6 +58,7 @@ class Flags:
     self.summary, self.example = summary, example
     self.values = flags.FlagValues() if values is None else values
     self.needed = Group('Needed', self.values)
+    self.appendix: Callable[[], list[str]] | None = None
     self.usual = Group('Usual', self.values)
     self.rare = Group('Rare', self.values)
 
@@ -69,6 +71,8 @@ class Flags:
         lines += ['', f'{group.title}:']
       for name in group.names:
         lines += _described(self.values[name])
+    if self.appendix is not None:
+      lines += ['', *self.appendix()]
     lines += ['', '--helpfull lists the flags of absl too.']
     return '\n'.join(lines)
 

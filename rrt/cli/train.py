@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 import signal
 import sys
+import textwrap
 import time
 
 from absl import flags
@@ -23,7 +24,7 @@ from rrt.files import check_writable, lock
 from rrt.models.count import count_params
 from rrt.train.config_file import config_error, define_config_flag
 from rrt.train.loop import Uptrained, handle_stops, uptrain
-from rrt.train.recipe import Recipe
+from rrt.train.recipe import Recipe, describe_fields
 from rrt.train.setup import check_workdir, prepare
 
 # ml_collections reads the process's arguments and absl's global store.
@@ -33,6 +34,18 @@ FLAGS = command.Flags(
   flags.FLAGS,
 )
 explain = config_error
+
+
+def _recipe_help() -> list[str]:
+  """Every field of a recipe with its default and meaning."""
+  lines = ['Fields of the recipe:']
+  for path, default, meaning in describe_fields():
+    lines.append(f'  --config.{path}={default!r}'[:80])
+    lines += textwrap.wrap(meaning, 80, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
+  return lines
+
+
+FLAGS.appendix = _recipe_help
 
 
 def define_flags() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from rrt.errors import InputError
-from rrt.train.recipe import require_ml_collections, unknown_field
+from rrt.train.recipe import Recipe, config, require_ml_collections, unknown_field
 
 
 def define_config_flag() -> None:
@@ -23,9 +23,9 @@ def define_config_flag() -> None:
   holder = config_flags.DEFINE_config_file(
     'config',
     None,
-    'The recipe: a file of experiments/, or your own. --config.FIELD=VALUE '
-    'changes a field, such as --config.steps=200 or '
-    '--config.optimizer.learning_rate=1e-3; rrt/train/recipe.py explains them all.',
+    'The recipe: a file of experiments/, or your own, in Python (get_config()) or '
+    'YAML. --config.FIELD=VALUE changes a field, such as --config.steps=200 or '
+    '--config.optimizer.learning_rate=1e-3.',
   )
   parser: Any = flags.FLAGS[holder.name].parser
   parser.parse = functools.partial(_read_config, parser.parse)
@@ -40,6 +40,8 @@ def _read_config(parse, path: str):
   file = path.split(':', 1)[0]
   if not Path(file).is_file():
     raise ConfigFileError(f'--config={file}: there is no such file.')
+  if Path(file).suffix in ('.yaml', '.yml'):
+    return _read_yaml(file)
   try:
     found = parse(path)
     if hasattr(found, 'to_dict'):
@@ -61,6 +63,23 @@ def _read_config(parse, path: str):
     why = why.split(' Did you mean', 1)[0] if len(why) > 300 else why
     why = why if len(why) <= 300 else f'{why[:300]} ...'
   raise ConfigFileError(f'--config={file}: {why}')
+
+
+def _read_yaml(file: str):
+  """A recipe's fields from a YAML file, as the ConfigDict of all fields."""
+  import yaml
+
+  try:
+    fields = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
+    if not isinstance(fields, dict):
+      raise ConfigFileError(f'--config={file}: holds no fields, such as "steps: 200".')
+    Recipe.from_dict(fields)
+  except (InputError, OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    raise ConfigFileError(f'--config={file}: {" ".join(str(e).split())}') from e
+  found = config()
+  with found.unlocked():
+    found.update(fields)
+  return found
 
 
 def config_error(error: Exception) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import inspect
 import json
 from numbers import Integral, Real
 from types import UnionType
@@ -273,6 +274,38 @@ def field_paths(cls=None, prefix: str = '') -> list[str]:
     kind = get_type_hints(cls)[field.name]
     path = f'{prefix}{field.name}'
     found += field_paths(kind, f'{path}.') if dataclasses.is_dataclass(kind) else [path]
+  return found
+
+
+def describe_fields(cls=None, prefix: str = '') -> list[tuple[str, Any, str]]:
+  """(path, default, meaning) of all fields, from the docstrings of the dataclasses."""
+  cls = cls or Recipe
+  meanings = _attributes(inspect.getdoc(cls) or '')
+  found = []
+  for field in dataclasses.fields(cls):
+    kind = get_type_hints(cls)[field.name]
+    path = f'{prefix}{field.name}'
+    if dataclasses.is_dataclass(kind):
+      found += describe_fields(kind, f'{path}.')
+    else:
+      factory = field.default_factory
+      default = factory() if callable(factory) else field.default
+      found.append((path, default, meanings.get(field.name, '')))
+  return found
+
+
+def _attributes(text: str) -> dict[str, str]:
+  """The section Attributes of a docstring: meanings by name."""
+  found: dict[str, str] = {}
+  names: list[str] = []
+  for line in text.partition('Attributes:')[2].splitlines():
+    depth = len(line) - len(line.lstrip())
+    head, colon, rest = line.strip().partition(': ')
+    if depth == 2 and colon:
+      names = [n.strip() for n in head.split(',')]
+      found |= dict.fromkeys(names, rest)
+    elif line.strip():
+      found |= {n: f'{found[n]} {line.strip()}' for n in names}
   return found
 
 

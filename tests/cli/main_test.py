@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from rrt.cli import main
+from rrt.train import recipe
 from tests import command
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,36 @@ def recipes(tmp_path):
   (tmp_path / 'child.py').write_text(good + "  c.child = 'child'\n  return c\n")
   (tmp_path / 'none.py').write_text('x = 1\n')
   return tmp_path
+
+
+def test_help_of_train_lists_every_field():
+  pytest.importorskip('ml_collections')
+  status, printed, _ = rrt('train', '--help')
+  fields = recipe.describe_fields()
+  assert status == 0 and len(fields) > 50
+  for path, _, meaning in fields:
+    assert f'  --config.{path}=' in printed and meaning, path
+  assert '--config.optimizer.learning_rate=0.0003\n      the peak.' in printed
+
+
+def test_a_recipe_in_yaml(recipes):
+  (recipes / 'a.yaml').write_text(
+    'parent: /nowhere\nsteps: 3\noptimizer: {learning_rate: 1.0e-3}\nconvert: {rank: 2}\n'
+  )
+  flags = f'--config={recipes / "a.yaml"}', f'--workdir={recipes / "run"}'
+  status, _, error = rrt('train', *flags, '--config.steps=4')
+  assert status == 2 and '/nowhere' in error  # It got as far as the parent.
+  status, _, error = rrt('train', *flags, '--config.optimizer.lr=4')
+  assert status == 2 and 'did you mean optimizer.learning_rate?' in error
+  for text, message in (
+    ('step: 3', 'did you mean steps?'),
+    ('steps: x', "config.steps='x': must be int"),
+    ('[1]', 'holds no fields'),
+    ('a: [', 'while parsing'),
+  ):
+    (recipes / 'a.yaml').write_text(text)
+    status, _, error = rrt('train', *flags)
+    assert status == 2 and message in error and error.count('\n') == 1, error
 
 
 @pytest.mark.parametrize(
