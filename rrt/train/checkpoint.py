@@ -281,6 +281,12 @@ def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:
     if name in free:
       continue
     field, a, b = _difference(name, saved.get(name), now.get(name))
+    if field == 'steps' and isinstance(a, int) and isinstance(b, int) and b > a:
+      raise InputError(
+        f'config.steps={b}, but the run in {workdir} was started with {a}, which its schedule '
+        f'ends with; to go on from its model give --config.child={workdir / "model"} and '
+        'another --workdir.'
+      )
     if field:
       raise InputError(
         f'config.{field}={b!r}, but the run in {workdir} was '

@@ -12,8 +12,8 @@ from rrt.checkpoints.load import load, save
 from rrt.checkpoints.save_hf import save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
+from rrt.train import checkpoint, setup
 from rrt.train import recipe as recipe_lib
-from rrt.train import setup
 from rrt.train.loop import uptrain
 from tests import runs
 
@@ -283,7 +283,14 @@ def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
     setup.prepare(settings(1e-3), workdir)
 
 
-@pytest.mark.parametrize('text', ['{"config": {"st', '{}', '[]', '{"config": 1}'])
+def test_a_run_whose_steps_are_raised_is_told_how_to_go_on(tmp_path):
+  with pytest.raises(InputError, match=r'--config\.child=.*/model and another --workdir'):
+    checkpoint.check_same(tmp_path, {'steps': 6}, {'steps': 9}, ())
+  with pytest.raises(InputError, match='config.steps=3, but .* give that value'):
+    checkpoint.check_same(tmp_path, {'steps': 6}, {'steps': 3}, ())
+
+
+@pytest.mark.parametrize('text', ['{"config": {"st '{}', '[]', '{"config": 1}'])
 def test_damaged_settings_are_told(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(InputError, match=r'config\.json is damaged'):
