@@ -290,7 +290,7 @@ def test_a_run_whose_steps_are_raised_is_told_how_to_go_on(tmp_path):
     checkpoint.check_same(tmp_path, {'steps': 6}, {'steps': 3}, ())
 
 
-@pytest.mark.parametrize('text', ['{"config": {"st '{}', '[]', '{"config": 1}'])
+@pytest.mark.parametrize('text', ['{"config": {"st', '{}', '[]', '{"config": 1}'])
 def test_damaged_settings_are_told(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(InputError, match=r'config\.json is damaged'):
