@@ -286,7 +286,7 @@ def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
 def test_a_run_whose_steps_are_raised_is_told_how_to_go_on(tmp_path):
   with pytest.raises(InputError, match=r'--config\.child=.*/model and another --workdir'):
     checkpoint.check_same(tmp_path, {'steps': 6}, {'steps': 9}, ())
-  with pytest.raises(InputError, match='config.steps=3, but .* give that value'):
+  with pytest.raises(InputError, match=r'config\.steps=3, but .* give that value'):
     checkpoint.check_same(tmp_path, {'steps': 6}, {'steps': 3}, ())
 
 
