@@ -113,10 +113,7 @@ def main(_) -> None:
   parent = load(_SOURCE.value, dtype=_DTYPE.value)
   if text is None and parent.tokenizer is not None:
     text = calibration_text(None, convert.calibration_tokens)
-  bar = console.Progress(0, 'convert', 'layers')
-  child, report = to_recursive(parent, convert, calibration=text, seed=_SEED.value, progress=bar.to)
-  if bar.done:
-    bar.__exit__()
+  child, report = to_recursive(parent, convert, calibration=text, seed=_SEED.value)
   out = save(child, _OUT.value)
   report.show()
   print(f'written to {out}')

@@ -208,18 +208,16 @@ def main(argv):
   if prelude is None and coda is None:
     prelude, coda = recommended(parent.config.depth, _LOOPS.value)
   say('the child: shared weights fitted to a text')
-  with console.Progress(parent.config.depth, 'calibrate', 'layers') as progress:
-    child, report = to_recursive(
-      parent,
-      prelude=prelude or 0,
-      loops=_LOOPS.value,
-      coda=coda or 0,
-      rank=_RANK.value,
-      calibration='\n\n'.join(sources.stream(train)),
-      calibration_tokens=_CALIBRATION_TOKENS.value,
-      seed=_SEED.value,
-      progress=progress.to,
-    )
+  child, report = to_recursive(
+    parent,
+    prelude=prelude or 0,
+    loops=_LOOPS.value,
+    coda=coda or 0,
+    rank=_RANK.value,
+    calibration='\n\n'.join(sources.stream(train)),
+    calibration_tokens=_CALIBRATION_TOKENS.value,
+    seed=_SEED.value,
+  )
   start = time.monotonic()
   rows['calibrated'] = measure(child, heldout_text, report.seconds)
 

@@ -33,10 +33,7 @@ def leave_early(
     max_tokens: of the evaluation.
   """
   shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
-  with console.Progress(
-    gating.work(rows, 'learned', shares=shares), 'calibrate', 'tokens'
-  ) as progress:
-    gate, _ = gating.fit_gate(model, rows, loss=loss, shares=shares, progress=progress.update)
+  gate, _ = gating.fit_gate(model, rows, loss=loss, shares=shares)
   rows = perplexity.make_rows(model, heldout, context, max_tokens)
   static = every_loop.read_static(model, rows, gate.arrays)
   held = depth.measure(model, static, 'learned', gate.threshold, gate.arrays)

@@ -105,24 +105,19 @@ def main(argv) -> None:
     gating.split(rows)
     with console.Progress(0, 'writing', 'tokens') as progress:
       rows = gating.continued(model, rows, _SELF_GENERATED.value, progress=progress.to)
-  work = gating.work(
-    rows, _GATE.value, _LENS.value, tuning=_LENS_EPOCHS.value * (model.config.loops - 1)
+  gate, points = gating.fit_gate(
+    model,
+    rows,
+    kind=_GATE.value,
+    lens=_LENS.value,
+    lens_epochs=_LENS_EPOCHS.value,
+    kv=_KV.value,
+    agreement=agreement,
+    loss=_LOSS.value,
+    confidence=_CONFIDENCE.value,
+    ridge=fit_lib.RIDGE if _RIDGE.value is None else _RIDGE.value,
+    batch=_BATCH.value,
   )
-  with console.Progress(work, 'calibrating', 'tokens') as progress:
-    gate, points = gating.fit_gate(
-      model,
-      rows,
-      kind=_GATE.value,
-      lens=_LENS.value,
-      lens_epochs=_LENS_EPOCHS.value,
-      kv=_KV.value,
-      agreement=agreement,
-      loss=_LOSS.value,
-      confidence=_CONFIDENCE.value,
-      ridge=fit_lib.RIDGE if _RIDGE.value is None else _RIDGE.value,
-      batch=_BATCH.value,
-      progress=progress.update,
-    )
   about = {'text': path, 'self_generated': _SELF_GENERATED.value}
   gate = dataclasses.replace(gate, calibration=gate.calibration | about)
   console.table(depth.table(points), depth.HEADERS)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def to_recursive(
   calibration: str | Sequence[int] | None = None,
   seed: int = 0,
   steps: CalibrationConfig = ALL_STEPS,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Callable[[int, int], None] | Literal['bar'] | None = 'bar',
   **changes: Any,
 ) -> tuple[LanguageModel, Report]:
   """Converts a vanilla model into a relaxed recursive one.
@@ -79,7 +79,8 @@ def to_recursive(
       is not measured on.
     seed: of random weights.
     steps: of the calibration; all of them, but for experiments.
-    progress: called with (layers done, layers in all) as work proceeds.
+    progress: called with (layers done, layers in all); 'bar' shows them on
+      stderr, None shows nothing.
     **changes: fields of `ConvertConfig`.
 
   Returns:
@@ -100,8 +101,11 @@ def to_recursive(
   fits = convert.init == 'calibrated' and not is_exact(config, convert)
   fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits)
   untied = to_untied(parent)
-  job = _Job(untied, config, convert, seed, steps, progress)
+  bar = console.Progress(0, 'convert', 'layers')
+  job = _Job(untied, config, convert, seed, steps, bar.to if progress == 'bar' else progress)
   weights = job.calibrated(fit_BxL) if fits else job.selected()
+  if bar.done:
+    bar.__exit__()
   config, params = weights.config, weights.to_params(untied.params)
 
   report = start_report(untied.config, config, convert.init)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import functools
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from rrt import console
 from rrt.errors import InputError
 from rrt.evals import depth, every_loop
 from rrt.evals.threshold import choose
@@ -38,7 +39,7 @@ def fit_gate(
   ridge: float = fit_lib.RIDGE,
   batch: int = 4,
   shares: Sequence[float] = SHARES,
-  progress: Callable[[int], None] | None = None,
+  progress: Callable[[int], None] | Literal['bar'] | None = 'bar',
 ) -> tuple[gate_lib.Gate, list[depth.Point]]:
   """Fits a gate on half of the rows and calibrates its threshold on the others.
 
@@ -60,8 +61,8 @@ def fit_gate(
     ridge: penalty of the regression.
     batch: rows in one pass.
     shares: thresholds to test, as shares of tokens that leave.
-    progress: called with the number of tokens after each pass; `work` is their
-      maximum.
+    progress: called with the number of tokens after each pass, `work` at most;
+      'bar' shows them on stderr, None shows nothing.
 
   Returns:
     The gate, with the threshold `NEVER` if none meets the target, and all
@@ -76,6 +77,25 @@ def fit_gate(
   if lens_epochs < 0 or (lens_epochs and not lens):
     raise InputError(f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.')
   fitting, judging = split(rows)
+  if progress == 'bar':
+    tuning = lens_epochs * (model.config.loops - 1)
+    most = work(rows, kind, lens, shares=shares, tuning=tuning)
+    with console.Progress(most, 'calibrate', 'tokens') as bar:
+      return fit_gate(
+        model,
+        rows,
+        kind=kind,
+        lens=lens,
+        lens_epochs=lens_epochs,
+        kv=kv,
+        agreement=agreement,
+        loss=loss,
+        confidence=confidence,
+        ridge=ridge,
+        batch=batch,
+        shares=shares,
+        progress=bar.update,
+      )
   arrays = None
   if lens or kind == 'learned':
     read = functools.partial(every_loop.read_static, model, batch=batch, progress=progress)
