@@ -51,6 +51,9 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
 
   Raises:
     InputError: the source does not exist, is damaged or is not supported.
+
+  Example:
+    >>> model = rrt.load('smollm2-135m')
   """
   if dtype not in reader.DTYPES:
     raise InputError(f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.')
@@ -250,6 +253,9 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
 
   Raises:
     InputError: the directory holds something else, or cannot be written.
+
+  Example:
+    >>> rrt.save(child, 'child')
   """
 
   def write(folder: Path) -> None:

@@ -81,6 +81,10 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
   Raises:
     InputError: the directory holds something else, or cannot be written; or
       no config.json can describe the model.
+
+  Example:
+    >>> rrt.save_hf(child, 'child_hf')
+    >>> transformers.AutoModelForCausalLM.from_pretrained('child_hf')
   """
   model = to_untied(model)
   tensors, fields = hf_tensors(model), hf_config(model)

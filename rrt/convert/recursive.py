@@ -89,6 +89,10 @@ def to_recursive(
   Raises:
     InputError: an argument that cannot work, in one sentence, before any
       work starts; or weights with NaN or infinity.
+
+  Example:
+    >>> child, report = rrt.to_recursive(parent, prelude=8, loops=2, coda=8, rank=64)
+    >>> report.show()
   """
   start = time.monotonic()
   if 'calibration' in changes:

@@ -84,6 +84,9 @@ def score(
   Raises:
     InputError: a text of under two tokens, a row longer than the model's
       context, tokens outside its vocabulary, a loop count it lacks.
+
+  Example:
+    >>> rrt.score(model, 'A text of some length.', context=512).bits_per_byte
   """
   config = model.config
   loops = config.loops if loops is None else loops

@@ -52,6 +52,9 @@ def complete(
 
   Raises:
     InputError: an invalid setting or prompt; nothing was run.
+
+  Example:
+    >>> rrt.complete(model, 'The sea is', max_new_tokens=20, temperature=0.8)[0].text
   """
   params = (params or SamplingParams()).replace(**changes)
   params.check()

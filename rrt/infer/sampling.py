@@ -46,6 +46,9 @@ class SamplingParams:
       `PenaltyArrays`; of the engine alone.
     logprobs: alternatives to return log-probabilities of; None for none at
       all. Of the engine alone.
+
+  Example:
+    >>> SamplingParams(max_new_tokens=40, temperature=0.8, top_p=0.95, stop=('END',))
   """
 
   max_new_tokens: int = 128

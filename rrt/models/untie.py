@@ -28,6 +28,10 @@ def to_untied(model: LanguageModel) -> LanguageModel:
 
   Raises:
     InputError: a relaxation that no untied model can hold.
+
+  Example:
+    >>> rrt.to_untied(child).config.loops
+    1
   """
   c = model.config
   if c.loops == 1 and c.block_layers == c.depth and not c.relax and not c.loop_norms:

@@ -74,6 +74,10 @@ def uptrain(
 
   Raises:
     InputError: invalid settings, data or work directory.
+
+  Example:
+    >>> run = rrt.uptrain(parent, child, dict(steps=20, data={'path': 'text.jsonl'}))
+    >>> rrt.save(run.model, 'small')
   """
   if not isinstance(recipe, Recipe):
     recipe = Recipe.from_dict(recipe)

@@ -53,6 +53,10 @@ class Engine:
     ends: tokens that end a sequence.
     waiting: requests without a slot, first come first.
     running: requests by slot.
+
+  Example:
+    >>> engine = rrt.Engine(model, slots=8, context=512)
+    >>> engine.generate(['The sea is', 'Once'], max_new_tokens=20)[0].text
   """
 
   def __init__(

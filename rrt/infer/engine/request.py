@@ -32,6 +32,9 @@ class Request:
     logprobs: of each token, if asked: its log-probability and the likeliest
       tokens with theirs, before penalties and sampling.
     finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
+
+  Example:
+    >>> engine.run([rrt.Request.of([1, 2, 3], 20, temperature=0.8, seed=1)])[0].tokens
   """
 
   prompt: Sequence[int]
