@@ -73,7 +73,7 @@ for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
 # %% [markdown]
 # Tokens that leave early but wait for the others of their step save almost
 # nothing: among eight there is nearly always one that goes all the way. Refilled
-# lanes save what the depths promise.
+# lanes save what the depths allow.
 #
 # ## A model that loops
 #
@@ -134,7 +134,7 @@ for name, (took, f) in found.items():
 # %% [markdown]
 # ## Lossless
 #
-# When a token leaves loop 1, a guess of its successor starts behind it while it
+# When a token leaves loop 1, a draft of its successor starts behind it while it
 # goes deeper, in the same launch. Where the last three tokens stand in the text
 # before, what followed them there is guessed instead. What is written is what full
 # depth writes.
@@ -149,5 +149,5 @@ print(
 )
 
 # %% [markdown]
-# This child was only converted, and its first loop guesses badly. Trained exits
+# This child was only converted, and its first loop drafts badly. Trained exits
 # (`early_exit`) are what makes both modes pay.

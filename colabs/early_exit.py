@@ -147,14 +147,14 @@ SVG(plots.depth_curve(points, run.model.config.loops))
 # A token that left has no keys and values in the loops that it skipped.
 # `write_ahead` puts those of its last loop there, `propagate` projects its last
 # state through each skipped loop's weights, and `exact_fill` computes what is
-# missing later, which saves no work. The oracle is the paper's: it leaves as
-# soon as the answer is what full depth will say, which nobody can know.
+# missing later, which saves no work. The oracle is the paper's: a token leaves as soon as
+# the prediction is that of full depth, which is not known when decoding.
 
 # %% [markdown]
-# ## A promise
+# ## The threshold
 #
-# The deepest saving of which the rows show, with 95 % confidence, that at most
-# 0.05 nats a token are lost. It is kept with the model.
+# The most aggressive threshold for which the rows show, with 95 % confidence, that at
+# most 0.05 nats a token are lost. It is stored with the model.
 
 # %%
 tried = depth.curve(run.model, static, ['learned'], arrays, shares=[i / 10 for i in range(1, 10)])
