@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 import platform
 import statistics
-import sys
 import tempfile
 import time
 
@@ -20,16 +19,6 @@ import numpy as np
 from rrt.checkpoints import load as checkpoints
 from rrt.checkpoints.save_hf import save_hf
 from rrt.models.untie import to_untied
-
-
-def use_huge_pages() -> None:
-  """Starts this command again with glibc's huge pages, for all contenders.
-
-  Arrays of gigabytes are then found by 2 MiB, not by 4 KiB.
-  """
-  if 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, sys.orig_argv)
 
 
 def load(source: str, threads: int):

@@ -14,7 +14,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import command, console
+from rrt import command, console, runtime
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -69,7 +69,7 @@ def theirs(loaded, cache, ids):
 
 
 def main(_):
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   model, peer = common.load(FLAGS.model, FLAGS.threads)
   ids = common.prompts(model.config.vocab_size, FLAGS.batch, FLAGS.prompt_tokens)
   figures = {'machine': common.machine(FLAGS.threads)}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, rungs
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.checkpoints.load import load
 from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
@@ -175,7 +175,7 @@ def _seconds(run, repeats: int) -> float:
 def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing: a model of two loops or more.')
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   model = load(FLAGS.model)
   work = rungs.workload(model)
   arrays, depth = rungs.replay(model.config.loops, FLAGS.depth)

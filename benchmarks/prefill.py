@@ -10,7 +10,7 @@ the second of which is timed; compilation is reported apart.
 from absl import flags
 
 from benchmarks import common
-from rrt import command, console
+from rrt import command, console, runtime
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', 'smollm2-135m', 'What rrt.load takes.')
@@ -43,7 +43,7 @@ def theirs(loaded, ids):
 
 
 def main(_):
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   from rrt.infer.decode import Decoder
 
   model, peer = common.load(FLAGS.model, FLAGS.threads)

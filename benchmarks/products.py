@@ -12,7 +12,7 @@ from absl import flags
 import jax
 
 from benchmarks import common
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.ops import matmul
 
 FLAGS = flags.FLAGS
@@ -25,7 +25,7 @@ _KERNELS = 24
 
 
 def main(_):
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   keys = jax.random.split(jax.random.key(0), _KERNELS)
   figures: dict = {'machine': common.machine(2), 'dtype': FLAGS.dtype}
   table = []

@@ -46,7 +46,7 @@ import numpy as np
 
 from benchmarks import arrivals, common, hugging_face, pictures, rungs
 from benchmarks.roofline import Costs, Roof
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -112,7 +112,7 @@ def open_loop(contenders: dict, work, tied: list[float], least: dict) -> list[di
 def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing: a model of two loops or more.')
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   from rrt.checkpoints.load import load
   from rrt.exits import gate as gate_lib
 

@@ -24,7 +24,7 @@ from absl import flags
 import numpy as np
 
 from benchmarks import common
-from rrt import command, console
+from rrt import command, console, runtime
 from rrt.models.init import init_params
 
 FLAGS = flags.FLAGS
@@ -141,7 +141,7 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def main(_):
-  common.use_huge_pages()
+  runtime.use_huge_pages()
   import dataclasses
 
   import rrt

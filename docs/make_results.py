@@ -8,6 +8,7 @@ runs it first. The table of shapes comes from the closed-form counts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 import types
@@ -17,6 +18,7 @@ from benchmarks import pictures
 from rrt.cli import plots
 from rrt.config import ModelConfig
 from rrt.models.count import count_params
+from rrt.relax.ranks import with_ranks
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / 'benchmarks' / 'results'
@@ -127,8 +129,6 @@ SIZES = {
 
 def shapes() -> str:
   """Parameters, bytes of weights and of cache by shape, in closed form."""
-  from rrt.relax.ranks import with_ranks
-
   rows = []
   for name, (vocab, d, f, h, g, size, layers, tied) in SIZES.items():
     parent = ModelConfig(
@@ -153,8 +153,6 @@ def shapes() -> str:
       config = parent.with_recursion(
         prelude=prelude, block=block, loops=loops, coda=coda, loop_norms=True
       )
-      import dataclasses
-
       config = dataclasses.replace(config, relax=with_ranks(config, rank, None))
       unique = count_params(config).unique
       words = f'{block} layers run {loops} times'

@@ -24,6 +24,10 @@ from rrt.errors import InputError
 _WIDTH = 80
 
 
+# What asks for help.
+HELP = {'-h', '-help', '--help', '--helpfull'}
+
+
 class Group:
   """Flags of one group; its methods are absl's DEFINE functions."""
 
@@ -123,7 +127,7 @@ def run(
   """
 
   def parse(argv):
-    if own is not None and set(argv[1:]) & {'--help', '-h', '-help', '--helpfull'}:
+    if own is not None and HELP & {*argv[1:]}:
       print(own.help())
       if '--helpfull' in argv:
         print('\n' + flags.FLAGS.get_help())

@@ -151,9 +151,13 @@ class Progress:
   def __enter__(self):
     return self
 
-  def __exit__(self, failed=None, *_):
-    if failed is None:
-      self.total = self.done  # It may have been an upper bound.
+  def __exit__(self, failed, *_):
+    self.close(complete=failed is None)
+
+  def close(self, complete: bool = True) -> None:
+    """Shows the end; the total of complete work may have been an upper bound."""
+    if complete:
+      self.total = self.done
     if self.bar or self.reported != self.done:
       self._show(last=True)
 

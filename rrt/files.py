@@ -196,12 +196,14 @@ def check_file_writable(path: Path) -> None:
     path.unlink()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+  """A JSON object from a file; {} for a missing file that is optional.
 
   Raises:
     InputError: the file is missing, unreadable or not an object.
   """
+  if optional and not path.is_file():
+    return {}
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:

@@ -1,4 +1,4 @@
-"""What every command sets up before jax is imported: memory, compiled programs, streams.
+"""What every command sets up before jax is imported: huge pages, compiled programs.
 
 Two settings speed up everything on a CPU. glibc's huge pages find arrays of gigabytes
 by 2 MiB instead of 4 KiB, which takes a restart of the process. Programs that XLA has
@@ -59,6 +59,11 @@ def prepare() -> None:
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     for name, value in keep.items():
       os.environ.setdefault(name, value)
+  use_huge_pages()
+
+
+def use_huge_pages() -> None:
+  """Starts the process again with glibc's huge pages, unless it has its own tunables."""
   if 'GLIBC_TUNABLES' not in os.environ and _is_glibc():
     os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -171,9 +171,7 @@ def load_directory(
   """
   fields = read_json(directory / 'config.json')
   config = config_from_hf(fields)
-  generation = {}
-  if (directory / 'generation_config.json').is_file():
-    generation = read_json(directory / 'generation_config.json')
+  generation = read_json(directory / 'generation_config.json', optional=True)
   ids = _token_ids(directory, fields, generation, config.vocab_size)
   family = family_of(config)
   config, tensors = _resolve_head(config, family, open_directory(directory), directory)

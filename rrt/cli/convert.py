@@ -83,7 +83,6 @@ _FIELDS = (
   FLAGS.rare.bool('loop_norms', _DEFAULT.loop_norms, 'Separate norm gains for each loop.'),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
-_BY_NAME = {flag.name: flag for flag in _FIELDS}
 _DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the weights.')
 _SEED = FLAGS.rare.integer('seed', 0, 'Seed of random weights.')
 
@@ -92,9 +91,9 @@ def main(_) -> None:
   """Loads, converts, reports, saves."""
   if not _SOURCE.value or not _OUT.value:
     raise InputError('--source and --out are both needed; see --help.')
-  random = _BY_NAME['init'].value == 'random' or _BY_NAME['relax_init'].value == 'zero'
-  command.check_effect(_SEED, random, '--init=random or --relax_init=zero')
   fields = {flag.name: flag.value for flag in _FIELDS}
+  random = fields['init'] == 'random' or fields['relax_init'] == 'zero'
+  command.check_effect(_SEED, random, '--init=random or --relax_init=zero')
   shape = [fields[name] for name in ('prelude', 'coda', 'block')]
   for name in ('prelude', 'coda'):
     fields[name] = fields[name] or 0

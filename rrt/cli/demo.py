@@ -41,7 +41,9 @@ _DATA = FLAGS.usual.string(
   'directory, or "builtin" for text found in the installation.',
 )
 _OUT = FLAGS.usual.string('out', 'demo', 'Directory for report and model.')
-_MINUTES = FLAGS.usual.float('minutes', 2.75, 'Time for all of it; training takes what is left.')
+_MINUTES = FLAGS.usual.float(
+  'minutes', 2.75, 'Time for all but --exits; training takes what is left.'
+)
 _EXITS = FLAGS.usual.bool('exits', False, 'Also fit an exit gate, and run the engine three ways.')
 _PRELUDE = FLAGS.rare.integer('prelude', None, 'Layers before the block; as rrt convert.')
 _CODA = FLAGS.rare.integer('coda', None, 'Layers after the block; as rrt convert.')

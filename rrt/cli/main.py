@@ -21,16 +21,17 @@ COMMANDS = {
 }
 
 
-HELP = {'-h', '-help', '--help', '--helpfull'}
-
-
 def usage() -> str:
   """The commands, a line each."""
   lines = ['rrt COMMAND [--flag=value ...]', '']
   lines += [f'  {name:<9} {text}' for name, (_, text) in COMMANDS.items()]
-  lines += ['', 'rrt COMMAND --help lists its flags.', '']
-  lines += [f'Compiled programs are kept in {runtime.programs_dir()}', '']
-  lines[-1] = f'(up to {runtime.MOST_BYTES >> 30} GiB); {runtime.SWITCH}=0 keeps none.'
+  lines += [
+    '',
+    'rrt COMMAND --help lists its flags.',
+    '',
+    f'Compiled programs are kept in {runtime.programs_dir()}',
+    f'(up to {runtime.MOST_BYTES >> 30} GiB); {runtime.SWITCH}=0 keeps none.',
+  ]
   return '\n'.join(lines)
 
 
@@ -38,7 +39,7 @@ def main() -> None:
   """The console script `rrt`, and `python -m rrt`."""
   console.guard_streams()
   name, *rest = sys.argv[1:] or ['--help']
-  if name in HELP | {'help'}:
+  if name in command.HELP | {'help'}:
     print(usage())
     sys.exit(0)
   if name not in COMMANDS:
@@ -52,7 +53,7 @@ def main() -> None:
 
 def run(name: str, arguments: list[str]) -> None:
   """Runs a command with these arguments; may restart the process first."""
-  if not HELP & {*arguments}:
+  if not command.HELP & {*arguments}:
     runtime.prepare()
   console.guard_streams()
   module = importlib.import_module(COMMANDS[name][0])

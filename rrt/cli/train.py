@@ -24,7 +24,8 @@ from rrt.files import check_writable, lock
 from rrt.models.count import count_params
 from rrt.train.config_file import config_error, define_config_flag
 from rrt.train.loop import Uptrained, handle_stops, uptrain
-from rrt.train.recipe import Recipe, describe_fields
+from rrt.train.recipe import Recipe
+from rrt.train.recipe_fields import describe_fields
 from rrt.train.setup import check_workdir, prepare
 
 # ml_collections reads the process's arguments and absl's global store.
@@ -39,7 +40,7 @@ explain = config_error
 def _recipe_help() -> list[str]:
   """Every field of a recipe with its default and meaning."""
   lines = ['Fields of the recipe:']
-  for path, default, meaning in describe_fields():
+  for path, default, meaning in describe_fields(Recipe):
     lines.append(f'  --config.{path}={default!r}'[:80])
     lines += textwrap.wrap(meaning, 80, initial_indent=' ' * 6, subsequent_indent=' ' * 6)
   return lines

@@ -112,15 +112,12 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   rank_budget.check(c.budget, c.rank)
   calibration_data.check_tokens(c.calibration_tokens)
   config = with_relaxations(config, c, c.rank)
-  if c.alpha is not None and c.budget is None and not with_ranks(config, _ranks(c.rank), None):
+  low_rank = c.budget is not None or len(config.relax) > len(c.relaxations())
+  if c.alpha is not None and not low_rank:
     raise InputError(f'alpha={c.alpha!r}: has no effect without a rank or a budget.')
   if c.relax_init != RELAX_INITS[0] and c.budget is None and not config.relax:
     raise InputError(f'relax_init={c.relax_init!r}: has no effect without a relaxation.')
   return config
-
-
-def _ranks(rank: Any) -> Any:
-  return parse_ranks(rank) if isinstance(rank, str) else rank
 
 
 def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> ModelConfig:
@@ -129,7 +126,8 @@ def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> 
   Raises:
     InputError: ranks or relaxations that cannot work.
   """
-  relax = with_ranks(config, _ranks(rank), convert.alpha)
+  rank = parse_ranks(rank) if isinstance(rank, str) else rank
+  relax = with_ranks(config, rank, convert.alpha)
   return dataclasses.replace(config, relax=relax + convert.relaxations())
 
 

@@ -109,7 +109,7 @@ def to_recursive(
   job = _Job(untied, config, convert, seed, steps, bar.to if progress == 'bar' else progress)
   weights = job.calibrated(fit_BxL) if fits else job.selected()
   if bar.done:
-    bar.__exit__()
+    bar.close()
   config, params = weights.config, weights.to_params(untied.params)
 
   report = start_report(untied.config, config, convert.init)

@@ -280,5 +280,5 @@ def _arrow_texts(values: Any, column: str, field: str, where: str) -> tuple[Any,
   if not (types.is_string(values.type) or types.is_large_string(values.type)):
     raise InputError(f'{where}: the field {field!r} is {values.type}, not text')
   filled = pc.utf8_length(pc.utf8_trim_whitespace(values))
-  to_numpy = lambda a: np.asarray(a.to_pylist(), bool)
-  return to_numpy(pc.greater(pc.fill_null(filled, 0), 0)), to_numpy(pc.is_null(values))
+  has_text = pc.greater(pc.fill_null(filled, 0), 0)
+  return np.asarray(has_text, bool), np.asarray(pc.is_null(values), bool)

@@ -17,7 +17,6 @@ from typing import Any
 import tokenizers
 
 from rrt.data import chat, gguf_tokenizer, tokenizer_config
-from rrt.data.tokenizer_config import NAMES as _NAMES
 from rrt.errors import InputError
 
 # What `Tokenizer.save` writes.
@@ -216,7 +215,9 @@ class Tokenizer:
   @property
   def special_tokens(self) -> dict[str, str]:
     """Special tokens by name ('bos_token', 'eos_token', 'pad_token', ...)."""
-    tokens = {name: tokenizer_config.content(self._extra.get(name)) for name in _NAMES}
+    tokens = {
+      name: tokenizer_config.content(self._extra.get(name)) for name in tokenizer_config.NAMES
+    }
     for name, ids in (('bos_token', [self.bos_id]), ('eos_token', self.eos_ids)):
       if tokens[name] is None and ids and ids[0] is not None:
         tokens[name] = self.token(ids[0])

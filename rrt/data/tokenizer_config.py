@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rrt.errors import InputError
+from rrt.files import read_json
 
 # Tokens that end a turn or a document in the supported families, for files
 # that do not list their own.
@@ -41,11 +42,11 @@ def read(directory: Path, core) -> dict[str, Any]:
     InputError: a file is not JSON, or a field has a wrong type or value.
   """
   where = directory / 'tokenizer_config.json'
-  fields = _special_tokens_map(directory) | read_object(where)
-  model = read_object(directory / 'config.json')
+  fields = _special_tokens_map(directory) | read_json(where, optional=True)
+  model = read_json(directory / 'config.json', optional=True)
   text = model.get('text_config')
   model = (text if isinstance(text, dict) else {}) | model
-  generation = read_object(directory / 'generation_config.json')
+  generation = read_json(directory / 'generation_config.json', optional=True)
 
   names = {name: _content(fields, name, where) for name in NAMES}
   size = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -55,8 +56,9 @@ def read(directory: Path, core) -> dict[str, Any]:
   prefix = prefix_ids(core)
   add_bos = fields.get('add_bos_token')
   begins = list(prefix)
-  if names['bos_token'] is not None:
-    begins += [i for i in [core.token_to_id(names['bos_token'])] if i is not None]
+  bos = core.token_to_id(names['bos_token']) if names['bos_token'] is not None else None
+  if bos is not None:
+    begins.append(bos)
   begins += token_ids(model, 'bos_token_id', size, directory / 'config.json')
 
   ends = token_ids(generation, 'eos_token_id', size, directory / 'generation_config.json')
@@ -135,7 +137,7 @@ def _content(fields: dict[str, Any], name: str, where: Path) -> str | None:
 
 
 def _special_tokens_map(directory: Path) -> dict[str, Any]:
-  fields = read_object(directory / 'special_tokens_map.json')
+  fields = read_json(directory / 'special_tokens_map.json', optional=True)
   return {name: fields[name] for name in NAMES if name in fields}
 
 
@@ -160,20 +162,3 @@ def _chat_template(directory: Path, fields: dict[str, Any], where: Path) -> str 
   if template is not None and not isinstance(template, str):
     raise InputError(f'{where}: chat_template must be a text, not {type(template).__name__}.')
   return template
-
-
-def read_object(path: Path) -> dict[str, Any]:
-  """A JSON object, {} if there is no file.
-
-  Raises:
-    InputError: the file is not a JSON object.
-  """
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as e:
-    raise InputError(f'{path} is not valid JSON: {e}.') from e
-  if not isinstance(value, dict):
-    raise InputError(f'{path} must hold a JSON object.')
-  return value

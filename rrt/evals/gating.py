@@ -77,25 +77,11 @@ def fit_gate(
   if lens_epochs < 0 or (lens_epochs and not lens):
     raise InputError(f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.')
   fitting, judging = split(rows)
+  bar = None
   if progress == 'bar':
     tuning = lens_epochs * (model.config.loops - 1)
-    most = work(rows, kind, lens, shares=shares, tuning=tuning)
-    with console.Progress(most, 'calibrate', 'tokens') as bar:
-      return fit_gate(
-        model,
-        rows,
-        kind=kind,
-        lens=lens,
-        lens_epochs=lens_epochs,
-        kv=kv,
-        agreement=agreement,
-        loss=loss,
-        confidence=confidence,
-        ridge=ridge,
-        batch=batch,
-        shares=shares,
-        progress=bar.update,
-      )
+    bar = console.Progress(work(rows, kind, lens, shares, tuning), 'calibrate', 'tokens')
+    progress = bar.update
   arrays = None
   if lens or kind == 'learned':
     read = functools.partial(every_loop.read_static, model, batch=batch, progress=progress)
@@ -121,6 +107,8 @@ def fit_gate(
     'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
   }
   threshold = chosen[0].threshold if chosen else gate_lib.NEVER
+  if bar is not None:
+    bar.close()
   return gate_lib.Gate(kind, threshold, arrays, kv, calibration), points
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from absl import flags
 
 from rrt.errors import InputError
-from rrt.train.recipe import Recipe, config, require_ml_collections, unknown_field
+from rrt.train.recipe import Recipe, config, require_ml_collections
+from rrt.train.recipe_fields import unknown_field
 
 
 def define_config_flag() -> None:
@@ -101,5 +102,5 @@ def _unknown_field(message: str) -> str:
   for argument in sys.argv[1:]:
     path = argument.lstrip('-').partition('=')[0].removeprefix('config.')
     if argument.startswith(('--config.', '-config.')) and name in path.split('.'):
-      return f'--config.{path}: {unknown_field(path)}'
-  return f'--config: {name}: {unknown_field(name)}'
+      return f'--config.{path}: {unknown_field(Recipe, path)}'
+  return f'--config: {name}: {unknown_field(Recipe, name)}'

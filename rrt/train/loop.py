@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from rrt import sharding
+from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
@@ -81,6 +82,8 @@ def uptrain(
   """
   if not isinstance(recipe, Recipe):
     recipe = Recipe.from_dict(recipe)
+  if seconds is not None and jax.process_count() > 1:
+    raise InputError(f'seconds={seconds!r}: for runs in one process; set recipe.steps.')
   if not recipe.loss.distillation:
     parent = None
   mesh = sharding.make_mesh(recipe.mesh)

@@ -236,7 +236,7 @@ class Log:
 
   def __exit__(self, *_):
     # A run that was stopped has not reached its total.
-    self._progress.__exit__(True if self._progress.done < self._progress.total else None)
+    self._progress.close(complete=self._progress.done >= self._progress.total)
     if self._writer:
       self._writer.close()
 

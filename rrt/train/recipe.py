@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import difflib
-import inspect
 import json
 from numbers import Integral, Real
 from types import UnionType
@@ -24,6 +22,7 @@ from rrt.errors import InputError
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
 from rrt.train.optim import Optimizer
+from rrt.train.recipe_fields import unknown_field
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'full')
@@ -235,103 +234,13 @@ def require_ml_collections():
   return config_dict, config_flags
 
 
-# Names of fields elsewhere.
-_ALIASES = {
-  'lr': 'learning_rate',
-  'peak_lr': 'learning_rate',
-  'wd': 'weight_decay',
-  'bs': 'batch',
-  'batch_size': 'batch',
-  'per_device_train_batch_size': 'batch',
-  'seq_len': 'length',
-  'seq_length': 'length',
-  'max_length': 'length',
-  'max_steps': 'steps',
-  'num_steps': 'steps',
-  'train_steps': 'steps',
-  'warmup': 'warmup_steps',
-  'min_lr': 'final_rate',
-  'lr_schedule': 'schedule',
-  'grad_clip': 'clip',
-  'max_grad_norm': 'clip',
-  'grad_accum': 'accumulate',
-  'gradient_accumulation_steps': 'accumulate',
-  'save_every': 'checkpoint_every',
-  'save_steps': 'checkpoint_every',
-  'eval_every': 'every',
-  'teacher': 'parent',
-  'model': 'child',
-  'dataset': 'path',
-  'kl': 'distillation',
-}
-
-
-def field_paths(cls=None, prefix: str = '') -> list[str]:
-  """All fields of a recipe, such as 'optimizer.learning_rate'."""
-  cls = cls or Recipe
-  found = []
-  for field in dataclasses.fields(cls):
-    kind = get_type_hints(cls)[field.name]
-    path = f'{prefix}{field.name}'
-    found += field_paths(kind, f'{path}.') if dataclasses.is_dataclass(kind) else [path]
-  return found
-
-
-def describe_fields(cls=None, prefix: str = '') -> list[tuple[str, Any, str]]:
-  """(path, default, meaning) of all fields, from the docstrings of the dataclasses."""
-  cls = cls or Recipe
-  meanings = _attributes(inspect.getdoc(cls) or '')
-  found = []
-  for field in dataclasses.fields(cls):
-    kind = get_type_hints(cls)[field.name]
-    path = f'{prefix}{field.name}'
-    if dataclasses.is_dataclass(kind):
-      found += describe_fields(kind, f'{path}.')
-    else:
-      factory = field.default_factory
-      default = factory() if callable(factory) else field.default
-      found.append((path, default, meanings.get(field.name, '')))
-  return found
-
-
-def _attributes(text: str) -> dict[str, str]:
-  """The section Attributes of a docstring: meanings by name."""
-  found: dict[str, str] = {}
-  names: list[str] = []
-  for line in text.partition('Attributes:')[2].splitlines():
-    depth = len(line) - len(line.lstrip())
-    head, colon, rest = line.strip().partition(': ')
-    if depth == 2 and colon:
-      names = [n.strip() for n in head.split(',')]
-      found |= dict.fromkeys(names, rest)
-    elif line.strip():
-      found |= {n: f'{found[n]} {line.strip()}' for n in names}
-  return found
-
-
-def unknown_field(path: str) -> str:
-  """What to say of a field that a recipe does not have."""
-  *before, name = path.split('.')
-  known = field_paths()
-  want = _ALIASES.get(name, name)
-  same = [p for p in known if p.split('.')[-1] == want]
-  inside = [p for p in known if p.split('.')[:-1] == before]
-  near = [p for p in same if p in inside] or same
-  for paths in (inside, known):
-    last = [p.split('.')[-1] for p in paths]
-    near = near or [paths[last.index(n)] for n in difflib.get_close_matches(name, last, 1)]
-  if near:
-    return f'there is no such field; did you mean {near[0]}?'
-  return f'there is no such field; there are {", ".join(inside or known)}.'
-
-
 def _build(cls, fields: Mapping[str, Any], prefix: str):
   types = get_type_hints(cls)
   known = [f.name for f in dataclasses.fields(cls)]
   values = {}
   for name, value in fields.items():
     if name not in known:
-      raise InputError(f'config.{prefix}{name}: {unknown_field(prefix + name)}')
+      raise InputError(f'config.{prefix}{name}: {unknown_field(Recipe, prefix + name)}')
     if dataclasses.is_dataclass(types[name]):
       if not isinstance(value, Mapping):
         raise InputError(f'config.{prefix}{name}={value!r}: must be a dict.')
