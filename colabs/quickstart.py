@@ -126,7 +126,7 @@ recipe = dict(
   ),
 )
 run = rrt.uptrain(parent, child, recipe)
-curve = [(r['step'], r['heldout_nats']) for r in run.history if 'heldout_nats' in r]
+curve = [(r['step'], r['eval/cross_entropy']) for r in run.history if 'eval/cross_entropy' in r]
 
 plt.plot(*zip(*curve), 'o-', label='child')
 plt.axhline(nats['parent'], ls='--', label='parent')

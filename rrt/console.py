@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import contextlib
+import datetime
+import io
 import json
 import math
 import os
@@ -12,24 +14,27 @@ from typing import Any
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
-  """Prints rows under headers, numbers to the right."""
-  cells = [[_cell(v) for v in row] for row in rows]
-  widths = [max([len(h), *(len(row[i]) for row in cells)]) for i, h in enumerate(headers)]
-  right = [
-    bool(rows) and all(isinstance(r[i], (int, float)) for r in rows) for i in range(len(headers))
-  ]
+  """Prints rows under headers on stdout, numbers to the right."""
+  from rich import box
+  from rich.table import Table
 
-  def line(values):
-    padded = [
-      v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)
-    ]
-    return '  '.join(padded).rstrip()
+  drawn = Table(*headers, box=box.SIMPLE_HEAD if any(headers) else None)
+  for i, column in enumerate(drawn.columns):
+    numbers = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
+    column.justify = 'right' if numbers else 'left'
+    column.overflow = 'fold'
+  for row in rows:
+    drawn.add_row(*map(_cell, row))
+  _terminal(sys.stdout).print(drawn)
 
-  print(line(headers))
-  print('  '.join('-' * w for w in widths))
-  for row in cells:
-    print(line(row))
-  print(flush=True)
+
+def _terminal(stream: Any):
+  """Rich's view of a stream; what is no terminal takes lines of any width."""
+  from rich.console import Console
+
+  # Rich takes a command's environment (COLUMNS, NO_COLOR, FORCE_COLOR) into account.
+  width = None if stream is not None and stream.isatty() else 10_000
+  return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
 
 
 def _cell(value: Any) -> str:
@@ -133,20 +138,52 @@ def peak_memory_bytes() -> int:
 
 
 class Progress:
-  """A progress bar on a terminal, plain lines elsewhere.
+  """Progress on stderr: a bar on a terminal, a line every 10 seconds elsewhere.
 
   with Progress(total=steps, label='uptrain', unit='steps') as progress:
     progress.update(1, note='loss 3.2')
+
+  The time left is that of the units of this run; the first of them may compile and is
+  not counted.
   """
 
   def __init__(self, total: int, label: str, unit: str = 'steps'):
-    self.total, self.label, self.unit = total, label, unit
-    self.done, self.start, self.shown = 0, time.monotonic(), 0.0
-    self.reported = -1
-    # The first units may compile, and those of an earlier run took no time of
-    # this one: neither counts for the rate.
-    self.base: tuple[int, float] | None = None
-    self.bar = sys.stderr is not None and sys.stderr.isatty()
+    """A total of 0 is not known yet."""
+    from rich import progress as bars
+
+    self.label, self.unit = label, unit
+    self._shown, self._reported = 0.0, -1
+    self._bar = sys.stderr is not None and sys.stderr.isatty()
+    text = lambda form: bars.TextColumn(form, markup=False)
+    self._bars = bars.Progress(
+      text('{task.description}'),
+      bars.BarColumn(),
+      text('{task.fields[count]}'),
+      bars.TimeElapsedColumn(),
+      bars.TimeRemainingColumn(),
+      text('{task.fields[note]}'),
+      console=_terminal(SafeStream(sys.stderr or io.StringIO())),
+      disable=not self._bar,
+      get_time=lambda: time.monotonic(),
+      speed_estimate_period=3600.0,
+    )
+    self._bars.add_task(label, total=total or None, count='', note='')
+    self._task = self._bars.tasks[0]
+    self._bars.start()
+
+  @property
+  def done(self) -> int:
+    """Units that are finished."""
+    return int(self._task.completed)
+
+  @property
+  def total(self) -> int:
+    """Units in all."""
+    return int(self._task.total or 0)
+
+  @total.setter
+  def total(self, total: int) -> None:
+    self._task.total = total or None
 
   def __enter__(self):
     return self
@@ -158,46 +195,37 @@ class Progress:
     """Shows the end; the total of complete work may have been an upper bound."""
     if complete:
       self.total = self.done
-    if self.bar or self.reported != self.done:
-      self._show(last=True)
+      self._task.fields['count'] = self._count()
+    self._bars.stop()
+    if not self._bar and self._reported != self.done:
+      self._say(last=True)
 
   def skip(self, n: int) -> None:
     """Counts n units that were finished before."""
-    self.done += n
+    self._task.completed += n
 
   def update(self, n: int = 1, note: str = '') -> None:
     """Adds n finished units."""
-    self.done += n
+    self._bars.update(self._task.id, advance=n, note=note)
+    self._task.fields['count'] = self._count()
     now = time.monotonic()
-    self.base = self.base or (self.done, now)
-    if now - self.shown >= (0.2 if self.bar else 10.0):
-      self.shown = now
-      self._show(note=note)
+    if not self._bar and now - self._shown >= 10.0:
+      self._shown = now
+      self._say(note)
 
   def to(self, done: int, total: int | None = None, note: str = '') -> None:
     """Sets the finished units and the total."""
     self.total = self.total if total is None else total
     self.update(done - self.done, note)
 
-  def _show(self, note: str = '', last: bool = False) -> None:
-    self.reported = self.done
-    seconds = time.monotonic() - self.start
-    done, since = self.base or (self.done, self.start)
-    rate = (self.done - done) / max(time.monotonic() - since, 1e-9)
-    left = _clock(max(self.total - self.done, 0) / rate) if rate else '?'
-    text = f'{self.label} {self.done:,}/{self.total:,} {self.unit}, {_clock(seconds)} gone'
+  def _count(self) -> str:
+    return f'{self.done:,}/{self.total:,} {self.unit}'
+
+  def _say(self, note: str = '', last: bool = False) -> None:
+    self._reported = self.done
+    clock = lambda seconds: str(datetime.timedelta(seconds=int(seconds)))
+    left = self._task.time_remaining
+    text = f'{self.label} {self._count()}, {clock(self._task.elapsed or 0)} gone'
     if not last:
-      text += f', {left} left'
-    text = f'{text} {note}'.rstrip()
-    if self.bar:
-      full = int(24 * min(self.done / max(self.total, 1), 1.0))
-      text = f'\r[{"#" * full}{"." * (24 - full)}] {text}\033[K'
-    say(text, end='' if self.bar and not last else '\n')
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(int(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours}:{minutes:02}:{seconds:02}'
-  return f'{minutes}:{seconds:02}'
+      text += f', {"?" if left is None else clock(left)} left'
+    say(f'{text} {note}'.rstrip())

@@ -83,7 +83,7 @@ def test_time_left_counts_neither_compilation_nor_an_earlier_run(monkeypatch, ca
     now[0] = 75.0
     progress.update()
   lines = capsys.readouterr().err.splitlines()
-  assert lines[0] == 'work 101/110 steps, 1:00 gone, ? left'
-  assert lines[1] == 'work 102/110 steps, 1:15 gone, 2:00 left'
+  assert lines[0] == 'work 101/110 steps, 0:01:00 gone, ? left'
+  assert lines[1] == 'work 102/110 steps, 0:01:15 gone, 0:02:00 left'
   # A total that was an upper bound is reached.
   assert len(lines) == 2 and progress.total == 102

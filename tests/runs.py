@@ -172,4 +172,4 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
   """(step, loss) of a run's metrics."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
-  return [(r['step'], r['loss']) for r in rows if 'loss' in r]
+  return [(r['step'], r['train/loss']) for r in rows if 'train/loss' in r]

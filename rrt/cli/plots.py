@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import html
 import io
+import logging
 from typing import Any
 
 from rrt.errors import InputError
@@ -34,6 +35,8 @@ def open_pyplot():
       'The curves need matplotlib: pip install "relaxed-recursive-transformers[demo]".'
     ) from e
   matplotlib.use('Agg')
+  # It tells of the fonts that it lists, once, at the level of absl's programs.
+  logging.getLogger('matplotlib').setLevel(logging.WARNING)
   from matplotlib import pyplot
 
   return pyplot
@@ -51,17 +54,17 @@ def loss_curves(history: Sequence[dict[str, Any]], levels: dict[str, float]) -> 
   """
   pyplot = open_pyplot()
   figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-  steps = [r for r in history if 'loss' in r]
+  steps = [r for r in history if 'train/loss' in r]
   for key, name in (
-    ('cross_entropy', 'cross-entropy'),
-    ('distillation', 'divergence from the parent'),
+    ('train/cross_entropy', 'cross-entropy'),
+    ('train/distillation', 'divergence from the parent'),
   ):
     points = [(r['step'], r[key]) for r in steps if key in r]
     if points:
       left.plot(*zip(*points, strict=True), label=name)
   left.set(xlabel='step', ylabel='nats a token', title='training text')
   left.set_ylim(bottom=0)
-  heldout = [(r['step'], r['heldout_nats']) for r in history if 'heldout_nats' in r]
+  heldout = [(r['step'], r['eval/cross_entropy']) for r in history if 'eval/cross_entropy' in r]
   if heldout:
     right.plot(*zip(*heldout, strict=True), 'o-', label='child, uptrained')
   for i, (name, value) in enumerate(levels.items()):
@@ -149,7 +152,7 @@ def demo_page(
     + '</table>'
     for i, prompt in enumerate(prompts)
   )
-  steps = max((r['step'] for r in history if 'loss' in r), default=0)
+  steps = max((r['step'] for r in history if 'train/loss' in r), default=0)
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{say(title)}</title>
 <style>{_STYLE}</style></head><body>

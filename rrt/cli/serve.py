@@ -162,9 +162,9 @@ def main(argv) -> None:
   engine = Engine(model, options)
   print('compiling ...', flush=True)
   warm(engine, _WARM.value)
-  worker = Worker(engine, model.tokenizer, _MAX_WAITING.value)
-  limits = Limits(_MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value)
   name = _NAME.value or Path(_MODEL.value).name
+  worker = Worker(engine, model.tokenizer, _MAX_WAITING.value, name)
+  limits = Limits(_MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value)
   server = Server(worker, model.tokenizer, name, limits, key)
   places = options.slots + _MAX_WAITING.value
   http = http_server(server.app(), places, _SECONDS.value, _LOG_REQUESTS.value)

@@ -147,16 +147,15 @@ def leave(number, _):
 def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
   """Prints a run's final metrics: a table and the last line of JSON."""
   count = count_params(run.model.config)
-  rows = [r for r in run.history if 'loss' in r]
-  heldout = [r for r in run.history if 'heldout_nats' in r]
+  rows = [r for r in run.history if 'train/loss' in r]
+  heldout = [r for r in run.history if 'eval/cross_entropy' in r]
   first, last = (rows[0], rows[-1]) if rows else ({}, {})
-  pick = lambda r, k: r.get(k)
   console.table(
     [
-      [k, pick(first, k), pick(last, k)]
+      [k, first.get(f'train/{k}'), last.get(f'train/{k}')]
       for k in ('loss', 'cross_entropy', 'distillation', 'grad_norm')
     ]
-    + [[f'held-out nats, step {r["step"]}', None, r['heldout_nats']] for r in heldout],
+    + [[f'held-out nats, step {r["step"]}', None, r['eval/cross_entropy']] for r in heldout],
     ['', 'first step', 'last step'],
   )
   console.finish(
@@ -166,14 +165,14 @@ def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
       'tokens': run.step * recipe.batch * recipe.length,
       'params_unique': count.unique,
       'params_total': count.total,
-      'loss': last.get('loss'),
-      'cross_entropy': last.get('cross_entropy'),
-      'distillation': last.get('distillation'),
-      'heldout_nats_first': heldout[0]['heldout_nats'] if heldout else None,
-      'heldout_nats_last': heldout[-1]['heldout_nats'] if heldout else None,
-      'skipped': last.get('skipped', 0),
-      'tokens_per_second': last.get('tokens_per_second'),
-      'mfu': last.get('mfu'),
+      'loss': last.get('train/loss'),
+      'cross_entropy': last.get('train/cross_entropy'),
+      'distillation': last.get('train/distillation'),
+      'heldout_nats_first': heldout[0]['eval/cross_entropy'] if heldout else None,
+      'heldout_nats_last': heldout[-1]['eval/cross_entropy'] if heldout else None,
+      'skipped': last.get('train/skipped', 0),
+      'tokens_per_second': last.get('throughput/tokens_per_second'),
+      'mfu': last.get('throughput/mfu'),
       'seconds': seconds,
       'peak_memory_bytes': console.peak_memory_bytes(),
     }

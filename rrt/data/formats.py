@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rrt import console
-from rrt.data import compressed, store
+from rrt.data import compressed, conversations, store
 from rrt.errors import InputError
 
 CUT = 8192
@@ -69,60 +69,95 @@ def cut(text: str, size: int = CUT) -> list[str]:
   return [*pieces, text[start:]]
 
 
-class Skipped:
-  """Counts the rows of a source that hold no text, and says so once.
+class Wanted:
+  """What is read of a source's rows: a text field or a conversation.
+
+  Counts the rows that hold none, and says so once.
 
   Attributes:
-    count: rows whose field is absent or null.
+    field: of the text; 'a.b' is the field b of the object a. Of conversations, the field
+      of the messages; None for those of `rrt.data.conversations`.
+    chat: whether rows are conversations; they are read as JSON.
+    count: rows that hold none.
     names: the fields of the first of them.
   """
 
-  def __init__(self, path: str, field: str):
-    self._path, self._field = path, field
+  def __init__(self, path: str, field: str = 'text', chat: bool = False):
+    self._path = path
+    self.chat = chat
+    self.field = None if chat and field == 'text' else field
     self.count = 0
     self.names: list[str] = []
 
-  def add(self, names: Iterable[str], count: int = 1) -> None:
-    """Counts rows with these fields."""
+  def of(self, row: dict[str, Any], where: str) -> str | None:
+    """The row's text, or its conversation as JSON; None without one.
+
+    Raises:
+      InputError: the field is of another type.
+    """
+    if self.chat:
+      return conversations.parse(row, where, self.field)
+    return _text(row, self.field or 'text', where)
+
+  def columns(self, names: Sequence[str]) -> list[str]:
+    """Those of the columns that have to be read; none if the rows cannot hold a text."""
+    if self.chat:
+      heads = (self.field,) if self.field else conversations.NAMES
+      if not any(n in names for n in heads):
+        return []
+      return [n for n in names if n in (*heads, *conversations.BESIDE)]
+    field = self.field or 'text'
+    column = field if field in names else field.split('.')[0]
+    return [column] if column in names else []
+
+  def skip(self, names: Iterable[str], count: int = 1) -> None:
+    """Counts rows with these fields that hold none."""
     if not self.count:
       self.names = [str(n) for n in names]
     self.count += count
 
+  @property
+  def _what(self) -> str:
+    what = 'conversation with an answer' if self.chat else 'text'
+    return f'{what} in the field {self.field!r}' if self.field else what
+
   def report(self) -> None:
-    """Prints a note if there are any."""
+    """Prints a note if there are such rows."""
     if self.count:
       rows = 'row' if self.count == 1 else 'rows'
-      console.note(
-        f'{self._path}: {self.count:,} {rows} without a text in the field {self._field!r} left out'
-      )
+      console.note(f'{self._path}: {self.count:,} {rows} without a {self._what} left out')
 
   def error(self) -> InputError:
-    """The error of a source in which no text is left."""
+    """The error of a source in which nothing is left."""
     if not self.count:
       return InputError(f'{self._path}: holds no text')
     names = ', '.join(self.names[:8]) or 'none'
+    hint = 'name the one that holds the text'
+    if self.chat:
+      hint = "name the one that holds the messages in 'field', or see rrt.data.conversations"
+    elif any(n in conversations.NAMES for n in self.names):
+      hint += ", or set format to 'chat'"
     return InputError(
-      f'{self._path}: holds no text: no row has one in the field {self._field!r} (the fields '
-      f'of the first: {names}); name the one that holds the text'
+      f'{self._path}: no row has a {self._what} (the fields of the first: {names}); {hint}'
     )
 
 
-def json_lines(file: str, field: str, skipped: Skipped) -> Iterator[tuple[int, str]]:
+def json_lines(file: str, wanted: Wanted) -> Iterator[tuple[int, str]]:
   """Yields (offset of the line in the decompressed bytes, its text)."""
   offset = 0
   with compressed.open_binary(file) as raw:
     for number, line in enumerate(raw, 1):
       if line.strip():
-        item = _json_object(line, field, f'{file}, line {number}')
-        text = _text(item, field, f'{file}, line {number}')
+        item = _json_object(line, f'{file}, line {number}')
+        text = wanted.of(item, f'{file}, line {number}')
         if text is None:
-          skipped.add(item)
+          wanted.skip(item)
         else:
           yield offset, text
       offset += len(line)
 
 
-def _json_object(line: bytes, field: str, where: str) -> dict[str, Any]:
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
   try:
     item = json.loads(line.decode('utf-8-sig'))
   except UnicodeDecodeError as e:
@@ -131,8 +166,7 @@ def _json_object(line: bytes, field: str, where: str) -> dict[str, Any]:
     raise InputError(f'{where}: not a JSON object ({e})') from e
   if not isinstance(item, dict):
     raise InputError(
-      f'{where}: a JSON {type(item).__name__}; each line must be one object'
-      f' like {{"{field}": "..."}}'
+      f'{where}: a JSON {type(item).__name__}; each line must be one object like {{"text": "..."}}'
     )
   return item
 
@@ -150,35 +184,35 @@ def _text(item: dict[str, Any], field: str, where: str) -> str | None:
   return value.encode('utf-8', 'replace').decode('utf-8')
 
 
-def parquet_rows(file: str, field: str, skipped: Skipped) -> Iterator[str]:
-  """Yields the texts of a column, or of `a.b` in a column of structs."""
+def parquet_rows(file: str, wanted: Wanted) -> Iterator[str]:
+  """Yields the texts of a column, of `a.b` in a column of structs, or conversations."""
   parquet = compressed.require('pyarrow.parquet', 'parquet files', 'train')
   with parquet.ParquetFile(file) as table:
     names = table.schema_arrow.names
-    column = field if field in names else field.split('.')[0]
-    if column not in names:
-      skipped.add(names, table.metadata.num_rows)
+    columns = wanted.columns(names)
+    if not columns:
+      wanted.skip(names, table.metadata.num_rows)
       return
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-      for value in batch.column(0).to_pylist():
-        row += 1
-        text = _text({column: value}, field, f'{file}, row {row}')
+    number = 0
+    for batch in table.iter_batches(batch_size=1024, columns=columns):
+      for row in batch.to_pylist():
+        number += 1
+        text = wanted.of(row, f'{file}, row {number}')
         if text is None:
-          skipped.add(names)
+          wanted.skip(names)
         else:
           yield text
 
 
-def open_json_lines(file: str, field: str, skipped: Skipped) -> Sequence[str]:
+def open_json_lines(file: str, wanted: Wanted) -> Sequence[str]:
   """Maps the file into memory, and reads it once to validate and index its lines."""
   with compressed.reading(file):
     offsets, sizes = [], []
-    for offset, text in json_lines(file, field, skipped):
+    for offset, text in json_lines(file, wanted):
       if text.strip():
         offsets.append(offset)
         sizes.append(len(text))
-    parse = lambda line: _text(_json_object(line, field, file), field, file) or ''
+    parse = lambda line: wanted.of(_json_object(line, file), file) or ''
     return store.Lines(file, offsets, sizes, parse)
 
 
@@ -197,8 +231,8 @@ class _Rows(Sequence[str]):
     return self._text(self._rows[row], row) or ''
 
 
-def open_records(file: str, field: str, skipped: Skipped) -> Sequence[str]:
-  """Opens an ArrayRecord file of texts, or of JSON objects with `field`.
+def open_records(file: str, wanted: Wanted) -> Sequence[str]:
+  """Opens an ArrayRecord file of texts or of JSON objects.
 
   Reads it once to validate and index its records.
   """
@@ -221,7 +255,7 @@ def open_records(file: str, field: str, skipped: Skipped) -> Sequence[str]:
     where = f'{file}, record {index}'
     item = parse(record)
     if item is not None:
-      return _text(item, field, where)
+      return wanted.of(item, where)
     try:
       return record.decode('utf-8')
     except UnicodeDecodeError as e:
@@ -232,13 +266,13 @@ def open_records(file: str, field: str, skipped: Skipped) -> Sequence[str]:
     record = source[index]
     one = text(record, index)
     if one is None:
-      skipped.add(parse(record) or ())
+      wanted.skip(parse(record) or ())
     elif one.strip():
       found.append(index)
   return _Rows(source, found, text)
 
 
-def open_hub(name: str, field: str, skipped: Skipped) -> Sequence[str]:
+def open_hub(name: str, wanted: Wanted) -> Sequence[str]:
   """Opens `hf://owner/name[/config]:split`, or `hf://name:split`."""
   place, colon, split = name.removeprefix('hf://').partition(':')
   parts = place.split('/')
@@ -253,20 +287,59 @@ def open_hub(name: str, field: str, skipped: Skipped) -> Sequence[str]:
   except Exception as e:  # the hub raises many types
     reason = str(e).strip().split('\n')[0]
     raise InputError(f'{name}: the hub did not give it ({reason})') from e
-  column = field if field in rows.column_names else field.split('.')[0]
-  if column not in rows.column_names:
-    skipped.add(rows.column_names, len(rows))
-    return _Rows(rows, (), lambda r, i: None)
-  only = rows.select_columns([column])
+  return open_dataset(rows, name, wanted)
+
+
+def open_dataset(rows: Any, name: str, wanted: Wanted) -> Sequence[str]:
+  """Opens a `datasets.Dataset`, called `name` in errors."""
+  columns = wanted.columns(rows.column_names)
+  text = lambda row, i: wanted.of(row, f'{name}, row {i}')
+  if not columns:
+    wanted.skip(rows.column_names, len(rows))
+    return _Rows(rows, (), text)
+  only = rows.select_columns(columns).with_format(None)
+  if wanted.chat:
+    found = [i for i, row in enumerate(only) if text(row, i) is not None]
+    if len(found) < len(rows):
+      wanted.skip(rows.column_names, len(rows) - len(found))
+    return _Rows(only, found, text)
   keep = []
   for batch in only.with_format('arrow').iter(batch_size=1024):
-    has_text, is_null = _arrow_texts(batch.column(0), column, field, name)
+    has_text, is_null = _arrow_texts(batch.column(0), columns[0], wanted.field or 'text', name)
     keep.append(has_text)
     if is_null.any():
-      skipped.add(rows.column_names, int(is_null.sum()))
-  found = np.flatnonzero(np.concatenate(keep)) if keep else np.zeros(0, int)
-  text = lambda row, i: _text({column: row[column]}, field, f'{name}, row {i}')
-  return _Rows(only, found, text)
+      wanted.skip(rows.column_names, int(is_null.sum()))
+  return _Rows(only, np.flatnonzero(np.concatenate(keep)) if keep else (), text)
+
+
+def open_rows(rows: Iterable[Any], name: str, wanted: Wanted) -> Sequence[str]:
+  """Opens texts, or rows as dicts, from Python; a `datasets.Dataset` is read in place.
+
+  Others are copied into memory.
+
+  Raises:
+    InputError: something that is neither, or one text instead of many.
+  """
+  if isinstance(rows, (str, bytes, dict)):
+    raise InputError(f'{name}: give a list of texts or of rows, not one {type(rows).__name__}')
+  if hasattr(rows, 'column_names') and hasattr(rows, 'select_columns') and hasattr(rows, '__len__'):
+    return open_dataset(rows, name, wanted)
+  found = []
+  for i, row in enumerate(rows):
+    where = f'{name}, row {i}'
+    if isinstance(row, list):  # The messages of a conversation.
+      row = {'messages': row}
+    if isinstance(row, str) and not wanted.chat:
+      row = {wanted.field: row}
+    if not isinstance(row, dict):
+      kinds = 'a dict of fields or a list of messages' if wanted.chat else 'a text or a dict'
+      raise InputError(f'{where}: is {type(row).__name__}; it must be {kinds}')
+    text = wanted.of(row, where)
+    if text is None:
+      wanted.skip(row)
+    elif text.strip():
+      found.append(text)
+  return store.flat(found)
 
 
 def _arrow_texts(values: Any, column: str, field: str, where: str) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rrt.data import sources as sources_lib
 from rrt.data.sources import Source
-from rrt.data.stream import DataSpec, Stream
+from rrt.data.stream import DataSpec, Element, Stream
 from rrt.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -64,7 +64,8 @@ def batches(
       segment_ids: int32, 1.. for the row's documents, 0 for padding.
       positions: int32, from 0 in each segment.
       weights: float32, 1 where `targets` counts. An element's last token has
-        no target; the last token of a row does if its element goes on.
+        no target; the last token of a row does if its element goes on. Of
+        conversations the answers alone count.
 
   Raises:
     InputError: unreadable or empty sources, or sizes out of range.
@@ -209,7 +210,7 @@ class _Lane:
   def __init__(self, stream: Stream, element: int, token: int):
     self._stream = stream
     self.place = (element, token)
-    self._tokens: np.ndarray | None = None
+    self._element: Element | None = None
 
   def row(self, length: int) -> dict[str, np.ndarray]:
     """The next row, padded behind the last element."""
@@ -221,9 +222,9 @@ class _Lane:
       # follows it was the last target of the row before.
       row['tokens'][0], filled = self._stream.start_id, 1
     while filled < length and element < len(self._stream):
-      if self._tokens is None:
-        self._tokens = self._stream[element]
-      tokens = self._tokens
+      if self._element is None:
+        self._element = self._stream[element]
+      tokens, counted = self._element
       size = min(len(tokens) - token, length - filled)
       if size > 0:
         segment, barren = segment + 1, 0
@@ -231,7 +232,7 @@ class _Lane:
         targets = tokens[token + 1 : token + size + 1]
         row['tokens'][filled : filled + size] = tokens[token : token + size]
         row['targets'][filled : filled + len(targets)] = targets
-        row['weights'][filled : filled + len(targets)] = 1
+        row['weights'][filled : filled + len(targets)] = counted[token + 1 : token + size + 1]
         filled, token = filled + size, token + size
         row['segment_ids'][begin:filled] = segment
         row['positions'][begin:filled] = np.arange(filled - begin)
@@ -241,7 +242,7 @@ class _Lane:
           raise InputError('data: the tokenizer makes no token of this text')
       if token >= len(tokens):
         element, token = element + self._stream.lanes, 0
-        self._tokens = None
+        self._element = None
     self.place = (element, token)
     return row
 

@@ -19,6 +19,7 @@ is, by format:
 
 `field='a.b'` is the field b of the object a. Rows without the field, or with null
 in it, are skipped, and a note says how many. So are documents of white space alone.
+With `format='chat'` rows are conversations (see `rrt.data.conversations`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ BUILTIN = ('builtin', 'builtin:train', 'builtin:heldout')
 TEXT = ('.txt', '.text', '.md', '.rst')
 JSON = ('.jsonl', '.ndjson', '.json')
 PARQUET = ('.parquet', '.pq')
+FORMATS = ('text', 'chat')
 RECORDS = ('.array_record', '.arrayrecord')
 
 
@@ -48,17 +50,29 @@ class Source:
   """A source of documents and how to read it.
 
   Attributes:
-    path: a file, directory, glob, `hf://` name or `builtin`.
+    path: a file, directory, glob, `hf://` name or `builtin`; of `rows` their name.
     weight: this source's share of the text in a mix; None (in all sources
       of a mix) takes every source in proportion to its size.
     field: the field or column that holds the text; 'a.b' of nested objects.
     whole_files: a text file is one document however long it is.
+    format: 'text', or 'chat' for conversations.
+    rows: texts or rows from Python, or a `datasets.Dataset`; None reads `path`.
   """
 
   path: str
   weight: float | None = None
   field: str = 'text'
   whole_files: bool = False
+  format: str = 'text'
+  rows: Any = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self):
+    if self.format not in FORMATS:
+      raise InputError(f'data: format={self.format!r}: must be one of {FORMATS}')
+
+  def wanted(self) -> formats.Wanted:
+    """What is read of its rows."""
+    return formats.Wanted(str(self.path), self.field, self.format == 'chat')
 
 
 def is_path(text: str) -> bool:
@@ -132,40 +146,40 @@ def stream(
     InputError: a file that is missing, damaged, binary or not UTF-8, or no
       document at all.
   """
-  skipped = formats.Skipped(str(path), field)
+  wanted = formats.Wanted(str(path), field)
   empty = True
   try:
     for file in resolve(path):
-      for text in _stream_file(file, field, whole_files, skipped):
+      for text in _stream_file(file, wanted, whole_files):
         empty = False
         yield text
   finally:
     if not empty:
-      skipped.report()
+      wanted.report()
   if empty:
-    raise skipped.error()
+    raise wanted.error()
 
 
-def _stream_file(
-  file: str, field: str, whole_files: bool, skipped: formats.Skipped
-) -> Iterator[str]:
+def _stream_file(file: str, wanted: formats.Wanted, whole_files: bool) -> Iterator[str]:
+  if wanted.chat and (file in BUILTIN or kind(file) in (None, 'text')):
+    raise InputError(f"{file}: is text; format='chat' reads rows: JSON lines, parquet, the hub")
   if file in BUILTIN:
     from rrt.data import corpus  # corpus reads through this module too
 
     yield from corpus.documents(file)
     return
   if file.startswith('hf://'):
-    dataset = formats.open_hub(file, field, skipped)
+    dataset = formats.open_hub(file, wanted)
     yield from filter(str.strip, (dataset[i] for i in range(len(dataset))))
     return
   texts: Iterator[str]
   match kind(file):
     case 'json':
-      texts = (text for _, text in formats.json_lines(file, field, skipped))
+      texts = (text for _, text in formats.json_lines(file, wanted))
     case 'parquet':
-      texts = formats.parquet_rows(file, field, skipped)
+      texts = formats.parquet_rows(file, wanted)
     case 'records':
-      records = formats.open_records(file, field, skipped)
+      records = formats.open_records(file, wanted)
       texts = (records[i] for i in range(len(records)))
     case _:
       texts = formats.text_pieces(file, whole_files)
@@ -183,10 +197,25 @@ def open_documents(source: Source) -> Sequence[str]:
   unpacked: up to `store.IN_MEMORY` bytes into memory, larger ones once into a
   file of the user's cache directory (see `rrt.data.store`).
 
+  Returns:
+    The texts; of a chat source, conversations as JSON.
+
   Raises:
     InputError: as `stream`.
   """
-  skipped = formats.Skipped(str(source.path), source.field)
+  wanted = source.wanted()
+  if source.rows is not None:
+    parts = [formats.open_rows(source.rows, source.path, wanted)]
+  else:
+    parts = _open_files(source, wanted)
+  documents = parts[0] if len(parts) == 1 else _Joined(parts)
+  if not len(documents):
+    raise wanted.error()
+  wanted.report()
+  return documents
+
+
+def _open_files(source: Source, wanted: formats.Wanted) -> list[Sequence[str]]:
   parts: list[Sequence[str]] = []
   files = resolve(source.path)
   by_store = itertools.groupby(files, lambda f: (_in_place(f), kind(f)))
@@ -194,20 +223,16 @@ def open_documents(source: Source) -> Sequence[str]:
     if in_place is None:
       names = list(group)
       texts = itertools.chain.from_iterable(
-        _stream_file(f, source.field, source.whole_files, skipped) for f in names
+        _stream_file(f, wanted, source.whole_files) for f in names
       )
-      options = f'{source.field} {source.whole_files} {formats.CUT}'
+      options = f'{source.format} {source.field} {source.whole_files} {formats.CUT}'
       parts.append(store.unpack(texts, names, options))
     else:
-      parts.extend(in_place(f, source.field, skipped) for f in group)
-  documents = parts[0] if len(parts) == 1 else _Joined(parts)
-  if not len(documents):
-    raise skipped.error()
-  skipped.report()
-  return documents
+      parts.extend(in_place(f, wanted) for f in group)
+  return parts
 
 
-def _in_place(file: str) -> Callable[[str, str, formats.Skipped], Sequence[str]] | None:
+def _in_place(file: str) -> Callable[[str, formats.Wanted], Sequence[str]] | None:
   """The reader that opens a file in place; None if it has to be unpacked."""
   if file in BUILTIN:
     return None

@@ -67,6 +67,15 @@ class Lines(Sequence[str]):
     return self._parse(self._buffer[start : end if end >= 0 else None])
 
 
+def flat(texts: Iterable[str]) -> Flat:
+  """Documents in memory."""
+  held, ends = bytearray(), []
+  for text in texts:
+    held += text.encode('utf-8', 'replace')
+    ends.append(len(held))
+  return Flat(bytes(held), np.asarray(ends, np.int64))
+
+
 def cache_dir() -> pathlib.Path:
   """The directory for unpacked text."""
   return runtime.cache_root()

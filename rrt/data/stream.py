@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
 
-from rrt.data import compressed, formats, sources
+from rrt import console
+from rrt.data import compressed, conversations, formats, sources
 from rrt.data.sources import Source
 from rrt.errors import InputError
 
@@ -61,6 +62,19 @@ class DataSpec:
       raise InputError(f'data: epochs is {self.epochs}; it must be 1 or more')
 
 
+class Element(NamedTuple):
+  """A tokenized element.
+
+  Attributes:
+    tokens: int32 [T].
+    counted: bool [T], the tokens that the loss counts: all of a text, the answers of a
+      conversation.
+  """
+
+  tokens: np.ndarray
+  counted: np.ndarray
+
+
 class Stream:
   """The stream of tokenized elements, by index."""
 
@@ -79,9 +93,16 @@ class Stream:
     self._vocab_size = vocab_size or float('inf')
     self.start_id = getattr(tokenizer, 'start_id', None)
     self._separator = _separator(spec, tokenizer)
+    name = getattr(tokenizer, 'token', lambda _: None)
+    self._ends = {*_TURN_ENDS, *filter(None, map(name, tokenizer.eos_ids or ()))}
     opened = [sources.open_documents(s) for s in spec.sources]
     size = max(16 * length, formats.CUT)
-    pieces = [_Pieces(documents, size) for documents in opened]
+    pieces = [
+      _Pieces(documents, size, source.format == 'chat')
+      for source, documents in zip(spec.sources, opened, strict=True)
+    ]
+    if any(s.format == 'chat' for s in spec.sources):
+      _check_template(tokenizer)
     # Fewer elements than lanes would put the same text in several lanes.
     times = -(-lanes // sum(map(len, pieces)))
     if times > 1:
@@ -115,24 +136,45 @@ class Stream:
   def __len__(self) -> int:
     return len(self._elements)
 
-  def __getitem__(self, index: int) -> np.ndarray:
-    text, ends_document = self._elements[index]
-    tokens = list(self._tokenizer.encode(text)) if text else []
+  def __getitem__(self, index: int) -> Element:
+    text, ends_document, chat = self._elements[index]
+    spans: conversations.Spans | None = None
+    if chat:
+      text, spans, complete = conversations.render(text, self._tokenizer.apply_chat, self._ends)
+      if not complete:
+        console.note(
+          'data: the chat template rewrites earlier turns; the last answer of such a conversation '
+          'counts alone'
+        )
+      tokens, counted = self._tokenizer.encode_marked(text, spans)
+    else:
+      tokens = list(self._tokenizer.encode(text)) if text else []
+      if tokens and ends_document and self._separator >= 0:
+        tokens.append(self._separator)
+      counted = [True] * len(tokens)
     if tokens and max(tokens) >= self._vocab_size:
       raise InputError(
         f'data: a text has the token {max(tokens)}, outside the vocabulary of '
         f'{self._vocab_size}; take the special tokens out of it.'
       )
-    if tokens and ends_document and self._separator >= 0:
-      tokens.append(self._separator)
-    return np.asarray(tokens, np.int32)
+    return Element(np.asarray(tokens, np.int32), np.asarray(counted, bool))
 
 
-class _Pieces(Sequence[tuple[str, bool]]):
-  """Pieces of documents: (text, whether it ends its document)."""
+def _check_template(tokenizer: Any) -> None:
+  if getattr(tokenizer, 'chat_template', None) is None:
+    raise InputError(
+      "data: format='chat' needs a tokenizer with a chat template; this one has none."
+    )
 
-  def __init__(self, documents: Sequence[str], size: int):
-    self._documents = documents
+
+class _Pieces(Sequence[tuple[str, bool, bool]]):
+  """Pieces of documents: (text, whether it ends its document, whether it is a chat).
+
+  Conversations are not cut.
+  """
+
+  def __init__(self, documents: Sequence[str], size: int, chat: bool = False):
+    self._documents, self._chat = documents, chat
     sizes = getattr(documents, 'sizes', None)
     if sizes is None:  # not known without reading all of it
       sizes = np.array([min(size, len(text)) for text in _sample(documents)])
@@ -140,11 +182,18 @@ class _Pieces(Sequence[tuple[str, bool]]):
       self._size = float(sizes.mean()) * len(documents)
     else:
       self._counts = np.maximum(1, -(-np.asarray(sizes, np.int64) // size))
+      if chat:
+        self._counts = np.ones(len(documents), np.int64)
       self._size = float(np.sum(sizes))
     self._ends = np.cumsum(self._counts)
 
   def divide(self, times: int) -> None:
     """Splits each document into `times` pieces."""
+    if self._chat:
+      raise InputError(
+        f'data: {len(self._documents)} conversations are fewer than the rows of a batch; give '
+        'more, or a smaller batch'
+      )
     self._counts = self._counts * times
     self._ends = np.cumsum(self._counts)
 
@@ -159,7 +208,7 @@ class _Pieces(Sequence[tuple[str, bool]]):
     text, count = self._documents[document], int(self._counts[document])
     part = index - int(self._ends[document]) + count
     start, end = _edge(text, part, count), _edge(text, part + 1, count)
-    return text[start:end], part + 1 == count
+    return text[start:end], part + 1 == count, self._chat
 
 
 def _edge(text: str, part: int, count: int) -> int:
@@ -201,7 +250,8 @@ def _digest(spec: DataSpec, opened: Sequence[Sequence[str]]) -> str:
   """A digest of the data's content, independent of its path."""
   digest = hashlib.sha256(f'{spec.epochs} {spec.shuffle}'.encode())
   for source, documents in zip(spec.sources, opened, strict=True):
-    digest.update(f'\n{source.weight} {len(documents)}'.encode())
+    kind = '' if source.format == 'text' else f' {source.format}'
+    digest.update(f'\n{source.weight} {len(documents)}{kind}'.encode())
     for text in _sample(documents):
       digest.update(hashlib.sha256(text.encode('utf-8', 'replace')).digest())
   return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from rrt.data import chat, gguf_tokenizer, tokenizer_config
+from rrt.data import chat, conversations, gguf_tokenizer, tokenizer_config
 from rrt.errors import InputError
 
 # What `Tokenizer.save` writes.
@@ -140,6 +140,21 @@ class Tokenizer:
     except (TypeError, UnicodeEncodeError) as e:
       raise InputError('The text cannot be encoded: it is not a string of valid Unicode.') from e
     return [prefix + code.ids for code in coded]
+
+  def encode_marked(
+    self, text: str, spans: Sequence[tuple[int, int]]
+  ) -> tuple[list[int], list[bool]]:
+    """Token ids of a text without `bos_id`, and which of them begin inside ranges.
+
+    Args:
+      text: as for `encode`.
+      spans: ranges of its characters, in order.
+    """
+    try:
+      code = self._core.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError) as e:
+      raise InputError('The text cannot be encoded: it is not a string of valid Unicode.') from e
+    return code.ids, conversations.inside(code.offsets, list(spans))
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of token ids."""

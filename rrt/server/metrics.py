@@ -1,129 +1,162 @@
-"""Prometheus metrics, under vLLM's names where vLLM has the metric."""
+"""Prometheus metrics: vLLM's names, labels and reasons where vLLM has the metric.
+
+So vLLM's Grafana board shows this server; metrics of our own begin with `rrt:`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from rrt.errors import InputError
+
+try:
+  import prometheus_client
+  from prometheus_client import core
+except ImportError as e:
+  raise InputError(
+    'Serving needs prometheus_client: pip install "relaxed-recursive-transformers[serve]".'
+  ) from e
 
 if TYPE_CHECKING:
   from rrt.infer.engine.state import EngineShape
 
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 TIMES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
-CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+# Our finish reasons as vLLM's.
+REASONS = {'end': 'stop', 'stop': 'stop', 'length': 'length', 'cancelled': 'abort'}
 
-
-# Counters of the engine that are exported as they are.
-_COUNTERS = (
-  'steps',
-  'batch_tokens',
-  'stalls',
-  'sampled_tokens',
-  'draft_tokens',
-  'num_accepted',
-  'num_revised',
-)
-
-
-class Histogram:
-  """Counts of values by bucket."""
-
-  def __init__(self, bounds: Sequence[float]):
-    self.bounds = bounds
-    self.counts = [0] * (len(bounds) + 1)
-    self.total = 0.0
-
-  def add(self, value: float, times: int = 1) -> None:
-    """Counts a value."""
-    self.counts[int(np.searchsorted(self.bounds, value))] += times
-    self.total += value * times
-
-  def lines(self, name: str) -> list[str]:
-    """Lines of the text exposition format."""
-    found, below = [f'# TYPE {name} histogram'], 0
-    for bound, count in zip((*self.bounds, '+Inf'), self.counts, strict=True):
-      below += count
-      found.append(f'{name}_bucket{{le="{bound}"}} {below}')
-    return [*found, f'{name}_sum {self.total}', f'{name}_count {below}']
+# Counters of the engine that are exported as they are, with their help.
+_COUNTERS = {
+  'steps': 'Steps of the block.',
+  'batch_tokens': 'Tokens that the steps of the block carried.',
+  'stalls': 'Steps in which a token waited for the sampler.',
+  'sampled_tokens': 'Tokens that went through coda and head.',
+  'draft_tokens': 'Draft tokens of the lossless mode.',
+  'num_accepted': 'Draft tokens that full depth confirmed.',
+  'num_revised': 'Draft tokens that full depth replaced.',
+}
 
 
 class Metrics:
-  """All metrics; the engine's thread writes them, handlers count refusals."""
+  """All metrics of a server; thread-safe.
 
-  def __init__(self, shape: EngineShape):
-    self._shape = shape
-    self.refused = 0
-    self._prompt_tokens = 0
-    self._generation_tokens = 0
-    self._finished: dict[str, int] = {}
-    self._running = self._waiting = 0
-    self._used = 0.0
+  Attributes:
+    running, waiting: requests in slots and in the queue, after the last engine step.
+  """
+
+  def __init__(self, shape: EngineShape, name: str = ''):
+    """`name`: the model's for clients, the label `model_name`."""
+    self._shape, self._name = shape, name
     self._engine: dict[str, Any] = {}
-    self._ttft, self._gap = Histogram(TIMES), Histogram(TIMES)
-    self._whole = Histogram(TIMES)
+    self.running = self.waiting = 0
+    self._registry = prometheus_client.CollectorRegistry()
+    self._registry.register(_EngineCollector(self))
+
+    def make(kind, metric, text, labels=(), **options):
+      made = kind(metric, text, ('model_name', *labels), registry=self._registry, **options)
+      return made if labels else made.labels(name)
+
+    counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
+    seconds = lambda metric, text: make(prometheus_client.Histogram, metric, text, buckets=TIMES)
+    lengths = lambda metric, text: make(prometheus_client.Histogram, metric, text, buckets=LENGTHS)
+    self._running = make(gauge, 'vllm:num_requests_running', 'Requests that have a slot.')
+    self._waiting = make(gauge, 'vllm:num_requests_waiting', 'Requests that wait for a slot.')
+    self._used = make(gauge, 'vllm:kv_cache_usage_perc', 'Used share of the KV cache, 0 to 1.')
+    self._prompt = make(counter, 'vllm:prompt_tokens', 'Prompt tokens that were processed.')
+    self._generation = make(counter, 'vllm:generation_tokens', 'Tokens that were generated.')
+    self._finished = make(
+      counter, 'vllm:request_success', 'Finished requests by reason.', ['finished_reason']
+    )
+    self._refused = make(counter, 'rrt:requests_refused', 'Requests refused with status 429.')
+    self._ttft = seconds('vllm:time_to_first_token_seconds', 'From arrival to the first token.')
+    self._gap = seconds('vllm:inter_token_latency_seconds', 'Between tokens of a request.')
+    self._whole = seconds('vllm:e2e_request_latency_seconds', 'From arrival to the last token.')
+    self._queue = seconds('vllm:request_queue_time_seconds', 'From arrival to a slot.')
+    self._prefill = seconds('vllm:request_prefill_time_seconds', 'From a slot to the first token.')
+    self._decode = seconds('vllm:request_decode_time_seconds', 'From the first token to the last.')
+    self._prompts = lengths('vllm:request_prompt_tokens', 'Prompt tokens of a request.')
+    self._generations = lengths('vllm:request_generation_tokens', 'New tokens of a request.')
+    self._most = lengths('vllm:request_params_max_tokens', 'max_tokens of a request.')
+
+  def refuse(self, count: int) -> None:
+    """Counts requests that found no place."""
+    self._refused.inc(count)
 
   def note(self, ticket, event, now: float) -> None:
     """Records the new tokens, times and end of a request."""
-    if event.tokens and not ticket.first:
-      ticket.first = now
-      self._prompt_tokens += len(ticket.request.prompt)
-      self._ttft.add(now - ticket.arrived)
-      if event.tokens > 1:
-        self._gap.add(0.0, event.tokens - 1)
-    elif event.tokens:
-      # The tokens of one call come together: the first of them was waited for.
-      self._gap.add(now - ticket.last)
-      self._gap.add(0.0, event.tokens - 1)
     if event.tokens:
+      waited = 0.0
+      if not ticket.first:
+        ticket.first = now
+        self._prompt.inc(len(ticket.request.prompt))
+        self._ttft.observe(now - ticket.arrived)
+        self._queue.observe(ticket.admitted - ticket.arrived)
+        self._prefill.observe(now - ticket.admitted)
+      else:
+        waited = now - ticket.last
+        self._gap.observe(waited)
+      # The tokens of one call come together: the first of them was waited for.
+      for _ in range(event.tokens - 1):
+        self._gap.observe(0.0)
       ticket.last = now
-    self._generation_tokens += event.tokens
+      self._generation.inc(event.tokens)
     if event.finish:
-      reason = event.finish
-      self._finished[reason] = self._finished.get(reason, 0) + 1
-      self._whole.add(now - ticket.arrived)
+      request = ticket.request
+      self._finished.labels(self._name, REASONS[event.finish]).inc()
+      self._whole.observe(now - ticket.arrived)
+      if ticket.first:
+        self._decode.observe(now - ticket.first)
+      self._prompts.observe(len(request.prompt))
+      self._generations.observe(len(request.tokens))
+      self._most.observe(request.params.max_new_tokens)
 
   def look(self, engine) -> None:
     """Records the engine's gauges after a step."""
     running = [r for r in engine.running if r is not None]
-    self._running, self._waiting = len(running), len(engine.waiting)
+    self.running, self.waiting = len(running), len(engine.waiting)
+    self._running.set(self.running)
+    self._waiting.set(self.waiting)
     tokens = sum(len(r.prompt) + len(r.tokens) for r in running)
-    self._used = tokens / (engine.context * self._shape.slots)
+    self._used.set(tokens / (engine.context * self._shape.slots))
     self._engine = engine.figures()
 
   def text(self) -> str:
     """All metrics in Prometheus' text exposition format."""
-    lines: list[str] = []
+    return prometheus_client.generate_latest(self._registry).decode()
 
-    def put(name, kind, value, labels=''):
-      if labels == '' or not any(s.startswith(f'# TYPE {name} ') for s in lines):
-        lines.append(f'# TYPE {name} {kind}')
-      lines.append(f'{name}{labels} {value}')
 
-    put('vllm:num_requests_running', 'gauge', self._running)
-    put('vllm:num_requests_waiting', 'gauge', self._waiting)
-    put('vllm:kv_cache_usage_perc', 'gauge', self._used)
-    put('vllm:prompt_tokens_total', 'counter', self._prompt_tokens)
-    put('vllm:generation_tokens_total', 'counter', self._generation_tokens)
-    for reason, count in sorted(self._finished.items()):
-      label = f'{{finished_reason="{reason}"}}'
-      put('vllm:request_success_total', 'counter', count, label)
-    put('rrt:requests_refused_total', 'counter', self.refused)
-    lines += self._ttft.lines('vllm:time_to_first_token_seconds')
-    lines += self._gap.lines('vllm:inter_token_latency_seconds')
-    lines += self._whole.lines('vllm:e2e_request_latency_seconds')
-    e = self._engine
-    if e:
-      depths = e['depths_R']
-      for loops, count in enumerate(depths, 1):
-        put('rrt:tokens_by_loops_total', 'counter', count, f'{{loops="{loops}"}}')
-      tokens = max(sum(depths), 1)
-      mean = sum(i * n for i, n in enumerate(depths, 1)) / tokens
-      put('rrt:mean_exit_depth', 'gauge', mean)
-      for name in _COUNTERS:
-        put(f'rrt:{name}_total', 'counter', e[name])
-      room = max(e['steps'], 1) * self._shape.max_batch_tokens
-      put('rrt:batch_occupancy', 'gauge', e['batch_tokens'] / room)
-      room = max(e['sampler_steps'], 1) * self._shape.max_sampled_tokens
-      put('rrt:sampler_occupancy', 'gauge', e['sampled_tokens'] / room)
-    return '\n'.join(lines) + '\n'
+class _EngineCollector:
+  """The engine's own counters, read when they are asked for."""
+
+  def __init__(self, metrics: Metrics):
+    self._metrics = metrics
+
+  def collect(self):
+    """Yields the metrics; none before the first step."""
+    m = self._metrics
+    e, shape, name = m._engine, m._shape, [m._name]
+    if not e:
+      return
+    by_loops = core.CounterMetricFamily(
+      'rrt:tokens_by_loops', 'Tokens by the loops that they ran.', labels=['model_name', 'loops']
+    )
+    for loops, count in enumerate(e['depths_R'], 1):
+      by_loops.add_metric([*name, str(loops)], count)
+    yield by_loops
+    for key, text in _COUNTERS.items():
+      family = core.CounterMetricFamily(f'rrt:{key}', text, labels=['model_name'])
+      family.add_metric(name, e[key])
+      yield family
+    tokens = max(sum(e['depths_R']), 1)
+    mean = sum(i * n for i, n in enumerate(e['depths_R'], 1)) / tokens
+    batch = e['batch_tokens'] / (max(e['steps'], 1) * shape.max_batch_tokens)
+    sampler = e['sampled_tokens'] / (max(e['sampler_steps'], 1) * shape.max_sampled_tokens)
+    for key, text, value in (
+      ('mean_exit_depth', 'Mean loops of a token.', mean),
+      ('batch_occupancy', 'Used share of the tokens of a step, 0 to 1.', batch),
+      ('sampler_occupancy', 'Used share of the rows of coda and head, 0 to 1.', sampler),
+    ):
+      gauge = core.GaugeMetricFamily(f'rrt:{key}', text, labels=['model_name'])
+      gauge.add_metric(name, value)
+      yield gauge

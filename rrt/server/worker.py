@@ -52,7 +52,7 @@ class Ticket:
 
   def __init__(self, request: Request, tokenizer, stops, ends):
     self.request = request
-    self.arrived = time.monotonic()
+    self.arrived = self.admitted = time.monotonic()
     self.first = 0.0
     self.last = 0.0
     self._pieces: list[tuple[str, int]] = []
@@ -103,10 +103,17 @@ class Worker:
     failed: the error that ended the thread, or None.
   """
 
-  def __init__(self, engine: Engine, tokenizer, max_waiting: int):
-    """`max_waiting`: requests that may wait for a slot; `submit` refuses more."""
+  def __init__(self, engine: Engine, tokenizer, max_waiting: int, name: str = ''):
+    """Prepares the thread.
+
+    Args:
+      engine: for this thread alone.
+      tokenizer: of its model.
+      max_waiting: requests that may wait for a slot; `submit` refuses more.
+      name: of the model, for the metrics.
+    """
     self.engine = engine
-    self.metrics = Metrics(engine.shape)
+    self.metrics = Metrics(engine.shape, name)
     self.failed: BaseException | None = None
     self._tokenizer = tokenizer
     self._most = engine.shape.slots + max_waiting
@@ -136,7 +143,7 @@ class Worker:
     if self._closed:
       raise Failed(self._closed)
     if self._open + count > self._most:
-      self.metrics.refused += count
+      self.metrics.refuse(count)
       raise Busy
 
   def submit(self, requests: list[Request], stops=()) -> list[Ticket]:
@@ -183,8 +190,12 @@ class Worker:
     try:
       while self._obey(wait=not self.engine.busy):
         if self.engine.busy:
+          waiting, began = list(self.engine.waiting), time.monotonic()
           changed = self.engine.step()
           # First, so that who has an answer finds it counted.
+          for request in waiting:
+            if request not in self.engine.waiting:
+              self._tickets[request].admitted = began
           self.metrics.look(self.engine)
           for request in changed:
             self._tell(request)

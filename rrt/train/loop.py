@@ -11,7 +11,7 @@ checkpoint, bit for bit; SIGTERM, SIGHUP and Ctrl-C save one and exit with 128 +
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import math
 from pathlib import Path
@@ -60,6 +60,7 @@ def uptrain(
   workdir: str | Path | None = None,
   on_row: Callable[[dict[str, Any]], None] | None = None,
   seconds: float | None = None,
+  data: Iterable[Any] | None = None,
 ) -> Uptrained:
   """Trains a child on text and on its parent's predictions.
 
@@ -72,25 +73,31 @@ def uptrain(
     on_row: called with each new row of metrics.
     seconds: time for the steps, compilation included; the time of a first step
       chooses how many follow, `recipe.steps` at most. For runs in one process.
+    data: training data from Python instead of `recipe.data.path`: a `datasets.Dataset`, or
+      any iterable of texts or of rows (dicts), which is read into memory;
+      `recipe.data.field` and `.format` say what is read of a row.
 
   Raises:
     InputError: invalid settings, data or work directory.
 
   Example:
     >>> run = rrt.uptrain(parent, child, dict(steps=20, data={'path': 'text.jsonl'}))
+    >>> run = rrt.uptrain(parent, child, dict(steps=20), data=['A text.', 'Another.'])
     >>> rrt.save(run.model, 'small')
   """
   if not isinstance(recipe, Recipe):
     recipe = Recipe.from_dict(recipe)
   if seconds is not None and jax.process_count() > 1:
     raise InputError(f'seconds={seconds!r}: for runs in one process; set recipe.steps.')
+  if workdir is None and (recipe.tensorboard or recipe.wandb):
+    raise InputError('tensorboard and wandb write into a work directory; give workdir.')
   if not recipe.loss.distillation:
     parent = None
   mesh = sharding.make_mesh(recipe.mesh)
   check(recipe, parent.config if parent else None, child.config, mesh)
   if parent and parent.tokenizer and child.tokenizer:
     parent.tokenizer.check_same_ids(child.tokenizer)
-  data = open_data(recipe, child.tokenizer, child.config.vocab_size)
+  batches = open_data(recipe, child.tokenizer, child.config.vocab_size, data)
 
   spec = make_step(recipe, child.config, child.params)
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
@@ -102,7 +109,7 @@ def uptrain(
   restored = checkpoints.restore(abstract, recipe.to_dict(), Recipe.FREE)
   if restored:
     step, state, positions = restored
-    data.set_state(positions)
+    batches.set_state(positions)
   else:
     step = 0
     state = step_lib.init_state(spec, child.params, mesh)
@@ -115,7 +122,7 @@ def uptrain(
     if heldout and step == 0:
       log.heldout(0, heldout(state.params))
     while step < last and not stop.requested(step):
-      batch = next_batch(data, recipe)
+      batch = next_batch(batches, recipe)
       if batch is None:
         log.say(f'the text is used up after {step} steps')
         break
@@ -132,11 +139,11 @@ def uptrain(
         log.heldout(step, heldout(state.params))
       if recipe.is_due(step, recipe.checkpoint_every):
         log.flush()
-        checkpoints.save(step, state, data.get_state(), recipe.to_dict())
+        checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
     log.flush()
-    checkpoints.save(step, state, data.get_state(), recipe.to_dict())
+    checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
     params = step_lib.to_host(state.params, mesh)
-  data.close()
+  batches.close()
 
   meta = {**child.meta, 'uptraining': {**recipe.to_dict(), 'step': step}}
   model = dataclasses.replace(child, params=params, meta=meta)

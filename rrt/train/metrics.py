@@ -1,8 +1,15 @@
-"""Metrics of a run: JSON lines, TensorBoard, throughput and MFU.
+"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases, throughput and MFU.
 
 `metrics.jsonl` holds one object a logged step. A resumed run drops the lines
 after the checkpoint it starts from, so that the file is that of one
-uninterrupted run.
+uninterrupted run. Names, the same everywhere:
+
+* `train/loss`, `train/cross_entropy`, `train/distillation` (nats a token),
+  `train/learning_rate`, `train/grad_norm` and others of the step;
+* `eval/cross_entropy`: nats a token of the held-out text;
+* `throughput/tokens_per_second`, `throughput/mfu`, `throughput/total_tokens` (so far,
+  padding included), `throughput/wall_time` (seconds, earlier parts of the run included);
+* `memory/peak_bytes`.
 """
 
 from __future__ import annotations
@@ -27,7 +34,8 @@ from rrt.errors import InputError
 from rrt.models.count import linears
 from rrt.relax.base import count_all
 from rrt.relax.base import norms as norms_of
-from rrt.train import optim
+from rrt.train import optim, wandb
+from rrt.train.recipe import Recipe
 from rrt.train.tensorboard import Board
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets.
@@ -121,9 +129,9 @@ def revision(directory: Path) -> str:
 
 
 class Writer:
-  """Appends rows to `metrics.jsonl` and, if wanted, to TensorBoard."""
+  """Appends rows to `metrics.jsonl` and, if wanted, to TensorBoard and wandb."""
 
-  def __init__(self, directory: Path, step: int, tensorboard: bool):
+  def __init__(self, directory: Path, step: int, recipe: Recipe):
     """Keeps the rows up to `step` and drops later ones.
 
     Only process 0 writes. A file with damaged lines is copied first.
@@ -133,6 +141,7 @@ class Writer:
     self.rows = [r for r in rows if r['step'] <= step and step]
     self._file: Any = None
     self._board: Any = None
+    self._wandb: Any = None
     if jax.process_index():
       return
     if damaged:
@@ -147,8 +156,10 @@ class Writer:
     os.replace(rest, self.path)
     # The buffer keeps rows while the disk is full.
     self._file = self.path.open('a', buffering=1 << 20)
-    if tensorboard:
+    if recipe.tensorboard:
       self._attempt(lambda: self._open_board(step + 1))
+    if recipe.wandb:
+      self._wandb = wandb.Run(recipe.wandb, self.path.parent, recipe.to_dict())
 
   def _open_board(self, step: int) -> None:
     self._board = Board(self.path.parent / 'tensorboard', step)
@@ -160,14 +171,16 @@ class Writer:
     if self._file:
       self._file.write(json.dumps(_plain(row)) + '\n')
       self._attempt(self._file.flush)
+    numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, (int, float))}
+    if self._wandb:
+      self._wandb.write(numbers, row['step'])
     if self._board:
-      numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, (int, float))}
       if not self._attempt(lambda: self._board.write(numbers, row['step'])):
         self._board = None  # Its file may end in half an event.
 
   def close(self) -> None:
     """Flushes and closes the files."""
-    for f in (self._file, self._board):
+    for f in (self._file, self._board, self._wandb):
       if f:
         self._attempt(f.close)
 
@@ -214,20 +227,22 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 class Log:
   """Turns a step's metrics into a row, one step late; watches for NaNs."""
 
-  def __init__(self, recipe, spec, workdir, start, on_row):
+  def __init__(self, recipe: Recipe, spec, workdir, start: int, on_row):
     self._recipe, self._spec, self._on_row = recipe, spec, on_row
     self._schedule = optim.schedule(recipe.optimizer, recipe.steps)
     self._flops = step_flops(
       spec.config, spec.teacher_config, recipe.batch * recipe.length, recipe.length
     )
-    self._pending = None
+    self._pending: tuple[int, Any, Any] | None = None
     self._clock: tuple[int, float] | None = None
     self._last_heldout: float | None = None
     self._writer = None
     self.rows: list[dict[str, Any]] = []
     if workdir is not None:
-      self._writer = Writer(workdir, start, recipe.tensorboard)
+      self._writer = Writer(workdir, start, recipe)
       self.rows = self._writer.rows
+    earlier = [r['throughput/wall_time'] for r in self.rows if 'throughput/wall_time' in r]
+    self._begin = time.monotonic() - (earlier[-1] if earlier else 0.0)
     self._progress = console.Progress(recipe.steps, 'uptrain', 'steps')
     self._progress.skip(start)
 
@@ -253,7 +268,7 @@ class Log:
     """Files a measurement; the row of its step carries it."""
     self.flush()
     self._last_heldout = nats
-    row = {'step': step, 'heldout_nats': nats}
+    row = {'step': step, 'eval/cross_entropy': nats, **self._so_far(step)}
     self._write(row)
     self._clock = None  # Its seconds are not the step's.
 
@@ -289,21 +304,28 @@ class Log:
       )
     if step % self._recipe.log_every:
       return
-    row = {'step': step, **values}
-    row['learning_rate'] = float(self._schedule(step - 1 - values['skipped']))
+    row = {'step': step, **{f'train/{k}': v for k, v in values.items()}}
+    row['train/learning_rate'] = float(self._schedule(step - 1 - values['skipped']))
     if norms is not None:
       for kind, norm_R in norms.items():
         for r, norm in enumerate(np.asarray(norm_R)):
-          row[f'{kind}_norm/{r + 1}'] = float(norm)
+          row[f'train/{kind}_norm/{r + 1}'] = float(norm)
     # The first interval holds the compilation: it is not timed.
     if self._clock:
       rate = (step - self._clock[0]) / (now - self._clock[1])
-      row['tokens_per_second'] = rate * self._recipe.batch * self._recipe.length
+      row['throughput/tokens_per_second'] = rate * self._recipe.batch * self._recipe.length
       peak = peak_flops()
-      row['mfu'] = rate * self._flops / peak if peak else None
+      row['throughput/mfu'] = rate * self._flops / peak if peak else None
     self._clock = (step, now)
-    row['memory_bytes'] = memory_bytes()
+    row |= self._so_far(step)
+    row['memory/peak_bytes'] = memory_bytes()
     self._write(row)
+
+  def _so_far(self, step: int) -> dict[str, float]:
+    return {
+      'throughput/total_tokens': step * self._recipe.batch * self._recipe.length,
+      'throughput/wall_time': time.monotonic() - self._begin,
+    }
 
   def _write(self, row) -> None:
     if self._writer:

@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rrt.convert.plan import ConvertConfig
 from rrt.data.pipeline import DataSpec
-from rrt.data.sources import Source
+from rrt.data.sources import FORMATS, Source
 from rrt.errors import InputError
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
@@ -36,7 +36,9 @@ class Data:
     path: files, directories, globs, 'builtin:train' or hf:// names, separated
       by commas.
     weights: each path's share of the text; () for as they come.
-    field: of JSON lines and parquet: which holds the text.
+    field: of JSON lines and parquet: which holds the text, or in chats the messages.
+    format: 'text', or 'chat': conversations through the tokenizer's template, with the
+      loss on the answers alone.
     epochs: passes over the text; None repeats it for ever.
     shuffle: documents in random order.
   """
@@ -44,11 +46,19 @@ class Data:
   path: str = 'builtin:train'
   weights: tuple[float, ...] = ()
   field: str = 'text'
+  format: str = 'text'
   epochs: int | None = None
   shuffle: bool = True
 
-  def spec(self) -> DataSpec:
-    """The same for `rrt.data.pipeline`."""
+  def __post_init__(self):
+    if self.format not in FORMATS:
+      raise InputError(f'data.format={self.format!r}: must be one of {FORMATS}.')
+
+  def spec(self, rows: Any = None) -> DataSpec:
+    """The same for `rrt.data.pipeline`; `rows` from Python take the place of `path`."""
+    if rows is not None:
+      source = Source('data', None, self.field, format=self.format, rows=rows)
+      return DataSpec((source,), self.epochs, self.shuffle)
     for weight in self.weights:
       if not isinstance(weight, (int, float)) or isinstance(weight, bool):
         raise InputError(f'data.weights={self.weights!r}: must be numbers, one a path.')
@@ -59,7 +69,9 @@ class Data:
         f'data.weights={self.weights}: needs one number for each of the {len(paths)} paths.'
       )
     return DataSpec(
-      tuple(Source(p, w, self.field) for p, w in zip(paths, weights, strict=True)),
+      tuple(
+        Source(p, w, self.field, format=self.format) for p, w in zip(paths, weights, strict=True)
+      ),
       self.epochs,
       self.shuffle,
     )
@@ -71,6 +83,7 @@ class Heldout:
 
   Attributes:
     path: the text; '' for none.
+    format: 'text', or 'chat': see `data.format`.
     every: steps between evaluations; 0 for the first and last step only.
     max_tokens: how much of it, from its start.
     context: tokens of a row; the default shrinks to what the model can take.
@@ -78,6 +91,7 @@ class Heldout:
   """
 
   path: str = ''
+  format: str = 'text'
   every: int = 0
   max_tokens: int = 8192
   context: int = 1024
@@ -87,6 +101,8 @@ class Heldout:
     for field, least in (('every', 0), ('max_tokens', 2), ('context', 2), ('batch', 0)):
       if getattr(self, field) < least:
         raise InputError(f'heldout.{field}={getattr(self, field)}: must be {least} or more.')
+    if self.format not in FORMATS:
+      raise InputError(f'heldout.format={self.format!r}: must be one of {FORMATS}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +133,7 @@ class Recipe:
     keep: newest checkpoints that are kept.
     max_skipped: so many non-finite steps in a row end the run.
     tensorboard: write event files besides metrics.jsonl.
+    wandb: the Weights & Biases project to log to; '' for none.
   """
 
   parent: str = 'smollm2-135m'
@@ -142,9 +159,19 @@ class Recipe:
   keep: int = 2
   max_skipped: int = 10
   tensorboard: bool = False
+  wandb: str = ''
 
   # A run may go on with other values of these; all others make it another.
-  FREE = ('mesh', 'log_every', 'checkpoint_every', 'keep', 'max_skipped', 'tensorboard', 'heldout')
+  FREE = (
+    'mesh',
+    'log_every',
+    'checkpoint_every',
+    'keep',
+    'max_skipped',
+    'tensorboard',
+    'wandb',
+    'heldout',
+  )
 
   def __post_init__(self):
     def need(ok, field, why):

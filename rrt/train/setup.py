@@ -28,7 +28,7 @@ from rrt.model import LanguageModel
 from rrt.models.init import init_params
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
-from rrt.train import optim, tensorboard
+from rrt.train import optim, tensorboard, wandb
 from rrt.train import step as step_lib
 from rrt.train.heldout import read_heldout
 from rrt.train.recipe import Recipe
@@ -94,8 +94,14 @@ def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
   )
 
 
-def open_data(recipe: Recipe, tokenizer, vocab_size: int) -> pipeline.Batches:
+def open_data(recipe: Recipe, tokenizer, vocab_size: int, rows: Any = None) -> pipeline.Batches:
   """The training batches: of each, the rows of this process.
+
+  Args:
+    recipe: the settings.
+    tokenizer: the child's.
+    vocab_size: of the child.
+    rows: texts or rows from Python, instead of `data.path`.
 
   Raises:
     InputError: the text cannot be read, or there is no tokenizer to read it.
@@ -103,7 +109,7 @@ def open_data(recipe: Recipe, tokenizer, vocab_size: int) -> pipeline.Batches:
   if tokenizer is None:
     raise InputError('The model has no tokenizer, so no text can be read.')
   return pipeline.batches(
-    recipe.data.spec(),
+    recipe.data.spec(rows),
     tokenizer,
     batch=recipe.batch // jax.process_count(),
     length=recipe.length,
@@ -140,6 +146,8 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
     read_heldout(recipe, shape, parent.tokenizer, mesh)
   if recipe.tensorboard:
     tensorboard.require()
+  if recipe.wandb:
+    wandb.require()
 
 
 def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel]:

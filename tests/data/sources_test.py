@@ -125,7 +125,7 @@ def test_rows_without_a_text_are_left_out_and_counted(
   assert both(path, field=field) == ['a', 'b']
   note = f'note: {path}: 2 rows without a text in the field {field!r} left out\n'
   assert capsys.readouterr().err == note
-  with pytest.raises(InputError, match=r"holds no text: no row has one in the field 'no\.such'"):
+  with pytest.raises(InputError, match=r"no row has a text in the field 'no\.such'"):
     both(path, field='no.such')
 
 
@@ -217,7 +217,7 @@ BAD = {
   'latin.jsonl': (b'{"text": "\xef"}', 'line 1: not UTF-8'),
   'field.jsonl': (
     b'{"text": null}\n\n{"body": "b", "n": 1}\n',
-    "holds no text: no row has one in the field 'text' .the fields of the first: text.",
+    "no row has a text in the field 'text' .the fields of the first: text.",
   ),
   'number.jsonl': (b'{"text": 3}', "line 1: the field 'text' is int"),
   'list.jsonl': (b'["text"]', 'line 1: a JSON list'),

@@ -348,5 +348,5 @@ def test_runs_train_save_and_resume_with_gain(tmp_path):
   assert child.relax == (Gain(),)
   model = runs.model(child, 3)
   run = uptrain(runs.parent(), model, recipe)
-  rows = [r for r in run.history if 'loss' in r]
-  assert rows[-1]['gain_norm/2'] > 0 and rows[-1]['grad_norm/gain'] > 0
+  rows = [r for r in run.history if 'train/loss' in r]
+  assert rows[-1]['train/gain_norm/2'] > 0 and rows[-1]['train/grad_norm/gain'] > 0

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 
+import numpy as np
 import pytest
 
 from rrt.checkpoints.load import save
@@ -46,7 +47,7 @@ def child():
 @pytest.fixture(scope='module')
 def client(child):
   engine = Engine(child, slots=2, page=8, steps=2, penalties=True, logprobs=20)
-  worker = Worker(engine, child.tokenizer, max_waiting=3)
+  worker = Worker(engine, child.tokenizer, max_waiting=3, name='tiny')
   limits = Limits(body_bytes=4000, max_tokens=30)
   app = Server(worker, child.tokenizer, 'tiny', limits).app()
   with TestClient(app) as client:
@@ -355,21 +356,42 @@ def test_many_clients_get_what_each_gets_alone(client, child):
   assert got == want
 
 
+def sample(text, name, **labels):
+  """A sample of Prometheus' text format; 0 if it is not there."""
+  from prometheus_client.parser import text_string_to_metric_families
+
+  for family in text_string_to_metric_families(text):
+    for one in family.samples:
+      if one.name == name and labels.items() <= one.labels.items():
+        return one.value
+  return 0
+
+
 def test_metrics_count_what_happened(client):
   before = client.get('/metrics').text
   client.post('/v1/completions', json=ask(ignore_eos=True))
   after = client.get('/metrics').text
-  value = lambda text, name: float(
-    next(x for x in text.splitlines() if x.startswith(name + ' ')).split()[1]
-  )
-  name = 'vllm:generation_tokens_total'
-  assert value(after, name) - value(before, name) == 12
-  name = 'vllm:prompt_tokens_total'
-  assert value(after, name) - value(before, name) == 7
-  assert value(after, 'rrt:mean_exit_depth') == 2
-  assert value(after, 'vllm:num_requests_running') == 0
-  assert 'vllm:time_to_first_token_seconds_bucket{le="+Inf"}' in after
-  assert 'vllm:request_success_total{finished_reason="length"}' in after
+  grown = lambda name, **labels: sample(after, name, **labels) - sample(before, name, **labels)
+  assert grown('vllm:generation_tokens_total', model_name='tiny') == 12
+  assert grown('vllm:prompt_tokens_total') == 7
+  assert grown('vllm:request_success_total', finished_reason='length') == 1
+  for name in ('request_prompt_tokens', 'request_generation_tokens', 'request_params_max_tokens'):
+    assert grown(f'vllm:{name}_count') == 1
+  assert grown('vllm:request_prompt_tokens_sum') == 7
+  assert grown('vllm:request_generation_tokens_sum') == 12
+  assert grown('vllm:inter_token_latency_seconds_count') == 11
+  parts = [
+    grown(f'vllm:{name}_seconds_sum')
+    for name in ('request_queue_time', 'request_prefill_time', 'request_decode_time')
+  ]
+  assert min(parts) >= 0
+  np.testing.assert_allclose(sum(parts), grown('vllm:e2e_request_latency_seconds_sum'), rtol=1e-6)
+  assert grown('rrt:tokens_by_loops_total', loops='2') == 12
+  assert sample(after, 'rrt:mean_exit_depth', model_name='tiny') == 2
+  assert sample(after, 'vllm:num_requests_running') == 0
+  assert sample(after, 'vllm:time_to_first_token_seconds_bucket', le='+Inf') >= 1
+  helps = [line for line in after.splitlines() if line.startswith('# HELP')]
+  assert len(helps) > 20 and all(len(line.split()) > 4 for line in helps if '_created' not in line)
 
 
 def test_an_engine_that_stops_is_told(child):
@@ -432,13 +454,8 @@ def wait_until(ready):
     time.sleep(0.02)
 
 
-def metric(worker, name):
-  lines = [x.rsplit(' ', 1) for x in worker.metrics.text().splitlines()]
-  return next((float(v) for n, v in lines if n == name), 0)
-
-
 def cancelled(worker):
-  return metric(worker, 'vllm:request_success_total{finished_reason="cancelled"}')
+  return sample(worker.metrics.text(), 'vllm:request_success_total', finished_reason='abort')
 
 
 LONG = ask(max_tokens=25, ignore_eos=True)  # 7 tokens before, 32 in all
@@ -459,11 +476,11 @@ def test_a_client_that_goes_away_ends_its_request(child, stream):
       with connection.getresponse() as reply:
         assert reply.readline().startswith(b'data: ')
     else:
-      wait_until(lambda: metric(worker, 'vllm:num_requests_running'))
+      wait_until(lambda: sample(worker.metrics.text(), 'vllm:num_requests_running'))
     connection.close()
     wait_until(lambda: not worker._tickets)
   assert cancelled(worker) == 1
-  assert metric(worker, 'vllm:generation_tokens_total') < 25
+  assert sample(worker.metrics.text(), 'vllm:generation_tokens_total') < 25
 
 
 @pytest.mark.slow
@@ -479,7 +496,7 @@ def test_an_answer_that_takes_too_long_ends(child):
     assert len(pieces) > 1 and 'within 2 s' in last
     assert json.loads(last.removeprefix('data: '))['error']
     wait_until(lambda: cancelled(worker) == 2)
-    assert metric(worker, 'vllm:generation_tokens_total') < 40
+    assert sample(worker.metrics.text(), 'vllm:generation_tokens_total') < 40
 
 
 def test_a_client_that_stops_reading_is_left(child):

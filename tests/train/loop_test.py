@@ -48,25 +48,29 @@ def test_a_child_learns(text, tmp_path):
     on_row=rows.append,
   )
   assert rows == run.history and run.step == 30 and not run.stopped
-  trained = [r for r in rows if 'loss' in r]
+  trained = [r for r in rows if 'train/loss' in r]
   assert [r['step'] for r in trained] == list(range(1, 31))
-  assert trained[-1]['cross_entropy'] < trained[0]['cross_entropy'] - 0.5
-  heldout = {r['step']: r['heldout_nats'] for r in rows if 'heldout_nats' in r}
+  assert trained[-1]['train/cross_entropy'] < trained[0]['train/cross_entropy'] - 0.5
+  heldout = {r['step']: r['eval/cross_entropy'] for r in rows if 'eval/cross_entropy' in r}
   assert list(heldout) == [0, 10, 20, 30]
   assert heldout[30] < heldout[0] - 0.5
   for name in (
-    'distillation',
-    'learning_rate',
-    'grad_norm',
-    'grad_norm/lora',
-    'loop_change/2',
-    'lora_norm/1',
-    'lora_norm/2',
-    'tokens_per_second',
-    'memory_bytes',
-    'skipped',
+    'train/distillation',
+    'train/learning_rate',
+    'train/grad_norm',
+    'train/grad_norm/lora',
+    'train/loop_change/2',
+    'train/lora_norm/1',
+    'train/lora_norm/2',
+    'train/skipped',
+    'throughput/tokens_per_second',
+    'memory/peak_bytes',
   ):
     assert name in trained[-1], name
+  times = [r['throughput/wall_time'] for r in rows]
+  assert times == sorted(times) and times[0] > 0
+  recipe = runs.recipe(text)
+  assert trained[-1]['throughput/total_tokens'] == 30 * recipe['batch'] * recipe['length']
   # The child that was passed in is as it was, and tying held.
   model = run.model
   before = jax.tree.leaves(runs.child().params)
@@ -152,7 +156,7 @@ def test_wrong_models_are_told(text):
 @pytest.mark.slow
 def test_without_a_parent(text):
   run = uptrain(None, runs.child(), runs.recipe(text, loss={'distillation': 0.0}))
-  assert all(r['distillation'] == 0 for r in run.history)
+  assert all(r['train/distillation'] == 0 for r in run.history)
 
 
 @pytest.mark.slow
@@ -301,7 +305,7 @@ def test_damaged_settings_are_told(tmp_path, text):
 def test_heldout_rows_shrink_to_the_model(text):
   settings = runs.recipe(text, steps=1, optimizer={}, heldout={'path': text})
   run = uptrain(runs.parent(), runs.child(), settings)
-  assert 'heldout_nats' in run.history[0]
+  assert 'eval/cross_entropy' in run.history[0]
 
 
 def test_recipes_survive_json():

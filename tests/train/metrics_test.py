@@ -14,6 +14,7 @@ from rrt import console
 from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.train import metrics
+from rrt.train.recipe import Recipe
 from tests import runs
 
 
@@ -64,13 +65,13 @@ def test_peak_flops_of_a_cpu_is_unknown():
 
 
 def test_writer_tells_one_uninterrupted_run(tmp_path):
-  writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+  writer = metrics.Writer(tmp_path, 0, Recipe())
   for step in range(1, 5):
     writer.write({'step': step, 'loss': 1 / step, 'none': None})
   writer.close()
   with open(tmp_path / 'metrics.jsonl', 'a') as f:
     f.write('{"step": 5, "lo')  # Killed while writing.
-  writer = metrics.Writer(tmp_path, 3, tensorboard=False)
+  writer = metrics.Writer(tmp_path, 3, Recipe())
   writer.write({'step': 4, 'loss': float('nan')})
   writer.close()
   rows = metrics.read(tmp_path / 'metrics.jsonl')
@@ -85,7 +86,7 @@ def test_damaged_lines_are_kept_aside(tmp_path, capsys):
   text = '{"step": 1}\n{"st\x00\n[2]\n{"step": 4}\n{"step": 5'
   file.write_text(text)
   assert [r['step'] for r in metrics.read(file)] == [1, 4]
-  writer = metrics.Writer(tmp_path, 4, tensorboard=False)
+  writer = metrics.Writer(tmp_path, 4, Recipe())
   writer.write({'step': 5})
   writer.close()
   assert [r['step'] for r in metrics.read(file)] == [1, 4, 5]
@@ -93,24 +94,65 @@ def test_damaged_lines_are_kept_aside(tmp_path, capsys):
   assert 'lines [2, 3] are damaged' in capsys.readouterr().err
   # A line that was only cut short is no damage.
   file.write_text('{"step": 1}\n{"step"')
-  metrics.Writer(tmp_path, 1, tensorboard=False).close()
+  metrics.Writer(tmp_path, 1, Recipe()).close()
   assert capsys.readouterr().err == ''
 
 
 def test_a_new_run_drops_an_old_ones_rows(tmp_path):
-  writer = metrics.Writer(tmp_path, 0, tensorboard=False)
-  writer.write({'step': 0, 'heldout_nats': 1.0})
+  writer = metrics.Writer(tmp_path, 0, Recipe())
+  writer.write({'step': 0, 'eval/cross_entropy': 1.0})
   writer.close()
-  assert metrics.Writer(tmp_path, 0, tensorboard=False).rows == []
+  assert metrics.Writer(tmp_path, 0, Recipe()).rows == []
 
 
 def test_tensorboard(tmp_path):
   pytest.importorskip('tensorboardX')
-  writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+  writer = metrics.Writer(tmp_path, 0, Recipe(tensorboard=True))
   writer.write({'step': 1, 'loss': 0.5})
   writer.close()
   (file,) = (tmp_path / 'tensorboard').glob('events*')
   assert scalars(file) == [(1, 'loss', 0.5)]
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+  """Metrics reach wandb's own file; a run that goes on keeps its identity."""
+  pytest.importorskip('wandb')
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  monkeypatch.setenv('WANDB_SILENT', 'true')
+  for step in (1, 2):
+    writer = metrics.Writer(tmp_path, step - 1, Recipe(wandb='project', steps=7))
+    writer.write({'step': step, 'train/loss': 0.5 / step})
+    writer.close()
+  files = sorted(tmp_path.glob('wandb/offline-run-*/run-*.wandb'))
+  name = (tmp_path / 'wandb_id').read_text().strip()
+  assert len(files) == 2 and all(f.stem == f'run-{name}' for f in files)
+  found, config = [], {}
+  for record in (r for file in files for r in records(file)):
+    for item in record.history.item:
+      found.append(('/'.join([item.key, *item.nested_key]).strip('/'), item.value_json))
+    for item in record.run.config.update:
+      config[item.key] = item.value_json
+  assert [json.loads(v) for k, v in found if k == 'train/loss'] == [0.5, 0.25]
+  assert config['steps'] == '7'
+
+
+def records(file):
+  """wandb's records of a file: LevelDB's log format behind a header of 7 bytes."""
+  from wandb.proto import wandb_internal_pb2
+
+  data, place, whole = file.read_bytes(), 7, b''
+  while place + 7 <= len(data):
+    left = 32768 - place % 32768
+    size = int.from_bytes(data[place + 4 : place + 6], 'little')
+    kind = data[place + 6]
+    if left < 7 or not kind:  # The rest of a block is padding.
+      place += left
+      continue
+    whole += data[place + 7 : place + 7 + size]
+    place += 7 + size
+    if kind in (1, 4):  # A whole record, or the last part of one.
+      yield wandb_internal_pb2.Record.FromString(whole)
+      whole = b''
 
 
 def scalars(file):
@@ -139,7 +181,7 @@ class FullDisk(io.StringIO):
 def test_a_full_disk_does_not_end_a_run(tmp_path, capsys, monkeypatch):
   pytest.importorskip('tensorboardX')
   monkeypatch.setattr(console, '_noted', set())
-  writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+  writer = metrics.Writer(tmp_path, 0, Recipe(tensorboard=True))
   writer._file, writer._board._file = FullDisk(), FullDisk()
   writer._board._file.write_event = lambda event: None
   for step in (1, 2):

@@ -34,8 +34,8 @@ def whole(text):
 
 
 def series(rows):
-  names = ('step', 'loss', 'cross_entropy', 'distillation', 'grad_norm')
-  return [[r[n] for n in names] for r in rows if 'loss' in r]
+  names = ('step', *map('train/'.__add__, ('loss', 'cross_entropy', 'distillation', 'grad_norm')))
+  return [[r[n] for n in names] for r in rows if 'train/loss' in r]
 
 
 @pytest.mark.slow
