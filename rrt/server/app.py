@@ -22,7 +22,7 @@ from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
 try:
   from starlette.applications import Starlette
   from starlette.requests import ClientDisconnect, Request
-  from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+  from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
   from starlette.routing import Route
 except ImportError as e:
   raise InputError(
@@ -70,7 +70,9 @@ class Server:
       self.worker.stop()
 
     routes = [
-      Route('/', self._page),
+      Route('/', _page('page.html', 'text/html')),
+      Route('/page.css', _page('page.css', 'text/css')),
+      Route('/page.js', _page('page.js', 'text/javascript')),
       Route('/health', self._health),
       Route('/metrics', self._metrics),
       Route('/v1/models', self._guarded(self._models)),
@@ -108,11 +110,6 @@ class Server:
     if not hmac.compare_digest(given, b'Bearer ' + self._key):
       raise Refused('Give the API key as "Authorization: Bearer KEY".', 401)
 
-  async def _page(self, request: Request):
-    del request
-    page = importlib.resources.files('rrt.server').joinpath('page.html')
-    return HTMLResponse(page.read_text(encoding='utf-8'))
-
   async def _health(self, request: Request):
     del request
     failed = self.worker.failed
@@ -134,6 +131,7 @@ class Server:
       'owned_by': 'rrt',
       'max_model_len': self.worker.engine.context,
       'loops': shape.config.loops,
+      'chat': self._tokenizer.chat_template is not None,
       'gate': shape.gate,
       'lossless': shape.lossless,
       'threshold': self.worker.engine.config.threshold,
@@ -290,6 +288,17 @@ class Events(StreamingResponse):
     finally:
       self._leave()
       await self._events.aclose()
+
+
+def _page(name: str, kind: str):
+  """A handler for a file of the page."""
+
+  async def page(request: Request):
+    del request
+    text = importlib.resources.files('rrt.server').joinpath(name).read_text(encoding='utf-8')
+    return Response(text, media_type=kind, headers={'Cache-Control': 'no-cache'})
+
+  return page
 
 
 async def _disconnected(request: Request) -> None:
