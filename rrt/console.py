@@ -148,7 +148,7 @@ class Progress:
   """
 
   def __init__(self, total: int, label: str, unit: str = 'steps'):
-    """A total of 0 is not known yet."""
+    """A total of 0 is not known yet: nothing is shown before the first unit."""
     from rich import progress as bars
 
     self.label, self.unit = label, unit
@@ -169,7 +169,6 @@ class Progress:
     )
     self._bars.add_task(label, total=total or None, count='', note='')
     self._task = self._bars.tasks[0]
-    self._bars.start()
 
   @property
   def done(self) -> int:
@@ -186,6 +185,9 @@ class Progress:
     self._task.total = total or None
 
   def __enter__(self):
+    if self.total:
+      self._task.fields['count'] = self._count()
+      self._bars.start()
     return self
 
   def __exit__(self, failed, *_):
@@ -197,7 +199,7 @@ class Progress:
       self.total = self.done
       self._task.fields['count'] = self._count()
     self._bars.stop()
-    if not self._bar and self._reported != self.done:
+    if not self._bar and self.done and self._reported != self.done:
       self._say(last=True)
 
   def skip(self, n: int) -> None:
@@ -206,6 +208,7 @@ class Progress:
 
   def update(self, n: int = 1, note: str = '') -> None:
     """Adds n finished units."""
+    self._bars.start()
     self._bars.update(self._task.id, advance=n, note=note)
     self._task.fields['count'] = self._count()
     now = time.monotonic()

@@ -1,5 +1,6 @@
 """Terminal output: failures to print never reach the program."""
 
+import contextlib
 import errno
 import io
 import os
@@ -87,3 +88,37 @@ def test_time_left_counts_neither_compilation_nor_an_earlier_run(monkeypatch, ca
   assert lines[1] == 'work 102/110 steps, 0:01:15 gone, 0:02:00 left'
   # A total that was an upper bound is reached.
   assert len(lines) == 2 and progress.total == 102
+
+
+ON_A_TERMINAL = """
+import time
+from rrt import console
+with console.Progress(0, 'convert', 'layers'):
+  pass  # Nothing was done: nothing is shown.
+with console.Progress(9, 'convert', 'layers') as progress:
+  for done in range(1, 8):
+    progress.to(done, 9, 'held-out 3.2 nats')  # An upper bound.
+console.say('after')
+with console.Progress(9, 'broken', 'layers') as progress:
+  progress.update()
+  raise KeyboardInterrupt
+"""
+
+
+def test_a_bar_on_a_terminal_ends_at_its_total():
+  pty = pytest.importorskip('pty')
+  ours, theirs = pty.openpty()
+  env = os.environ | {'TERM': 'xterm', 'COLUMNS': '100'}
+  with subprocess.Popen([sys.executable, '-c', ON_A_TERMINAL], stderr=theirs, env=env) as process:
+    os.close(theirs)
+    text = b''
+    with contextlib.suppress(OSError):  # The terminal is closed.
+      while part := os.read(ours, 4096):
+        text += part
+    assert process.wait() != 0
+  os.close(ours)
+  before, after = text.decode().split('after')
+  assert '7/7 layers' in before and 'held-out 3.2 nats' in before
+  # An interrupted bar gives the cursor back, and claims no total.
+  assert '1/9 layers' in after and '1/1 layers' not in after
+  assert after.rindex('\x1b[?25h') > after.rindex('\x1b[?25l')

@@ -105,11 +105,9 @@ def to_recursive(
   fits = convert.init == 'calibrated' and not is_exact(config, convert)
   fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits)
   untied = to_untied(parent)
-  bar = console.Progress(0, 'convert', 'layers')
-  job = _Job(untied, config, convert, seed, steps, bar.to if progress == 'bar' else progress)
-  weights = job.calibrated(fit_BxL) if fits else job.selected()
-  if bar.done:
-    bar.close()
+  with console.Progress(0, 'convert', 'layers') as bar:
+    job = _Job(untied, config, convert, seed, steps, bar.to if progress == 'bar' else progress)
+    weights = job.calibrated(fit_BxL) if fits else job.selected()
   config, params = weights.config, weights.to_params(untied.params)
 
   report = start_report(untied.config, config, convert.init)

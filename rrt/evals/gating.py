@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import functools
 import math
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -77,27 +78,28 @@ def fit_gate(
   if lens_epochs < 0 or (lens_epochs and not lens):
     raise InputError(f'lens_epochs={lens_epochs}: must be 0 or more, and 0 without a lens.')
   fitting, judging = split(rows)
-  bar = None
-  if progress == 'bar':
-    tuning = lens_epochs * (model.config.loops - 1)
-    bar = console.Progress(work(rows, kind, lens, shares, tuning), 'calibrate', 'tokens')
-    progress = bar.update
-  arrays = None
-  if lens or kind == 'learned':
-    read = functools.partial(every_loop.read_static, model, batch=batch, progress=progress)
-    tune = functools.partial(_fit_lens, model, epochs=lens_epochs, progress=progress)
-    arrays = _fit(fitting, read, kind, tune if lens else None, ridge, loss is not None)
-  static = every_loop.read_static(model, judging, arrays, batch=batch, progress=progress)
-  points: list[depth.Point] = []
-  chosen = None
-  for share in sorted(shares):
-    points += depth.curve(
-      model, static, [kind], arrays, kv=kv, shares=[share], batch=batch, progress=progress
-    )
-    best = choose(points, agreement=agreement, loss=loss, confidence=confidence)
-    if best is None or best[0] is not points[-1]:
-      break
-    chosen = best
+  with contextlib.ExitStack() as stack:
+    tell: Callable[[int], None] | None = None if progress == 'bar' else progress
+    if progress == 'bar':
+      tuning = lens_epochs * (model.config.loops - 1)
+      total = work(rows, kind, lens, shares, tuning)
+      tell = stack.enter_context(console.Progress(total, 'calibrate', 'tokens')).update
+    arrays = None
+    if lens or kind == 'learned':
+      read = functools.partial(every_loop.read_static, model, batch=batch, progress=tell)
+      tune = functools.partial(_fit_lens, model, epochs=lens_epochs, progress=tell)
+      arrays = _fit(fitting, read, kind, tune if lens else None, ridge, loss is not None)
+    static = every_loop.read_static(model, judging, arrays, batch=batch, progress=tell)
+    points: list[depth.Point] = []
+    chosen = None
+    for share in sorted(shares):
+      points += depth.curve(
+        model, static, [kind], arrays, kv=kv, shares=[share], batch=batch, progress=tell
+      )
+      best = choose(points, agreement=agreement, loss=loss, confidence=confidence)
+      if best is None or best[0] is not points[-1]:
+        break
+      chosen = best
   calibration: dict[str, Any] = {
     'agreement': agreement,
     'loss': loss,
@@ -107,8 +109,6 @@ def fit_gate(
     'mean_loops': chosen[0].mean_loops if chosen else model.config.loops,
   }
   threshold = chosen[0].threshold if chosen else gate_lib.NEVER
-  if bar is not None:
-    bar.close()
   return gate_lib.Gate(kind, threshold, arrays, kv, calibration), points
 
 

@@ -247,6 +247,7 @@ class Log:
     self._progress.skip(start)
 
   def __enter__(self):
+    self._progress.__enter__()
     return self
 
   def __exit__(self, *_):
