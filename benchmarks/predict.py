@@ -26,9 +26,9 @@ from rrt.errors import InputError
 from rrt.infer.engine import engine as engines
 from rrt.infer.engine import sampler, simulate
 from rrt.infer.engine.engine import Engine
+from rrt.infer.engine.request import Request
 from rrt.infer.engine.state import IN_BLOCK, WAIT_PRELUDE, WAIT_SAMPLE
 from rrt.infer.engine.step import run_block, run_prelude
-from rrt.models.params import bucket
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('predictions', 'benchmarks/results/predict.json', 'JSON file.')
@@ -59,7 +59,7 @@ class Clock:
     )
     rng = np.random.default_rng(0)
     vocab = engine.shape.config.vocab_size
-    self._bucket = lambda n: bucket(n, engine.context)
+    self._bucket = lambda n: min(engine._prefiller.shape_of(max(n - 1, 1)).size, engine.context)
     self._prompts = {
       n: rng.integers(5, vocab, n).tolist() for n in sorted(set(map(self._bucket, prompts)))
     }
@@ -143,15 +143,10 @@ class Clock:
 
 def _admit(engine: Engine, ids: list[int]):
   """Puts a prompt into the first slot."""
-  engine._state = engines._insert(
-    engine.shape,
-    engine._state,
-    jnp.int32(0),
-    jnp.int32(ids[-1]),
-    jnp.int32(len(ids) - 1),
-    engine._prefill(ids),
-    None,
-  )
+  group = engine._prefiller.take([Request.of(ids, 1)], [0])
+  while not group.complete:
+    engine._prefiller.launch(group)
+  engine._insert(0, group.requests[0], engine._prefiller.row(group, 0), group.shape.size)
   return engine._state
 
 

@@ -71,12 +71,17 @@ _MAX_WAITING = FLAGS.rare.integer(
 _MAX_TOKENS = FLAGS.rare.integer('max_tokens', 4096, 'Maximum new tokens of a completion.')
 _MAX_BODY = FLAGS.rare.integer('max_body', 1 << 20, 'Maximum bytes of a request body.')
 _SECONDS = FLAGS.rare.float('seconds', 600.0, 'Maximum seconds for a response.')
+_PREFILL = FLAGS.usual.integer(
+  'prefill_tokens',
+  256,
+  'Tokens of prompts that are prefilled between two calls while sequences run; fewer '
+  'keep streams smoother, more let new requests begin sooner.',
+)
 _WARM = FLAGS.rare.integer(
   'warm',
-  32,
-  'Compile prefill at start-up for prompts of up to so many tokens, some seconds '
-  'for each of the sizes 16, 24, 32, 48, 64, 96, ...; the first prompt of a '
-  'larger size compiles on arrival, and all streams wait meanwhile.',
+  None,
+  'Compile prefill at start-up for prompts of up to so many tokens; by default all sizes. '
+  'A first prompt of a larger size compiles on arrival, and all streams wait meanwhile.',
 )
 _LOG_REQUESTS = FLAGS.rare.bool(
   'log_requests', False, 'Log method, path and status of each request.'
@@ -111,8 +116,9 @@ def check_ranges() -> None:
     (_MAX_BODY, 1, math.inf),
     (_SECONDS, 1, 10**6),
     (_WARM, 0, math.inf),
+    (_PREFILL, 1, math.inf),
   ):
-    if not least <= flag.value <= most:
+    if flag.value is not None and not least <= flag.value <= most:
       bounds = f'{least} to {most}' if most < math.inf else f'{least} or more'
       raise InputError(f'--{flag.name}={flag.value}: must be {bounds}.')
 
@@ -151,6 +157,7 @@ def main(argv) -> None:
     lossless=_LOSSLESS.value,
     max_batch_tokens=_LANES.value,
     steps=_STEPS.value,
+    prefill_tokens=_PREFILL.value,
     weight_dtype=_WEIGHT_DTYPE.value,
     kv='propagate' if _GATE.value == 'change' else 'full',
     threshold=_THRESHOLD.value,
@@ -161,7 +168,7 @@ def main(argv) -> None:
   )
   engine = Engine(model, options)
   print('compiling ...', flush=True)
-  warm(engine, _WARM.value)
+  engine.warm(_WARM.value)
   name = _NAME.value or Path(_MODEL.value).name
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value, name)
   limits = Limits(_MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value)
@@ -169,18 +176,6 @@ def main(argv) -> None:
   places = options.slots + _MAX_WAITING.value
   http = http_server(server.app(), places, _SECONDS.value, _LOG_REQUESTS.value)
   run(http, sock, name)
-
-
-def warm(engine, longest: int) -> None:
-  """Compiles the steps, and prefills of prompts of up to `longest` tokens."""
-  from rrt.models.params import bucket
-
-  most = min(longest, engine.context - 1)
-  sizes = {bucket(n, most) for n in range(2, most + 1)}
-  # A prompt goes in without its last token, which may begin the next size.
-  sizes |= {1} | {n + 1 for n in sizes if n < most}
-  prompts = [[1] * size for size in sorted(sizes)]
-  engine.generate(prompts, max_new_tokens=2, ignore_eos=True)
 
 
 def run(server, sock: socket.socket, name: str) -> None:

@@ -71,6 +71,9 @@ class EngineConfig:
     mean_loops: expected loops a token, which sizes `max_sampled_tokens` on a
       CPU; None is the stored gate's, or all.
     steps: block steps of one device call; the host schedules in between.
+    prefill_tokens: tokens of prompts that are prefilled between two calls while sequences
+      run, in launches of as many; a prompt that is longer is cut. None prefills all prompts
+      that have a slot at once: the highest throughput, and running sequences wait.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
     kv_dtype: of the cache; None for the same.
@@ -100,6 +103,7 @@ class EngineConfig:
   min_sampled_tokens: int | None = None
   mean_loops: float | None = None
   steps: int = 8
+  prefill_tokens: int | None = None
   page: int = 128
   dtype: str = 'float32'
   kv_dtype: str | None = None
@@ -117,7 +121,13 @@ class EngineConfig:
 
     for field in ('slots', 'steps', 'page', 'draft_loop', 'draft_vocab'):
       need(_whole(getattr(self, field)), field, 'must be a whole number, 1 up')
-    for field in ('context', 'max_batch_tokens', 'max_sampled_tokens', 'min_sampled_tokens'):
+    for field in (
+      'context',
+      'max_batch_tokens',
+      'max_sampled_tokens',
+      'min_sampled_tokens',
+      'prefill_tokens',
+    ):
       value = getattr(self, field)
       need(value is None or _whole(value), field, 'must be a whole number, 1 up')
     need(

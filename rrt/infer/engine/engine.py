@@ -5,15 +5,16 @@
       print(done.text)
 
 The host admits requests to free slots and processes the output of one device
-call while the next one runs; the device schedules tokens (`step.py`). The output
-of a sequence depends on its prompt and its settings, never on the rest of the
-batch.
+call while the next one runs; the device schedules tokens (`step.py`). Prompts are
+prefilled in chunks (`prefill.py`), with `prefill_tokens` of them between two calls.
+The output of a sequence depends on its prompt and its settings, never on the rest
+of the batch.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +25,23 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer import decode
 from rrt.infer import generate as generate_lib
 from rrt.infer.detokenize import Completion, Detokenizer
 from rrt.infer.engine import speculate
 from rrt.infer.engine.config import EngineConfig, check_fit
+from rrt.infer.engine.prefill import Group, Prefiller
 from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
 from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences
 from rrt.infer.engine.step import call
 from rrt.infer.sampling import SamplingParams
-from rrt.models.cache import init_cache
-from rrt.models.params import bucket, cast, transpose_kernels
+from rrt.models.params import cast, transpose_kernels
 from rrt.models.stack import unstack
 from rrt.relax.base import prepare_all
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
 
-_CHUNK = 512  # Tokens of one prefill.
+_CHUNK = 512  # Tokens of one prefill launch where the calls need not wait for it.
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
     context: tokens of a sequence, prompt included.
     ends: tokens that end a sequence.
     waiting: requests without a slot, first come first.
-    running: requests by slot.
+    running: requests by slot, those included whose prompts are being prefilled.
 
   Example:
     >>> engine = rrt.Engine(model, slots=8, context=512)
@@ -103,6 +103,9 @@ class Engine:
     self._cancelled = np.zeros(config.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
     self.running: list[Request | None] = [None] * config.slots
+    self._prefiller = Prefiller(self.shape, self._params, config.prefill_tokens or _CHUNK)
+    self._groups: collections.deque[Group] = collections.deque()
+    self._entering: set[Request] = set()  # Those of the groups.
 
   def submit(self, request: Request) -> Request:
     """Queues a request; raises as `check` does."""
@@ -146,7 +149,7 @@ class Engine:
     return bool(self.waiting or self._pending or any(self.running))
 
   def step(self) -> list[Request]:
-    """Admits requests, dispatches one device call, processes the previous one's output.
+    """Admits requests, prefills, dispatches a device call, processes the previous one's output.
 
     Returns:
       The requests that got tokens or ended.
@@ -156,12 +159,13 @@ class Engine:
       # A new array: the device may still read the old one.
       self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
-    if any(self.running):
+    self._prefill()
+    if self._live:
       self._state, output, counters = _call(
         self.shape, self._params, self._gate, self._table, self._end_E, self._state
       )
       self._pending.append((list(self.running), output, counters))
-    if not self._pending or (len(self._pending) == 1 and any(self.running)):
+    if not self._pending or (len(self._pending) == 1 and self._live):
       return []
     return self._process_output()
 
@@ -228,6 +232,19 @@ class Engine:
       for r, text in zip(requests, texts, strict=True)
     ]
 
+  def warm(self, longest: int | None = None) -> None:
+    """Compiles all programs for prompts of up to `longest` tokens; None for the context's.
+
+    Call it before the first request.
+    """
+    longest = min(self.context if longest is None else longest, self.context) - 1
+    for shape in self._prefiller.shapes(longest):
+      # With the prompt's last token.
+      prompt = [0] * (min(shape.size, longest - 1) + 1)
+      self.run([Request.of(prompt, 1, ignore_eos=True) for _ in range(shape.rows)])
+    self.run([Request.of([0], 1, ignore_eos=True)])
+    self._state = _remove(self._state, jnp.zeros(self.config.slots, bool))
+
   def figures(self) -> dict[str, Any]:
     """The device's counters as numbers; see `state.Counters`."""
     return {name: np.asarray(value).tolist() for name, value in self._totals._asdict().items()}
@@ -270,59 +287,60 @@ class Engine:
         changed.append(request)
     return changed
 
-  def _admit(self) -> None:
-    """Prefills waiting requests into free slots."""
-    for slot, running in enumerate(self.running):
-      if running is None and self.waiting:
-        request = self.waiting.popleft()
-        self._table = with_request(self._table, slot, request, self._threshold, self.shape.lossless)
-        self.running[slot] = request
-        cache = self._prefill(request.prompt[:-1])
-        prompt_L = None
-        if self.shape.penalties or self.shape.lookup:
-          vocab = self.shape.config.vocab_size
-          size = bucket(len(request.prompt), self.context)
-          prompt_L = np.full(size, vocab, np.int32)
-          prompt_L[: len(request.prompt)] = request.prompt
-        self._state = _insert(
-          self.shape,
-          self._state,
-          jnp.int32(slot),
-          jnp.int32(request.prompt[-1]),
-          jnp.int32(len(request.prompt) - 1),
-          cache,
-          prompt_L,
-        )
+  @property
+  def _live(self) -> bool:
+    """Whether a sequence is past its prefill."""
+    return any(r is not None and r not in self._entering for r in self.running)
 
-  def _prefill(self, tokens: Sequence[int]):
-    """The cache of one row after its prompt; None for none."""
-    if not len(tokens):
-      return None
-    shape = self.shape
-    static = decode.Static(shape.config, shape.config.loops, shape.dtype)
-    size = bucket(len(tokens), self.context)
-    cache = _init_cache(shape.config, 1, size, shape.dtype)
-    last_1xD = jnp.zeros((1, shape.config.d_model), shape.dtype)
-    length_1 = jnp.asarray([len(tokens)], jnp.int32)
-    for start in range(0, len(tokens), _CHUNK):
-      part = tokens[start : start + _CHUNK]
-      width = bucket(len(part), size - start)
-      tokens_1xL = np.zeros((1, width), np.int32)
-      tokens_1xL[0, : len(part)] = part
-      last_1xD, cache = decode.extend(
-        self._params,
-        cache,
-        last_1xD,
-        jnp.asarray(tokens_1xL),
-        jnp.int32(start) if start else None,
-        length_1,
-        static=static,
-      )
-    return cache
+  def _admit(self) -> None:
+    """Gives free slots to waiting requests."""
+    free = [slot for slot, running in enumerate(self.running) if running is None]
+    while free and self.waiting:
+      group = self._prefiller.take(self.waiting, free)
+      for slot, request in zip(group.slots, group.requests, strict=True):
+        self.running[slot] = request
+        self._entering.add(request)
+        self.waiting.popleft()
+        free.remove(slot)
+      self._groups.append(group)
+
+  def _prefill(self) -> None:
+    """Runs prefill launches: `prefill_tokens` of them, all if no sequence waits for it."""
+    budget, spent = self.config.prefill_tokens, 0
+    while self._groups and (budget is None or spent < budget or not self._live):
+      group = self._groups[0]
+      gone = all(r.finish for r in group.requests)
+      if not (gone or group.complete):
+        spent += self._prefiller.launch(group)
+      if gone or group.complete:
+        self._groups.popleft()
+        for row, request in enumerate(group.requests):
+          self._entering.discard(request)
+          if not request.finish:
+            cache = self._prefiller.row(group, row)
+            self._insert(group.slots[row], request, cache, group.shape.size)
+
+  def _insert(self, slot: int, request: Request, cache, size: int) -> None:
+    """Starts a sequence whose prompt, without its last token, is in a cache of `size`."""
+    self._table = with_request(self._table, slot, request, self._threshold, self.shape.lossless)
+    prompt_L = None
+    if self.shape.penalties or self.shape.lookup:
+      # Its size follows the cache's, so that few shapes compile.
+      size = 1 if cache is None else min(size + 1, self.context)
+      prompt_L = np.full(size, self.shape.config.vocab_size, np.int32)
+      prompt_L[: len(request.prompt)] = request.prompt
+    self._state = _insert(
+      self.shape,
+      self._state,
+      jnp.int32(slot),
+      jnp.int32(request.prompt[-1]),
+      jnp.int32(len(request.prompt) - 1),
+      cache,
+      prompt_L,
+    )
 
 
 _init = jax.jit(init_state, static_argnames=('shape',))
-_init_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
 _call = jax.jit(call, static_argnames=('shape',), donate_argnames=('state',))
 _insert = jax.jit(insert_sequence, static_argnames=('shape',), donate_argnames=('state',))
 _remove = jax.jit(remove_sequences, donate_argnames=('state',))
