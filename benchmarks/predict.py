@@ -107,8 +107,7 @@ class Clock:
   def _compile(self, kind: str, position: int):
     """A run of one pass again and again, on all slots at a position."""
     shape, gate = self._engine.shape, self._engine._gate
-    end_E = jnp.asarray([-1])
-    draw = lambda p, t, s: sampler.sample_tokens(shape, p, gate, t, end_E, s)[0]
+    draw = lambda p, t, s: sampler.sample_tokens(shape, p, gate, t, s)[0]
     stage, loops, body = {
       'block': (IN_BLOCK, 0, lambda p, t, s: run_block(shape, p, gate, t, s)),
       'sampler': (WAIT_SAMPLE, shape.config.loops, draw),
@@ -153,7 +152,7 @@ def _admit(engine: Engine, ids: list[int]):
 def _call_empty(engine: Engine):
   """A call with no sequence in it, and its way to the host."""
   engine._state, *out = engines._call(
-    engine.shape, engine._params, engine._gate, engine._table, engine._end_E, engine._state
+    engine.shape, engine._params, engine._gate, engine._table, engine._state
   )
   return jax.device_get(out)
 

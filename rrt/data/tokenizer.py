@@ -286,13 +286,13 @@ class Tokenizer:
     if self.bos_id is not None:
       generation['bos_token_id'] = self.bos_id
     for name, text in (
-      ('tokenizer.json', self._to_json()),
+      ('tokenizer.json', self.to_json()),
       ('tokenizer_config.json', _dump(fields)),
       ('generation_config.json', _dump(generation)),
     ):
       (directory / name).write_text(text, encoding='utf-8')
 
-  def _to_json(self) -> str:
+  def to_json(self) -> str:
     """tokenizer.json with a post-processor that prepends what `encode` does."""
     core = json.loads(self._core.to_str())
     if self.add_bos and not tokenizer_config.prefix_ids(self._core):

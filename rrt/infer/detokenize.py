@@ -11,6 +11,7 @@ from rrt.data.token_bytes import character_start, incomplete_tail, token_bytes
 
 if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
+  from rrt.infer.sampling import SamplingParams
 
 # Tokens of a prompt that settle how its continuation is written: whole
 # characters, and what a decoder does at the beginning of a text.
@@ -54,7 +55,23 @@ class Detokenizer:
     stops: Sequence[str],
     index: int,
     show: Callable[[int, str], Any],
+    include_stop: bool = False,
+    min_tokens: int = 0,
   ):
+    """Begins a text.
+
+    Args:
+      tokenizer: None for no text.
+      prompt: the tokens before.
+      end: tokens that end the text.
+      stops: strings that end it.
+      index: of the text, for `show`.
+      show: called with (index, new text).
+      include_stop: whether the text keeps the stop string.
+      min_tokens: stop strings count behind so many tokens.
+    """
+    self._include_stop, self._min_tokens = include_stop, min_tokens
+    self._checked = 0  # Stop strings before count no more.
     self._end, self._stops = frozenset(end), stops
     self._index, self._show = index, show
     self._tokenizer = tokenizer
@@ -65,6 +82,20 @@ class Detokenizer:
     self._shown = 0  # How far the text was streamed.
     self.stopped = False
     self._ended = False
+
+  @classmethod
+  def of(
+    cls,
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    prompt: Sequence[int],
+    end: Sequence[int],
+    index: int,
+    show: Callable[[int, str], Any],
+  ) -> Detokenizer:
+    """A text with the stop strings of these parameters."""
+    rest = params.include_stop, params.min_tokens
+    return cls(tokenizer, prompt, end, params.stop, index, show, *rest)
 
   def extend(self, tokens: Sequence[int]) -> None:
     """Appends new tokens; those behind a stop string are dropped."""
@@ -81,6 +112,8 @@ class Detokenizer:
         self._grow(self._stream.flush())
       if token in self._tokenizer.special_ids and not self.stopped:
         self._grow(self._tokenizer.token(token) or '', special=True)
+      if len(self.tokens) <= self._min_tokens:
+        self._checked = len(self._text)
     self._hand_out(self._held())
 
   @property
@@ -110,11 +143,16 @@ class Detokenizer:
     if special:
       self._special.append((len(self._text), len(self._text) + len(new)))
     self._text += new
-    found = [at for s in self._stops if (at := self._find(s, begin)) >= 0]
+    if len(self.tokens) <= self._min_tokens:
+      return
+    begin = max(begin, self._checked)
+    found = [(at, s) for s in self._stops if (at := self._find(s, begin)) >= 0]
     # An end token ends the row by itself; a stop string that it completes may
     # begin earlier.
-    if found and not (self._ended and special and min(found) >= len(self._text) - len(new)):
-      self._text, self.stopped = self._text[: min(found)], True
+    at, stop = min(found, default=(-1, ''))
+    if found and not (self._ended and special and at >= len(self._text) - len(new)):
+      at += len(stop) if self._include_stop else 0
+      self._text, self.stopped = self._text[:at], True
       self._special = [s for s in self._special if s[1] <= len(self._text)]
 
   def _find(self, stop: str, begin: int) -> int:

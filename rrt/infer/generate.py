@@ -94,8 +94,10 @@ class Generator:
     chat: bool = False,
   ) -> list[Completion]:
     """As the function `complete`, which checks the parameters first."""
-    if params.penalizes or params.logprobs is not None:
-      raise InputError('Penalties and logprobs need an Engine.')
+    if params.penalizes or params.restricts or params.logprobs is not None:
+      raise InputError('Penalties, logprobs and restrictions of tokens need an Engine.')
+    if params.stop_token_ids or params.include_stop:
+      raise InputError('stop_token_ids and include_stop need an Engine.')
     ids = encode_prompts(self._tokenizer, prompts, chat)
     check_prompts(self._config, ids)
     params.check_for(len(ids), self._tokenizer)

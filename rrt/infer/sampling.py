@@ -9,11 +9,11 @@ B batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = jax.Array | np.ndarray
 _LARGE = 1e30  # Far from where float32 ends.
+MOST_STOP_IDS = 16  # of a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,14 @@ class SamplingParams:
     presence_penalty, frequency_penalty, repetition_penalty: see
       `PenaltyArrays`; of the engine alone.
     logprobs: alternatives to return log-probabilities of; None for none at
-      all. Of the engine alone.
+      all. Of the engine alone, as all that follow.
+    min_tokens: no end token and no stop string before so many tokens.
+    stop_token_ids: further tokens that end a completion.
+    include_stop: whether the text keeps the stop string that ended it.
+    logit_bias: added to the logits of tokens, by id.
+    allowed_token_ids: no other tokens are sampled; None for all.
+    bad_words: texts that are not written.
+    structured_outputs: what the text must be: see `constraints.grammar_of`.
 
   Example:
     >>> SamplingParams(max_new_tokens=40, temperature=0.8, top_p=0.95, stop=('END',))
@@ -63,6 +71,13 @@ class SamplingParams:
   frequency_penalty: float = 0.0
   repetition_penalty: float = 1.0
   logprobs: int | None = None
+  min_tokens: int = 0
+  stop_token_ids: tuple[int, ...] = ()
+  include_stop: bool = False
+  logit_bias: Mapping[int, float] | None = None
+  allowed_token_ids: Sequence[int] | None = None
+  bad_words: tuple[str, ...] = ()
+  structured_outputs: Mapping[str, Any] | None = None
 
   def replace(self, **changes) -> SamplingParams:
     """A copy with some fields changed; a single stop string needs no tuple."""
@@ -75,6 +90,17 @@ class SamplingParams:
     """Whether any penalty is set."""
     penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
     return penalties != (0, 0, 1)
+
+  @property
+  def constrained(self) -> bool:
+    """Whether a constraint on the host restricts its tokens."""
+    return bool(self.structured_outputs or self.bad_words)
+
+  @property
+  def restricts(self) -> bool:
+    """Whether the tokens that may be sampled are restricted or biased."""
+    some = self.logit_bias or self.allowed_token_ids is not None or self.min_tokens
+    return bool(some or self.constrained)
 
   def check(self) -> None:
     """Raises InputError for the first invalid field."""
@@ -107,6 +133,17 @@ class SamplingParams:
     finite = number('repetition_penalty', 0, _LARGE) and self.repetition_penalty > 0
     need(finite, 'repetition_penalty', 'a finite number above 0; 1 is none')
     need(self.logprobs is None or whole('logprobs', 0), 'logprobs', 'whole, 0 or more, or none')
+    few = whole('min_tokens', 0) and self.min_tokens <= self.max_new_tokens
+    need(few, 'min_tokens', 'whole, from 0 to max_new_tokens')
+    ids = lambda some: all(isinstance(i, Integral) and not isinstance(i, bool) for i in some)
+    stops = ids(self.stop_token_ids) and len(self.stop_token_ids) <= MOST_STOP_IDS
+    need(stops, 'stop_token_ids', f'up to {MOST_STOP_IDS} token ids')
+    bias = self.logit_bias or {}
+    good = ids(bias) and all(isinstance(v, Real) and abs(v) <= _LARGE for v in bias.values())
+    need(good, 'logit_bias', 'finite numbers by token id')
+    only = self.allowed_token_ids
+    need(only is None or (bool(only) and ids(only)), 'allowed_token_ids', 'at least one token id')
+    need(all(w.strip() for w in self.bad_words), 'bad_words', 'texts of at least one character')
 
   def check_for(self, prompts: int, tokenizer: Tokenizer | None) -> None:
     """Raises InputError for fields that do not fit the prompts or the model."""

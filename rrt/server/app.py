@@ -165,7 +165,7 @@ class Server:
         logprobs=engine.shape.logprobs,
       )
       try:
-        tickets = self.worker.submit(job.requests, job.stops)
+        tickets = self.worker.submit(job.requests)
       except InputError as e:
         raise Refused(str(e)) from None
       answer = Answer(job, self.name, self._tokenizer)

@@ -39,7 +39,6 @@ class Job:
 
   Attributes:
     requests: engine requests, `n` for each prompt.
-    stops: stop strings.
     stream: whether to stream the response.
     usage: whether the last chunk has token counts (`include_usage`).
     chat: whether it came to the chat endpoint.
@@ -48,7 +47,6 @@ class Job:
   """
 
   requests: list[Request]
-  stops: tuple[str, ...]
   stream: bool
   usage: bool
   chat: bool
@@ -177,6 +175,7 @@ def parse(
     frequency_penalty=f.number('frequency_penalty', 0.0, -2.0, 2.0),
     repetition_penalty=f.number('repetition_penalty', 1.0, 0.01, 10.0),
     ignore_eos=f.flag('ignore_eos'),
+    stop=_stops(f),
     logprobs=_logprobs(f, chat, logprobs),
     threshold=(
       None if f.get('exit_threshold') is None else f.number('exit_threshold', 1.0, -2.0, 2.0)
@@ -204,13 +203,7 @@ def parse(
     for _ in range(choices):
       requests.append(Request.of(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common))
   return Job(
-    requests,
-    _stops(f),
-    stream,
-    options.get('include_usage') is True,
-    chat,
-    f.flag('return_loops'),
-    choices,
+    requests, stream, options.get('include_usage') is True, chat, f.flag('return_loops'), choices
   )
 
 

@@ -50,7 +50,7 @@ class Event:
 class Ticket:
   """A submitted request and its queue of events for the handler."""
 
-  def __init__(self, request: Request, tokenizer, stops, ends):
+  def __init__(self, request: Request, tokenizer, ends):
     self.request = request
     self.arrived = self.admitted = time.monotonic()
     self.first = 0.0
@@ -59,8 +59,7 @@ class Ticket:
     self._given = 0
     self._loop = asyncio.get_running_loop()
     self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-    ends = () if request.params.ignore_eos else ends
-    self.text = Detokenizer(tokenizer, request.prompt, ends, stops, 0, self._show)
+    self.text = Detokenizer.of(request.params, tokenizer, request.prompt, ends, 0, self._show)
     request.detokenizer = self.text
 
   def _show(self, index: int, text: str) -> None:
@@ -146,7 +145,7 @@ class Worker:
       self.metrics.refuse(count)
       raise Busy
 
-  def submit(self, requests: list[Request], stops=()) -> list[Ticket]:
+  def submit(self, requests: list[Request]) -> list[Ticket]:
     """Queues requests, all or none.
 
     Raises:
@@ -161,8 +160,7 @@ class Worker:
       )
     for request in requests:
       self.engine.check(request)
-    ends = tuple(self.engine.ends)
-    tickets = [Ticket(r, self._tokenizer, stops, ends) for r in requests]
+    tickets = [Ticket(r, self._tokenizer, tuple(self.engine.ends_of(r.params))) for r in requests]
     with self._lock:
       self._check_room(len(requests))
       self._open += len(requests)

@@ -85,6 +85,8 @@ class EngineConfig:
       a dense product a loop); 'auto' leaves it to the relaxation.
     penalties: whether requests may ask for penalties, for which the tokens of
       each slot are counted.
+    masks: whether requests may bias and restrict their tokens (`logit_bias`,
+      `min_tokens`, `structured_outputs`, ...), for which each slot has a mask.
     logprobs: how many alternatives requests may ask log-probabilities of; -1
       for none at all.
   """
@@ -110,6 +112,7 @@ class EngineConfig:
   weight_dtype: str | None = None
   relax_layout: str = 'auto'
   penalties: bool = False
+  masks: bool = False
   logprobs: int = -1
 
   def check(self, config) -> None:

@@ -25,13 +25,14 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
+from rrt.infer import constraints
 from rrt.infer import generate as generate_lib
 from rrt.infer.detokenize import Completion, Detokenizer
 from rrt.infer.engine import speculate
 from rrt.infer.engine.config import EngineConfig, check_fit
 from rrt.infer.engine.prefill import Group, Prefiller
 from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
-from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences
+from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences, set_bias, set_bits
 from rrt.infer.engine.step import call
 from rrt.infer.sampling import SamplingParams
 from rrt.models.params import cast, transpose_kernels
@@ -93,19 +94,21 @@ class Engine:
     self._gate = score_lib.on_device(arrays, config.dtype)
     eos = () if self._tokenizer is None else self._tokenizer.eos_ids
     self.ends = frozenset(int(e) for e in eos)
-    self._end_E = jnp.asarray(sorted(self.ends) or [-1], jnp.int32)
     self._state = _init(self.shape)
     self._counters = jax.device_get(self._state.counters)
     self._totals = jax.tree.map(lambda n: n.astype(np.int64), self._counters)
     self._pending: collections.deque = collections.deque()
     self._threshold = gate_lib.NEVER if config.threshold is None else config.threshold
-    self._table = empty_table(config.slots)
+    self._table = empty_table(config.slots, len(self.ends))
     self._cancelled = np.zeros(config.slots, bool)
     self.waiting: collections.deque[Request] = collections.deque()
     self.running: list[Request | None] = [None] * config.slots
     self._prefiller = Prefiller(self.shape, self._params, config.prefill_tokens or _CHUNK)
     self._groups: collections.deque[Group] = collections.deque()
     self._entering: set[Request] = set()  # Those of the groups.
+    self._tokens: Any = None  # Of `constraints.token_table`.
+    self._new_bits: dict[int, np.ndarray] = {}  # By slot: what may come next.
+    self._biased: set[int] = set()  # Slots whose bias is not zero.
 
   def submit(self, request: Request) -> Request:
     """Queues a request; raises as `check` does."""
@@ -129,6 +132,28 @@ class Engine:
       )
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
+    if request.params.constrained and request.constraint is None:
+      request.constraint = self._constraint(request.params)
+
+  def ends_of(self, params: SamplingParams) -> frozenset[int]:
+    """The tokens that end a request with these parameters."""
+    return (frozenset() if params.ignore_eos else self.ends) | frozenset(params.stop_token_ids)
+
+  def _constraint(self, params: SamplingParams) -> constraints.Constraint:
+    """What restricts a request's tokens; raises InputError where it cannot be."""
+    vocab = self.shape.config.vocab_size
+    if self._tokenizer is None:
+      raise InputError('Structured outputs and bad words need a model with a tokenizer.')
+    found: list[constraints.Constraint] = []
+    if params.structured_outputs:
+      if self._tokens is None:
+        self._tokens = constraints.token_table(self._tokenizer, vocab)
+      grammar = constraints.grammar_of(params.structured_outputs)
+      found.append(constraints.Grammar(self._tokens, grammar, vocab))
+    if params.bad_words:
+      sequences = constraints.bad_sequences(self._tokenizer, params.bad_words)
+      found.append(constraints.BadWords(sequences, vocab))
+    return constraints.Both(*found) if len(found) > 1 else found[0]
 
   def cancel(self, request: Request) -> None:
     """Ends a request; its slot is free at the next step."""
@@ -160,14 +185,19 @@ class Engine:
       self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
     self._prefill()
+    self._set_bits()
     if self._live:
       self._state, output, counters = _call(
-        self.shape, self._params, self._gate, self._table, self._end_E, self._state
+        self.shape, self._params, self._gate, self._table, self._state
       )
       self._pending.append((list(self.running), output, counters))
-    if not self._pending or (len(self._pending) == 1 and self._live):
-      return []
-    return self._process_output()
+    # One call's output is processed while the next one runs, but for requests whose next
+    # mask depends on it.
+    waits = any(r is not None and r.constraint is not None for r in self.running)
+    changed: list[Request] = []
+    while len(self._pending) > int(self._live and not waits):
+      changed += self._process_output()
+    return list(dict.fromkeys(changed))
 
   def run(
     self, requests: Iterable[Request], progress: Callable[[int, int], None] | None = None
@@ -216,11 +246,11 @@ class Engine:
     params.check_for(len(ids), self._tokenizer)
     seeds = params.seeds(range(len(ids)))
     show = stream or (lambda i, text: None)
-    ends = () if params.ignore_eos else tuple(self.ends)
+    ends = tuple(self.ends_of(params))
     requests, texts = [], []
     for i, (prompt, seed) in enumerate(zip(ids, seeds, strict=True)):
       allowed = min(params.max_new_tokens, self.context - len(prompt))
-      text = Detokenizer(self._tokenizer, prompt, ends, params.stop, i, show)
+      text = Detokenizer.of(params, self._tokenizer, prompt, ends, i, show)
       own = params.replace(max_new_tokens=allowed, seed=seed)
       requests.append(Request(prompt, own, detokenizer=text))
       texts.append(text)
@@ -271,7 +301,7 @@ class Engine:
       request.loops += [int(n) for n in output.loops_S[new, slot]]
       if request.params.logprobs is not None:
         request.logprobs += logprobs_of(output, new, slot, request.params.logprobs)
-      if tokens and not request.params.ignore_eos and tokens[-1] in self.ends:
+      if tokens and tokens[-1] in self.ends_of(request.params):
         request.finish = 'end'
       elif len(request.tokens) >= request.params.max_new_tokens:
         request.finish = 'length'
@@ -283,6 +313,11 @@ class Engine:
           self._cancelled[slot] = self.running[slot] is request
       if request.finish and self.running[slot] is request:
         self.running[slot] = None
+      if request.constraint is not None and tokens:
+        for token in tokens:
+          request.constraint.accept(token)
+        if not request.finish:
+          self._new_bits[slot] = request.constraint.allowed()
       if tokens:
         changed.append(request)
     return changed
@@ -322,7 +357,12 @@ class Engine:
 
   def _insert(self, slot: int, request: Request, cache, size: int) -> None:
     """Starts a sequence whose prompt, without its last token, is in a cache of `size`."""
-    self._table = with_request(self._table, slot, request, self._threshold, self.shape.lossless)
+    ends = self.ends_of(request.params)
+    self._table = with_request(
+      self._table, slot, request, self._threshold, self.shape.lossless, ends
+    )
+    if request.params.restricts:
+      self._restrict(slot, request)
     prompt_L = None
     if self.shape.penalties or self.shape.lookup:
       # Its size follows the cache's, so that few shapes compile.
@@ -339,8 +379,36 @@ class Engine:
       prompt_L,
     )
 
+  def _restrict(self, slot: int, request: Request) -> None:
+    """Sets the bias and the first mask of a sequence."""
+    params, vocab = request.params, self.shape.config.vocab_size
+    bias_V = np.zeros(vocab, np.float32)
+    if params.allowed_token_ids is not None:
+      bias_V[:] = -np.inf
+      bias_V[list(params.allowed_token_ids)] = 0
+    for token, bias in (params.logit_bias or {}).items():
+      bias_V[token] += bias
+    if bias_V.any() or slot in self._biased:
+      self._state = _set_bias(self._state, jnp.int32(slot), bias_V)
+      self._biased = self._biased | {slot} if bias_V.any() else self._biased - {slot}
+    if request.constraint is not None:
+      self._new_bits[slot] = request.constraint.allowed()
+
+  def _set_bits(self) -> None:
+    """Sends new masks to the device."""
+    if not self._new_bits:
+      return
+    new_S = np.zeros(self.config.slots, bool)
+    bits_SxW = np.zeros((len(new_S), constraints.words(self.shape.config.vocab_size)), np.uint32)
+    for slot, bits_W in self._new_bits.items():
+      new_S[slot], bits_SxW[slot] = True, bits_W
+    self._new_bits = {}
+    self._state = _set_bits(self._state, new_S, bits_SxW)
+
 
 _init = jax.jit(init_state, static_argnames=('shape',))
 _call = jax.jit(call, static_argnames=('shape',), donate_argnames=('state',))
 _insert = jax.jit(insert_sequence, static_argnames=('shape',), donate_argnames=('state',))
+_set_bias = jax.jit(set_bias, donate_argnames=('state',))
+_set_bits = jax.jit(set_bits, donate_argnames=('state',))
 _remove = jax.jit(remove_sequences, donate_argnames=('state',))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 import math
@@ -11,9 +11,10 @@ from numbers import Integral, Real
 import numpy as np
 
 from rrt.errors import InputError
+from rrt.infer.constraints import Constraint
 from rrt.infer.detokenize import Detokenizer
 from rrt.infer.engine.state import EngineShape, SamplerOutput, SlotParams
-from rrt.infer.sampling import PenaltyArrays, SamplingArrays, SamplingParams
+from rrt.infer.sampling import MOST_STOP_IDS, PenaltyArrays, SamplingArrays, SamplingParams
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +33,7 @@ class Request:
     logprobs: of each token, if asked: its log-probability and the likeliest
       tokens with theirs, before penalties and sampling.
     finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
+    constraint: of `params`, made by `Engine.check`.
 
   Example:
     >>> engine.run([rrt.Request.of([1, 2, 3], 20, temperature=0.8, seed=1)])[0].tokens
@@ -46,6 +48,7 @@ class Request:
   loops: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
   finish: str = ''
+  constraint: Constraint | None = None
 
   @classmethod
   def of(
@@ -75,22 +78,38 @@ class Request:
       raise InputError('threshold: needs an engine with a gate.')
     if self.lossless and not shape.lossless:
       raise InputError('lossless: needs an engine with lossless=True.')
+    if p.restricts and not shape.masks:
+      raise InputError('Restrictions of tokens need an engine with masks=True.')
+    vocab = shape.config.vocab_size
+    for name in ('stop_token_ids', 'logit_bias', 'allowed_token_ids'):
+      for token in getattr(p, name) or ():
+        if not 0 <= token < vocab:
+          raise InputError(f'{name}: the token {token} lies outside of 0..{vocab - 1}.')
+    if self.lossless and p.constrained:
+      raise InputError('lossless: not with structured outputs or bad words.')
     if p.logprobs is not None and p.logprobs > shape.logprobs:
       raise InputError(
         f'logprobs={p.logprobs}: this engine returns up to {shape.logprobs} (-1: none).'
       )
 
 
-def empty_table(slots: int) -> SlotParams:
-  """The table of an engine without requests."""
+def empty_table(slots: int, ends: int) -> SlotParams:
+  """The table of an engine without requests; `ends`: end tokens of the model."""
   f = functools.partial(np.zeros, slots)
   sampling = SamplingArrays(f(np.float32), f(np.int32), f(np.float32), f(np.float32), f(np.uint32))
   penalties = PenaltyArrays(f(np.float32), f(np.float32), np.ones(slots, np.float32))
-  return SlotParams(f(np.int32), f(bool), f(np.float32), sampling, penalties, f(bool), f(bool))
+  ends_SxE = np.full((slots, ends + MOST_STOP_IDS), -1, np.int32)
+  rest = f(bool), f(bool), f(bool), f(bool), f(np.int32)
+  return SlotParams(f(np.int32), ends_SxE, f(np.float32), sampling, penalties, *rest)
 
 
 def with_request(
-  table: SlotParams, slot: int, request: Request, threshold: float, lossless: bool
+  table: SlotParams,
+  slot: int,
+  request: Request,
+  threshold: float,
+  lossless: bool,
+  ends: Collection[int],
 ) -> SlotParams:
   """A new table, as the old one may still be on its way to the device.
 
@@ -99,11 +118,14 @@ def with_request(
     slot: whose row is written.
     request: what goes there.
     threshold, lossless: of the engine.
+    ends: tokens that end the request.
   """
   if request.threshold is not None:
     threshold, lossless = request.threshold, False
   if request.lossless is not None:
     lossless = request.lossless
+  # A draft could not know the masks of later tokens.
+  lossless = lossless and not request.params.constrained
 
   def put(array_S, value):
     array_S = np.array(array_S)
@@ -126,12 +148,15 @@ def with_request(
   )
   return SlotParams(
     put(table.max_new_tokens_S, params.max_new_tokens),
-    put(table.ends_S, not params.ignore_eos),
+    put(table.ends_SxE, [*ends, *[-1] * (table.ends_SxE.shape[1] - len(ends))]),
     put(table.threshold_S, threshold),
     sampling,
     penalties,
     put(table.logprobs_S, params.logprobs is not None),
     put(table.lossless_S, lossless),
+    put(table.restricts_S, params.restricts),
+    put(table.constrained_S, params.constrained),
+    put(table.min_tokens_S, params.min_tokens),
   )
 
 

@@ -5,7 +5,7 @@ numbers are shared by position, so that a draft is accepted whenever full depth
 would sample the same token.
 
 S slots, K in-flight tokens a slot, B rows of a batch, R loops, D model, V
-vocabulary, A alternatives, E end tokens.
+vocabulary, A alternatives, E end tokens of a slot.
 """
 
 import jax
@@ -29,10 +29,12 @@ from rrt.infer.sampling import penalize, sample
 from rrt.models import lm_head, passes
 
 
-def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: State):
+def sample_tokens(shape: EngineShape, params, gate, slot_params, state: State):
   """Samples the successors of tokens that have left; (state, SamplerOutput)."""
   f, K = state.in_flight, shape.tokens_per_slot
   final_SxK = (f.stage_SxK == WAIT_SAMPLE) & (f.position_SxK == state.base_S[:, None])
+  if state.masks is not None:
+    final_SxK &= ~state.masks.held_S[:, None]
   next_SxK = jnp.roll(f.stage_SxK, -1, 1)
   if shape.kv == 'exact_fill' and K > 1:
     # The successor's place may still hold a token of K positions before.
@@ -41,7 +43,7 @@ def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: S
   if shape.lossless:
     wanted_SxK |= speculate.wanted(shape, slot_params, state, final_SxK)
   finals = jnp.sum(final_SxK)
-  enough = finals >= jnp.minimum(shape.min_sampled_tokens, jnp.sum(state.live_S))
+  enough = finals >= jnp.minimum(shape.min_sampled_tokens, jnp.sum(state.ready_S))
   go = jnp.any(wanted_SxK) & (enough if not shape.lossless else True)
 
   def body(carry):
@@ -64,7 +66,7 @@ def sample_tokens(shape: EngineShape, params, gate, slot_params, end_E, state: S
       carry = read(carry)
     state, (token_B, logprobs_of) = carry
     token_B = jnp.where(unknown_B, token_B, known_B)
-    state, token_S, loops_S = _commit(shape, slot_params, end_E, state, rows, final_B, token_B)
+    state, token_S, loops_S = _commit(shape, slot_params, state, rows, final_B, token_B)
     by_slot = lambda t: Batch(rows.slot_B, rows.k_B * 0, final_B).put(
       jnp.zeros((shape.slots, 1, *t.shape[1:]), t.dtype), t
     )[:, 0]
@@ -151,6 +153,9 @@ def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_Vx
   if state.seen is not None:
     wants_B |= (penalties.presence_B != 0) | (penalties.frequency_B != 0)
     wants_B |= penalties.repetition_B != 1
+  restricts_B = jnp.asarray(slot_params.restricts_S)[slot_B]
+  if state.masks is not None:
+    wants_B |= restricts_B
 
   def by_rules():
     # All tokens have their random numbers, whichever can be sampled.
@@ -160,11 +165,31 @@ def _token(shape: EngineShape, slot_params, state: State, rows: Batch, logits_Vx
       counts_BxV = _counts_before(state, rows)
       prompt_BxV = state.seen.prompt_SxV[slot_B]
       logits_BxV = penalize(logits_BxV, penalties, counts_BxV, prompt_BxV)
+    if state.masks is not None:
+      restricted_BxV = _restrict(slot_params, state, slot_B, logits_BxV, count_B)
+      logits_BxV = jnp.where(restricts_B[:, None], restricted_BxV, logits_BxV)
     return sample(logits_BxV, sampling, count_B)
 
   return jax.lax.cond(
     jnp.any(rows.live_B & wants_B), by_rules, lambda: lm_head.likeliest(logits_VxB)
   )
+
+
+def _restrict(slot_params, state: State, slot_B, logits_BxV, count_B):
+  """Logits with the bias and the mask of their slots; -inf for what may not be sampled."""
+  masks = state.masks
+  assert masks is not None
+  B, V = logits_BxV.shape
+  bits_BxWx32 = masks.bits_SxW[slot_B][:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]
+  bits_BxV = (bits_BxWx32 & 1).reshape(B, -1)[:, :V]
+  constrained_B = jnp.asarray(slot_params.constrained_S)[slot_B]
+  allowed_BxV = ~constrained_B[:, None] | (bits_BxV == 1)
+  ends_BxE = jnp.asarray(slot_params.ends_SxE)[slot_B]
+  early_B = count_B < jnp.asarray(slot_params.min_tokens_S)[slot_B]
+  ends_BxE = jnp.where(early_B[:, None] & (ends_BxE >= 0), ends_BxE, V)
+  allowed_BxV = allowed_BxV.at[jnp.arange(B)[:, None], ends_BxE].set(False, mode='drop')
+  logits_BxV = logits_BxV.astype(jnp.float32) + masks.bias_SxV[slot_B]
+  return jnp.where(allowed_BxV, logits_BxV, -jnp.inf)
 
 
 def _counts_before(state: State, rows: Batch):
@@ -210,7 +235,7 @@ def _no_logprobs(shape: EngineShape, rows: Batch):
   return jnp.zeros(len(zero_BxA)), zero_BxA.astype(jnp.int32), zero_BxA
 
 
-def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, final_B, token_B):
+def _commit(shape: EngineShape, slot_params, state: State, rows: Batch, final_B, token_B):
   """Commits sampled tokens: ends sequences, verifies drafts, starts successors."""
   S, K = shape.slots, shape.tokens_per_slot
   f, base_S = state.in_flight, state.base_S
@@ -222,7 +247,7 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
   token_S = jnp.where(got_S, sampled_SxK[slots_S, k_S], -1)
   loops_S = jnp.where(got_S, f.loop_SxK[slots_S, k_S], -1)
   count_S = state.count_S + got_S
-  ended_S = jnp.any(token_S[:, None] == end_E[None, :], 1) & slot_params.ends_S
+  ended_S = jnp.any(token_S[:, None] == slot_params.ends_SxE, 1)
   ended_S = got_S & (ended_S | (count_S >= slot_params.max_new_tokens_S))
 
   younger_SxK = f.position_SxK > base_S[:, None]
@@ -258,8 +283,13 @@ def _commit(shape: EngineShape, slot_params, end_E, state: State, rows: Batch, f
   if seen is not None:
     add_S = got_S.astype(jnp.int32)
     seen = seen._replace(counts_SxV=seen.counts_SxV.at[slots_S, token_S].add(add_S))
+  masks = state.masks
+  if masks is not None:
+    held_S = masks.held_S | (got_S & jnp.asarray(slot_params.constrained_S))
+    masks = masks._replace(held_S=held_S)
   state = state._replace(
     seen=seen,
+    masks=masks,
     live_S=state.live_S & ~ended_S,
     base_S=base_S + got_S,
     count_S=count_S,

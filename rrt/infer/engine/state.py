@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
+from rrt.infer.constraints import words
 from rrt.infer.sampling import Array, PenaltyArrays, SamplingArrays
 from rrt.models import pages
 
@@ -50,6 +51,7 @@ class EngineShape:
     dtype: of the computation.
     kv_dtype: of the cache.
     penalties: whether requests may ask for penalties.
+    masks: whether requests may bias and restrict their tokens.
     logprobs: how many alternatives requests may ask log-probabilities of; -1
       for none at all.
   """
@@ -74,6 +76,7 @@ class EngineShape:
   dtype: str = 'float32'
   kv_dtype: str = 'float32'
   penalties: bool = False
+  masks: bool = False
   logprobs: int = -1
 
   @property
@@ -87,20 +90,40 @@ class SlotParams(NamedTuple):
 
   Attributes:
     max_new_tokens_S: tokens that it may sample.
-    ends_S: whether an end token ends it.
+    ends_SxE: the tokens that end it; -1 for none.
     threshold_S: of its exit gate.
     sampling, penalties: as in `SamplingParams`.
     logprobs_S: whether log-probabilities are returned.
     lossless_S: whether it speculates and takes no exits.
+    restricts_S: whether its `masks` apply.
+    constrained_S: whether it waits for a new mask after each token.
+    min_tokens_S: no token of `ends_SxE` before so many.
   """
 
   max_new_tokens_S: Array
-  ends_S: Array
+  ends_SxE: Array
   threshold_S: Array
   sampling: SamplingArrays
   penalties: PenaltyArrays
   logprobs_S: Array
   lossless_S: Array
+  restricts_S: Array
+  constrained_S: Array
+  min_tokens_S: Array
+
+
+class Masks(NamedTuple):
+  """What sequences may sample next.
+
+  Attributes:
+    bias_SxV: added to the logits; -inf for what may never be sampled.
+    bits_SxW: uint32, a bit a token: whether it may be sampled next.
+    held_S: bool, whether the slot waits for its next mask.
+  """
+
+  bias_SxV: jax.Array
+  bits_SxW: jax.Array
+  held_S: jax.Array
 
 
 class SeenTokens(NamedTuple):
@@ -182,6 +205,7 @@ class State(NamedTuple):
     kv_pools: the cache.
     counters: statistics.
     seen: tokens by slot; None without penalties.
+    masks: of the next tokens; None without masks.
     text_SxC: tokens by position, those in flight included; None without
       lookup.
   """
@@ -193,7 +217,13 @@ class State(NamedTuple):
   kv_pools: pages.KVPools
   counters: Counters
   seen: SeenTokens | None
+  masks: Masks | None
   text_SxC: jax.Array | None
+
+  @property
+  def ready_S(self) -> jax.Array:
+    """Live slots that wait for nothing from the host."""
+    return self.live_S if self.masks is None else self.live_S & ~self.masks.held_S
 
 
 class SamplerOutput(NamedTuple):
@@ -235,6 +265,11 @@ def init_state(shape: EngineShape) -> State:
   if shape.penalties:
     none_SxV = jnp.zeros((S, shape.config.vocab_size), jnp.int32)
     seen = SeenTokens(none_SxV, none_SxV.astype(bool))
+  masks = None
+  if shape.masks:
+    vocab = shape.config.vocab_size
+    bits_SxW = jnp.zeros((S, words(vocab)), jnp.uint32)
+    masks = Masks(jnp.zeros((S, vocab)), bits_SxW, jnp.zeros(S, bool))
   text_SxC = None
   if shape.lookup:
     text_SxC = jnp.zeros((S, shape.context), jnp.int32)
@@ -246,6 +281,7 @@ def init_state(shape: EngineShape) -> State:
     pages.init_pools(shape.config, shape.layout, shape.page, shape.kv_dtype),
     Counters(zero, zero, zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)),
     seen,
+    masks,
     text_SxC,
   )
 
@@ -300,6 +336,9 @@ def insert_sequence(
       seen.counts_SxV.at[slot].set(0),
       seen.prompt_SxV.at[slot].set(False).at[slot, prompt_L].set(True, mode='drop'),
     )
+  masks = state.masks
+  if masks is not None:
+    masks = masks._replace(held_S=masks.held_S.at[slot].set(False))
   text_SxC = state.text_SxC
   if text_SxC is not None:
     text_SxC = text_SxC.at[slot, : prompt_L.shape[0]].set(prompt_L)
@@ -310,8 +349,24 @@ def insert_sequence(
     in_flight=f,
     kv_pools=kv_pools,
     seen=seen,
+    masks=masks,
     text_SxC=text_SxC,
   )
+
+
+def set_bias(state: State, slot, bias_V) -> State:
+  """Sets what a slot's sequence adds to its logits."""
+  assert state.masks is not None
+  bias_SxV = state.masks.bias_SxV.at[slot].set(bias_V)
+  return state._replace(masks=state.masks._replace(bias_SxV=bias_SxV))
+
+
+def set_bits(state: State, new_S, bits_SxW) -> State:
+  """Sets the tokens that some slots may sample next, and lets these go on."""
+  assert state.masks is not None
+  masks = state.masks
+  bits_SxW = jnp.where(new_S[:, None], bits_SxW, masks.bits_SxW)
+  return state._replace(masks=masks._replace(bits_SxW=bits_SxW, held_S=masks.held_S & ~new_S))
 
 
 def remove_sequences(state: State, gone_S) -> State:

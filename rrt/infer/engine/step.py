@@ -12,7 +12,7 @@ A step
 Everything is decided on the device; `call` runs several steps in one loop.
 
 S slots, K in-flight tokens a slot, N = max_batch_tokens, M =
-max_sampled_tokens, R loops, D model, I steps of a call, E end tokens.
+max_sampled_tokens, R loops, D model, I steps of a call.
 """
 
 import chex
@@ -36,15 +36,14 @@ from rrt.infer.engine.state import (
 from rrt.models import passes
 
 
-def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state: State):
-  """Runs `shape.steps` steps, fewer if no sequence is left.
+def call(shape: EngineShape, params, gate, slot_params: SlotParams, state: State):
+  """Runs `shape.steps` steps, fewer if no sequence can go on.
 
   Args:
     shape: what is compiled for.
     params: of the model, unstacked and in the engine's dtype.
     gate: arrays of the exit gate.
     slot_params: parameters of each slot's request.
-    end_E: tokens that end a sequence.
     state: donated.
 
   Returns:
@@ -57,7 +56,7 @@ def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state
   def body(carry):
     i, state, all_outputs = carry
     state = run_block(shape, params, gate, slot_params, state)
-    state, output = sample_tokens(shape, params, gate, slot_params, end_E, state)
+    state, output = sample_tokens(shape, params, gate, slot_params, state)
     state = run_prelude(shape, params, state)
     put = lambda all_I, one: all_I.at[i].set(one)
     return i + 1, state, jax.tree.map(put, all_outputs, output)
@@ -66,7 +65,7 @@ def call(shape: EngineShape, params, gate, slot_params: SlotParams, end_E, state
   # A sequence that was just admitted has not been through the prelude.
   carry = (jnp.int32(0), run_prelude(shape, params, state), none)
   _, state, output = jax.lax.while_loop(
-    lambda c: (c[0] < shape.steps) & jnp.any(c[1].live_S), body, carry
+    lambda c: (c[0] < shape.steps) & jnp.any(c[1].ready_S), body, carry
   )
   return state, output, state.counters
 

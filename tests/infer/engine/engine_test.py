@@ -126,11 +126,7 @@ def test_a_step_without_a_draw_computes_no_head():
   config = llama(vocab_size=61, prelude_layers=0, coda_layers=0, tie_embeddings=True)
   m = types.SimpleNamespace(config=config, params=perturbed(config), tokenizer=None, meta={})
   e = Engine(m, slots=3, page=8, steps=2)
-  text = (
-    engines._call.lower(e.shape, e._params, e._gate, e._table, e._end_E, e._state)
-    .compile()
-    .as_text()
-  )
+  text = engines._call.lower(e.shape, e._params, e._gate, e._table, e._state).compile().as_text()
   products, computation = collections.defaultdict(set), ''
   for line in text.splitlines():
     if line.endswith('{'):
