@@ -31,6 +31,15 @@ _PORT = FLAGS.usual.integer('port', 8000, 'Port; 0 takes a free one.')
 _KEY_FILE = FLAGS.usual.string(
   'api_key_file', None, 'File with the API key that clients must send; or set RRT_API_KEY.'
 )
+_ORIGINS = FLAGS.rare.list(
+  'allowed_origins', [], "Origins whose pages may call (CORS), such as https://a.example; '*' all."
+)
+_HOSTS = FLAGS.rare.list(
+  'allowed_hosts',
+  None,
+  "Host names that clients may use; '*' all. By default all with an API key, and the names "
+  'of this machine without one.',
+)
 _SLOTS = FLAGS.usual.integer('slots', 8, 'Maximum number of concurrent sequences.')
 _CONTEXT = FLAGS.usual.integer(
   'context', None, "Maximum tokens of a sequence; by default 2048, or the model's if shorter."
@@ -88,6 +97,7 @@ _LOG_REQUESTS = FLAGS.rare.bool(
 )
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+_SPARE = 256  # Requests beside those that the engine has room for: refusals with a reason.
 
 
 def read_key(path: str | None) -> str | None:
@@ -117,6 +127,9 @@ def check_ranges() -> None:
     (_SECONDS, 1, 10**6),
     (_WARM, 0, math.inf),
     (_PREFILL, 1, math.inf),
+    (_CONTEXT, 2, math.inf),
+    (_SLOTS, 1, 10**6),
+    (_STEPS, 1, 10**6),
   ):
     if flag.value is not None and not least <= flag.value <= most:
       bounds = f'{least} to {most}' if most < math.inf else f'{least} or more'
@@ -129,6 +142,8 @@ def main(argv) -> None:
   if not _MODEL.value:
     raise InputError('--model is missing; try --model=smollm2-135m.')
   check_ranges()
+  if _THRESHOLD.value is not None and not math.isfinite(_THRESHOLD.value):
+    raise InputError(f'--threshold={_THRESHOLD.value}: must be a finite number; 2 never exits.')
   command.check_effect(_THRESHOLD, _GATE.value != 'none', '--gate')
   key = read_key(_KEY_FILE.value)
   if _HOST.value not in LOOPBACK and key is None:
@@ -141,6 +156,7 @@ def main(argv) -> None:
   from rrt.infer.engine.engine import Engine
   from rrt.server.app import Limits, Server
   from rrt.server.connection import http_server
+  from rrt.server.gatekeeper import Rules
   from rrt.server.listen import bind
   from rrt.server.worker import Worker
 
@@ -164,6 +180,7 @@ def main(argv) -> None:
     dtype=_DTYPE.value,
     kv_dtype=_KV_DTYPE.value,
     penalties=True,
+    masks=True,
     logprobs=20,
   )
   engine = Engine(model, options)
@@ -172,10 +189,15 @@ def main(argv) -> None:
   name = _NAME.value or Path(_MODEL.value).name
   worker = Worker(engine, model.tokenizer, _MAX_WAITING.value, name)
   limits = Limits(_MAX_BODY.value, max_tokens=_MAX_TOKENS.value, seconds=_SECONDS.value)
-  server = Server(worker, model.tokenizer, name, limits, key)
+  hosts = _HOSTS.value or (['*'] if key else [*LOOPBACK, _HOST.value])
+  rules = Rules(options.slots + _MAX_WAITING.value + _SPARE, tuple(_ORIGINS.value), tuple(hosts))
+  server = Server(worker, model.tokenizer, name, limits, key, rules)
   places = options.slots + _MAX_WAITING.value
   http = http_server(server.app(), places, _SECONDS.value, _LOG_REQUESTS.value)
-  run(http, sock, name)
+  try:
+    run(http, sock, name)
+  finally:
+    worker.stop()  # A second Ctrl-C skips the application's own end.
 
 
 def run(server, sock: socket.socket, name: str) -> None:

@@ -243,6 +243,7 @@ class Tokenizer:
     messages: Sequence[dict[str, Any]],
     add_generation_prompt: bool = True,
     tools: Sequence[dict[str, Any]] | None = None,
+    template: str | None = None,
     **variables: Any,
   ) -> str:
     """Renders messages with the chat template, as transformers does.
@@ -254,16 +255,18 @@ class Tokenizer:
       messages: dicts with 'role', 'content' and whatever else the template reads.
       add_generation_prompt: whether to end with the header of an assistant turn.
       tools: JSON schemas of functions, for templates that use them.
+      template: Jinja source instead of `chat_template`.
       **variables: further variables of the template.
 
     Raises:
       InputError: there is no template, it raises an error, or jinja2 is
         missing.
     """
-    if self.chat_template is None:
+    template = self.chat_template if template is None else template
+    if template is None:
       raise InputError('This tokenizer has no chat template; give a plain prompt instead.')
     return chat.render(
-      self.chat_template,
+      template,
       messages,
       add_generation_prompt=add_generation_prompt,
       tools=tools,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
   from rrt.data.tokenizer import Tokenizer
 
 # A weak model may write white space for ever where any is allowed.
-_JSON = {'whitespace_pattern': r'[ \n]{0,2}'}
+_JSON: Any = {'whitespace_pattern': r'[ \n]{0,2}'}
 KINDS = ('json', 'json_object', 'regex', 'choice', 'grammar')
 
 
@@ -145,7 +145,8 @@ def grammar_of(structured: Mapping[str, Any]) -> str:
         value = json.loads(value)
       except ValueError as e:
         raise InputError(f'structured_outputs: json is not a JSON schema ({e}).') from e
-    if not isinstance(value, (dict, bool)):
+    value = {} if value is True else value
+    if not isinstance(value, dict):
       raise InputError('structured_outputs: json must be a JSON schema.')
     return make.grammar_from_json_schema(json.dumps(value), overrides=_JSON)
   if kind == 'json_object':

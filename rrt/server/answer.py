@@ -10,6 +10,7 @@ from typing import Any
 
 from rrt.data.token_bytes import token_bytes
 from rrt.infer.engine.request import Request
+from rrt.server import tools
 from rrt.server.protocol import Job
 
 FINISH = {'end': 'stop', 'stop': 'stop', 'length': 'length'}
@@ -24,6 +25,7 @@ class Answer:
     self._id = f'{kind}-{secrets.token_hex(12)}'
     self._created = int(time.time())
     self._names: dict[int, tuple[str, bytes]] = {}
+    self._held: dict[int, str] = {}  # Texts of streams with tools.
 
   def _shell(self, choices: list, chunk: bool) -> dict[str, Any]:
     kind = 'text_completion'
@@ -40,19 +42,37 @@ class Answer:
   def chunk(self, index: int, event, begin: bool) -> dict[str, Any]:
     """One chunk of a streamed response."""
     text = ''.join(t for t, _ in event.pieces)
-    logprobs = self._logprobs(self._job.requests[index], event.first, event.tokens)
-    choice: dict[str, Any] = {'index': index, 'logprobs': logprobs}
+    request, tokens = self._job.requests[index], event.tokens
+    if not self._job.max_tokens:
+      text, tokens = '', 0
+    logprobs = self._logprobs(request, event.first, tokens)
+    finish = FINISH.get(event.finish)
+    choice: dict[str, Any] = {'index': index}
     if self._job.chat:
-      role = {'role': 'assistant'} if begin else {}
-      choice['delta'] = role | ({'content': text} if text or begin else {})
+      delta: dict[str, Any] = {'role': 'assistant'} if begin else {}
+      if self._job.tools.form:
+        # Whether it is a call is known at its end.
+        self._held[index] = self._held.get(index, '') + text
+        if event.finish:
+          content, calls = self._calls(request, self._held[index])
+          delta |= {'content': content} if content else {}
+          if calls:
+            delta['tool_calls'] = [{'index': i, **call} for i, call in enumerate(calls)]
+            finish = 'tool_calls'
+      elif text or begin:
+        delta['content'] = text
+      choice['delta'] = delta
     else:
-      choice['text'] = text
+      echoed = begin and self._job.echo
+      choice['text'] = (self._job.prompts[index].text if echoed else '') + text
+      if echoed:
+        logprobs = self._with_prompt(index, logprobs)
+    choice['logprobs'] = logprobs
     if self._job.pieces:
       choice['loops'] = [list(p) for p in event.pieces]
       # A piece may be the text of several tokens; this has one entry a token.
-      loops = self._job.requests[index].loops[event.first :]
-      choice['token_loops'] = loops[: event.tokens]
-    choice['finish_reason'] = FINISH.get(event.finish)
+      choice['token_loops'] = request.loops[event.first :][:tokens]
+    choice['finish_reason'] = finish
     return self._shell([choice], chunk=True)
 
   def usage_chunk(self) -> dict[str, Any]:
@@ -64,20 +84,63 @@ class Answer:
     choices = []
     for i, (request, text) in enumerate(zip(self._job.requests, texts, strict=True)):
       choice: dict[str, Any] = {'index': i}
+      finish = FINISH.get(request.finish)
+      tokens = len(request.tokens) if self._job.max_tokens else 0
+      logprobs = self._logprobs(request, 0, tokens)
       if self._job.chat:
-        choice['message'] = {'role': 'assistant', 'content': text}
+        content, calls = self._calls(request, text)
+        choice['message'] = {'role': 'assistant', 'content': content}
+        if calls:
+          choice['message']['tool_calls'] = calls
+          finish = 'tool_calls'
       else:
-        choice['text'] = text
-      choice['logprobs'] = self._logprobs(request, 0, len(request.tokens))
-      choice['finish_reason'] = FINISH.get(request.finish)
+        text = text if self._job.max_tokens else ''
+        choice['text'] = (self._job.prompts[i].text if self._job.echo else '') + text
+        if self._job.echo:
+          logprobs = self._with_prompt(i, logprobs)
+      choice['logprobs'] = logprobs
+      choice['finish_reason'] = finish
       choices.append(choice)
     return self._shell(choices, chunk=False) | {'usage': self._usage()}
+
+  def _calls(self, request: Request, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """(content, calls) of a chat's answer."""
+    if not self._job.tools.form:
+      return text, []
+    # The marks of calls may be special tokens, which the text lacks.
+    tokens = request.detokenizer.tokens if request.detokenizer else []
+    ends = frozenset(self._tokenizer.eos_ids)
+    kept = [t for t in tokens if t not in ends]
+    content, calls = tools.parse(self._job.tools, self._tokenizer.decode(kept, skip_special=False))
+    return (content, calls) if calls else (text, [])
+
+  def _with_prompt(self, index: int, logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Log-probabilities of a completion behind those of its prompt."""
+    request = self._job.requests[index]
+    if logprobs is None or request.prompt_scores is None:
+      return logprobs
+    names = [self._token(t) for t in request.prompt]
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    offset, offsets = 0, []
+    for _, raw in names:
+      offsets.append(offset)
+      offset += len(decoder.decode(raw))
+    end = len(self._job.prompts[index].text)
+    own = [None, *(p for p, _ in request.prompt_scores)]
+    top = [None, *(self._by_name(t) for _, t in request.prompt_scores)]
+    return {
+      'tokens': [name for name, _ in names] + logprobs['tokens'],
+      'token_logprobs': own + logprobs['token_logprobs'],
+      'top_logprobs': top + logprobs['top_logprobs'],
+      'text_offset': offsets + [end + o for o in logprobs['text_offset']],
+    }
 
   def _usage(self) -> dict[str, int]:
     requests = self._job.requests
     # The choices of a prompt share it.
     prompt = sum(len(r.prompt) for r in requests[:: self._job.choices])
     completion = sum(len(r.detokenizer.tokens) for r in requests if r.detokenizer)
+    completion *= bool(self._job.max_tokens)
     return {
       'prompt_tokens': prompt,
       'completion_tokens': completion,

@@ -12,15 +12,18 @@ import importlib.resources
 import json
 from typing import Any
 
+import rrt
 from rrt.errors import InputError
 from rrt.server import metrics as metrics_lib
-from rrt.server import protocol
+from rrt.server import prompts, protocol
 from rrt.server.answer import Answer
-from rrt.server.protocol import Refused
+from rrt.server.fields import Fields, Refused, read_body
+from rrt.server.gatekeeper import Gatekeeper, Rules
 from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
 
 try:
   from starlette.applications import Starlette
+  from starlette.middleware import Middleware
   from starlette.requests import ClientDisconnect, Request
   from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
   from starlette.routing import Route
@@ -54,10 +57,29 @@ class Limits:
 class Server:
   """HTTP handlers in front of a worker."""
 
-  def __init__(self, worker: Worker, tokenizer, name: str, limits: Limits, key: str | None = None):
+  def __init__(
+    self,
+    worker: Worker,
+    tokenizer,
+    name: str,
+    limits: Limits,
+    key: str | None = None,
+    rules: Rules | None = None,
+  ):
+    """Handlers of one model.
+
+    Args:
+      worker: runs its engine.
+      tokenizer: its tokenizer.
+      name: for clients.
+      limits: of requests.
+      key: that clients must send; None for none.
+      rules: who may call; None lets all.
+    """
     self.worker, self.name, self.limits = worker, name, limits
     self._tokenizer = tokenizer
     self._key = None if key is None else key.encode()
+    self._rules = rules or Rules()
 
   def app(self) -> Starlette:
     """The ASGI application; its lifespan starts and stops the worker."""
@@ -66,21 +88,31 @@ class Server:
     async def lifespan(app):
       del app
       self.worker.start()
-      yield
-      self.worker.stop()
+      try:
+        yield
+      finally:
+        self.worker.stop()
 
     routes = [
       Route('/', _page('page.html', 'text/html')),
       Route('/page.css', _page('page.css', 'text/css')),
       Route('/page.js', _page('page.js', 'text/javascript')),
       Route('/health', self._health),
+      Route('/ping', self._health, methods=['GET', 'POST']),
+      Route('/version', self._version),
       Route('/metrics', self._metrics),
       Route('/v1/models', self._guarded(self._models)),
       Route('/v1/models/{name:path}', self._guarded(self._models)),
       Route('/v1/completions', self._guarded(self._complete(False)), methods=['POST']),
       Route('/v1/chat/completions', self._guarded(self._complete(True)), methods=['POST']),
+      Route('/tokenize', self._guarded(self._tokenize), methods=['POST']),
+      Route('/detokenize', self._guarded(self._detokenize), methods=['POST']),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    keeper = Middleware(Gatekeeper, rules=self._rules)
+    handlers: dict[Any, Any] = {404: _no_such_path, 405: _no_such_method}
+    return Starlette(
+      routes=routes, lifespan=lifespan, middleware=[keeper], exception_handlers=handlers
+    )
 
   def _guarded(self, handler):
     """Wraps a handler: checks the API key, returns errors in OpenAI's format."""
@@ -90,7 +122,8 @@ class Server:
         self._check_key(request)
         return await handler(request)
       except Refused as e:
-        return JSONResponse(e.body(), e.status)
+        headers = {'WWW-Authenticate': 'Bearer'} if e.status == 401 else None
+        return JSONResponse(e.body(), e.status, headers)
       except Busy:
         wait = str(self.limits.retry_after)
         body = Refused('All slots and places in the queue are taken.', 429)
@@ -106,8 +139,9 @@ class Server:
   def _check_key(self, request: Request) -> None:
     if self._key is None:
       return
-    given = request.headers.get('authorization', '').encode('latin-1', 'replace')
-    if not hmac.compare_digest(given, b'Bearer ' + self._key):
+    scheme, _, given = request.headers.get('authorization', '').partition(' ')
+    same = hmac.compare_digest(given.strip().encode('latin-1', 'replace'), self._key)
+    if scheme.lower() != 'bearer' or not same:
       raise Refused('Give the API key as "Authorization: Bearer KEY".', 401)
 
   async def _health(self, request: Request):
@@ -121,6 +155,35 @@ class Server:
     del request
     text = self.worker.metrics.text()
     return PlainTextResponse(text, media_type=metrics_lib.CONTENT_TYPE)
+
+  async def _version(self, request: Request):
+    del request
+    return JSONResponse({'version': rrt.__version__})
+
+  async def _tokenize(self, request: Request):
+    """vLLM's /tokenize: of a prompt, or of the messages of a chat."""
+    f = Fields(await self._body(request))
+    tokenizer = self._tokenizer
+    if f.get('messages') is not None:
+      ids = (await asyncio.to_thread(prompts.of_chat, f, tokenizer, None)).ids
+    else:
+      text = f.get('prompt')
+      if not isinstance(text, str):
+        raise Refused('prompt must be a text.', param='prompt')
+      special = f.flag('add_special_tokens', True)
+      ids = await asyncio.to_thread(tokenizer.encode, text, None if special else False)
+    return JSONResponse(
+      {'count': len(ids), 'max_model_len': self.worker.engine.context, 'tokens': ids}
+    )
+
+  async def _detokenize(self, request: Request):
+    """vLLM's /detokenize."""
+    f = Fields(await self._body(request))
+    vocab = self.worker.engine.shape.config.vocab_size
+    ids = f.ids('tokens', vocab, 1 << 20)
+    if ids is None:
+      raise Refused('tokens must be a list of token ids.', param='tokens')
+    return JSONResponse({'prompt': self._tokenizer.decode(ids, skip_special=False)})
 
   async def _models(self, request: Request):
     shape = self.worker.engine.shape
@@ -145,17 +208,13 @@ class Server:
 
   def _complete(self, chat: bool):
     async def complete(request: Request):
-      # Pages of other sites cannot send this type without being asked first.
-      kind = request.headers.get('content-type', '').split(';')[0].strip()
-      if kind.lower() != 'application/json':
-        raise Refused('Send the body as application/json.', 415)
-      raw = await self._read_in_time(request)
+      raw = await self._raw(request)
       self.worker.check_room()  # Before a long prompt is tokenized.
       engine = self.worker.engine
       # Tokenizing a long prompt would hold up the other handlers.
       job = await asyncio.to_thread(
         protocol.parse,
-        protocol.read_body(raw),
+        read_body(raw),
         chat,
         name=self.name,
         tokenizer=self._tokenizer,
@@ -164,7 +223,10 @@ class Server:
         max_tokens=min(self.limits.max_tokens, engine.context),
         logprobs=engine.shape.logprobs,
       )
+      self.worker.metrics.ignore(job.unknown)
       try:
+        # Grammars are compiled here, not in the engine's thread.
+        await asyncio.to_thread(self.worker.check, job.requests)
         tickets = self.worker.submit(job.requests)
       except InputError as e:
         raise Refused(str(e)) from None
@@ -176,6 +238,17 @@ class Server:
       return await self._wait(request, tickets, answer)
 
     return complete
+
+  async def _body(self, request: Request) -> dict[str, Any]:
+    return read_body(await self._raw(request))
+
+  async def _raw(self, request: Request) -> bytes:
+    """The body, of the right type."""
+    # Pages of other sites cannot send this type without being asked first.
+    kind = request.headers.get('content-type', '').split(';')[0].strip()
+    if kind.lower() != 'application/json':
+      raise Refused('Send the body as application/json.', 415)
+    return await self._read_in_time(request)
 
   async def _read_in_time(self, request: Request) -> bytes:
     """Reads the body within `body_seconds`."""
@@ -299,6 +372,18 @@ def _page(name: str, kind: str):
     return Response(text, media_type=kind, headers={'Cache-Control': 'no-cache'})
 
   return page
+
+
+def _no_such_path(request: Request, e: Exception):
+  del e
+  text = f'There is no {request.url.path}; see /v1/models, /v1/completions, /v1/chat/completions.'
+  return JSONResponse(Refused(text, 404).body(), 404)
+
+
+def _no_such_method(request: Request, e: Exception):
+  text = f'{request.url.path} does not take {request.method}.'
+  headers = getattr(e, 'headers', None)
+  return JSONResponse(Refused(text, 405).body(), 405, headers)
 
 
 async def _disconnected(request: Request) -> None:

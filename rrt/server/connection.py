@@ -15,9 +15,9 @@ except ImportError as e:
     'Serving needs starlette and uvicorn: pip install "relaxed-recursive-transformers[serve]".'
   ) from e
 
-# Places beside those that the engine has room for: for /health, /metrics,
-# refusals with a reason, and connections kept for a next request.
-_SPARE = 256
+# Places beside those that the application answers with 503: for /health, /metrics and
+# connections kept for a next request.
+_SPARE = 1024
 
 
 class Connection(H11Protocol):

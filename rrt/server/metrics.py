@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rrt import console
 from rrt.errors import InputError
 
 try:
@@ -24,6 +25,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 TIMES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 # Our finish reasons as vLLM's.
+_MOST_NAMED = 64  # Unknown fields in the log.
 REASONS = {'end': 'stop', 'stop': 'stop', 'length': 'length', 'cancelled': 'abort'}
 
 # Counters of the engine that are exported as they are, with their help.
@@ -49,6 +51,7 @@ class Metrics:
     """`name`: the model's for clients, the label `model_name`."""
     self._shape, self._name = shape, name
     self._engine: dict[str, Any] = {}
+    self._named: set[str] = set()
     self.running = self.waiting = 0
     self._registry = prometheus_client.CollectorRegistry()
     self._registry.register(_EngineCollector(self))
@@ -69,6 +72,7 @@ class Metrics:
       counter, 'vllm:request_success', 'Finished requests by reason.', ['finished_reason']
     )
     self._refused = make(counter, 'rrt:requests_refused', 'Requests refused with status 429.')
+    self._ignored = make(counter, 'rrt:unknown_fields', 'Fields of requests that no API knows.')
     self._ttft = seconds('vllm:time_to_first_token_seconds', 'From arrival to the first token.')
     self._gap = seconds('vllm:inter_token_latency_seconds', 'Between tokens of a request.')
     self._whole = seconds('vllm:e2e_request_latency_seconds', 'From arrival to the last token.')
@@ -82,6 +86,14 @@ class Metrics:
   def refuse(self, count: int) -> None:
     """Counts requests that found no place."""
     self._refused.inc(count)
+
+  def ignore(self, names: list[str]) -> None:
+    """Counts fields that no API knows; the log has each name once."""
+    for name in names:
+      self._ignored.inc()
+      if len(self._named) < _MOST_NAMED:
+        self._named.add(name)
+        console.note(f'a request has the field {name[:64]!r}, which no API knows; it is ignored')
 
   def note(self, ticket, event, now: float) -> None:
     """Records the new tokens, times and end of a request."""

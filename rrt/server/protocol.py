@@ -1,36 +1,38 @@
-"""Parses and validates OpenAI requests."""
+"""OpenAI requests as engine requests."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import secrets
 from typing import Any
 
-from rrt.errors import InputError
 from rrt.infer.engine.request import Request
+from rrt.infer.sampling import MOST_STOP_IDS
+from rrt.server import prompts, structured, tools
+from rrt.server.fields import Fields, Refused
+from rrt.server.prompts import Prompt
+from rrt.server.tools import Tools
 
 MOST_CHOICES = 16
 MOST_REQUESTS = 128  # of one call: prompts times choices
 MOST_STOPS = 16
 LONGEST_STOP = 256  # characters
-
-
-class Refused(Exception):
-  """A request that cannot be served: an HTTP status and a reason."""
-
-  def __init__(self, message: str, status: int = 400, param: str | None = None):
-    super().__init__(message)
-    self.status, self.param = status, param
-
-  def body(self) -> dict[str, Any]:
-    """The error object in OpenAI's format."""
-    kind = 'invalid_request_error' if self.status < 500 else 'server_error'
-    # A reason may quote the request, lone surrogates and all.
-    message = str(self).encode('utf-8', 'backslashreplace').decode()
-    error = {'message': message, 'type': kind, 'param': self.param, 'code': None}
-    return {'error': error}
+MOST_BIASED = 1024  # tokens with a bias
+# What is known and not done here; a default that asks for nothing is accepted.
+NOT_DONE = (
+  'audio',
+  'beam_width',
+  'early_stopping',
+  'function_call',
+  'functions',
+  'length_penalty',
+  'logits_processors',
+  'prediction',
+  'prompt_logprobs',
+  'suffix',
+  'use_beam_search',
+  'web_search_options',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,82 +41,29 @@ class Job:
 
   Attributes:
     requests: engine requests, `n` for each prompt.
+    prompts: of each engine request.
     stream: whether to stream the response.
     usage: whether the last chunk has token counts (`include_usage`).
     chat: whether it came to the chat endpoint.
     pieces: whether to return each token's text and loops (the built-in page).
     choices: `n`, choices a prompt.
+    echo: whether the text begins with the prompt.
+    max_tokens: as asked; 0 with `echo` returns the prompt alone.
+    tools: functions that the model may call.
+    unknown: fields that no API knows.
   """
 
   requests: list[Request]
+  prompts: list[Prompt]
   stream: bool
   usage: bool
   chat: bool
   pieces: bool
   choices: int
-
-
-def read_body(raw: bytes) -> dict[str, Any]:
-  """The JSON object of a request.
-
-  Raises:
-    Refused: the body is not a JSON object.
-  """
-  try:
-    body = json.loads(raw.decode('utf-8'), parse_constant=_no_constant)
-  except UnicodeDecodeError:
-    raise Refused('The body is not UTF-8.') from None
-  except (ValueError, RecursionError) as e:
-    raise Refused(f'The body is not JSON: {str(e)[:100]}') from None
-  if not isinstance(body, dict):
-    raise Refused('The body must be a JSON object.')
-  return body
-
-
-def _no_constant(name: str):
-  raise ValueError(f'{name} is no JSON')
-
-
-class Fields:
-  """Typed access to a body's fields; null counts as absent."""
-
-  def __init__(self, body: dict[str, Any]):
-    self._body = body
-
-  def get(self, name: str, default: Any = None) -> Any:
-    """The field's value, unchecked."""
-    value = self._body.get(name)
-    return default if value is None else value
-
-  def number(self, name, default, low, high) -> float:
-    """A finite number in [low, high]."""
-    value = self.get(name, default)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not (low <= value <= high) or not math.isfinite(value):
-      raise Refused(f'{name} must be a number from {low} to {high}.', param=name)
-    return float(value)
-
-  def whole(self, name, default, low, high) -> int:
-    """An integer in [low, high]."""
-    value = self.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-      raise Refused(f'{name} must be a whole number.', param=name)
-    if not low <= value <= high:
-      raise Refused(f'{name} must lie in {low} to {high}.', param=name)
-    return value
-
-  def flag(self, name, default=False) -> bool:
-    """True or false."""
-    value = self.get(name, default)
-    if not isinstance(value, bool):
-      raise Refused(f'{name} must be true or false.', param=name)
-    return value
-
-  def refuse(self, *names: str) -> None:
-    """Raises Refused for fields that request an unsupported feature."""
-    for name in names:
-      if self.get(name) not in (None, False, 0, [], {}, ''):
-        raise Refused(f'{name} is not supported.', param=name)
+  echo: bool
+  max_tokens: int
+  tools: Tools
+  unknown: list[str]
 
 
 def parse(
@@ -131,7 +80,7 @@ def parse(
   """Validates a body and builds its engine requests.
 
   Args:
-    body: from `read_body`.
+    body: from `fields.read_body`.
     chat: whether it came to the chat endpoint.
     name: of the served model.
     tokenizer: of the model.
@@ -145,26 +94,30 @@ def parse(
   """
   f = Fields(body)
   if f.get('model', name) != name:
-    raise Refused(f'This server has one model, {name!r}.', 404, 'model')
-  f.refuse('logit_bias', 'suffix', 'echo', 'tools', 'functions')
-  if f.get('response_format', {}) not in ({}, {'type': 'text'}):
-    raise Refused('response_format must be text.', param='response_format')
+    raise Refused(f'This server has one model, {name!r}.', 404, 'model', 'model_not_found')
+  f.refuse(*NOT_DONE)
+  if f.get('modalities', ['text']) != ['text']:
+    raise Refused('modalities must be ["text"].', param='modalities')
   choices = f.whole('n', 1, 1, MOST_CHOICES)
   if f.whole('best_of', choices, 1, MOST_CHOICES) != choices:
     raise Refused('best_of must equal n.', param='best_of')
   stream = f.flag('stream')
-  options = f.get('stream_options', {})
-  if not isinstance(options, dict):
-    raise Refused('stream_options must be an object.', param='stream_options')
+  options = f.object('stream_options')
+  form = structured.structured_outputs(f)
+  offered = Tools()
   if chat:
-    prompts = [_chat_prompt(f, tokenizer)]
+    offered = tools.read(f, f.get('chat_template') or tokenizer.chat_template)
+    if offered.structured and form:
+      raise Refused('Give either tool_choice or a form of the text.', param='tool_choice')
+    given = [prompts.of_chat(f, tokenizer, offered.offered)]
   else:
-    prompts = _prompts(f, tokenizer, vocab, MOST_REQUESTS // choices)
+    given = prompts.of_completion(f, tokenizer, vocab, MOST_REQUESTS // choices)
+  echo = False if chat else f.flag('echo')
   asked = f.get('max_completion_tokens') if chat else None
   field = 'max_completion_tokens' if asked is not None else 'max_tokens'
   # OpenAI's defaults: 16 for a completion, what there is room for in a chat.
   default = max_tokens if chat else min(16, max_tokens)
-  wanted = f.whole(field, default, 1, max_tokens)
+  wanted = f.whole(field, default, 0 if echo else 1, max_tokens)
   seed = f.whole('seed', secrets.randbits(32), -(2**63), 2**63) % 2**32
   common: dict[str, Any] = dict(
     temperature=f.number('temperature', 1.0, 0.0, 2.0),
@@ -175,143 +128,71 @@ def parse(
     frequency_penalty=f.number('frequency_penalty', 0.0, -2.0, 2.0),
     repetition_penalty=f.number('repetition_penalty', 1.0, 0.01, 10.0),
     ignore_eos=f.flag('ignore_eos'),
-    stop=_stops(f),
+    stop=f.texts('stop', MOST_STOPS, LONGEST_STOP),
+    include_stop=f.flag('include_stop_str_in_output'),
+    stop_token_ids=tuple(f.ids('stop_token_ids', vocab, MOST_STOP_IDS) or ()),
+    logit_bias=_logit_bias(f, vocab),
+    allowed_token_ids=f.ids('allowed_token_ids', vocab, vocab),
+    bad_words=f.texts('bad_words', MOST_STOPS, LONGEST_STOP),
+    structured_outputs=offered.structured or form,
     logprobs=_logprobs(f, chat, logprobs),
     threshold=(
       None if f.get('exit_threshold') is None else f.number('exit_threshold', 1.0, -2.0, 2.0)
     ),
     lossless=None if f.get('lossless') is None else f.flag('lossless'),
   )
+  if common['lossless'] and common['threshold'] is not None:
+    raise Refused('lossless runs all loops; leave exit_threshold out.', param='exit_threshold')
   requests: list[Request] = []
-  for prompt in prompts:
-    left = context - len(prompt)
-    if left < 1:
-      raise Refused(
-        f'The prompt has {len(prompt)} tokens and leaves no room in the context of {context}.',
-        param='messages' if chat else 'prompt',
-      )
-    if asked is None and f.get('max_tokens') is None:
-      allowed = min(wanted, left)
-    elif wanted > left:
-      raise Refused(
-        f'The prompt has {len(prompt)} tokens, and {wanted} new ones exceed the '
-        f'context of {context}.',
-        param=field,
-      )
-    else:
-      allowed = wanted
+  of_requests: list[Prompt] = []
+  for prompt in given:
+    left = context - len(prompt.ids)
+    if left < 1 or (wanted > left and f.get(field) is not None):
+      raise _too_long(len(prompt.ids), wanted, context, 'messages' if chat else 'prompt', left < 1)
+    allowed = max(min(wanted, left), 1)
+    least = f.whole('min_tokens', 0, 0, allowed)
     for _ in range(choices):
-      requests.append(Request.of(prompt, allowed, seed=(seed + len(requests)) % 2**32, **common))
+      own = (seed + len(requests)) % 2**32
+      request = Request.of(prompt.ids, allowed, seed=own, min_tokens=least, **common)
+      request.scores_prompt = echo and request.params.logprobs is not None
+      requests.append(request)
+      of_requests.append(prompt)
+  usage, pieces = options.get('include_usage') is True, f.flag('return_loops')
   return Job(
-    requests, stream, options.get('include_usage') is True, chat, f.flag('return_loops'), choices
+    requests, of_requests, stream, usage, chat, pieces, choices, echo, wanted, offered, f.unknown()
   )
 
 
-def _prompts(f: Fields, tokenizer, vocab: int, most: int) -> list[list[int]]:
-  prompt = f.get('prompt')
-  if isinstance(prompt, str) or _is_ids(prompt):
-    prompt = [prompt]
-  if not isinstance(prompt, list) or not prompt:
-    raise Refused('prompt must be a text, texts, or lists of token ids.', param='prompt')
-  if len(prompt) > most:
-    raise Refused(f'prompt has more than {most} prompts.', param='prompt')
-  found = []
-  for one in prompt:
-    if isinstance(one, str) and one:
-      try:
-        ids = tokenizer.encode(one)
-      except (InputError, ValueError, UnicodeError) as e:
-        raise Refused(f'prompt: {e}', param='prompt') from None
-    elif _is_ids(one):
-      ids = one
-    else:
+def _too_long(tokens: int, wanted: int, context: int, field: str, alone: bool) -> Refused:
+  """The refusal of a prompt for which there is no room, in the words that clients look for."""
+  what = f'your messages resulted in {tokens} tokens'
+  if field == 'prompt':
+    what = f'your prompt has {tokens} tokens'
+  if not alone:
+    what = f'you requested {tokens + wanted} tokens ({tokens} in the {field}, {wanted} new)'
+  return Refused(
+    f"This model's maximum context length is {context} tokens. However, {what}. Please reduce "
+    f'the length of the {field}.',
+    param=field,
+    code='context_length_exceeded',
+  )
+
+
+def _logit_bias(f: Fields, vocab: int) -> dict[int, float] | None:
+  """OpenAI's biases, -100 to 100, by token id."""
+  given = f.object('logit_bias')
+  if len(given) > MOST_BIASED:
+    raise Refused(f'logit_bias has more than {MOST_BIASED} tokens.', param='logit_bias')
+  found: dict[int, float] = {}
+  for token, bias in given.items():
+    number = isinstance(bias, (int, float)) and not isinstance(bias, bool) and -100 <= bias <= 100
+    if not number or not token.isdecimal() or int(token) >= vocab:
       raise Refused(
-        'prompt must hold texts of at least one character, or lists of at least one token id.',
-        param='prompt',
+        f'logit_bias must be numbers from -100 to 100 by token ids of 0..{vocab - 1}.',
+        param='logit_bias',
       )
-    if not ids:
-      raise Refused('prompt makes no token.', param='prompt')
-    if not 0 <= min(ids) <= max(ids) < vocab:
-      raise Refused(f'Token ids must lie in 0..{vocab - 1}.', param='prompt')
-    found.append(list(ids))
-  return found
-
-
-def _is_ids(value: Any) -> bool:
-  return (
-    isinstance(value, list)
-    and bool(value)
-    and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-  )
-
-
-def _chat_prompt(f: Fields, tokenizer) -> list[int]:
-  messages = f.get('messages')
-  if not isinstance(messages, list) or not messages:
-    raise Refused('messages must be a list of messages.', param='messages')
-  variables = f.get('chat_template_kwargs', {})
-  if not isinstance(variables, dict):
-    raise Refused('chat_template_kwargs must be an object.', param='chat_template_kwargs')
-  try:
-    text = tokenizer.apply_chat([_message(m) for m in messages], **variables)
-    ids = tokenizer.encode(text, bos=False)
-  except (InputError, ValueError, TypeError, UnicodeError) as e:
-    raise Refused(f'messages: {e}', param='messages') from None
-  if not ids:
-    raise Refused('The messages make no token.', param='messages')
-  return ids
-
-
-def _message(message: Any) -> dict[str, Any]:
-  """A message for the template: all its fields, content as text, arguments as objects."""
-  role = message.get('role') if isinstance(message, dict) else None
-  content = message.get('content') if isinstance(message, dict) else None
-  if isinstance(content, list) and all(
-    isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str)
-    for p in content
-  ):
-    content = ''.join(p['text'] for p in content)
-  if not isinstance(role, str):
-    raise Refused('Each message needs a role.', param='messages')
-  if content is None and role == 'assistant':
-    # Templates tell calls from text by it; a turn without calls is an empty text.
-    content = None if message.get('tool_calls') else ''
-  elif not isinstance(content, str):
-    raise Refused('Each message needs a text as content.', param='messages')
-  calls = message.get('tool_calls')
-  if calls is None:
-    return message | {'content': content}
-  if not isinstance(calls, list) or not all(
-    isinstance(c, dict) and isinstance(c.get('function'), dict) for c in calls
-  ):
-    raise Refused('tool_calls must be a list of calls with a function.', param='messages')
-  return message | {'content': content, 'tool_calls': [_tool_call(c) for c in calls]}
-
-
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-  """A call whose arguments, a JSON text in OpenAI's form, are an object."""
-  function = call['function']
-  arguments = function.get('arguments')
-  if isinstance(arguments, str):
-    try:
-      arguments = json.loads(arguments or '{}')
-    except ValueError:
-      raise Refused('The arguments of a tool call are not JSON.', param='messages') from None
-  return call | {'function': function | {'arguments': arguments}}
-
-
-def _stops(f: Fields) -> tuple[str, ...]:
-  stop = f.get('stop', [])
-  stop = [stop] if isinstance(stop, str) else stop
-  if (
-    not isinstance(stop, list)
-    or len(stop) > MOST_STOPS
-    or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stop)
-  ):
-    raise Refused(
-      f'stop must be up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters.', param='stop'
-    )
-  return tuple(stop)
+    found[int(token)] = float(bias)
+  return found or None
 
 
 def _logprobs(f: Fields, chat: bool, most: int) -> int | None:

@@ -138,6 +138,11 @@ class Worker:
     with self._lock:
       self._check_room(1)
 
+  def check(self, requests: list[Request]) -> None:
+    """Raises InputError for requests that the engine cannot run; thread-safe."""
+    for request in requests:
+      self.engine.check(request)
+
   def _check_room(self, count: int) -> None:
     if self._closed:
       raise Failed(self._closed)
@@ -158,8 +163,7 @@ class Worker:
       raise InputError(
         f'{len(requests)} choices are more than the {self._most} requests that this server holds.'
       )
-    for request in requests:
-      self.engine.check(request)
+    self.check(requests)
     tickets = [Ticket(r, self._tokenizer, tuple(self.engine.ends_of(r.params))) for r in requests]
     with self._lock:
       self._check_room(len(requests))

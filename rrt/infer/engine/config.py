@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -173,6 +175,8 @@ class EngineConfig:
       "tokens that leave early need another policy: 'write_ahead', 'propagate' or 'exact_fill'",
     )
     need(self.gate == 'none' or self.threshold is not None, 'threshold', 'a gate needs one')
+    number = isinstance(self.threshold, Real) and math.isfinite(self.threshold)
+    need(self.threshold is None or number, 'threshold', 'must be a finite number')
     # Drafts are written ahead of what windowed pages must still hold.
     need(
       self.page >= config.loops, 'page', f'must be at least the {config.loops} loops of the model'
@@ -290,6 +294,17 @@ class EngineConfig:
     return max_sampled_tokens, self.min_sampled_tokens or max(
       min(min_sampled_tokens, max_sampled_tokens), 1
     )
+
+
+def with_changes(config: EngineConfig, changes: dict[str, Any]) -> EngineConfig:
+  """The configuration with some fields changed; raises InputError for unknown ones."""
+  names = [f.name for f in dataclasses.fields(EngineConfig)]
+  for name in changes:
+    if name not in names:
+      near = difflib.get_close_matches(name, names, 1)
+      hint = f'did you mean {near[0]}?' if near else f'there are {", ".join(names)}.'
+      raise InputError(f'{name}: an engine has no such option; {hint}')
+  return dataclasses.replace(config, **changes)
 
 
 def _whole(value: Any) -> bool:

@@ -25,14 +25,15 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
 from rrt.exits import score as score_lib
-from rrt.infer import constraints
 from rrt.infer import generate as generate_lib
 from rrt.infer.detokenize import Completion, Detokenizer
 from rrt.infer.engine import speculate
-from rrt.infer.engine.config import EngineConfig, check_fit
+from rrt.infer.engine.config import EngineConfig, check_fit, with_changes
 from rrt.infer.engine.prefill import Group, Prefiller
+from rrt.infer.engine.prompt_scores import score_prompt
 from rrt.infer.engine.request import Request, empty_table, logprobs_of, with_request
-from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences, set_bias, set_bits
+from rrt.infer.engine.restrict import Restrictions
+from rrt.infer.engine.state import init_state, insert_sequence, remove_sequences
 from rrt.infer.engine.step import call
 from rrt.infer.sampling import SamplingParams
 from rrt.models.params import cast, transpose_kernels
@@ -74,7 +75,7 @@ class Engine:
     Raises:
       InputError: an option that cannot work, or a cache that does not fit.
     """
-    config = dataclasses.replace(config or EngineConfig(), **changes)
+    config = with_changes(config or EngineConfig(), changes)
     if config.gate == 'stored':
       config, arrays = config.with_stored_gate(model)
     self.config = config
@@ -106,9 +107,7 @@ class Engine:
     self._prefiller = Prefiller(self.shape, self._params, config.prefill_tokens or _CHUNK)
     self._groups: collections.deque[Group] = collections.deque()
     self._entering: set[Request] = set()  # Those of the groups.
-    self._tokens: Any = None  # Of `constraints.token_table`.
-    self._new_bits: dict[int, np.ndarray] = {}  # By slot: what may come next.
-    self._biased: set[int] = set()  # Slots whose bias is not zero.
+    self._restrictions = Restrictions(self.shape, self._tokenizer)
 
   def submit(self, request: Request) -> Request:
     """Queues a request; raises as `check` does."""
@@ -133,27 +132,11 @@ class Engine:
     if not 0 <= min(request.prompt) <= max(request.prompt) < config.vocab_size:
       raise InputError(f'Token ids must lie in 0..{config.vocab_size - 1}.')
     if request.params.constrained and request.constraint is None:
-      request.constraint = self._constraint(request.params)
+      request.constraint = self._restrictions.constraint(request.params)
 
   def ends_of(self, params: SamplingParams) -> frozenset[int]:
     """The tokens that end a request with these parameters."""
     return (frozenset() if params.ignore_eos else self.ends) | frozenset(params.stop_token_ids)
-
-  def _constraint(self, params: SamplingParams) -> constraints.Constraint:
-    """What restricts a request's tokens; raises InputError where it cannot be."""
-    vocab = self.shape.config.vocab_size
-    if self._tokenizer is None:
-      raise InputError('Structured outputs and bad words need a model with a tokenizer.')
-    found: list[constraints.Constraint] = []
-    if params.structured_outputs:
-      if self._tokens is None:
-        self._tokens = constraints.token_table(self._tokenizer, vocab)
-      grammar = constraints.grammar_of(params.structured_outputs)
-      found.append(constraints.Grammar(self._tokens, grammar, vocab))
-    if params.bad_words:
-      sequences = constraints.bad_sequences(self._tokenizer, params.bad_words)
-      found.append(constraints.BadWords(sequences, vocab))
-    return constraints.Both(*found) if len(found) > 1 else found[0]
 
   def cancel(self, request: Request) -> None:
     """Ends a request; its slot is free at the next step."""
@@ -185,7 +168,7 @@ class Engine:
       self._cancelled = np.zeros_like(self._cancelled)
     self._admit()
     self._prefill()
-    self._set_bits()
+    self._state = self._restrictions.send(self._state)
     if self._live:
       self._state, output, counters = _call(
         self.shape, self._params, self._gate, self._table, self._state
@@ -313,11 +296,7 @@ class Engine:
           self._cancelled[slot] = self.running[slot] is request
       if request.finish and self.running[slot] is request:
         self.running[slot] = None
-      if request.constraint is not None and tokens:
-        for token in tokens:
-          request.constraint.accept(token)
-        if not request.finish:
-          self._new_bits[slot] = request.constraint.allowed()
+      self._restrictions.came(slot, request, tokens)
       if tokens:
         changed.append(request)
     return changed
@@ -357,12 +336,14 @@ class Engine:
 
   def _insert(self, slot: int, request: Request, cache, size: int) -> None:
     """Starts a sequence whose prompt, without its last token, is in a cache of `size`."""
+    if request.scores_prompt:
+      count = request.params.logprobs or 0
+      request.prompt_scores = score_prompt(self.shape, self._params, request.prompt, count)
     ends = self.ends_of(request.params)
     self._table = with_request(
       self._table, slot, request, self._threshold, self.shape.lossless, ends
     )
-    if request.params.restricts:
-      self._restrict(slot, request)
+    self._state = self._restrictions.enter(self._state, slot, request)
     prompt_L = None
     if self.shape.penalties or self.shape.lookup:
       # Its size follows the cache's, so that few shapes compile.
@@ -379,36 +360,8 @@ class Engine:
       prompt_L,
     )
 
-  def _restrict(self, slot: int, request: Request) -> None:
-    """Sets the bias and the first mask of a sequence."""
-    params, vocab = request.params, self.shape.config.vocab_size
-    bias_V = np.zeros(vocab, np.float32)
-    if params.allowed_token_ids is not None:
-      bias_V[:] = -np.inf
-      bias_V[list(params.allowed_token_ids)] = 0
-    for token, bias in (params.logit_bias or {}).items():
-      bias_V[token] += bias
-    if bias_V.any() or slot in self._biased:
-      self._state = _set_bias(self._state, jnp.int32(slot), bias_V)
-      self._biased = self._biased | {slot} if bias_V.any() else self._biased - {slot}
-    if request.constraint is not None:
-      self._new_bits[slot] = request.constraint.allowed()
-
-  def _set_bits(self) -> None:
-    """Sends new masks to the device."""
-    if not self._new_bits:
-      return
-    new_S = np.zeros(self.config.slots, bool)
-    bits_SxW = np.zeros((len(new_S), constraints.words(self.shape.config.vocab_size)), np.uint32)
-    for slot, bits_W in self._new_bits.items():
-      new_S[slot], bits_SxW[slot] = True, bits_W
-    self._new_bits = {}
-    self._state = _set_bits(self._state, new_S, bits_SxW)
-
 
 _init = jax.jit(init_state, static_argnames=('shape',))
 _call = jax.jit(call, static_argnames=('shape',), donate_argnames=('state',))
 _insert = jax.jit(insert_sequence, static_argnames=('shape',), donate_argnames=('state',))
-_set_bias = jax.jit(set_bias, donate_argnames=('state',))
-_set_bits = jax.jit(set_bits, donate_argnames=('state',))
 _remove = jax.jit(remove_sequences, donate_argnames=('state',))

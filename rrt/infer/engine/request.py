@@ -34,6 +34,8 @@ class Request:
       tokens with theirs, before penalties and sampling.
     finish: '' while it runs; 'end', 'stop', 'length' or 'cancelled'.
     constraint: of `params`, made by `Engine.check`.
+    scores_prompt: whether `prompt_scores` is wanted, with `params.logprobs` alternatives.
+    prompt_scores: of the prompt's tokens but the first, as `logprobs`.
 
   Example:
     >>> engine.run([rrt.Request.of([1, 2, 3], 20, temperature=0.8, seed=1)])[0].tokens
@@ -49,6 +51,8 @@ class Request:
   logprobs: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
   finish: str = ''
   constraint: Constraint | None = None
+  scores_prompt: bool = False
+  prompt_scores: list[tuple[float, list[tuple[int, float]]]] | None = None
 
   @classmethod
   def of(
