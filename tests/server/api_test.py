@@ -29,7 +29,7 @@ TEMPLATE = (
   '{% for t in tools or [] %}[{{ t.function.name }}] {# <tool_call> #}{% endfor %}'
   '{% for d in documents or [] %}<{{ d.text }}>{% endfor %}{{ mode }}'
   "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] or '' }}"
-  '{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ '\n' }}{% endfor %}'
+  "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ '\n' }}{% endfor %}"
   '{% if add_generation_prompt %}a:{% endif %}'
 )
 
