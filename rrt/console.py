@@ -138,7 +138,7 @@ def peak_memory_bytes() -> int:
 
 
 class Progress:
-  """Progress on stderr: a bar on a terminal, a line every 10 seconds elsewhere.
+  """Progress on stderr: a bar on a terminal, one line in a notebook, lines elsewhere.
 
   with Progress(total=steps, label='uptrain', unit='steps') as progress:
     progress.update(1, note='loss 3.2')
@@ -154,6 +154,8 @@ class Progress:
     self.label, self.unit = label, unit
     self._shown, self._reported = 0.0, -1
     self._bar = sys.stderr is not None and sys.stderr.isatty()
+    # A notebook's output writes over a line that begins with a carriage return.
+    self._notebook = type(sys.stderr).__module__.startswith('ipykernel')
     text = lambda form: bars.TextColumn(form, markup=False)
     self._bars = bars.Progress(
       text('{task.description}'),
@@ -212,7 +214,7 @@ class Progress:
     self._bars.update(self._task.id, advance=n, note=note)
     self._task.fields['count'] = self._count()
     now = time.monotonic()
-    if not self._bar and now - self._shown >= 10.0:
+    if not self._bar and now - self._shown >= (1.0 if self._notebook else 10.0):
       self._shown = now
       self._say(note)
 
@@ -231,4 +233,8 @@ class Progress:
     text = f'{self.label} {self._count()}, {clock(self._task.elapsed or 0)} gone'
     if not last:
       text += f', {"?" if left is None else clock(left)} left'
-    say(f'{text} {note}'.rstrip())
+    text = f'{text} {note}'.rstrip()
+    if self._notebook:
+      say(f'\r{text:<79}', end='\n' if last else '')
+    else:
+      say(text)
