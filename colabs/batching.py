@@ -230,8 +230,8 @@ drafts = {
 bars(drafts, ['#55a868', '#c44e52'], 'draft tokens')
 
 # %% [markdown]
-# This child was only converted, and its first loop drafts badly. Trained exits
-# (`early_exit`) are what makes both modes pay.
+# This child was only converted. Trained exits (`early_exit`) are what makes both modes
+# pay; what a trained child gains is in the documentation, under *Lossless mode*.
 #
 # ## Exercises
 #

@@ -162,8 +162,7 @@ bars(nats, [PARENT, PLAIN, CHILD], 'nats a token, held-out text')
 #
 # `forward` runs tokens up to the final norm, `logits` applies the head, and
 # `loops=` runs the block fewer times. How far does the second loop move the residual
-# stream, position by position? The first token of a row, which all others attend to, is
-# moved least.
+# stream, position by position?
 
 # %%
 tokens_BxL = jnp.asarray(parent.tokenizer.encode(heldout)[:ROW])[None]
