@@ -10,13 +10,23 @@ time, and how long /health took. A run that finds a wrong text, an unexpected
 status, a request that still runs when all clients have gone, memory that grew
 by 5 %, a /health of 100 ms at the 99th percentile, or a dead server, ends with
 status 1.
+
+    python -m benchmarks.soak --model=demo/model --clients=8 --slots=12 --context=1024 \
+        --calm --long_every=1 --minutes=2 --out=benchmarks/results/long_prompts.json
+
+mixes long prompts into streams: how long a stream waits for its next tokens, and a long
+prompt for its first one, beside the same prompt on an idle server. `--root=DIR` runs the
+server of another clone.
 """
 
 import collections
 import concurrent.futures
 import functools
 import http.client
+import itertools
 import json
+import math
+import os
 from pathlib import Path
 import random
 import subprocess
@@ -44,6 +54,10 @@ flags.DEFINE_bool(
   'Half of the requests take the exits of the gate kept with the model; for '
   '--serve=--gate=stored,--lossless.',
 )
+flags.DEFINE_bool('calm', False, 'Clients only read streams to their end.')
+flags.DEFINE_float('long_every', 0.0, 'Seconds between long prompts; 0 for none.')
+flags.DEFINE_integer('long_tokens', 900, 'Tokens of a long prompt.')
+flags.DEFINE_string('root', '', "Another clone, whose server is measured with this one's clients.")
 flags.DEFINE_string('out', 'benchmarks/results/soak.json', 'JSON file.')
 
 _PROMPTS = (
@@ -84,7 +98,7 @@ class Server:
         '-m',
         'rrt',
         'serve',
-        f'--model={FLAGS.model}',
+        f'--model={Path(FLAGS.model).absolute()}',
         '--port=0',
         f'--slots={FLAGS.slots}',
         f'--context={FLAGS.context}',
@@ -92,6 +106,8 @@ class Server:
       ],
       stdout=subprocess.PIPE,
       text=True,
+      cwd=FLAGS.root or None,
+      env=os.environ | ({'PYTHONPATH': FLAGS.root} if FLAGS.root else {}),
     )
     assert self.process.stdout is not None
     for line in self.process.stdout:
@@ -125,12 +141,15 @@ class Client:
     self.server, self.random = server, random.Random(seed)
     self.seen: collections.Counter[str] = collections.Counter()
     self.texts: dict[Key, set[str]] = collections.defaultdict(set)
+    self.gaps: list[float] = []  # Seconds between the events of a stream.
 
   def run(self, until: float) -> None:
     """Asks until the time comes."""
     while time.monotonic() < until:
       draw = self.random.random()
-      if draw < 0.15:
+      if FLAGS.calm:
+        self.complete(stream=True)
+      elif draw < 0.15:
         self.bad()
       elif draw < 0.35:
         self.leave()
@@ -140,7 +159,8 @@ class Client:
   def body(self, stream: bool) -> tuple[Key, bytes]:
     """A request, and what names its answer."""
     early = FLAGS.early and self.random.random() < 0.5
-    key = self.random.choice(_PROMPTS), self.random.choice(_LENGTHS), early
+    length = _LENGTHS[-1] if FLAGS.calm else self.random.choice(_LENGTHS)
+    key = self.random.choice(_PROMPTS), length, early
     asked: dict = {
       'prompt': key[0],
       'max_tokens': key[1],
@@ -163,7 +183,9 @@ class Client:
     """A whole answer."""
     key, body = self.body(stream)
     status, answer, link = self.server.ask('POST', '/v1/completions', body)
-    raw = answer.read().decode()
+    raw, times = read_events(answer)
+    if stream:
+      self.gaps += np.diff(times).tolist()
     link.close()
     if not self.count('stream' if stream else 'whole', status):
       return
@@ -198,6 +220,41 @@ class Client:
     self.seen[f'bad {status}' if status == want else f'WRONG {status}'] += 1
 
 
+def read_events(answer) -> tuple[str, list[float]]:
+  """The body, and when each event of it came."""
+  parts, times = [], []
+  while line := answer.readline():
+    parts.append(line)
+    if line.startswith(b'data: {'):
+      times.append(time.perf_counter())
+  return b''.join(parts).decode(), times
+
+
+def first_token(server: Server, seed: int) -> float | None:
+  """Seconds to the first token of a long prompt; None if it was refused."""
+  ids = np.random.default_rng(seed).integers(5, 256, FLAGS.long_tokens).tolist()
+  asked = {'prompt': ids, 'max_tokens': 4, 'temperature': 0, 'stream': True, 'ignore_eos': True}
+  began = time.perf_counter()
+  status, answer, link = server.ask('POST', '/v1/completions', json.dumps(asked).encode())
+  _, times = read_events(answer)
+  link.close()
+  return times[0] - began if status == 200 else None
+
+
+def send_long(server: Server, until: float, found: list[float | None]) -> None:
+  """Sends a long prompt every `long_every` seconds, whatever became of those before."""
+  threads = []
+  for seed in itertools.count(100):
+    if time.monotonic() >= until:
+      break
+    job = threading.Thread(target=lambda s=seed: found.append(first_token(server, s)))
+    job.start()
+    threads.append(job)
+    time.sleep(FLAGS.long_every)
+  for thread in threads:
+    thread.join()
+
+
 def main(_):
   if not FLAGS.model:
     raise InputError('--model is missing.')
@@ -220,6 +277,12 @@ def main(_):
   clients = [Client(server, seed) for seed in range(FLAGS.clients)]
   until = time.monotonic() + 60 * FLAGS.minutes
   memory, health = [], []
+  long: list[float | None] = []
+  alone: list[float] = []
+  single: float | None = None
+  if FLAGS.long_every:
+    first_token(server, 0)  # What is compiled on arrival is not counted.
+    alone = [first_token(server, seed) or 0.0 for seed in (1, 2, 3)]
   stop = threading.Event()
 
   def look():
@@ -234,8 +297,22 @@ def main(_):
       memory.append(server.rss())
       stop.wait(0.5)
 
-  with concurrent.futures.ThreadPoolExecutor(FLAGS.clients + 1) as pool:
+  with concurrent.futures.ThreadPoolExecutor(FLAGS.clients + 2) as pool:
     looks = pool.submit(look)
+    if FLAGS.long_every:
+      # Single long prompts among the streams, then one after the other.
+      streams = [pool.submit(c.run, time.monotonic() + 30) for c in clients]
+      singles = []
+      for seed in range(4, 9):
+        time.sleep(2)
+        singles.append(first_token(server, seed) or math.nan)
+      single = float(np.median(singles))
+      for job in streams:
+        job.result()
+      for c in clients:
+        c.gaps.clear()
+      until = time.monotonic() + 60 * FLAGS.minutes
+      pool.submit(send_long, server, until, long)
     for job in [pool.submit(c.run, until) for c in clients]:
       job.result()
     stop.set()
@@ -274,6 +351,29 @@ def main(_):
     'left_running': running,
     'exit_status': ended,
   }
+  if FLAGS.long_every:
+    gaps = np.concatenate([c.gaps for c in clients])
+    median, high = np.percentile(gaps, (50, 99))
+    alone_s = float(np.median(alone))
+    figures |= {
+      'root': 'another clone' if FLAGS.root else 'this',
+      'gap_p50': float(median),
+      'gap_p99': float(high),
+      'gap_max': float(gaps.max()),
+      'gap_p99_over_p50': float(high / median),
+      'gap_target': 2.5,
+      'first_token_alone': alone_s,
+      'first_token_among_streams': single,
+      'first_token_ratio': single and single / alone_s,
+      'first_token_target': 1.3,
+      'long_prompts': len(long),
+      'long_refused': sum(t is None for t in long),
+    }
+    print(
+      f'streams wait {median:.3f} s for their next tokens (p99 {high:.3f}, {high / median:.1f} '
+      f'times; at most {gaps.max():.3f}); a long prompt {alone_s:.2f} s for its first one '
+      f'alone, {single or math.nan:.2f} s among streams'
+    )
   console.table(sorted(seen.items()), ('answer', 'times'))
   print(
     f'{checked} texts checked, {len(wrong)} wrong; memory '

@@ -373,3 +373,19 @@ def test_overload_is_told_and_health_lives(model):
     assert reply.status_code == 503 and reply.headers['retry-after'] == '1'
     assert reply.json()['error']['type'] == 'server_error'
     assert client.get('/health').status_code == client.get('/metrics').status_code == 200
+
+
+def test_the_grafana_board_asks_for_metrics_that_exist(client):
+  from pathlib import Path
+
+  board = json.loads((Path(__file__).parents[2] / 'docs' / 'grafana.json').read_text())
+  asked = {
+    name
+    for panel in board['panels']
+    for target in panel['targets']
+    for name in re.findall(r'(?:vllm|rrt):\w+', target['expr'])
+  }
+  ask(client)
+  text = client.get('/metrics').text
+  there = set(re.findall(r'^((?:vllm|rrt):\w+)\{[^}]*model_name="tiny"', text, re.M))
+  assert len(asked) > 20 and asked <= there

@@ -681,3 +681,27 @@ def test_a_body_that_stops_half_way_is_refused():
 def test_numbers_for_the_context_are_those_of_the_model(client, child):
   context = client.get('/v1/models').json()['data'][0]['max_model_len']
   assert context == child.config.max_context
+
+
+@pytest.mark.slow
+def test_two_interrupts_end_quietly(tmp_path):
+  openai = pytest.importorskip('openai')
+  pytest.importorskip('uvicorn')
+  child = runs.child()
+  long = dataclasses.replace(child.config, max_context=2048)
+  save(dataclasses.replace(child, config=long), tmp_path / 'child')
+  process, url = start(tmp_path, '--warm=16')
+  try:
+    client = openai.OpenAI(base_url=url + 'v1', api_key='k', max_retries=0)
+    pieces = client.completions.create(
+      model='child', prompt='a', max_tokens=2000, stream=True, extra_body={'ignore_eos': True}
+    )
+    next(pieces)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: not listens(url))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) in (0, 130, -signal.SIGINT)
+  finally:
+    process.kill()
+  error = process.stderr.read()
+  assert 'Traceback' not in error and 'abort' not in error.lower(), error
