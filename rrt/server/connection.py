@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 
 from rrt.errors import InputError
@@ -63,6 +64,15 @@ class Connection(H11Protocol):
       self._end = None
 
 
+class HttpServer(uvicorn.Server):
+  """Ends quietly at a second Ctrl-C, which cuts the running requests."""
+
+  def handle_exit(self, sig, frame) -> None:
+    super().handle_exit(sig, frame)
+    if self.force_exit:  # It would log a traceback for each of them.
+      logging.getLogger('uvicorn.error').setLevel(logging.CRITICAL + 1)
+
+
 def http_server(app, requests: int, seconds: float, log_requests: bool) -> uvicorn.Server:
   """The HTTP server of an application.
 
@@ -82,4 +92,4 @@ def http_server(app, requests: int, seconds: float, log_requests: bool) -> uvico
     timeout_graceful_shutdown=math.ceil(seconds),
     h11_max_incomplete_event_size=1 << 16,
   )
-  return uvicorn.Server(config)
+  return HttpServer(config)

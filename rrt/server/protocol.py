@@ -29,10 +29,26 @@ NOT_DONE = (
   'logits_processors',
   'prediction',
   'prompt_logprobs',
+  'reasoning_effort',
   'suffix',
   'use_beam_search',
+  'verbosity',
   'web_search_options',
 )
+# Fields of the one endpoint that the other one does not have.
+OF_CHATS = (
+  'add_generation_prompt',
+  'chat_template',
+  'chat_template_kwargs',
+  'continue_final_message',
+  'documents',
+  'max_completion_tokens',
+  'messages',
+  'tool_choice',
+  'tools',
+  'top_logprobs',
+)
+OF_COMPLETIONS = ('echo', 'prompt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +112,10 @@ def parse(
   if f.get('model', name) != name:
     raise Refused(f'This server has one model, {name!r}.', 404, 'model', 'model_not_found')
   f.refuse(*NOT_DONE)
+  for other in OF_COMPLETIONS if chat else OF_CHATS:
+    if f.get(other) is not None:
+      where = '/v1/completions' if chat else '/v1/chat/completions'
+      raise Refused(f'{other} is a field of {where}.', param=other)
   if f.get('modalities', ['text']) != ['text']:
     raise Refused('modalities must be ["text"].', param='modalities')
   choices = f.whole('n', 1, 1, MOST_CHOICES)
@@ -115,6 +135,7 @@ def parse(
   echo = False if chat else f.flag('echo')
   asked = f.get('max_completion_tokens') if chat else None
   field = 'max_completion_tokens' if asked is not None else 'max_tokens'
+  f.get('max_tokens')  # The newer name wins where both are given, as in OpenAI's API.
   # OpenAI's defaults: 16 for a completion, what there is room for in a chat.
   default = max_tokens if chat else min(16, max_tokens)
   wanted = f.whole(field, default, 0 if echo else 1, max_tokens)

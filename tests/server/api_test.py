@@ -110,6 +110,8 @@ def test_fields_of_the_chat_template(client, model):
   [
     ({'prompt_logprobs': 1}, 'prompt_logprobs'),
     ({'suffix': 'x'}, 'suffix'),
+    ({'tools': [], 'messages': [{'role': 'user', 'content': 'a'}]}, 'messages'),
+    ({'top_logprobs': 2}, 'top_logprobs'),
     ({'use_beam_search': True}, 'use_beam_search'),
     ({'logits_processors': ['a']}, 'logits_processors'),
     ({'modalities': ['audio']}, 'modalities'),
