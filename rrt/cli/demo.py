@@ -226,7 +226,9 @@ def main(argv):
   runtime.release_memory()
   # What is left, less the time of measuring once more.
   spent = time.monotonic() - begin + (time.monotonic() - start)
-  seconds = max(0.9 * (60 * _MINUTES.value - spent), 1.0)
+  # Of short budgets a first run, which compiles, would leave nothing to train in.
+  least = min(30.0, 60 * _MINUTES.value / 4)
+  seconds = max(0.9 * (60 * _MINUTES.value - spent), least)
   say(f'training it with the parent as teacher, for {seconds:.0f} s')
   start = time.monotonic()
   run = uptrain(parent, child, recipe(train, heldout), seconds=seconds)

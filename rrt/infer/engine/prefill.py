@@ -4,7 +4,7 @@ A prompt of up to `chunk` tokens takes one launch, beside others where they fit;
 one takes several, between which the engine runs its calls. Launches have these shapes
 (rows, width, cache size), so that all of them can be compiled beforehand:
 
-* rows x width, both powers of two, rows * width <= chunk, for short prompts;
+* 1 x width and 4 x width, width a power of two, up to a chunk in all, for short prompts;
 * 1 x chunk, in a cache of 2, 4, 8, ... chunks, for long ones.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from rrt.infer.engine.state import EngineShape
 from rrt.models.cache import Cache, init_cache
 
 _LEAST = 16  # Tokens of the narrowest launch.
+_TOGETHER = 4  # Short prompts that share a launch.
 
 
 class LaunchShape(NamedTuple):
@@ -96,24 +98,24 @@ class Prefiller:
     """All shapes of prompts of up to `longest` tokens."""
     found = dict.fromkeys(self.shape_of(n) for n in range(1, longest))
     for shape in list(found):
-      rows = 2
-      while shape.size <= self.chunk and rows * shape.width <= self.chunk:
-        if rows <= self._shape.slots:
-          found[LaunchShape(rows, shape.width, shape.size)] = None
-        rows *= 2
+      if shape.size <= self.chunk and self._together(shape.width):
+        found[shape._replace(rows=_TOGETHER)] = None
     return list(found)
+
+  def _together(self, width: int) -> bool:
+    """Whether several prompts of up to `width` tokens fit into a launch."""
+    return _TOGETHER * width <= self.chunk and self._shape.slots >= _TOGETHER
 
   def take(self, waiting: Sequence[Request], free: Sequence[int]) -> Group:
     """The first requests that fit into one launch, as a group in free slots."""
-    count, size = 1, len(waiting[0].prompt) - 1
-    most = min(len(waiting), len(free))
-    while 2 * count <= most:
-      longest = max(size, *(len(r.prompt) - 1 for r in list(waiting)[: 2 * count]))
-      if longest > self.chunk or 2 * count * self.shape_of(longest).width > self.chunk:
-        break
-      count, size = 2 * count, longest
-    requests = list(waiting)[:count]
-    return Group(requests, list(free[:count]), self.shape_of(max(size, 1), count))
+    requests = list(itertools.islice(waiting, min(_TOGETHER, len(free))))
+    longest = max(max(len(r.prompt) for r in requests) - 1, 1)
+    fits = longest <= self.chunk and self._together(self.shape_of(longest).width)
+    if len(requests) < _TOGETHER or not fits:
+      requests = requests[:1]
+      longest = max(len(requests[0].prompt) - 1, 1)
+    count = len(requests)
+    return Group(requests, list(free[:count]), self.shape_of(longest, count))
 
   def launch(self, group: Group) -> int:
     """Runs the next chunk of a group; returns its tokens, padding included."""

@@ -47,11 +47,10 @@ def test_short_prompts_share_a_launch(model):
     [Request.of(prompt(n), 1) for n in lengths], range(8)
   )
   assert take(10, 12, 9, 17, 16).shape == (4, 16, 16)
-  assert take(10, 12, 20).shape == (2, 16, 16)
-  assert take(10, 30).shape == (2, 32, 32)
-  assert take(10, 40, 10).shape == (1, 16, 16)
+  assert take(10, 12, 20).shape == (1, 16, 16)  # Four or one.
+  assert take(10, 30, 10, 10).shape == (1, 16, 16)  # Four of 32 are more than a chunk.
   assert take(90, 10).shape == (1, 64, 128) and take(140).shape == (1, 64, 150)
-  assert take(1, 1).shape == (2, 16, 16)
+  assert take(1, 1, 1, 1).shape == (4, 16, 16)
 
 
 def test_a_long_prompt_does_not_stop_the_others(model):
