@@ -121,3 +121,17 @@ def test_nothing_compiles_after_warming(model):
 def test_a_budget_must_be_a_number(model):
   with pytest.raises(InputError, match='prefill_tokens=0: must be a whole number'):
     Engine(model, prefill_tokens=0)
+
+
+@pytest.mark.parametrize(
+  ('options', 'reason'),
+  [
+    ({'nope': 1}, 'nope: an engine has no such option; there are slots'),
+    ({'slot': 1}, 'slot: an engine has no such option; did you mean slots'),
+    ({'gate': 'change', 'kv': 'propagate', 'threshold': 'a'}, "threshold='a': must be a finite"),
+    ({'gate': 'change', 'kv': 'propagate', 'threshold': float('nan')}, 'threshold=nan'),
+  ],
+)
+def test_options_that_are_none(model, options, reason):
+  with pytest.raises(InputError, match=reason):
+    Engine(model, **options)
