@@ -395,7 +395,7 @@ def test_what_followed_before_is_guessed(lookup):
     text_SxC=jax.numpy.asarray(text_SxC),
     in_flight=state.in_flight._replace(position_SxK=jax.numpy.asarray(position_SxK)),
   )
-  table = empty_table(8)
+  table = empty_table(8, 1)
   table.sampling.temperature_B[7] = 0.5
   rows = Batch(np.repeat(np.arange(8), K), np.tile(np.arange(K), 8), np.ones(8 * K, bool))
   got = speculate.from_text(shape, table, state, rows)
