@@ -158,6 +158,9 @@ def main(argv) -> None:
     )
   import jax
 
+  # Prefills and calls that run at once wait for each other's threads, and on few cores may
+  # wait for ever. One after the other they are as fast.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   from rrt.checkpoints.load import load
   from rrt.infer.engine.config import EngineConfig
   from rrt.infer.engine.engine import Engine
