@@ -138,7 +138,6 @@ class Stream:
 
   def __getitem__(self, index: int) -> Element:
     text, ends_document, chat = self._elements[index]
-    spans: conversations.Spans | None = None
     if chat:
       text, spans, complete = conversations.render(text, self._tokenizer.apply_chat, self._ends)
       if not complete:

@@ -33,6 +33,14 @@ def transpose_kernels(params):
   return params | matmul.transpose_named(parts, ('kernel',))
 
 
+def power_bucket(n: int, least: int = 16) -> int:
+  """The least power of two times `least` that is n or more: fewer shapes than `bucket`."""
+  size = least
+  while size < n:
+    size *= 2
+  return size
+
+
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:
   """N rounded up to 16, 24, 32, 48, 64, 96, ..., so that few shapes compile.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 import contextlib
 import dataclasses
 import functools
 import hmac
 import importlib.resources
-import json
 from typing import Any
 
 import rrt
@@ -17,6 +16,7 @@ from rrt.errors import InputError
 from rrt.server import metrics as metrics_lib
 from rrt.server import prompts, protocol
 from rrt.server.answer import Answer
+from rrt.server.events import Events, disconnected, late, sse
 from rrt.server.fields import Fields, Refused, read_body
 from rrt.server.gatekeeper import Gatekeeper, Rules
 from rrt.server.worker import Busy, Event, Failed, Ticket, Worker
@@ -25,14 +25,12 @@ try:
   from starlette.applications import Starlette
   from starlette.middleware import Middleware
   from starlette.requests import ClientDisconnect, Request
-  from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+  from starlette.responses import JSONResponse, PlainTextResponse, Response
   from starlette.routing import Route
 except ImportError as e:
   raise InputError(
     'Serving needs starlette and uvicorn: pip install "relaxed-recursive-transformers[serve]".'
   ) from e
-
-_LAST_WORD = 1.0  # Seconds to tell a client that its time is over.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +122,8 @@ class Server:
       except Refused as e:
         headers = {'WWW-Authenticate': 'Bearer'} if e.status == 401 else None
         return JSONResponse(e.body(), e.status, headers)
+      except InputError as e:
+        return JSONResponse(Refused(str(e)).body(), 400)
       except Busy:
         wait = str(self.limits.retry_after)
         body = Refused('All slots and places in the queue are taken.', 429)
@@ -224,12 +224,9 @@ class Server:
         logprobs=engine.shape.logprobs,
       )
       self.worker.metrics.ignore(job.unknown)
-      try:
-        # Grammars are compiled here, not in the engine's thread.
-        await asyncio.to_thread(self.worker.check, job.requests)
-        tickets = self.worker.submit(job.requests)
-      except InputError as e:
-        raise Refused(str(e)) from None
+      # Grammars are compiled here, not in the engine's thread.
+      await asyncio.to_thread(self.worker.check, job.requests)
+      tickets = self.worker.submit(job.requests)
       answer = Answer(job, self.name, self._tokenizer)
       if job.stream:
         events = self._stream(job, tickets, answer)
@@ -282,7 +279,7 @@ class Server:
 
     readers = [asyncio.ensure_future(read(t)) for t in tickets]
     everything = asyncio.gather(*readers)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request))
     try:
       either: set[asyncio.Future[Any]] = {everything, gone}
       done, _ = await asyncio.wait(
@@ -293,7 +290,7 @@ class Server:
         return JSONResponse(await asyncio.to_thread(answer.whole, texts))
       if gone in done:
         return PlainTextResponse('', 499)
-      raise _late(self.limits.seconds)
+      raise late(self.limits.seconds)
     finally:
       gone.cancel()
       for reader in readers:
@@ -319,14 +316,14 @@ class Server:
       while open_:
         index, event = await merged.get()
         if isinstance(event, Exception):
-          yield _sse(Refused(f'The engine has stopped: {event}', 503).body())
+          yield sse(Refused(f'The engine has stopped: {event}', 503).body())
           return
         begin = index not in begun
         begun.add(index)
         open_ -= bool(event.finish)
-        yield _sse(answer.chunk(index, event, begin))
+        yield sse(answer.chunk(index, event, begin))
       if job.usage:
-        yield _sse(answer.usage_chunk())
+        yield sse(answer.usage_chunk())
       yield b'data: [DONE]\n\n'
     finally:
       for reader in readers:
@@ -336,31 +333,6 @@ class Server:
   def _leave(self, tickets: list[Ticket]) -> None:
     for ticket in tickets:
       self.worker.cancel(ticket)
-
-
-class Events(StreamingResponse):
-  """A stream of server-sent events with a time limit, read or not."""
-
-  def __init__(
-    self, events: AsyncGenerator[bytes, None], seconds: float, leave: Callable[[], None]
-  ):
-    """`leave` is called at the end, also if no event was sent."""
-    super().__init__(events, media_type='text/event-stream', headers={'Cache-Control': 'no-cache'})
-    self._events, self._seconds, self._leave = events, seconds, leave
-
-  async def stream_response(self, send) -> None:
-    """Sends the events; `send` itself blocks if the client stops reading."""
-    try:
-      async with asyncio.timeout(self._seconds):
-        await super().stream_response(send)
-    except TimeoutError:
-      body = _sse(_late(self._seconds).body())
-      with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LAST_WORD):
-          await send({'type': 'http.response.body', 'body': body})
-    finally:
-      self._leave()
-      await self._events.aclose()
 
 
 def _page(name: str, kind: str):
@@ -384,17 +356,3 @@ def _no_such_method(request: Request, e: Exception):
   text = f'{request.url.path} does not take {request.method}.'
   headers = getattr(e, 'headers', None)
   return JSONResponse(Refused(text, 405).body(), 405, headers)
-
-
-async def _disconnected(request: Request) -> None:
-  """Returns when the client has disconnected."""
-  while (await request.receive())['type'] != 'http.disconnect':
-    pass
-
-
-def _late(seconds: float) -> Refused:
-  return Refused(f'No answer within {seconds:g} s.', 504)
-
-
-def _sse(value: dict[str, Any]) -> bytes:
-  return b'data: ' + json.dumps(value).encode() + b'\n\n'

@@ -74,4 +74,4 @@ class Gatekeeper:
     if '*' in self._rules.hosts:
       return True
     name = host[1:].partition(']')[0] if host.startswith('[') else host.partition(':')[0]
-    return name.lower() in self._rules.hosts
+    return name.lower() in map(str.lower, self._rules.hosts)

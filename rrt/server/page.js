@@ -60,14 +60,20 @@ function recall() {
 
 // ------------------------------------------------------------------ what is shown
 
-function chart(loops) {
+// A chart of loops by position; `grow` adds the bars that it lacks.
+function chart() {
   const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
-  const mean = loops.reduce((a, b) => a + b, 0) / loops.length;
-  svg.setAttribute('viewBox', `0 0 ${Math.max(loops.length, 16)} ${model.loops}`);
   svg.setAttribute('preserveAspectRatio', 'none');
   svg.setAttribute('role', 'img');
+  return svg;
+}
+
+function grow(svg, loops) {
+  const mean = loops.reduce((a, b) => a + b, 0) / loops.length;
+  svg.setAttribute('viewBox', `0 0 ${Math.max(loops.length, 16)} ${model.loops}`);
   svg.setAttribute('aria-label', `Loops by position, ${mean.toFixed(2)} of ${model.loops} on average`);
-  loops.forEach((depth, i) => {
+  for (let i = svg.childElementCount; i < loops.length; i++) {
+    const depth = loops[i];
     const bar = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
     bar.setAttribute('x', i + 0.05);
     bar.setAttribute('y', model.loops - depth);
@@ -75,8 +81,7 @@ function chart(loops) {
     bar.setAttribute('height', depth);
     bar.setAttribute('class', loopClass(depth));
     svg.append(bar);
-  });
-  return svg;
+  }
 }
 
 function remark(answer, turn) {
@@ -106,9 +111,8 @@ function draw(answer, turn) {
       said.append(span);
     }
     if (answer.loops.length) {
-      const next = chart(answer.loops);
-      if (picture) picture.replaceWith(next); else figures.before(next);
-      picture = next;
+      if (!picture) figures.before(picture = chart());
+      grow(picture, answer.loops);
     }
     figures.textContent = answer.figures;
     note.textContent = remark(answer, turn);

@@ -50,8 +50,10 @@ def of_completion(f: Fields, tokenizer, vocab: int, most: int) -> list[Prompt]:
       raise Refused('prompt makes no token.', param='prompt')
     if not 0 <= min(ids) <= max(ids) < vocab:
       raise Refused(f'Token ids must lie in 0..{vocab - 1}.', param='prompt')
-    text = one if isinstance(one, str) else tokenizer.decode(ids, skip_special=False)
-    found.append(Prompt(_truncated(f, list(ids)), text))
+    kept = _truncated(f, list(ids))
+    whole = isinstance(one, str) and len(kept) == len(ids)
+    text = one if whole else tokenizer.decode(kept, skip_special=False)
+    found.append(Prompt(kept, text))
   return found
 
 
@@ -61,6 +63,14 @@ def _is_ids(value: Any) -> bool:
     and bool(value)
     and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
   )
+
+
+def template_of(f: Fields, tokenizer) -> str | None:
+  """The chat template: the request's, or the model's."""
+  template = f.get('chat_template', tokenizer.chat_template)
+  if template is not None and not isinstance(template, str):
+    raise Refused('chat_template must be a text.', param='chat_template')
+  return template
 
 
 def of_chat(f: Fields, tokenizer, tools: list[dict[str, Any]] | None) -> Prompt:
@@ -77,9 +87,7 @@ def of_chat(f: Fields, tokenizer, tools: list[dict[str, Any]] | None) -> Prompt:
     if not isinstance(documents, list) or not all(isinstance(d, dict) for d in documents):
       raise Refused('documents must be a list of objects.', param='documents')
     variables['documents'] = documents
-  template = f.get('chat_template')
-  if template is not None and not isinstance(template, str):
-    raise Refused('chat_template must be a text.', param='chat_template')
+  template = template_of(f, tokenizer)
   goes_on = f.flag('continue_final_message')
   prompted = f.flag('add_generation_prompt', not goes_on)
   if goes_on and prompted:

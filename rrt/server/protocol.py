@@ -126,7 +126,7 @@ def parse(
   form = structured.structured_outputs(f)
   offered = Tools()
   if chat:
-    offered = tools.read(f, f.get('chat_template') or tokenizer.chat_template)
+    offered = tools.read(f, prompts.template_of(f, tokenizer))
     if offered.structured and form:
       raise Refused('Give either tool_choice or a form of the text.', param='tool_choice')
     given = [prompts.of_chat(f, tokenizer, offered.offered)]

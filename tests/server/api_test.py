@@ -391,3 +391,12 @@ def test_the_grafana_board_asks_for_metrics_that_exist(client):
   text = client.get('/metrics').text
   there = set(re.findall(r'^((?:vllm|rrt):\w+)\{[^}]*model_name="tiny"', text, re.M))
   assert len(asked) > 20 and asked <= there
+
+
+def test_inputs_that_cannot_be_encoded_or_rendered_are_refused(client):
+  given = {'Content-Type': 'application/json'}
+  reply = client.post('/tokenize', content=b'{"prompt": "\\ud800"}', headers=given)
+  assert reply.status_code == 400 and reply.json()['error']['message']
+  assert chat(client, 400, tools=[WEATHER], chat_template=3)['param'] == 'chat_template'
+  # What is echoed is what was read.
+  assert ask(client, echo=True, truncate_prompt_tokens=3, max_tokens=0)['text'] == 'sea'

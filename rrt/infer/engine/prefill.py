@@ -23,6 +23,7 @@ from rrt.infer import decode
 from rrt.infer.engine.request import Request
 from rrt.infer.engine.state import EngineShape
 from rrt.models.cache import Cache, init_cache
+from rrt.models.params import power_bucket
 
 _LEAST = 16  # Tokens of the narrowest launch.
 _TOGETHER = 4  # Short prompts that share a launch.
@@ -34,14 +35,6 @@ class LaunchShape(NamedTuple):
   rows: int
   width: int
   size: int
-
-
-def _power(n: int, least: int) -> int:
-  """The least power of two times `least` that is n or more."""
-  size = least
-  while size < n:
-    size *= 2
-  return size
 
 
 @dataclasses.dataclass
@@ -90,9 +83,9 @@ class Prefiller:
     """The launches of `rows` prompts of up to `tokens` tokens before their last one."""
     longest = self._shape.config.max_context
     if tokens <= self.chunk:
-      width = min(_power(tokens, _LEAST), self.chunk)
+      width = min(power_bucket(tokens, _LEAST), self.chunk)
       return LaunchShape(rows, width, width)
-    return LaunchShape(1, self.chunk, min(_power(tokens, self.chunk), longest))
+    return LaunchShape(1, self.chunk, min(power_bucket(tokens, self.chunk), longest))
 
   def shapes(self, longest: int) -> list[LaunchShape]:
     """All shapes of prompts of up to `longest` tokens."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from rrt.infer.engine.state import EngineShape
 from rrt.models import lm_head, transformer
+from rrt.models.params import power_bucket
 
 _ROWS = 64  # Rows whose logits exist at a time.
 Score = tuple[float, list[tuple[int, float]]]
@@ -31,10 +32,7 @@ def score_prompt(shape: EngineShape, params, prompt: Sequence[int], count: int) 
   Returns:
     For each token its log-probability, and the likeliest tokens with theirs.
   """
-  size = 16
-  while size < len(prompt):
-    size *= 2
-  size = min(size, shape.config.max_context)
+  size = min(power_bucket(len(prompt)), shape.config.max_context)
   tokens_L = np.zeros(size, np.int32)
   tokens_L[: len(prompt)] = prompt
   out = _score(
