@@ -9,7 +9,8 @@ from rrt import command, console
 from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
 from rrt.config import ORDERS
 from rrt.convert.calibration_data import calibration_text
-from rrt.convert.plan import INITS, RELAX_INITS, ConvertConfig, plan, recommended
+from rrt.convert.drop import count_of, parse
+from rrt.convert.plan import INITS, REFITS, RELAX_INITS, ConvertConfig, plan, recommended
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 
@@ -34,7 +35,9 @@ _FIELDS = (
     'Layers before the block, not shared; without --prelude, --coda and --block about a '
     'quarter of the layers each.',
   ),
-  FLAGS.usual.integer('loops', _DEFAULT.loops, 'Times that the block runs.'),
+  FLAGS.usual.integer(
+    'loops', None, 'Times that the block runs; by default 2, and 1 with --drop alone.'
+  ),
   FLAGS.usual.integer('coda', None, 'Layers after the block, not shared.'),
   FLAGS.usual.string(
     'rank',
@@ -47,6 +50,12 @@ _FIELDS = (
     [],
     'Another relaxation, applied after LoRA, such as gain or '
     'gain:components=o+down. May be repeated.',
+  ),
+  FLAGS.usual.string(
+    'drop',
+    '',
+    'Layers of the parent to delete before the rest is arranged: 16-19, 3,16-19, or auto:4 '
+    'for the run of four whose deletion moves the residual stream least.',
   ),
   FLAGS.usual.enum('init', _DEFAULT.init, INITS, 'Initial values of the shared weights.'),
   FLAGS.usual.string(
@@ -81,6 +90,13 @@ _FIELDS = (
     'Relaxations are fitted to the residual of the shared weights, or start at zero.',
   ),
   FLAGS.rare.bool('loop_norms', _DEFAULT.loop_norms, 'Separate norm gains for each loop.'),
+  FLAGS.rare.enum(
+    'refit',
+    _DEFAULT.refit,
+    REFITS,
+    'Layers of their own that are refitted: after (the coda, and those behind a deleted '
+    'layer), around (the two before it too), or none.',
+  ),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
 _DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the weights.')
@@ -97,13 +113,17 @@ def main(_) -> None:
   shape = [fields[name] for name in ('prelude', 'coda', 'block')]
   for name in ('prelude', 'coda'):
     fields[name] = fields[name] or 0
+  loops = fields['loops']
+  if loops is None:
+    fields['loops'] = 1 if fields['drop'] and shape == [None] * 3 else _DEFAULT.loops
   convert = ConvertConfig().replace(**fields | {'relax': tuple(fields['relax'])})
   check_save(_OUT.value)
   check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: mistakes are reported before.
   config = load_config(_SOURCE.value)
   if shape == [None] * 3:
-    prelude, coda = recommended(config.depth, convert.loops)
+    layers = config.depth - count_of(parse(convert.drop, config.depth))
+    prelude, coda = recommended(layers, convert.loops)
     convert = convert.replace(prelude=prelude, coda=coda)
   plan(config, convert)
   text = None

@@ -12,7 +12,11 @@ few thousand tokens, and each linear of the child is fitted by least squares:
    earlier layers left in them, and the fit is towards the parent's outputs.
    What writes to the residual stream (o and down) also takes up the error
    that the stream has gathered so far.
-4. The coda's layers are nobody's shared weights: they are refitted whole.
+4. Layers of their own behind the block or behind a deleted layer are nobody's
+   shared weights: they are refitted whole.
+5. Where a loop starts closed (`Gain.start = 0`), what it writes to the residual
+   stream is kept only if it brings tokens that were left out of the fit nearer to
+   the parent's: no such position is worse there than a deleted layer.
 
 Nothing is trained by gradients. One layer's covariances are in memory at a
 time, besides the parent's residual stream for the calibration tokens: after
@@ -59,7 +63,8 @@ class CalibrationConfig:
     tie_jointly: shared weights are chosen together with the relaxations that
       can (`Relaxation.tie`); otherwise they are weighted means.
     permute_units: hidden units are aligned before weights are shared.
-    refit_coda: the coda's layers are refitted too.
+    refit_coda: layers of their own (of the coda, and behind deleted ones) are
+      refitted too.
     ridge: how strongly the covariances that weight means and SVDs are
       shrunk towards their diagonals.
   """
@@ -79,6 +84,8 @@ def calibrate(
   activations: LayerActivations,
   weights: ChildWeights,
   streams: dict[int, Stream],
+  start: int,
+  h_BxLxD: np.ndarray,
   *,
   steps: CalibrationConfig = ALL_STEPS,
   progress: Callable[[int], None] = lambda n: None,
@@ -86,22 +93,26 @@ def calibrate(
   """Fits a child's linears to its parent, layer after layer.
 
   Args:
-    activations: the parent and the calibration tokens.
-    weights: the child's, filled here: shared weights, relaxations, coda.
-    streams: from `activations.run(.., child.prelude_layers)`; emptied meanwhile.
+    activations: the parent's layers that the child stands for, and the tokens.
+    weights: the child's, filled here: shared weights, relaxations, own layers.
+    streams: the parent's by the child's depth, from `start` on; emptied meanwhile.
+    start: the first depth that is fitted; those before it stay as they are.
+    h_BxLxD: the residual stream before it.
     steps: which steps to take.
     progress: called with the number of layers done since the last call.
   """
   child = weights.config
-  P, R, N = child.prelude_layers, child.loops, child.block_layers
+  R, N = child.loops, child.block_layers
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
-  h_BxLxD = streams[P].start
-  for depth in range(P, activations.config.depth):
+  for depth in range(start):
+    if depth in at:  # Of a vanilla child.
+      weights.keep(at[depth], activations.layer(depth))
+  for depth in range(start, child.depth):
     layer, end_BxLxD = fit_layer(
       activations, weights, depth, at.get(depth), streams, h_BxLxD, steps
     )
     if depth not in at:
-      weights.coda.append(jax.tree.map(np.asarray, layer))
+      weights.own[depth] = jax.tree.map(np.asarray, layer)
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
     size = np.sum(streams[depth].end ** 2, dtype=np.float64)
     weights.drift.append(float(gap / max(size, TINY)))
@@ -196,7 +207,9 @@ def fit_layer(
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
-        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, steps)
+        (_, _), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
+        checked = c2, k2 + c2 @ kernel_of(layer, name)
+        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, checked, steps)
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
@@ -253,14 +266,23 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
-def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, steps):
-  """Fits one linear at a position towards ws[0]; at its first loop W' as well."""
+def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, checked, steps):
+  """Fits one linear at a position towards ws[0]; at its first loop W' as well.
+
+  `checked`: E[x^T x] and E[x^T y] of the tokens to check on.
+  """
   r, n = position
   if r == 0:
-    shared_IxO = None
-    if steps.tie_jointly:
+    shared_IxO = ws_RxIxO[0] if len(ws_RxIxO) == 1 else None
+    if steps.tie_jointly and shared_IxO is None:
       shared_IxO = weights.tie(name, n, cs_RxIxI, ws_RxIxO)
     if shared_IxO is None:
       shared_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
     weights.shared[name][n] = shared_IxO
-  return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))
+  merged_IxO = jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))
+  if name in ('o', 'down') and weights.is_closed(name, position):
+    c_IxI, k_IxO = checked
+    if jnp.sum(merged_IxO * (c_IxI @ merged_IxO - 2 * k_IxO)) >= 0:
+      zero_IxO = jnp.zeros_like(merged_IxO)
+      merged_IxO = jnp.asarray(weights.fit(name, position, zero_IxO, cs_RxIxI[0]))
+  return merged_IxO

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rrt.config import ORDERS, ModelConfig
-from rrt.convert import calibration_data, rank_budget
+from rrt.convert import calibration_data, drop, rank_budget
 from rrt.errors import InputError
 from rrt.relax import registry
 from rrt.relax.base import Relaxation, hosts_of
@@ -18,6 +18,7 @@ from rrt.relax.ranks import LoopRanks, parse_ranks, with_ranks
 
 INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
 RELAX_INITS = ('fit', 'zero')
+REFITS = ('after', 'around', 'none')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,12 @@ class ConvertConfig:
     relax_init: 'fit' starts relaxations from what the shared weights lack,
       'zero' without effect.
     loop_norms: every loop keeps its own norm gains.
+    drop: layers of the parent that are deleted before the rest is arranged:
+      '16-19', '3,16-19', (16, 17), or 'auto:4' for the run of four whose
+      deletion moves the residual stream of the calibration text least.
+    refit: which layers of their own the calibration refits: 'after' those of the
+      coda and those behind a deleted layer, 'around' the two before it as well,
+      'none'.
     calibration: path of the text to fit on and to measure on; None takes
       English text found in the installation (in a recipe its training part).
     calibration_tokens: how many to fit on.
@@ -61,6 +68,8 @@ class ConvertConfig:
   relax: tuple[str | Relaxation, ...] = ()
   relax_init: str = 'fit'
   loop_norms: bool = True
+  drop: str | tuple[int, ...] = ()
+  refit: str = 'after'
   calibration: str | None = None
   calibration_tokens: int = 8192
 
@@ -108,7 +117,10 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
     raise InputError(f'init={c.init!r}: must be one of {", ".join(INITS)}.')
   if c.relax_init not in RELAX_INITS:
     raise InputError(f'relax_init={c.relax_init!r}: must be one of {", ".join(RELAX_INITS)}.')
-  config = arrange(parent, c)
+  _check_vanilla(parent)
+  dropped = drop.parse(c.drop, parent.depth)
+  config = arrange(drop.config_without(parent, dropped), c)
+  _check_refit(c, bool(dropped))
   rank_budget.check(c.budget, c.rank)
   calibration_data.check_tokens(c.calibration_tokens)
   config = with_relaxations(config, c, c.rank)
@@ -127,18 +139,14 @@ def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> 
     InputError: ranks or relaxations that cannot work.
   """
   rank = parse_ranks(rank) if isinstance(rank, str) else rank
-  relax = with_ranks(config, rank, convert.alpha)
-  return dataclasses.replace(config, relax=relax + convert.relaxations())
+  low_rank = with_ranks(config, rank, convert.alpha)
+  further = convert.relaxations()
+  first = tuple(r for r in further if r.leads)
+  rest = tuple(r for r in further if not r.leads)
+  return dataclasses.replace(config, relax=first + low_rank + rest)
 
 
-def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
-  """The child's config, without relaxations.
-
-  Raises:
-    InputError: the parent is recursive, or prelude + block x loops + coda
-      is not its depth; then with the nearest choices that are.
-  """
-  c, block = convert, convert.block
+def _check_vanilla(parent: ModelConfig) -> None:
   if parent.loops != 1 or parent.relax:
     state = f'is already recursive (loops={parent.loops})'
     if parent.loops == 1:
@@ -146,6 +154,28 @@ def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
     raise InputError(
       f'The parent {state}; convert a vanilla model, or export this one to an untied model first.'
     )
+
+
+def _check_refit(c: ConvertConfig, drops: bool) -> None:
+  """Raises InputError for a `refit` that is unknown or has no effect."""
+  if c.refit not in REFITS:
+    raise InputError(f'refit={c.refit!r}: must be one of {", ".join(REFITS)}.')
+  if c.refit == REFITS[0]:
+    return
+  if c.init != 'calibrated':
+    raise InputError(f'refit={c.refit!r}: has no effect with init={c.init!r}.')
+  if not drops and (c.refit == 'around' or not c.coda):
+    raise InputError(f'refit={c.refit!r}: has no effect without deleted layers; give drop too.')
+
+
+def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
+  """The child's config, without relaxations.
+
+  Raises:
+    InputError: prelude + block x loops + coda is not the parent's depth; then
+      with the nearest choices that are.
+  """
+  c, block = convert, convert.block
   if c.order not in ORDERS:
     raise InputError(f'order={c.order!r}: must be one of {", ".join(ORDERS)}.')
   for name, value, least in (
@@ -162,9 +192,10 @@ def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
     block = left // c.loops
   if block is None or c.prelude + block * c.loops + c.coda != depth:
     given = '' if block is None else f'block {block} x '
+    left_out = ' without those of drop' if c.drop else ''
     choices = '; or '.join(_nearest(depth, c.prelude, block, c.loops, c.coda))
     raise InputError(
-      f'The parent has {depth} layers, which prelude {c.prelude} + {given}'
+      f'The parent has {depth} layers{left_out}, which prelude {c.prelude} + {given}'
       f'loops {c.loops} + coda {c.coda} cannot make up. Choose {choices}.'
     )
   return parent.with_recursion(
@@ -173,7 +204,7 @@ def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
     loops=c.loops,
     coda=c.coda,
     order=c.order,
-    loop_norms=c.loop_norms,
+    loop_norms=c.loop_norms and (c.loops > 1 or not c.drop),
   )
 
 
@@ -196,6 +227,8 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
 
 def is_exact(config: ModelConfig, convert: ConvertConfig) -> bool:
   """Whether a child can only compute what its parent does."""
+  if convert.drop:
+    return False
   fits = convert.relax_init == 'fit'
   full = fits and all(
     any(r.is_exact(host) for r in config.relax if r.site == 'linear')

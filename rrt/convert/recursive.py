@@ -21,7 +21,7 @@ import numpy as np
 from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert import calibration_data, rank_budget, select
+from rrt.convert import calibration_data, drop, rank_budget, select
 from rrt.convert.activations import LayerActivations
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
@@ -103,14 +103,19 @@ def to_recursive(
   config = plan(parent.config, convert)
   check_finite(parent, 'parent', 'load it again or take another checkpoint')
   fits = convert.init == 'calibrated' and not is_exact(config, convert)
-  fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits)
+  fits = fits and not (config.loops == 1 and convert.refit == 'none')
+  automatic = isinstance(drop.parse(convert.drop, parent.config.depth), int)
+  fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits or automatic)
   untied = to_untied(parent)
   with console.Progress(0, 'convert', 'layers') as bar:
-    job = _Job(untied, config, convert, seed, steps, bar.to if progress == 'bar' else progress)
-    weights = job.calibrated(fit_BxL) if fits else job.selected()
+    report_to = bar.to if progress == 'bar' else progress
+    job = _Job(untied, config, convert, seed, steps, report_to, fit_BxL)
+    weights = job.calibrated() if fits else job.selected()
+  convert = job.convert
   config, params = weights.config, weights.to_params(untied.params)
 
   report = start_report(untied.config, config, convert.init)
+  report.dropped = list(job.dropped)
   report.kept = {k: v.tolist() for k, v in weights.kept.items()}
   report.drift = weights.drift
   report.calibration_tokens = fit_BxL.size if weights.drift else 0
@@ -163,7 +168,12 @@ def _calibration_rows(
 
 @dataclasses.dataclass
 class _Job:
-  """Finds the weights of one child, either way."""
+  """Finds the weights of one child, either way.
+
+  Attributes:
+    dropped: the parent's layers that are deleted.
+    kept: the parent without them.
+  """
 
   parent: LanguageModel
   config: ModelConfig  # The child's; a budget adds its low-rank terms.
@@ -171,13 +181,26 @@ class _Job:
   seed: int
   steps: CalibrationConfig
   progress: Callable[[int, int], None] | None
+  tokens_BxL: np.ndarray  # To fit on; empty where nothing is fitted.
+
+  def __post_init__(self):
+    found = drop.parse(self.convert.drop, self.parent.config.depth)
+    if isinstance(found, int):
+      runs = self.parent.config.depth - found + 1
+      count = _counter(runs, self.progress)
+      found = drop.choose(self.parent, found, self.tokens_BxL, self._embed, count)
+      self.convert = self.convert.replace(drop=found)
+      self.config = plan(self.parent.config, self.convert)
+    self.dropped = found
+    # What the child is arranged from; targets stay those of the whole parent.
+    self.kept = drop.without(self.parent, found)
 
   def _weights(self) -> ChildWeights:
     fits = self.convert.relax_init == 'fit'
     return ChildWeights(self.config, self._layers(), self.convert.init, self.seed, fits)
 
   def _layers(self) -> Any:
-    return self.parent.params['block']['layers']
+    return self.kept.params['block']['layers']
 
   def _spend(self, spectra: dict[str, np.ndarray]) -> None:
     """Turns the budget into ranks."""
@@ -200,13 +223,19 @@ class _Job:
     select.fit_relaxations(weights, layers, count)
     return weights
 
-  def calibrated(self, tokens_BxL: np.ndarray) -> ChildWeights:
-    """Shared weights, relaxations and coda fitted to text."""
-    c = self.config
-    count = _counter(2 * c.depth - c.prelude_layers, self.progress)
-    at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), self._layers())
-    activations = LayerActivations(self.parent.config, at_depth, tokens_BxL)
-    streams = activations.run(self._embed(tokens_BxL), c.prelude_layers, count)
+  def calibrated(self) -> ChildWeights:
+    """Shared weights, relaxations and refitted layers, fitted to text."""
+    c, depth = self.config, self.parent.config.depth
+    kept = drop.kept_of(self.parent.config, self.dropped)
+    start = drop.first_refitted(kept, self.convert.refit, depth)
+    if c.loops > 1:
+      start = min(start, c.prelude_layers)
+    count = _counter(depth + c.depth - start, self.progress)
+    whole = self._activations(self.parent)
+    streams = whole.run(self._embed(self.tokens_BxL), start, count)
+    h_BxLxD = streams[start].start  # No gap lies before it.
+    streams = drop.targets(streams, kept, self.convert.refit, depth)
+    activations = self._activations(self.kept) if self.dropped else whole
     if self.convert.budget is not None:
       norms = self._weights().norms_at
       self._spend(calibrate_lib.spectra(activations, c, streams, norms, self.steps))
@@ -214,8 +243,18 @@ class _Job:
         self.convert = self.convert.replace(budget=None)
         return self.selected()
     weights = self._weights()
-    calibrate_lib.calibrate(activations, weights, streams, steps=self.steps, progress=count)
+    steps = self.steps
+    if self.convert.refit == 'none':
+      steps = dataclasses.replace(steps, refit_coda=False)
+    calibrate_lib.calibrate(
+      activations, weights, streams, start, h_BxLxD, steps=steps, progress=count
+    )
     return weights
+
+  def _activations(self, model: LanguageModel) -> LayerActivations:
+    layers = model.params['block']['layers']
+    at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), layers)
+    return LayerActivations(model.config, at_depth, self.tokens_BxL)
 
   def _embed(self, tokens_BxL: np.ndarray) -> np.ndarray:
     """The input of the first layer, float32 [B, L, D]."""

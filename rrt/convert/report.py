@@ -9,6 +9,7 @@ import numpy as np
 
 from rrt import console
 from rrt.config import ModelConfig
+from rrt.convert.drop import in_words
 from rrt.evals import perplexity
 from rrt.model import LanguageModel
 from rrt.models import lm_head, transformer
@@ -23,6 +24,7 @@ class Report:
 
   Attributes:
     shape: prelude + block x loops + coda, in words.
+    dropped: the parent's layers that the child leaves out.
     init: how the shared weights were found.
     ranks: component -> rank of its low-rank term, 'a/b/...' by loop, or
       'smallest-largest'.
@@ -59,6 +61,7 @@ class Report:
   nll_child_nats: float | None = None
   held_out_tokens: int = 0
   calibration_tokens: int = 0
+  dropped: list[int] = dataclasses.field(default_factory=list)
   kept: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
   drift: list[float] = dataclasses.field(default_factory=list)
   identity_error: float | None = None
@@ -72,6 +75,9 @@ class Report:
       fields[name] = getattr(self, name)._asdict()
     return fields
 
+  def _without(self) -> str:
+    return f' without the layers {in_words(self.dropped)}' if self.dropped else ''
+
   def show(self) -> None:
     """Prints the report as tables."""
     counts = [('parent', self.parent_params), ('child', self.params)]
@@ -83,7 +89,7 @@ class Report:
     )
     equal = 'equals' if self.params_counted == self.params.unique else 'IS NOT'
     print(
-      f'{self.shape}, {self.init}, {self.relaxations}\n'
+      f'{self.shape}{self._without()}, {self.init}, {self.relaxations}\n'
       f'unique parameters counted: {self.params_counted:,}, which {equal} the '
       'closed form\n'
     )

@@ -20,7 +20,7 @@ TINY = 1e-30  # The least divisor of sizes that may be zero.
 
 
 class ChildWeights:
-  """Shared weights, relaxations, norm gains and a refitted coda.
+  """Shared weights, relaxations, norm gains and refitted layers of their own.
 
   Attributes:
     config: the child's.
@@ -28,7 +28,7 @@ class ChildWeights:
     relax: (kind, path of the host) -> leaves, [N, ...] each, from their
       initial values.
     norms: gains of the block by path: [N, R, D] per loop, else [N, D].
-    coda: the coda's layer trees, where they were refitted.
+    own: depth -> layer tree of the prelude's and the coda's refitted layers.
     kept: component -> share of what the shared weight lacks that its
       relaxations regain, [R, N].
     drift: by depth from the block on, `||child - parent||^2 / ||parent||^2`
@@ -64,7 +64,7 @@ class ChildWeights:
       self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
       if host.site == 'linear':
         self.kept[host.name] = np.zeros((R, N))
-    self.coda: list[Any] = []
+    self.own: dict[int, Any] = {}
     self.drift: list[float] = []
     self.norms = _norms(config, layers, init)
 
@@ -92,6 +92,21 @@ class ChildWeights:
         if shared_IxO is not None:
           return shared_IxO
     return None
+
+  def keep(self, position: tuple[int, int], layer: Any) -> None:
+    """Takes the shared weights of a block layer as a layer tree has them."""
+    for name, host in self.hosts.items():
+      part, linear = host.path.split('/')
+      self.shared[name][position[1]] = layer[part][linear]['kernel']
+
+  def is_closed(self, name: str, position: tuple[int, int]) -> bool:
+    """Whether the shared weight starts without effect at a position."""
+    closed = (
+      getattr(r, 'start', 1.0) == 0
+      for r in self.config.relax
+      if r.leads and r.leaves(self.hosts[name])
+    )
+    return bool(position[0]) and any(closed)
 
   def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None):
     """Fits the relaxations of one linear at one position, in their order.
@@ -152,15 +167,19 @@ class ChildWeights:
         path = f'{host.path}/{name}' if host.path else name
         set_path(part, path, leaves.pop(name).astype(dtype, copy=False))
     first, last = c.prelude_layers, c.depth - c.coda_layers
-    take = lambda some: jax.tree.map(lambda t: np.asarray(t[some]), self._layers)
-    if c.prelude_layers:
-      tree['prelude'] = {'layers': take(slice(0, first))}
-    if self.coda:
-      stack = lambda *leaves: np.stack(leaves).astype(dtype, copy=False)
-      tree['coda'] = {'layers': jax.tree.map(stack, *self.coda)}
-    elif c.coda_layers:
-      tree['coda'] = {'layers': take(slice(last, c.depth))}
+    for part, depths in (('prelude', range(first)), ('coda', range(last, c.depth))):
+      if depths:
+        tree[part] = {'layers': self._own_layers(depths, dtype)}
     return tree
+
+  def _own_layers(self, depths: range, dtype) -> Any:
+    """The layers of the prelude or the coda, refitted where they were."""
+    refitted = [self.own.pop(depth, None) for depth in depths]
+    if not any(refitted):
+      return jax.tree.map(lambda t: np.asarray(t[depths.start : depths.stop]), self._layers)
+    at_depth = lambda depth: jax.tree.map(lambda t: np.asarray(t[depth]), self._layers)
+    trees = [tree or at_depth(depth) for tree, depth in zip(refitted, depths, strict=True)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves).astype(dtype, copy=False), *trees)
 
 
 def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]:

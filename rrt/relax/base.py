@@ -120,6 +120,7 @@ class Relaxation:
     unmergeable: why an untied model cannot hold what this computes; '' where
       it can. `to_untied` and `rrt export` refuse with this reason.
     decay: whether weight decay applies; not where zero is not neutral.
+    leads: whether a conversion puts it in front of the low-rank term.
   """
 
   kind: ClassVar[str]
@@ -127,6 +128,10 @@ class Relaxation:
   row_independent: ClassVar[bool] = True
   unmergeable: ClassVar[str] = ''
   decay: ClassVar[bool] = True
+
+  @property
+  def leads(self) -> bool:
+    return False
 
   def check(self, hosts: tuple[Host, ...]) -> None:
     """Raises InputError for a field that cannot work on these hosts."""

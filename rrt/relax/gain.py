@@ -1,7 +1,10 @@
 """Per-loop gains: y = (x W + earlier relaxations) * g[loop], a vector a loop.
 
 A gain of zero at o and down makes a looped layer add nothing to the residual
-stream: what deleting the layer at that position does is one of its values.
+stream: what deleting the layer at that position does is one of its values. With
+`start=0` every loop but the first begins there: the shared weight is the first
+loop's own, later loops are what their low-rank terms make of them, and training
+opens the gains.
 
 I inputs, O outputs, R loops, N layers.
 """
@@ -28,7 +31,10 @@ class Gain(Relaxation):
   so that it stands behind `Lora`. It costs R x O parameters a linear.
 
   Attributes:
-    components: the linears that have it.
+    components: the linears that have it; 'all' for the seven.
+    start: its value in the loops after the first, where a conversion begins. 1
+      fits it instead. With another value it is a gain on the shared product
+      alone, in front of `Lora`, and stays at 1 in the first loop.
   """
 
   kind: ClassVar[str] = 'gain'
@@ -36,6 +42,15 @@ class Gain(Relaxation):
   decay: ClassVar[bool] = False
 
   components: tuple[str, ...] = ('o', 'down')
+  start: float = 1.0
+
+  def __post_init__(self):
+    if self.components in ('all', ('all',)):
+      object.__setattr__(self, 'components', tuple(LINEAR_AXES))
+
+  @property
+  def leads(self) -> bool:
+    return self.start != 1.0
 
   def check(self, hosts: tuple[Host, ...]) -> None:
     if not self.components or len(set(self.components)) < len(self.components):
@@ -48,11 +63,17 @@ class Gain(Relaxation):
           f'gain.components names {name!r}; the linears are {", ".join(LINEAR_AXES)}.'
         )
 
+    if isinstance(self.start, bool) or not -1e3 < float(self.start) < 1e3:
+      raise InputError(f'gain.start={self.start!r}: must be a finite number.')
+
   def leaves(self, host: Host) -> dict[str, Leaf]:
     if host.name not in self.components:
       return {}
     shape, axes = (host.loops, host.d_out), ('loops', host.axes[1])
-    return {'gain': Leaf(shape, axes, nn.initializers.ones)}
+    return {'gain': Leaf(shape, axes, self._init)}
+
+  def _init(self, key, shape, dtype=jnp.float32):
+    return nn.initializers.ones(key, shape, dtype).at[1:].set(self.start)
 
   def apply(self, params: Leaves, x, y, loop, host: Host):
     chex.assert_shape(params['gain'], (host.loops, y.shape[-1]))
@@ -63,12 +84,21 @@ class Gain(Relaxation):
     gain_O = np.asarray(params['gain'][layer, loop], np.float64)
     return base_IxO * gain_O[None, :]
 
+  def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
+    """At a start of 0 the shared weight serves the first loop alone."""
+    closed = self.start == 0 and host.name in self.components
+    return ws_RxIxO[0] if closed else None
+
   def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
     """Weighted least squares, channel by channel.
 
     With v and w a channel's columns of base and target, and C the covariance
     of the inputs, g = (v^T C w) / (v^T C v).
     """
+    if self.leads:
+      loop, _ = position
+      gain_O = jnp.full(host.d_out, self.start if loop else 1.0)
+      return Fitted({'gain': gain_O}, base_IxO * gain_O[None, :])
     cv_IxO = base_IxO if c_IxI is None else c_IxI @ base_IxO
     power_O = jnp.sum(base_IxO * cv_IxO, 0)
     cross_O = jnp.sum(target_IxO * cv_IxO, 0)
