@@ -86,11 +86,11 @@ class ChildWeights:
   def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
     """The shared weight that a relaxation asks for, or None."""
     for relaxation in self.config.relax if self._fits else ():
-      host = self.hosts[name]
-      if relaxation.site == 'linear' and relaxation.leaves(host):
-        shared_IxO = relaxation.tie(cs_RxIxI, ws_RxIxO, layer, host)
-        if shared_IxO is not None:
-          return shared_IxO
+      if relaxation.site != 'linear':
+        continue
+      shared_IxO = relaxation.tie(cs_RxIxI, ws_RxIxO, layer, self.hosts[name])
+      if shared_IxO is not None:
+        return shared_IxO
     return None
 
   def keep(self, position: tuple[int, int], layer: Any) -> None:
@@ -101,12 +101,8 @@ class ChildWeights:
 
   def is_closed(self, name: str, position: tuple[int, int]) -> bool:
     """Whether the shared weight starts without effect at a position."""
-    closed = (
-      getattr(r, 'start', 1.0) == 0
-      for r in self.config.relax
-      if r.leads and r.leaves(self.hosts[name])
-    )
-    return bool(position[0]) and any(closed)
+    closed = any(r.closes(self.hosts[name]) for r in self.config.relax)
+    return self._fits and closed and position[0] > 0
 
   def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None):
     """Fits the relaxations of one linear at one position, in their order.

@@ -120,7 +120,6 @@ class Relaxation:
     unmergeable: why an untied model cannot hold what this computes; '' where
       it can. `to_untied` and `rrt export` refuse with this reason.
     decay: whether weight decay applies; not where zero is not neutral.
-    leads: whether a conversion puts it in front of the low-rank term.
   """
 
   kind: ClassVar[str]
@@ -131,6 +130,11 @@ class Relaxation:
 
   @property
   def leads(self) -> bool:
+    """Whether a conversion puts it in front of the low-rank term."""
+    return False
+
+  def closes(self, host: Host) -> bool:
+    """Whether the shared weight starts without effect in the loops after the first."""
     return False
 
   def check(self, hosts: tuple[Host, ...]) -> None:

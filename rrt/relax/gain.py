@@ -84,10 +84,12 @@ class Gain(Relaxation):
     gain_O = np.asarray(params['gain'][layer, loop], np.float64)
     return base_IxO * gain_O[None, :]
 
+  def closes(self, host: Host) -> bool:
+    return self.start == 0 and host.name in self.components
+
   def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
     """At a start of 0 the shared weight serves the first loop alone."""
-    closed = self.start == 0 and host.name in self.components
-    return ws_RxIxO[0] if closed else None
+    return ws_RxIxO[0] if self.start == 0 else None
 
   def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
     """Weighted least squares, channel by channel.
