@@ -5,13 +5,18 @@ run twice. --init=calibrated (the default) fits the weights to text, which may
 be any; the others are the paper's.
 """
 
+from pathlib import Path
+
 from rrt import command, console
 from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
+from rrt.cli import plots
 from rrt.config import ORDERS
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.drop import count_of, parse
-from rrt.convert.plan import INITS, REFITS, RELAX_INITS, ConvertConfig, plan, recommended
+from rrt.convert.plan import CHOSEN, INITS, REFITS, RELAX_INITS, ConvertConfig, plan, recommended
 from rrt.convert.recursive import to_recursive
+from rrt.convert.report import Report
+from rrt.convert.search import DEFAULT_PARAMS
 from rrt.errors import InputError
 
 FLAGS = command.Flags(
@@ -29,11 +34,16 @@ _OUT = FLAGS.needed.string(
   'out', None, 'The directory to write; new, empty or an earlier rrt model.'
 )
 _FIELDS = (
+  FLAGS.usual.string(
+    'params',
+    None,
+    'Unique parameters of the child, 103M or 0.75x of the parent: searches for the best '
+    'arrangement of that size. Without any shape 0.75x.',
+  ),
   FLAGS.usual.integer(
     'prelude',
     None,
-    'Layers before the block, not shared; without --prelude, --coda and --block about a '
-    'quarter of the layers each.',
+    'Layers before the block, not shared; with --loops alone about a quarter of the layers.',
   ),
   FLAGS.usual.integer(
     'loops', None, 'Times that the block runs; by default 2, and 1 with --drop alone.'
@@ -90,6 +100,7 @@ _FIELDS = (
     'Relaxations are fitted to the residual of the shared weights, or start at zero.',
   ),
   FLAGS.rare.bool('loop_norms', _DEFAULT.loop_norms, 'Separate norm gains for each loop.'),
+  FLAGS.rare.integer('layers_run', None, 'With --params: the most layers that a token may pass.'),
   FLAGS.rare.enum(
     'refit',
     _DEFAULT.refit,
@@ -103,6 +114,16 @@ _DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of
 _SEED = FLAGS.rare.integer('seed', 0, 'Seed of random weights.')
 
 
+def _draw(report: Report, depth: int, path: Path) -> None:
+  """The children considered, as a picture, where matplotlib is there."""
+  try:
+    parent = report.parent_params.unique, depth, report.nll_parent_nats or 0.0
+    path.write_text(plots.frontier(report.considered, parent))
+    print(f'frontier drawn in {path}')
+  except InputError as e:
+    console.note(f'frontier.svg was not drawn: {e}')
+
+
 def main(_) -> None:
   """Loads, converts, reports, saves."""
   if not _SOURCE.value or not _OUT.value:
@@ -111,6 +132,10 @@ def main(_) -> None:
   random = fields['init'] == 'random' or fields['relax_init'] == 'zero'
   command.check_effect(_SEED, random, '--init=random or --relax_init=zero')
   shape = [fields[name] for name in ('prelude', 'coda', 'block')]
+  if fields['params'] is None and not any(f.present for f in _FIELDS if f.name in CHOSEN):
+    fields['params'] = DEFAULT_PARAMS
+  if fields['rank'] == '0':
+    fields['rank'] = 0
   for name in ('prelude', 'coda'):
     fields[name] = fields[name] or 0
   loops = fields['loops']
@@ -121,7 +146,7 @@ def main(_) -> None:
   check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: mistakes are reported before.
   config = load_config(_SOURCE.value)
-  if shape == [None] * 3:
+  if shape == [None] * 3 and convert.params is None:
     layers = config.depth - count_of(parse(convert.drop, config.depth))
     prelude, coda = recommended(layers, convert.loops)
     convert = convert.replace(prelude=prelude, coda=coda)
@@ -136,6 +161,8 @@ def main(_) -> None:
   out = save(child, _OUT.value)
   report.show()
   print(f'written to {out}')
+  if report.considered:
+    _draw(report, config.depth, out / 'frontier.svg')
   console.finish(
     {
       'out': str(out),
@@ -148,6 +175,8 @@ def main(_) -> None:
       'ranks': report.ranks,
       'relaxations': report.relaxations,
       'kept': report.kept,
+      'dropped': report.dropped,
+      'considered': report.considered,
       'calibration_tokens': report.calibration_tokens,
       'nll_parent_nats': report.nll_parent_nats,
       'nll_child_nats': report.nll_child_nats,

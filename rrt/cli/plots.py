@@ -76,6 +76,34 @@ def loss_curves(history: Sequence[dict[str, Any]], levels: dict[str, float]) -> 
   return svg(figure)
 
 
+def frontier(rows: Sequence[Sequence[Any]], parent: tuple[int, int, float]) -> str:
+  """Cross-entropy by parameters of the children considered, as SVG.
+
+  Args:
+    rows: name, unique parameters, layers run and nats of each child.
+    parent: the parent's unique parameters, layers run and nats.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  pyplot = open_pyplot()
+  figure, axes = pyplot.subplots(figsize=(7, 4.5))
+  points = [row[1:] for row in rows] + [list(parent)]
+  params, layers, nats = zip(*points, strict=True)
+  dots = axes.scatter([p / 1e6 for p in params], nats, c=layers, cmap='viridis_r', zorder=2)
+  figure.colorbar(dots, label='layers run')
+  best, edge = float('inf'), []
+  for p, _, n in sorted(points):
+    if n < best:
+      best = n
+      edge.append((p / 1e6, n))
+  axes.plot(*zip(*edge, strict=True), color='0.6', zorder=1)
+  axes.annotate('parent', (parent[0] / 1e6, parent[2]), xytext=(-40, 8), textcoords='offset points')
+  axes.set(xlabel='unique parameters, millions', ylabel='nats a token, held-out calibration text')
+  axes.grid(alpha=0.3)
+  return svg(figure)
+
+
 def depth_curve(points: Sequence[Any], loops: int) -> str:
   """Quality against depth, a line for each gate and policy, as SVG.
 

@@ -80,6 +80,13 @@ def set_kernel(layer, name: str, kernel_IxO) -> None:
   layer[part_of(name)][name] = {'kernel': kernel_IxO}
 
 
+def embedded(config: ModelConfig, table_VxD, tokens_BxL) -> np.ndarray:
+  """The input of the first layer, float32 [B, L, D] on the host."""
+  x_BxLxD = np.asarray(table_VxD)[tokens_BxL].astype(np.float32)
+  scale = config.d_model**0.5 if config.scale_embeddings else 1.0
+  return x_BxLxD * np.float32(scale)
+
+
 # ------------------------------------------------- one layer, taken to pieces
 
 

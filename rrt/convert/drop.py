@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert.activations import LayerActivations, Stream
+from rrt.convert.activations import LayerActivations, Stream, embedded
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 
@@ -151,41 +151,45 @@ def first_refitted(kept: Sequence[int], refit: str, depth: int) -> int:
   return max(0, gaps[0] - BRIDGE) if refit == 'around' else gaps[0]
 
 
-def choose(
-  parent: LanguageModel,
-  count: int,
-  tokens_BxL: np.ndarray,
-  embed: Callable[[np.ndarray], np.ndarray],
-  progress: Callable[[int], None] = lambda n: None,
-) -> tuple[int, ...]:
-  """The run of `count` layers whose deletion moves the residual stream least.
+class Costs:
+  """What deleting a run of layers does to the residual stream, nothing refitted.
 
-  Each run is deleted in turn, nothing refitted, and the stream after the last
-  layer compared with the parent's, both at unit size as the final norm makes it.
-
-  Args:
-    parent: vanilla.
-    count: layers to delete.
-    tokens_BxL: of the calibration; the first `AUTO_TOKENS` serve.
-    embed: tokens to the input of the first layer.
-    progress: called with 1 after each run.
+  The stream after the last layer is compared with the parent's, both at unit size
+  as the final norm makes them.
   """
-  c, layers = parent.config, parent.params['block']['layers']
-  rows = max(1, AUTO_TOKENS // tokens_BxL.shape[1])
-  some_BxL = tokens_BxL[:rows]
-  at_depth: Any = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), layers)
-  activations = LayerActivations(c, at_depth, some_BxL)
-  streams = activations.run(embed(some_BxL), 0)
-  wanted_BxLxD = _unit(streams[c.depth - 1].end)
-  costs = []
-  for start in range(c.depth - count + 1):
-    h_BxLxD = streams[start].start
-    for depth in range(start + count, c.depth):
-      h_BxLxD = activations.step(depth, at_depth(depth), h_BxLxD).end
-    costs.append(float(np.mean((_unit(h_BxLxD) - wanted_BxLxD) ** 2)))
-    progress(1)
-  start = int(np.argmin(costs))
-  return tuple(range(start, start + count))
+
+  def __init__(self, parent: LanguageModel, tokens_BxL: np.ndarray):
+    """Runs the parent on the first `AUTO_TOKENS` of the calibration tokens."""
+    c, layers = parent.config, parent.params['block']['layers']
+    some_BxL = tokens_BxL[: max(1, AUTO_TOKENS // tokens_BxL.shape[1])]
+    at_depth: Any = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), layers)
+    self._activations = LayerActivations(c, at_depth, some_BxL)
+    x_BxLxD = embedded(c, parent.params['embed']['table'], some_BxL)
+    self._streams = self._activations.run(x_BxLxD, 0)
+    self._found: dict[int, list[int]] = {}
+
+  def starts(self, count: int, progress: Callable[[int], None] = lambda n: None) -> list[int]:
+    """First layers of the runs of `count`, the cheapest to delete first.
+
+    Args:
+      count: layers of a run.
+      progress: called with 1 after each run.
+    """
+    if count not in self._found:
+      runs = range(self._activations.config.depth - count + 1)
+      costs = {}
+      for start in runs:
+        costs[start] = self._cost(start, count)
+        progress(1)
+      self._found[count] = sorted(runs, key=lambda start: costs[start])
+    return self._found[count]
+
+  def _cost(self, start: int, count: int) -> float:
+    depth = self._activations.config.depth
+    h_BxLxD = self._streams[start].start
+    for d in range(start + count, depth):
+      h_BxLxD = self._activations.step(d, self._activations.layer(d), h_BxLxD).end
+    return float(np.mean((_unit(h_BxLxD) - _unit(self._streams[depth - 1].end)) ** 2))
 
 
 def _unit(x_BxLxD: np.ndarray) -> np.ndarray:

@@ -18,6 +18,11 @@ from rrt.relax.ranks import LoopRanks, parse_ranks, with_ranks
 
 INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
 RELAX_INITS = ('fit', 'zero')
+# Fields that `params` finds values for.
+CHOSEN = (
+  *('prelude', 'block', 'loops', 'coda', 'order', 'init', 'rank', 'budget', 'relax'),
+  *('relax_init', 'drop', 'refit'),
+)
 REFITS = ('after', 'around', 'none')
 
 
@@ -51,6 +56,10 @@ class ConvertConfig:
     refit: which layers of their own the calibration refits: 'after' those of the
       coda and those behind a deleted layer, 'around' the two before it as well,
       'none'.
+    params: unique parameters of the child, '103M' or '0.75x' of the parent's: the
+      conversion searches for the best arrangement (`rrt.convert.search`), and
+      everything above but `alpha` and `loop_norms` is its choice.
+    layers_run: with `params`, the most layers that a token may pass.
     calibration: path of the text to fit on and to measure on; None takes
       English text found in the installation (in a recipe its training part).
     calibration_tokens: how many to fit on.
@@ -70,6 +79,8 @@ class ConvertConfig:
   loop_norms: bool = True
   drop: str | tuple[int, ...] = ()
   refit: str = 'after'
+  params: str | int | None = None
+  layers_run: int | None = None
   calibration: str | None = None
   calibration_tokens: int = 8192
 
@@ -118,6 +129,10 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   if c.relax_init not in RELAX_INITS:
     raise InputError(f'relax_init={c.relax_init!r}: must be one of {", ".join(RELAX_INITS)}.')
   _check_vanilla(parent)
+  if c.params is not None:
+    return _stand_in(parent, c)
+  if c.layers_run is not None:
+    raise InputError(f'layers_run={c.layers_run!r}: has no effect without params.')
   dropped = drop.parse(c.drop, parent.depth)
   config = arrange(drop.config_without(parent, dropped), c)
   _check_refit(c, bool(dropped))
@@ -154,6 +169,26 @@ def _check_vanilla(parent: ModelConfig) -> None:
     raise InputError(
       f'The parent {state}; convert a vanilla model, or export this one to an untied model first.'
     )
+
+
+def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
+  """For a child that is yet to be found: layers deleted until its size is reached."""
+  from rrt.convert import search  # Which plans its candidates.
+
+  for name in CHOSEN:
+    value, default = getattr(c, name), getattr(ConvertConfig(), name)
+    if value != default and (value or default):
+      raise InputError(
+        f'{name}={value!r} and params={c.params!r} are both given: params chooses it; '
+        'leave one of them out.'
+      )
+  middle = lambda count: [(parent.depth - count) // 2] * 2
+  found = search.candidates(parent, search.target(c.params, parent), middle, c, c.layers_run)
+  if not found:
+    raise InputError(
+      f'params={c.params!r} and layers_run={c.layers_run!r}: no child fits; give more of either.'
+    )
+  return plan(parent, found[0].convert)
 
 
 def _check_refit(c: ConvertConfig, drops: bool) -> None:

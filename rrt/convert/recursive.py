@@ -21,8 +21,8 @@ import numpy as np
 from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert import calibration_data, drop, rank_budget, select
-from rrt.convert.activations import LayerActivations
+from rrt.convert import calibration_data, drop, rank_budget, search, select
+from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
 from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
@@ -102,41 +102,89 @@ def to_recursive(
     raise InputError(f'seed={seed!r}: must be from 0 to 2**32 - 1.')
   config = plan(parent.config, convert)
   check_finite(parent, 'parent', 'load it again or take another checkpoint')
-  fits = convert.init == 'calibrated' and not is_exact(config, convert)
-  fits = fits and not (config.loops == 1 and convert.refit == 'none')
-  automatic = isinstance(drop.parse(convert.drop, parent.config.depth), int)
-  fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, fits or automatic)
+  fits = _fits(config, convert)
+  needed = fits or isinstance(drop.parse(convert.drop, parent.config.depth), int)
+  fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, needed)
   untied = to_untied(parent)
+  considered: list[search.Candidate] = []
   with console.Progress(0, 'convert', 'layers') as bar:
     report_to = bar.to if progress == 'bar' else progress
-    job = _Job(untied, config, convert, seed, steps, report_to, fit_BxL)
-    weights = job.calibrated() if fits else job.selected()
-  convert = job.convert
-  config, params = weights.config, weights.to_params(untied.params)
+    if convert.params is not None:
+      convert, considered = _search(untied, convert, fit_BxL, held_out_BxL, seed, steps, report_to)
+    child, report = _make(untied, convert, fit_BxL, held_out_BxL, seed, steps, report_to)
+  if held_out_BxL.size:
+    report.nll_parent_nats = cross_entropy(untied, held_out_BxL)
+  if report.exact:
+    tokens_BxL = held_out_BxL
+    if not tokens_BxL.size:
+      ids = np.random.default_rng(seed).integers(0, child.config.vocab_size, 64)
+      tokens_BxL = ids.astype(np.int32)[None]
+    report.identity_error = identity_error(untied, child, tokens_BxL[:1, :256])
+  report.considered = search.rows(considered)
+  report.seconds = time.monotonic() - start
+  report.peak_memory_bytes = console.peak_memory_bytes()
+  child.meta.update(parent.meta, conversion=report.to_json())
+  return child, report
 
+
+def _fits(config: ModelConfig, convert: ConvertConfig) -> bool:
+  """Whether anything is fitted to text."""
+  if convert.init != 'calibrated' or is_exact(config, convert):
+    return False
+  return config.loops > 1 or convert.refit != 'none'
+
+
+def _make(
+  untied: LanguageModel,
+  convert: ConvertConfig,
+  fit_BxL: np.ndarray,
+  held_out_BxL: np.ndarray,
+  seed: int,
+  steps: CalibrationConfig,
+  progress: Callable[[int, int], None] | None,
+) -> tuple[LanguageModel, Report]:
+  """One child of an untied parent, and its report."""
+  job = _Job(untied, plan(untied.config, convert), convert, seed, steps, progress, fit_BxL)
+  weights = job.calibrated() if _fits(job.config, job.convert) else job.selected()
+  config, params = weights.config, weights.to_params(untied.params)
   report = start_report(untied.config, config, convert.init)
   report.dropped = list(job.dropped)
   report.kept = {k: v.tolist() for k, v in weights.kept.items()}
   report.drift = weights.drift
   report.calibration_tokens = fit_BxL.size if weights.drift else 0
   report.params_counted = count_arrays(config, params)
-  meta = dict(parent.meta)
-  child = LanguageModel(config, params, parent.tokenizer, meta)
+  report.exact = is_exact(config, job.convert)
+  child = LanguageModel(config, params, untied.tokenizer)
   check_finite(child, 'child', 'try dtype=float32, or another init')
   if held_out_BxL.size:
-    report.nll_parent_nats = cross_entropy(untied, held_out_BxL)
     report.nll_child_nats = cross_entropy(child, held_out_BxL)
     report.held_out_tokens = held_out_BxL.size - len(held_out_BxL)
-  if is_exact(config, convert):
-    tokens_BxL = held_out_BxL
-    if not tokens_BxL.size:
-      ids = np.random.default_rng(seed).integers(0, config.vocab_size, 64)
-      tokens_BxL = ids.astype(np.int32)[None]
-    report.identity_error = identity_error(untied, child, tokens_BxL[:1, :256])
-  report.seconds = time.monotonic() - start
-  report.peak_memory_bytes = console.peak_memory_bytes()
-  meta['conversion'] = report.to_json()
   return child, report
+
+
+def _search(
+  untied: LanguageModel,
+  convert: ConvertConfig,
+  fit_BxL: np.ndarray,
+  held_out_BxL: np.ndarray,
+  seed: int,
+  steps: CalibrationConfig,
+  progress: Callable[[int, int], None] | None,
+) -> tuple[ConvertConfig, list[search.Candidate]]:
+  """The best child of `convert.params` parameters, and all that were considered."""
+  config, costs = untied.config, drop.Costs(untied, fit_BxL)
+  few_BxL = fit_BxL[: max(search.MOST_TOKENS // fit_BxL.shape[1], 4)]
+  params = search.target(convert.params, config)
+  of = lambda size: search.candidates(config, size, costs.starts, convert, convert.layers_run)
+  found = of(params)
+  others = [c for size in search.between(params, config) for c in search.one_of_each(of(size))]
+
+  def score(candidate: ConvertConfig) -> float:
+    _, report = _make(untied, candidate, few_BxL, held_out_BxL, seed, steps, None)
+    return report.nll_child_nats if report.nll_child_nats is not None else float('inf')
+
+  scored = search.score_all(found + others, score, progress)
+  return search.nearest(scored[: len(found)]).convert, scored
 
 
 def _calibration_rows(
@@ -188,7 +236,8 @@ class _Job:
     if isinstance(found, int):
       runs = self.parent.config.depth - found + 1
       count = _counter(runs, self.progress)
-      found = drop.choose(self.parent, found, self.tokens_BxL, self._embed, count)
+      start = drop.Costs(self.parent, self.tokens_BxL).starts(found, count)[0]
+      found = tuple(range(start, start + found))
       self.convert = self.convert.replace(drop=found)
       self.config = plan(self.parent.config, self.convert)
     self.dropped = found
@@ -232,7 +281,9 @@ class _Job:
       start = min(start, c.prelude_layers)
     count = _counter(depth + c.depth - start, self.progress)
     whole = self._activations(self.parent)
-    streams = whole.run(self._embed(self.tokens_BxL), start, count)
+    table_VxD = self.parent.params['embed']['table']
+    x_BxLxD = embedded(self.parent.config, table_VxD, self.tokens_BxL)
+    streams = whole.run(x_BxLxD, start, count)
     h_BxLxD = streams[start].start  # No gap lies before it.
     streams = drop.targets(streams, kept, self.convert.refit, depth)
     activations = self._activations(self.kept) if self.dropped else whole
@@ -255,13 +306,6 @@ class _Job:
     layers = model.params['block']['layers']
     at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), layers)
     return LayerActivations(model.config, at_depth, self.tokens_BxL)
-
-  def _embed(self, tokens_BxL: np.ndarray) -> np.ndarray:
-    """The input of the first layer, float32 [B, L, D]."""
-    c = self.config
-    x_BxLxD = np.asarray(self.parent.params['embed']['table'])[tokens_BxL]
-    scale = c.d_model**0.5 if c.scale_embeddings else 1.0
-    return x_BxLxD.astype(np.float32) * np.float32(scale)
 
 
 def _counter(

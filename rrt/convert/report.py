@@ -44,6 +44,9 @@ class Report:
     drift: `||child - parent||^2 / ||parent||^2` of the residual stream on
       the calibration text after each depth from the block on; only with
       `calibrated`.
+    exact: whether the child can only compute what the parent does.
+    considered: with `ConvertConfig.params`, the children that were considered, the
+      nearest to the parent first: name, unique parameters, layers run, nats.
     identity_error: where the child must compute what the parent does: the
       largest difference of a logit.
     seconds: of the whole conversion.
@@ -64,6 +67,8 @@ class Report:
   dropped: list[int] = dataclasses.field(default_factory=list)
   kept: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
   drift: list[float] = dataclasses.field(default_factory=list)
+  exact: bool = False
+  considered: list[list[Any]] = dataclasses.field(default_factory=list)
   identity_error: float | None = None
   seconds: float = 0.0
   peak_memory_bytes: int = 0
@@ -93,6 +98,10 @@ class Report:
       f'unique parameters counted: {self.params_counted:,}, which {equal} the '
       'closed form\n'
     )
+    if self.considered:
+      console.table(
+        self.considered, ['considered', 'unique parameters', 'layers run', 'nats a token']
+      )
     if self.kept:
       console.table(
         [
