@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ORDERS = ('cycle', 'sequence')
 ACTIVATIONS = ('silu', 'gelu_tanh')
-FAMILIES = ('llama', 'gemma', 'gemma3')
+FAMILIES = ('llama', 'gemma', 'gemma3', 'qwen2', 'qwen3')
 SCALINGS = ('', 'linear', 'llama3')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -55,7 +55,7 @@ class ModelConfig:
   """The architecture: everything that the model's function depends on but weights.
 
   Attributes:
-    family: which checkpoint family it came from: 'llama', 'gemma', 'gemma3'.
+    family: which checkpoint family it came from, one of `FAMILIES`.
     vocab_size: V.
     d_model: D, the width of the residual stream.
     d_ff: F, the hidden width of the gated MLP.
@@ -74,6 +74,8 @@ class ModelConfig:
     post_norms: a second norm after attention and after the MLP (Gemma 3).
     qk_norm: RMSNorm over each head of q and k, before RoPE.
     activation: of the gate: 'silu' or 'gelu_tanh'.
+    biases: the linears with a bias ('q' to 'down'); inside the block it differs by
+      loop where norm gains do.
     query_scale: q is multiplied by this; None means head_dim ** -0.5.
     scale_embeddings: multiply embeddings by sqrt(D), rounded to their dtype.
     tie_embeddings: the head is the embedding table.
@@ -81,7 +83,7 @@ class ModelConfig:
       () is all global.
     ropes: the distinct rotary tables.
     rope_index: which of `ropes` by depth; () is the first for all.
-    loop_norms: the block's norm gains have a leading loops axis.
+    loop_norms: the block's norm gains and biases have a leading loops axis.
     relax: the relaxations of the block, applied in this order; see
       `rrt.relax.base.Relaxation`.
   """
@@ -104,6 +106,7 @@ class ModelConfig:
   post_norms: bool = False
   qk_norm: bool = False
   activation: str = 'silu'
+  biases: tuple[str, ...] = ()
   query_scale: float | None = None
   scale_embeddings: bool = False
   tie_embeddings: bool = False
@@ -267,6 +270,11 @@ def _check(c: ModelConfig) -> None:
   need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
   need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
   need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')
+  need(
+    set(c.biases) <= {*COMPONENTS} and len({*c.biases}) == len(c.biases),
+    'biases',
+    f'must name linears, each once; they are {", ".join(COMPONENTS)}',
+  )
   need(c.head_dim % 2 == 0, 'head_dim', 'must be even, for RoPE')
   need(c.num_heads % c.num_kv_heads == 0, 'num_kv_heads', f'must divide num_heads={c.num_heads}')
   for field in ('windows', 'rope_index'):

@@ -50,7 +50,13 @@ _HARMLESS = (
   'rope.scaling.original_context_length',
   'tensor_data_layout',
 )
-_MODEL_TYPES = {'llama': 'llama', 'gemma': 'gemma', 'gemma3': 'gemma3_text'}
+_MODEL_TYPES = {
+  'llama': 'llama',
+  'gemma': 'gemma',
+  'gemma3': 'gemma3_text',
+  'qwen2': 'qwen2',
+  'qwen3': 'qwen3',
+}
 
 
 def open_gguf(paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
@@ -125,6 +131,10 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
       raise InputError('The GGUF tensor rope_freqs.weight must be F32.')
     (_, divisors), *_ = tensors.chunks('rope_freqs.weight')
     fields['rope_scaling'] = _llama3_scaling(divisors, fields.get('rope_theta', 10_000.0))
+  if arch == 'llama' and 'blk.0.attn_q.bias' in tensors.infos:
+    fields['attention_bias'] = True
+  if arch == 'llama' and 'blk.0.ffn_up.bias' in tensors.infos:
+    fields['mlp_bias'] = True
   if arch == 'gemma3':
     fields |= _gemma3_fields(metadata, fields)
   try:

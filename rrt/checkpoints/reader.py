@@ -147,8 +147,8 @@ def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
 def _read(job, target, config, family, tensors, style, faults) -> None:
   """Copies one tensor into the tree, chunk by chunk."""
   order = None
-  if style == 'gguf' and family.gguf_permuted and job.row.kind in ('q', 'k'):
-    heads = config.num_heads if job.row.kind == 'q' else config.num_kv_heads
+  if style == 'gguf' and family.gguf_permuted and job.row.kind[0] in 'qk':
+    heads = config.num_heads if job.row.kind[0] == 'q' else config.num_kv_heads
     order = interleaved_rows(heads, config.head_dim)
   offset = 0.0
   if style == 'gguf' and job.row.kind == 'gain':

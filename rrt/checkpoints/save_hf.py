@@ -37,7 +37,7 @@ def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
     leaf = np.asarray(leaves[path])
     for depth, value in enumerate(leaf if is_layer else [leaf]):
       name = row.hf.format(depth)
-      tensors[name] = value if row.kind in ('table', 'gain') else value.T
+      tensors[name] = value.T if row.kind in ('linear', 'q', 'k') else value
   return tensors
 
 

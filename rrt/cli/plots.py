@@ -93,7 +93,7 @@ def frontier(rows: Sequence[Sequence[Any]], parent: tuple[int, int, float]) -> s
   dots = axes.scatter([p / 1e6 for p in params], nats, c=layers, cmap='viridis_r', zorder=2)
   figure.colorbar(dots, label='layers run')
   best, edge = float('inf'), []
-  for p, _, n in sorted(points):
+  for p, _, n in sorted(points, key=lambda point: (point[0], point[2])):
     if n < best:
       best = n
       edge.append((p / 1e6, n))

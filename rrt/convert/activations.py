@@ -51,7 +51,7 @@ class Stream(NamedTuple):
 
 
 def with_norms(config: ModelConfig, layer, norms):
-  """A layer tree with other gains, its linears rescaled to match.
+  """A layer tree with other gains and biases, its linears rescaled to match the gains.
 
   Where a pre-norm's gain changes, the rows of the linears that read it are
   divided by the change: the layer computes what it did. (Gains of post-norms
@@ -59,7 +59,9 @@ def with_norms(config: ModelConfig, layer, norms):
   """
   new = {**layer, **{k: v for k, v in norms.items() if k.endswith('_norm')}}
   for part in ('attn', 'mlp'):
-    new[part] = {**layer[part], **norms.get(part, {})}
+    new[part] = dict(layer[part])
+    for name, leaves in norms.get(part, {}).items():
+      new[part][name] = {**layer[part][name], **leaves}
     old_D, new_D = (
       tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm) for tree in (layer, norms)
     )
@@ -77,7 +79,13 @@ def kernel_of(layer, name: str):
 
 def set_kernel(layer, name: str, kernel_IxO) -> None:
   """Replaces one of the seven linears of a layer tree, in place."""
-  layer[part_of(name)][name] = {'kernel': kernel_IxO}
+  part = layer[part_of(name)]
+  part[name] = {**part[name], 'kernel': kernel_IxO}
+
+
+def bias_of(layer, name: str):
+  """The bias of one of the seven linears, [1, 1, O]; [1, 1, 1] of 0 without one."""
+  return np.asarray(layer[part_of(name)][name].get('bias', 0.0), np.float32).reshape(1, 1, -1)
 
 
 def embedded(config: ModelConfig, table_VxD, tokens_BxL) -> np.ndarray:
@@ -110,9 +118,9 @@ def _hidden(config: ModelConfig, mlp, x_BxLxD):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add(config: ModelConfig, post_D, kernel_IxD, x_BxLxI, h_BxLxD):
+def _add(config: ModelConfig, post_D, kernel_IxD, bias_1x1xD, x_BxLxI, h_BxLxD):
   """The residual stream after a linear (and its post-norm) wrote to it."""
-  y_BxLxD = x_BxLxI @ kernel_IxD
+  y_BxLxD = x_BxLxI @ kernel_IxD + bias_1x1xD
   if post_D is not None:
     y_BxLxD = _norm(config, post_D, y_BxLxD)
   return h_BxLxD + y_BxLxD
@@ -205,7 +213,7 @@ class LayerActivations:
     part, component = ('attn', 'o') if site == 'attn_out' else ('mlp', 'down')
     post = layer.get(f'{part}_post_norm', {}).get('scale')
     kernel_IxD = layer[part][component]['kernel']
-    return _add(self.config, post, kernel_IxD, x_BxLxI, h_BxLxD)
+    return _add(self.config, post, kernel_IxD, bias_of(layer, component), x_BxLxI, h_BxLxD)
 
   def step(self, depth: int, layer, start_BxLxD: np.ndarray) -> Stream:
     """One layer on all tokens."""

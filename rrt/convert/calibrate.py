@@ -41,6 +41,7 @@ from rrt.convert.activations import (
   SITES,
   LayerActivations,
   Stream,
+  bias_of,
   gather,
   gather_out,
   kernel_of,
@@ -177,6 +178,7 @@ def fit_layer(
     depths = [child.depth_of(r, position[1]) for r in range(1, R)]
     if steps.permute_units:
       activations.align(depth, depths, streams)
+    weights.take_biases(position[1], [activations.layer(d) for d in (depth, *depths)])
     later = {d: with_norms(c, activations.layer(d), norms(d)) for d in depths}
   parent = activations.layer(depth)
   layer = with_norms(c, parent, norms(depth))
@@ -207,14 +209,17 @@ def fit_layer(
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
-        (_, _), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
-        checked = c2, k2 + c2 @ kernel_of(layer, name)
-        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, checked, steps)
+        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, steps)
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
       for rows, x_BxLxI in zip(activations.chunks, xs, strict=True):
         new[rows] = activations.write(site, layer, x_BxLxI, old[rows])
+      if position is not None and weights.is_closed(names[0], position):
+        goal = streams[depth].middle if site == 'attn_out' else streams[depth].end
+        if not _helps(activations, old, new, goal):
+          set_kernel(layer, names[0], weights.leave_out(names[0], position, c_IxI))
+          new[:] = old
   return layer, stream.end
 
 
@@ -235,8 +240,7 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
   part, name = site.split('_')[0], SITES[site][0]
   post = layer.get(f'{part}_post_norm', {}).get('scale')
   for i, (rows, x_BxLxI) in enumerate(zip(activations.chunks, xs, strict=True)):
-    checked = i % CHECKED == CHECKED - 1 or (last < CHECKED - 1 and i == last)
-    some = sums[checked]
+    some = sums[_is_checked(i, last)]
     if site.endswith('in'):
       target_BxLxI = activations.inputs(site, parent, depth, rows, wanted)
       some[:] = gather(*some, x_BxLxI, target_BxLxI)
@@ -245,6 +249,7 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
       gap_BxLxD = wanted.middle[rows] - own.start[rows]
     else:
       gap_BxLxD = wanted.end[rows] - own.middle[rows]
+    gap_BxLxD = gap_BxLxD - bias_of(layer, name)
     y_BxLxD = None
     if post is not None:
       y_BxLxD = activations.inputs(site, parent, depth, rows, wanted)
@@ -266,11 +271,24 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
-def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, checked, steps):
-  """Fits one linear at a position towards ws[0]; at its first loop W' as well.
+def _is_checked(chunk: int, last: int) -> bool:
+  """Whether a chunk's tokens are left out of a first fit, to check it on."""
+  return chunk % CHECKED == CHECKED - 1 or (last < CHECKED - 1 and chunk == last)
 
-  `checked`: E[x^T x] and E[x^T y] of the tokens to check on.
-  """
+
+def _helps(activations: LayerActivations, old_BxLxD, new_BxLxD, goal_BxLxD) -> bool:
+  """Whether what was written brings the checked tokens nearer to the goal."""
+  last = len(activations.chunks) - 1
+  gain = 0.0
+  for i, rows in enumerate(activations.chunks):
+    if _is_checked(i, last):
+      gap = lambda h_BxLxD, rows=rows: float(np.sum((h_BxLxD[rows] - goal_BxLxD[rows]) ** 2))
+      gain += gap(old_BxLxD) - gap(new_BxLxD)
+  return gain > 0
+
+
+def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, steps):
+  """Fits one linear at a position towards ws[0]; at its first loop W' as well."""
   r, n = position
   if r == 0:
     shared_IxO = ws_RxIxO[0] if len(ws_RxIxO) == 1 else None
@@ -279,10 +297,4 @@ def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, che
     if shared_IxO is None:
       shared_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
     weights.shared[name][n] = shared_IxO
-  merged_IxO = jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))
-  if name in ('o', 'down') and weights.is_closed(name, position):
-    c_IxI, k_IxO = checked
-    if jnp.sum(merged_IxO * (c_IxI @ merged_IxO - 2 * k_IxO)) >= 0:
-      zero_IxO = jnp.zeros_like(merged_IxO)
-      merged_IxO = jnp.asarray(weights.fit(name, position, zero_IxO, cs_RxIxI[0]))
-  return merged_IxO
+  return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))

@@ -55,9 +55,12 @@ def match_units(
 def reorder(mlp: dict[str, Any], order_F, sign_F) -> dict[str, Any]:
   """The same MLP with its units in another order, some negated."""
   kernel = lambda name: mlp[name]['kernel']
+  bias = lambda name, sign_F: (
+    {'bias': mlp[name]['bias'][order_F] * sign_F} if 'bias' in mlp[name] else {}
+  )
   return {
     **mlp,
-    'gate': {'kernel': kernel('gate')[:, order_F]},
-    'up': {'kernel': kernel('up')[:, order_F] * sign_F[None, :]},
-    'down': {'kernel': kernel('down')[order_F] * sign_F[:, None]},
+    'gate': {'kernel': kernel('gate')[:, order_F], **bias('gate', 1.0)},
+    'up': {'kernel': kernel('up')[:, order_F] * sign_F[None, :], **bias('up', sign_F)},
+    'down': {**mlp['down'], 'kernel': kernel('down')[order_F] * sign_F[:, None]},
   }

@@ -173,15 +173,17 @@ def _search(
 ) -> tuple[ConvertConfig, list[search.Candidate]]:
   """The best child of `convert.params` parameters, and all that were considered."""
   config, costs = untied.config, drop.Costs(untied, fit_BxL)
-  few_BxL = fit_BxL[: max(search.MOST_TOKENS // fit_BxL.shape[1], 4)]
+  # Candidates are fitted on one half of the rows and scored on the other.
+  half = max(min(search.MOST_TOKENS // fit_BxL.shape[1], len(fit_BxL) // 2), 1)
+  few_BxL, scored_BxL = fit_BxL[:half], np.concatenate([fit_BxL[half:], held_out_BxL])
   params = search.target(convert.params, config)
   of = lambda size: search.candidates(config, size, costs.starts, convert, convert.layers_run)
   found = of(params)
   others = [c for size in search.between(params, config) for c in search.one_of_each(of(size))]
 
   def score(candidate: ConvertConfig) -> float:
-    _, report = _make(untied, candidate, few_BxL, held_out_BxL, seed, steps, None)
-    return report.nll_child_nats if report.nll_child_nats is not None else float('inf')
+    _, report = _make(untied, candidate, few_BxL, scored_BxL, seed, steps, None)
+    return report.nll_child_nats or float('inf')
 
   scored = search.score_all(found + others, score, progress)
   return search.nearest(scored[: len(found)]).convert, scored

@@ -16,6 +16,7 @@ from rrt.convert.plan import source_layers
 from rrt.relax.base import Leaves, hosts_of, relaxed_hosts
 from rrt.tree import flatten, set_path
 
+VECTORS = ('scale', 'bias')  # Leaves that a loop may have of its own.
 TINY = 1e-30  # The least divisor of sizes that may be zero.
 
 
@@ -27,7 +28,7 @@ class ChildWeights:
     shared: component -> [N, I, O].
     relax: (kind, path of the host) -> leaves, [N, ...] each, from their
       initial values.
-    norms: gains of the block by path: [N, R, D] per loop, else [N, D].
+    norms: gains and biases of the block by path: [N, R, D] per loop, else [N, D].
     own: depth -> layer tree of the prelude's and the coda's refitted layers.
     kept: component -> share of what the shared weight lacks that its
       relaxations regain, [R, N].
@@ -69,11 +70,11 @@ class ChildWeights:
     self.norms = _norms(config, layers, init)
 
   def norms_at(self, depth: int) -> dict[str, Any]:
-    """The child's gains at a depth, as a tree."""
+    """The child's gains and biases at a depth, as a tree."""
     positions = {int(d): p for p, d in np.ndenumerate(self.config.block_depths())}
     tree: dict[str, Any] = {}
     for path, leaf in flatten(self._layers).items():
-      if not path.endswith('scale'):
+      if not path.endswith(VECTORS):
         continue
       gain = np.asarray(leaf[depth], np.float32)
       if depth in positions:
@@ -82,6 +83,20 @@ class ChildWeights:
         gain = gain[r] if self.config.loop_norms else gain
       set_path(tree, path, jnp.asarray(gain))
     return tree
+
+  def take_biases(self, layer: int, trees: list[Any]) -> None:
+    """Takes a block layer's biases from the layers that it stands for.
+
+    Args:
+      layer: of the block.
+      trees: of each loop, hidden units aligned as the shared weights have them.
+    """
+    for name in self.config.biases:
+      path = self.hosts[name].path
+      part, linear = path.split('/')
+      biases_RxO = np.stack([np.asarray(tree[part][linear]['bias']) for tree in trees])
+      own = self.config.loop_norms
+      self.norms[f'{path}/bias'][layer] = biases_RxO if own else biases_RxO.mean(0)
 
   def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
     """The shared weight that a relaxation asks for, or None."""
@@ -103,6 +118,13 @@ class ChildWeights:
     """Whether the shared weight starts without effect at a position."""
     closed = any(r.closes(self.hosts[name]) for r in self.config.relax)
     return self._fits and closed and position[0] > 0
+
+  def leave_out(self, name: str, position: tuple[int, int], c_IxI):
+    """Makes a closed linear write nothing, as a deleted layer; its merged weight, 0."""
+    host = self.hosts[name]
+    if name in self.config.biases and self.config.loop_norms:
+      self.norms[f'{host.path}/bias'][position[1]][position[0]] = 0
+    return jnp.asarray(self.fit(name, position, np.zeros((host.d_in, host.d_out)), c_IxI))
 
   def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None):
     """Fits the relaxations of one linear at one position, in their order.
@@ -179,11 +201,11 @@ class ChildWeights:
 
 
 def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]:
-  """Gains of the block by path; tied ones as `init` takes the weights, or means."""
+  """Gains and biases by path; tied ones as `init` takes the weights, or means."""
   depths_NxR = config.block_depths().T
   gains = {}
   for path, leaf in flatten(layers).items():
-    if not path.endswith('scale'):
+    if not path.endswith(VECTORS):
       continue
     leaf = np.asarray(leaf, np.float32)
     if config.loop_norms:

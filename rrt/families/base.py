@@ -17,8 +17,9 @@ class Row:
     path: of the leaf in the parameter tree; of a layer if the names have a `{}`.
     hf: Hugging Face's name, with `{}` for the depth.
     gguf: llama.cpp's name.
-    kind: 'table' and 'gain' are stored unchanged, 'linear' is transposed; 'q' and
-      'k' are linears whose rows are interleaved in Llama's GGUF files.
+    kind: 'table', 'gain' and 'bias' are stored unchanged, 'linear' is transposed;
+      'q' and 'k' are linears, 'q_bias' and 'k_bias' biases, whose rows are
+      interleaved in Llama's GGUF files.
   """
 
   path: str
@@ -63,6 +64,8 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
     return (config.d_model, config.vocab_size)
   if parts[-1] == 'kernel':
     return config.shapes()[parts[-2]]
+  if parts[-1] == 'bias':
+    return config.shapes()[parts[-2]][1:]
   if parts[-2] in ('q_norm', 'k_norm'):
     return (config.head_dim,)
   return (config.d_model,)
@@ -71,5 +74,12 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
 def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
   """The rows of the family's table that a model's configuration uses."""
   for row in family.rows:
-    if not (row.path.startswith('head/') and config.tie_embeddings):
+    part, *_, leaf = row.path.split('/')
+    linear = row.path.split('/')[-2]
+    missing = (
+      (part == 'head' and config.tie_embeddings)
+      or (linear in ('q_norm', 'k_norm') and not config.qk_norm)
+      or (leaf == 'bias' and linear not in config.biases)
+    )
+    if not missing:
       yield row

@@ -1,7 +1,8 @@
 """Llama and models of its architecture: Mistral, TinyLlama, SmolLM, SmolLM2.
 
 Pre-norm layers, SwiGLU MLP, grouped-query attention, RoPE with or without Llama
-3's scaling, one sliding window for all layers (Mistral), for some (Ministral) or none.
+3's scaling, biases of attention and of the MLP where a config asks for them, one
+sliding window for all layers (Mistral), for some (Ministral) or none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rrt.errors import InputError
 from rrt.families import fields as fields_lib
 from rrt.families.base import Family, Row
 
-ROWS = (
+ROWS: tuple[Row, ...] = (
   Row('embed/table', 'model.embed_tokens.weight', 'token_embd.weight', 'table'),
   Row(
     'attn_norm/scale', 'model.layers.{}.input_layernorm.weight', 'blk.{}.attn_norm.weight', 'gain'
@@ -34,13 +35,39 @@ ROWS = (
   Row('final_norm/scale', 'model.norm.weight', 'output_norm.weight', 'gain'),
   Row('head/kernel', 'lm_head.weight', 'output.weight'),
 )
+# Of the models that have them.
+ROWS += tuple(
+  Row(
+    f'attn/{name}_norm/scale',
+    f'model.layers.{{}}.self_attn.{name}_norm.weight',
+    f'blk.{{}}.attn_{name}_norm.weight',
+    'gain',
+  )
+  for name in ('q', 'k')
+)
+ROWS += tuple(
+  Row(
+    row.path.replace('kernel', 'bias'),
+    row.hf.replace('weight', 'bias'),
+    row.gguf.replace('weight', 'bias'),
+    f'{row.kind}_bias' if row.kind in ('q', 'k') else 'bias',
+  )
+  for row in ROWS
+  if row.path.startswith(('attn/', 'mlp/')) and row.path.endswith('kernel')
+)
+ATTENTION, MLP = ('q', 'k', 'v', 'o'), ('gate', 'up', 'down')
 
 
 def from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Llama, Mistral or Ministral config.json, 4.x or 5.x style."""
   mistral = c.get('model_type') in ('mistral', 'ministral')
-  fields_lib.refuse(c, 'attention_bias', False)
-  fields_lib.refuse(c, 'mlp_bias', False)
+  biases: tuple[str, ...] = ()
+  if mistral:
+    fields_lib.refuse(c, 'attention_bias', False)
+    fields_lib.refuse(c, 'mlp_bias', False)
+  else:
+    biases += ATTENTION * fields_lib.flag(c, 'attention_bias', False)
+    biases += MLP * fields_lib.flag(c, 'mlp_bias', False)
   fields_lib.refuse(c, 'hidden_act', 'silu', 'swish')
   fields_lib.refuse(c, 'num_local_experts', 0, 1)
   fields_lib.refuse(c, 'rope_interleaved', False)
@@ -72,6 +99,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     block_layers=layers,
     max_context=max_context,
     norm_eps=fields_lib.number(c, 'rms_norm_eps', 1e-6, least=0),
+    biases=biases,
     tie_embeddings=fields_lib.flag(c, 'tie_word_embeddings', False),
     windows=windows if any(windows) else (),
     ropes=(
@@ -93,6 +121,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
   Raises:
     InputError: its layers have windows of several sizes.
   """
+  if config.family == 'llama':
+    check_biases(config, ATTENTION, MLP)
   rope = config.ropes[0]
   scaling = fields_lib.rope_to_hf(rope)
   fields = {
@@ -112,8 +142,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'rope_theta': rope.base,
     'rope_scaling': scaling,
     'rope_parameters': {'rope_type': 'default'} | (scaling or {}) | {'rope_theta': rope.base},
-    'attention_bias': False,
-    'mlp_bias': False,
+    'attention_bias': 'q' in config.biases,
+    'mlp_bias': 'up' in config.biases,
   }
   sizes = {window for window in config.windows if window}
   if len(sizes) > 1 and config.family == 'llama':
@@ -121,6 +151,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
       f'windows: layers have {len(sizes)} different sizes, of which a config.json holds one; '
       'set them equal to export the model.'
     )
+  if sizes and config.biases and config.family == 'llama':
+    raise InputError('biases beside windows: no model of this architecture has both.')
   if sizes and all(config.windows):
     fields['architectures'] = ['MistralForCausalLM']
     fields['model_type'] = 'mistral'
@@ -132,6 +164,19 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     kinds = {False: fields_lib.GLOBAL, True: fields_lib.LOCAL}
     fields['layer_types'] = [kinds[window > 0] for window in config.windows]
   return fields
+
+
+def check_biases(config: ModelConfig, *groups: tuple[str, ...]) -> None:
+  """Raises InputError unless the biases are whole groups of linears."""
+  rest = {*config.biases}
+  for group in groups:
+    if rest >= {*group}:
+      rest -= {*group}
+  if rest:
+    raise InputError(
+      f'biases={config.biases}: a config.json of {config.family} cannot say this; it has '
+      f'biases of {" or of ".join(", ".join(g) for g in groups)}.'
+    )
 
 
 FAMILY = Family(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, llama
+from rrt.families import gemma, llama, qwen
 from rrt.families.base import Family
 
 
 def families() -> tuple[Family, ...]:
   """All supported families, in the order of error messages."""
-  return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3)
+  return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3, qwen.QWEN2, qwen.QWEN3)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -28,10 +28,11 @@ def linears(config: ModelConfig) -> int:
   return sum(a * b for a, b in config.shapes().values())
 
 
-def norms(config: ModelConfig) -> int:
-  """Gains of one layer's norms."""
+def vectors(config: ModelConfig) -> int:
+  """Gains of one layer's norms, and biases of its linears."""
   gains = (4 if config.post_norms else 2) * config.d_model
-  return gains + (2 * config.head_dim if config.qk_norm else 0)
+  biases = sum(config.shapes()[name][1] for name in config.biases)
+  return gains + biases + (2 * config.head_dim if config.qk_norm else 0)
 
 
 def count_params(config: ModelConfig) -> ParamCount:
@@ -44,8 +45,8 @@ def count_params(config: ModelConfig) -> ParamCount:
   c = config
   heads = 1 if c.tie_embeddings else 2
   embedding = heads * c.vocab_size * c.d_model
-  layer = linears(c) + norms(c)
-  block = linears(c) + norms(c) * (c.loops if c.loop_norms else 1)
+  layer = linears(c) + vectors(c)
+  block = linears(c) + vectors(c) * (c.loops if c.loop_norms else 1)
   own = c.prelude_layers + c.coda_layers
   relaxations = count_all(c)
   unique = own * layer + c.block_layers * block + relaxations + c.d_model

@@ -105,7 +105,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-  """y = x W, and inside the block its relaxations."""
+  """y = x W + b, and inside the block its relaxations of the product."""
 
   config: ModelConfig
   component: str
@@ -126,7 +126,17 @@ class Linear(nn.Module):
       init = nn.with_logical_partitioning(scaled, LINEAR_AXES[self.component])
       kernel_DxF = self.param('kernel', init, shape, jnp.float32)
     relaxed = relaxations_of(self, c, self.component, self.looped)
-    return relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
+    y_BxLxF = relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
+    if self.component not in c.biases:
+      return y_BxLxF
+    axes: tuple[str, ...] = LINEAR_AXES[self.component][1:]
+    size: tuple[int, ...] = shape[1:]
+    if self.looped and c.loop_norms:
+      size, axes = (c.loops, *size), ('loops', *axes)
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+    bias: Any = self.param('bias', zeros, size, jnp.float32)
+    bias = at_loop(bias, loop, y_BxLxF.ndim) if len(size) == 2 else bias[None, None]
+    return y_BxLxF + bias.astype(y_BxLxF.dtype)
 
 
 def activate(gate, activation: str):

@@ -12,16 +12,16 @@ DTYPES = ('float32', 'bfloat16')
 def cast(params, dtype: str):
   """Parameters on the device, matrices in `dtype`.
 
-  Gains of norms keep their dtype: they are small, and multiply in it.
+  Gains of norms and biases keep their dtype: they are small.
 
   Raises:
     InputError: a dtype that is not supported.
   """
   if dtype not in DTYPES:
     raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
-  is_gain = lambda path: getattr(path[-1], 'key', None) == 'scale'
+  is_vector = lambda path: getattr(path[-1], 'key', None) in ('scale', 'bias')
   return jax.tree_util.tree_map_with_path(
-    lambda path, w: jnp.asarray(w, None if is_gain(path) else dtype), params
+    lambda path, w: jnp.asarray(w, None if is_vector(path) else dtype), params
   )
 
 

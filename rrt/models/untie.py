@@ -75,7 +75,7 @@ def check_mergeable(config: ModelConfig) -> None:
 
 
 def _has_loops(config: ModelConfig, path: str) -> bool:
-  return config.loop_norms and path.endswith('scale')
+  return config.loop_norms and path.endswith(('scale', 'bias'))
 
 
 def _values(config: ModelConfig, params: dict, path: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -118,16 +118,16 @@ def paths(tree) -> Any:
 def pattern_of(train: str) -> str:
   """The pattern that `Optimizer.train` stands for."""
   if train == 'relaxations':
-    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$'
+    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$'
   return '' if train == 'all' else train
 
 
 def is_decayed(path: str) -> bool:
-  """Whether weight decay applies: not to gains, whose neutral value is 1."""
+  """Whether weight decay applies: not to gains, whose neutral value is 1, nor to biases."""
   kind = registry.kind_of_path(path)
   if kind is not None:
     return registry.class_of(kind).decay
-  return not path.endswith('/scale')
+  return not path.endswith(('/scale', '/bias'))
 
 
 def trainable(o: Optimizer, params) -> Any:

@@ -342,13 +342,13 @@ def _accumulate(grad_fn, trained, batch: Batch, count: int):
 def gradient_norms(grads: Params):
   """The global norm of flat gradients, and one a group of parameters.
 
-  Groups: each kind of relaxation, norms, and the weights of each part (embed,
+  Groups: each kind of relaxation, norms (with biases), and the weights of each part (embed,
   prelude, block, coda, head).
   """
   squares: dict[str, jax.Array] = {}
   for path, g in grads.items():
     group = registry.kind_of_path(path) or path.split('/')[0]
-    if path.endswith('/scale'):
+    if path.endswith(('/scale', '/bias')):
       group = 'norms'
     square = jnp.sum(jnp.square(g.astype(jnp.float32)))
     squares[group] = squares.get(group, 0.0) + square

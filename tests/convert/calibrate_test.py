@@ -136,6 +136,8 @@ def drift(parent, child, tokens_BxL):
     ('llama', dict(rank=2, loop_norms=False)),
     ('llama', dict(loops=2, order='sequence', rank=0)),
     ('gemma3', dict(prelude=2, coda=2, rank=2)),
+    ('llama_biases', dict(prelude=1, coda=1, rank=2)),
+    ('qwen3', dict(prelude=1, coda=1, rank=2)),
   ],
 )
 def test_calibrated_is_nearer_to_the_parent_than_the_average(family, arguments):
@@ -174,7 +176,7 @@ def test_prelude_is_the_parent_and_the_embedding_is_carried():
     jax.tree.map(np.testing.assert_array_equal, parent.params[part], child.params[part])
 
 
-@pytest.mark.parametrize('family', ['llama', 'gemma3'])
+@pytest.mark.parametrize('family', ['llama', 'llama_biases', 'gemma3'])
 def test_changed_gains_are_made_up_for(family):
   """A pre-norm's new gain and its rescaled linears compute the same."""
   parent = tiny.parent(family, layers=2)

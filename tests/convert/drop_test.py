@@ -16,7 +16,7 @@ from rrt.models.untie import to_untied
 from rrt.relax.gain import Gain
 from tests.convert import tiny
 
-FAMILIES = ('llama', 'gemma3')
+FAMILIES = ('llama', 'llama_biases', 'gemma3')
 TEXT = tiny.tokens(700)
 TOKENS_BxL = tiny.tokens(60, seed=4).reshape(2, 30)
 
@@ -144,7 +144,8 @@ def test_deletion_goes_with_prelude_block_and_coda(family):
   )
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+# A bias of o or down is kept where it helps, so that those start nearer.
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'gemma3'])
 @pytest.mark.parametrize('loops', [2, 3])
 def test_closed_loops_start_as_the_deleted_and_refitted_model(family, loops):
   """Looped positions without effect: the function of deletion and refit, and exactly it."""

@@ -29,7 +29,7 @@ def difference(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['llama', 'gemma3'])
+@pytest.mark.parametrize('family', ['llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
 @pytest.mark.parametrize('init', ['calibrated', 'stepwise', 'average'])
 def test_one_loop_is_the_parent(family, init):
   parent = tiny.parent(family)
@@ -39,7 +39,7 @@ def test_one_loop_is_the_parent(family, init):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['llama', 'gemma3'])
+@pytest.mark.parametrize('family', ['llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
 @pytest.mark.parametrize('times', [0.5, 1, 2])
 def test_full_rank_is_the_parent_at_any_alpha(family, times):
   parent = tiny.parent(family)

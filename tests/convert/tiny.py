@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from rrt.config import ModelConfig, Rope
+from rrt.config import COMPONENTS, ModelConfig, Rope
 from rrt.model import LanguageModel
 from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
@@ -12,7 +12,9 @@ VOCAB = 61
 
 
 def parent(family='llama', layers=4, seed=0, **fields):
-  """A vanilla model of odd sizes."""
+  """A vanilla model of odd sizes; 'llama_biases' has biases of all linears."""
+  if family == 'llama_biases':
+    family, fields = 'llama', {'biases': COMPONENTS} | fields
   shape = dict(
     family=family,
     vocab_size=VOCAB,
@@ -36,6 +38,10 @@ def parent(family='llama', layers=4, seed=0, **fields):
       ropes=(Rope(), Rope(1e6)),
       rope_index=(0, 1) * (layers // 2),
     )
+  if family == 'qwen2':
+    shape |= dict(biases=('q', 'k', 'v'), windows=(0,) * (layers // 2) + (5,) * (layers // 2))
+  if family == 'qwen3':
+    shape |= dict(qk_norm=True)
   config = ModelConfig(**shape | fields)
   rng = np.random.default_rng(seed)
 

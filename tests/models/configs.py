@@ -52,6 +52,7 @@ CONFIGS = {
   'llama-vanilla': llama(
     prelude_layers=0, coda_layers=0, block_layers=4, loops=1, relax=(), loop_norms=False
   ),
+  'llama-biases': llama(biases=('q', 'k', 'v', 'o', 'gate', 'up', 'down'), qk_norm=True),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),
 }
