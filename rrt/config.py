@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 ORDERS = ('cycle', 'sequence')
 ACTIVATIONS = ('silu', 'gelu_tanh')
-FAMILIES = ('llama', 'gemma', 'gemma3', 'qwen2', 'qwen3')
-SCALINGS = ('', 'linear', 'llama3')
+FAMILIES = ('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3')
+SCALINGS = ('', 'linear', 'llama3', 'yarn', 'none')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 
@@ -33,13 +33,19 @@ class Rope:
 
   Attributes:
     base: the wavelength base (theta).
-    scaling: '' for none, 'linear' (all frequencies divided by `factor`) or
-      'llama3' (long wavelengths divided, short ones kept, a ramp between).
+    scaling: '' for none, 'linear' (all frequencies divided by `factor`), 'llama3'
+      (long wavelengths divided, short ones kept, a ramp between), 'yarn' (the
+      same by rotations within the original context, arXiv 2309.00071), or 'none'
+      for layers without rotation (NoPE).
     factor: of the extended context over the original one.
     low_freq_factor: llama3: wavelengths above original_context / this are
       divided by `factor`.
     high_freq_factor: llama3: wavelengths below original_context / this stay.
-    original_context: llama3: the context length of pretraining, in tokens.
+    original_context: llama3, yarn: the context length of pretraining, in tokens.
+    beta_fast: yarn: frequencies of so many rotations or more stay.
+    beta_slow: yarn: those of so few or fewer are divided by `factor`.
+    attention_factor: yarn: queries and keys are multiplied by it.
+    truncate: yarn: whether the ramp begins and ends at whole dimensions.
   """
 
   base: float = 10_000.0
@@ -48,6 +54,10 @@ class Rope:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_context: int = 8192
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float = 1.0
+  truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +86,8 @@ class ModelConfig:
     activation: of the gate: 'silu' or 'gelu_tanh'.
     biases: the linears with a bias ('q' to 'down'); inside the block it differs by
       loop where norm gains do.
+    attn_softcap, final_softcap: attention scores and logits z become
+      cap tanh(z / cap) (Gemma 2); None leaves them.
     query_scale: q is multiplied by this; None means head_dim ** -0.5.
     scale_embeddings: multiply embeddings by sqrt(D), rounded to their dtype.
     tie_embeddings: the head is the embedding table.
@@ -107,6 +119,8 @@ class ModelConfig:
   qk_norm: bool = False
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
+  attn_softcap: float | None = None
+  final_softcap: float | None = None
   query_scale: float | None = None
   scale_embeddings: bool = False
   tie_embeddings: bool = False
@@ -262,11 +276,9 @@ def _check(c: ModelConfig) -> None:
     elif f.type == 'bool':
       need(isinstance(value, bool), f.name, 'must be true or false')
   need(is_number(c.norm_eps, 0), 'norm_eps', 'must be a finite number, 0 or more')
-  need(
-    c.query_scale is None or is_number(c.query_scale),
-    'query_scale',
-    'must be a finite number above 0, or none',
-  )
+  for field in ('query_scale', 'attn_softcap', 'final_softcap'):
+    value = getattr(c, field)
+    need(value is None or is_number(value), field, 'must be a finite number above 0, or none')
   need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
   need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
   need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')

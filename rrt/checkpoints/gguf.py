@@ -53,7 +53,9 @@ _HARMLESS = (
 _MODEL_TYPES = {
   'llama': 'llama',
   'gemma': 'gemma',
+  'gemma2': 'gemma2',
   'gemma3': 'gemma3_text',
+  'smollm3': 'smollm3',
   'qwen2': 'qwen2',
   'qwen3': 'qwen3',
 }
@@ -135,6 +137,8 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     fields['attention_bias'] = True
   if arch == 'llama' and 'blk.0.ffn_up.bias' in tensors.infos:
     fields['mlp_bias'] = True
+  if arch == 'gemma2':
+    fields |= _gemma2_fields(fields)
   if arch == 'gemma3':
     fields |= _gemma3_fields(metadata, fields)
   try:
@@ -158,6 +162,15 @@ def _refuse_unknown(metadata: dict[str, Any], arch: str) -> None:
       f'The GGUF fields {arch}.attention.key_length={sizes[0]} and value_length={sizes[1]} '
       'differ, which is not supported.'
     )
+
+
+def _gemma2_fields(fields) -> dict[str, Any]:
+  """Gemma 2's constants, which GGUF files do not store."""
+  scalar = fields.get('head_dim', 256)
+  if fields.get('num_hidden_layers') == 46:  # The 27B model scales by the width of a head slice.
+    width = fields_lib.whole(fields, 'hidden_size')
+    scalar = width // fields_lib.whole(fields, 'num_attention_heads')
+  return {'query_pre_attn_scalar': scalar}
 
 
 def _gemma3_fields(metadata, fields) -> dict[str, Any]:

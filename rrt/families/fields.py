@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+import math
 from typing import Any
 
 from rrt.config import Rope, is_number, is_whole
@@ -66,6 +67,12 @@ _ROPE_FIELDS = (
   'high_freq_factor',
   'original_max_position_embeddings',
   'partial_rotary_factor',
+  'beta_fast',
+  'beta_slow',
+  'attention_factor',
+  'mscale',
+  'mscale_all_dim',
+  'truncate',
 )
 
 
@@ -189,7 +196,7 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
   Args:
     parameters: the dict; None is no scaling.
     base: theta, if the dict has none.
-    max_context: llama3's original context, if the dict has none.
+    max_context: the model's; the original one, if the dict has none.
 
   Raises:
     InputError: the kind of scaling is not supported, or a value is invalid.
@@ -212,14 +219,36 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
       high_freq_factor=number(p, 'high_freq_factor'),
       original_context=whole(p, 'original_max_position_embeddings', max_context),
     )
+  if kind == 'yarn':
+    return _yarn_from_hf(p, base, max_context)
   raise InputError(
-    f'config.json: rope_type={kind!r} is not supported, only default, linear and llama3.'
+    f'config.json: rope_type={kind!r} is not supported, only default, linear, llama3 and yarn.'
+  )
+
+
+def _yarn_from_hf(p: dict[str, Any], base: float, max_context: int) -> Rope:
+  """A YaRN table; its attention factor from `factor` or DeepSeek's mscales."""
+  original = whole(p, 'original_max_position_embeddings', max_context)
+  factor = number(p, 'factor', max_context / original)
+  scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+  attention = scale(1.0)
+  if p.get('mscale') and p.get('mscale_all_dim'):
+    attention = scale(number(p, 'mscale')) / scale(number(p, 'mscale_all_dim'))
+  return Rope(
+    base=base,
+    scaling='yarn',
+    factor=factor,
+    original_context=original,
+    beta_fast=number(p, 'beta_fast', 32.0),
+    beta_slow=number(p, 'beta_slow', 1.0),
+    attention_factor=number(p, 'attention_factor', attention),
+    truncate=flag(p, 'truncate', True),
   )
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
   """A `rope_scaling` dict; None for no scaling."""
-  if not rope.scaling:
+  if rope.scaling in ('', 'none'):
     return None
   fields = {'rope_type': rope.scaling, 'factor': rope.factor}
   if rope.scaling == 'llama3':
@@ -227,5 +256,13 @@ def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
       'low_freq_factor': rope.low_freq_factor,
       'high_freq_factor': rope.high_freq_factor,
       'original_max_position_embeddings': rope.original_context,
+    }
+  if rope.scaling == 'yarn':
+    fields |= {
+      'original_max_position_embeddings': rope.original_context,
+      'beta_fast': rope.beta_fast,
+      'beta_slow': rope.beta_slow,
+      'attention_factor': rope.attention_factor,
+      'truncate': rope.truncate,
     }
   return fields

@@ -1,9 +1,10 @@
-"""Gemma 1 and the text decoder of Gemma 3.
+"""Gemma 1, Gemma 2 and the text decoder of Gemma 3.
 
-Both store norm gains as offsets from 1, scale embeddings by sqrt(D) and have a
-GeGLU MLP with tanh-approximated GELU. Gemma 3 adds norms after attention and
-after the MLP, QK-norm, and local layers with a sliding window and a separate
-RoPE base.
+All store norm gains as offsets from 1, scale embeddings by sqrt(D) and have a
+GeGLU MLP with tanh-approximated GELU. Gemma 2 adds norms after attention and
+after the MLP, soft-caps of attention scores and logits, and a sliding window in
+every second layer; Gemma 3 has QK-norm instead of the caps, and a separate RoPE
+base in its local layers.
 """
 
 from __future__ import annotations
@@ -65,6 +66,20 @@ GEMMA3_ROWS = (
 
 # What a config.json may leave out, by the original's own defaults.
 GEMMA_DEFAULTS = {'vocab_size': 256_000, 'head_dim': 256, 'max_position_embeddings': 8192}
+GEMMA2_DEFAULTS = {
+  'vocab_size': 256_000,
+  'hidden_size': 2304,
+  'intermediate_size': 9216,
+  'num_hidden_layers': 26,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 256,
+  'max_position_embeddings': 8192,
+  'query_pre_attn_scalar': 256,
+  'sliding_window': 4096,
+}
+# Null turns a cap off, absent means these.
+GEMMA2_CAPS = {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0}
 GEMMA3_DEFAULTS = {
   'vocab_size': 262_208,
   'hidden_size': 2304,
@@ -98,13 +113,39 @@ def gemma_from_hf(c: dict[str, Any]) -> ModelConfig:
   )
 
 
+def gemma2_from_hf(c: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a Gemma 2 config.json, 4.x or 5.x style."""
+  c = GEMMA2_DEFAULTS | GEMMA2_CAPS | c
+  fields_lib.refuse(c, 'attention_bias', False)
+  fields_lib.refuse(c, 'hidden_act', 'gelu_pytorch_tanh', 'gelu')
+  fields_lib.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh')
+  kinds = fields_lib.layer_types(c)
+  if kinds is None:
+    layers = fields_lib.whole(c, 'num_hidden_layers')
+    kinds = [GLOBAL if i % 2 else LOCAL for i in range(layers)]
+  rope = fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters')
+  return ModelConfig(
+    **_common(c, 'gemma2'),
+    post_norms=True,
+    attn_softcap=_cap(c, 'attn_logit_softcapping'),
+    final_softcap=_cap(c, 'final_logit_softcapping'),
+    query_scale=fields_lib.number(c, 'query_pre_attn_scalar') ** -0.5,
+    windows=fields_lib.windows(c, kinds, fields_lib.whole(c, 'sliding_window', 0, least=0)),
+    ropes=(
+      fields_lib.rope_from_hf(
+        rope,
+        fields_lib.number(c, 'rope_theta', 10_000.0),
+        fields_lib.whole(c, 'max_position_embeddings'),
+      ),
+    ),
+  )
+
+
 def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Gemma 3 text config, 4.x or 5.x style."""
   c = GEMMA3_DEFAULTS | c
   fields_lib.refuse(c, 'attention_bias', False)
   fields_lib.refuse(c, 'hidden_activation', 'gelu_pytorch_tanh')
-  fields_lib.refuse(c, 'attn_logit_softcapping')
-  fields_lib.refuse(c, 'final_logit_softcapping')
   kinds = _layer_kinds(c)
   window = fields_lib.whole(c, 'sliding_window', 0, least=0)
   is_local = tuple(int(kind == LOCAL) for kind in kinds)
@@ -112,11 +153,17 @@ def gemma3_from_hf(c: dict[str, Any]) -> ModelConfig:
     **_common(c, 'gemma3'),
     post_norms=True,
     qk_norm=True,
+    attn_softcap=_cap(c, 'attn_logit_softcapping'),
+    final_softcap=_cap(c, 'final_logit_softcapping'),
     query_scale=fields_lib.number(c, 'query_pre_attn_scalar') ** -0.5,
     windows=fields_lib.windows(c, kinds, window),
     ropes=_ropes_from_hf(c),
     rope_index=is_local,
   )
+
+
+def _cap(c: dict[str, Any], name: str) -> float | None:
+  return None if c.get(name) is None else fields_lib.number(c, name)
 
 
 def _common(c: dict[str, Any], family: str) -> dict[str, Any]:
@@ -177,6 +224,21 @@ def gemma_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+def gemma2_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """config.json of an untied Gemma 2, for 4.x and 5.x."""
+  windows = config.windows or (0,) * config.depth
+  _, _, window = _kinds_of_layers(config, windows)
+  return gemma_to_hf(config) | {
+    'architectures': ['Gemma2ForCausalLM'],
+    'model_type': 'gemma2',
+    'query_pre_attn_scalar': _whole(config.scale_q**-2),
+    'sliding_window': window or GEMMA2_DEFAULTS['sliding_window'],
+    'layer_types': [LOCAL if w else GLOBAL for w in windows],
+    'attn_logit_softcapping': config.attn_softcap,
+    'final_logit_softcapping': config.final_softcap,
+  }
+
+
 def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
   """config.json of an untied Gemma 3 text model, for 4.x and 5.x.
 
@@ -197,8 +259,8 @@ def gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
     'rope_scaling': fields_lib.rope_to_hf(far),
     'rope_local_base_freq': near.base,
     'rope_parameters': {GLOBAL: _rope_parameters(far), LOCAL: _rope_parameters(near)},
-    'attn_logit_softcapping': None,
-    'final_logit_softcapping': None,
+    'attn_logit_softcapping': config.attn_softcap,
+    'final_logit_softcapping': config.final_softcap,
   }
 
 
@@ -246,6 +308,25 @@ GEMMA = Family(
   fields=('hidden_act', 'hidden_activation', 'use_bidirectional_attention'),
   from_hf=gemma_from_hf,
   to_hf=gemma_to_hf,
+  gguf_gain_offset=1.0,
+)
+GEMMA2 = Family(
+  name='gemma2',
+  model_types=('gemma2',),
+  rows=GEMMA3_ROWS,
+  fields=(
+    'hidden_act',
+    'hidden_activation',
+    'use_bidirectional_attention',
+    'attn_logit_softcapping',
+    'final_logit_softcapping',
+    'query_pre_attn_scalar',
+    'sliding_window',
+    'layer_types',
+    'sliding_window_size',  # The original files say the window twice.
+  ),
+  from_hf=gemma2_from_hf,
+  to_hf=gemma2_to_hf,
   gguf_gain_offset=1.0,
 )
 GEMMA3 = Family(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, llama, qwen
+from rrt.families import gemma, llama, qwen, smollm3
 from rrt.families.base import Family
 
 
 def families() -> tuple[Family, ...]:
   """All supported families, in the order of error messages."""
-  return (llama.FAMILY, gemma.GEMMA, gemma.GEMMA3, qwen.QWEN2, qwen.QWEN3)
+  return (
+    llama.FAMILY,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    smollm3.FAMILY,
+  )
 
 
 def family_of(config: ModelConfig) -> Family:

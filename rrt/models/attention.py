@@ -119,5 +119,5 @@ class Attention(nn.Module):
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     kv, attend = (kv or BatchKV()).update(k_BxLxGxDh, v_BxLxGxDh, context)
-    o_BxLxHxDh = attend(q_BxLxHxDh, window=attn_spec.window)
+    o_BxLxHxDh = attend(q_BxLxHxDh, window=attn_spec.window, cap=c.attn_softcap)
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

@@ -6,7 +6,7 @@ makes its own. Unwritten slots lie above the row's position and are masked.
 
 Every kind of KV has one method, `update(k, v, context)`: it writes a batch's keys
 (after RoPE) and values, both [B, L, G, Dh], at `context.positions_BxL`, and
-returns itself as written and a function `attend(q_BxLxHxDh, window)` over what
+returns itself as written and a function `attend(q_BxLxHxDh, window, cap)` over what
 the batch sees then.
 
 B batch, L length, S slots, G kv groups, Dh head size, P prelude, N block, R loops,
@@ -48,13 +48,13 @@ class KV(NamedTuple):
     )
     return new, functools.partial(new.attend, context=context)
 
-  def attend(self, q_BxLxHxDh, window, context):
+  def attend(self, q_BxLxHxDh, window, cap=None, *, context):
     """Attention over all slots up to each query's position."""
     dtype = q_BxLxHxDh.dtype
     slots_1xS = jnp.arange(self.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
     mask_BxLxS = visible(context.positions_BxL, slots_1xS, window)
     k, v = (t.astype(dtype) for t in self)
-    return attend(q_BxLxHxDh, k, v, mask_BxLxS)
+    return attend(q_BxLxHxDh, k, v, mask_BxLxS, cap)
 
 
 class EmptyKV(NamedTuple):
@@ -97,7 +97,7 @@ class HeldKV(NamedTuple):
     return new, functools.partial(_attend_batch, new.k_BxLxGxDh, new.v_BxLxGxDh, context)
 
 
-def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window):
+def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window, cap=None):
   """Causal attention of a batch to itself, within segments."""
   positions_BxL = context.positions_BxL
   mask_BxLxL = visible(positions_BxL, positions_BxL, window)
@@ -105,7 +105,7 @@ def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window):
     s = context.segments_BxL
     mask_BxLxL &= s[:, :, None] == s[:, None, :]
   return attend_causal(
-    q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL
+    q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL, cap
   )
 
 

@@ -47,10 +47,14 @@ def rope_frequencies(rope: Rope, head_dim: int):
   bit counts: an angle is a frequency times a position.
   """
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  if rope.scaling == 'none':
+    return np.zeros(head_dim // 2, np.float32)
   power = (float(rope.base) ** exponent.astype(np.float64)).astype(np.float32)
   freq = np.float32(1.0) / power
   if rope.scaling == 'linear':
     return freq / np.float32(rope.factor)
+  if rope.scaling == 'yarn':
+    return _yarn(rope, head_dim, freq)
   if rope.scaling == 'llama3':
     wavelength = np.float32(2 * math.pi) / freq
     low = np.float32(rope.original_context / rope.low_freq_factor)
@@ -65,11 +69,32 @@ def rope_frequencies(rope: Rope, head_dim: int):
   return freq
 
 
+def _yarn(rope: Rope, head_dim: int, freq):
+  """Frequencies divided by the factor below a ramp of dimensions, kept above it."""
+
+  def dimension(rotations: float) -> float:
+    turns = rope.original_context / (rotations * 2 * math.pi)
+    return head_dim * math.log(turns) / (2 * math.log(rope.base))
+
+  low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+  if rope.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  high = high + 0.001 if low == high else high
+  steps = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+  kept = np.float32(1) - np.clip(steps, 0, 1).astype(np.float32)
+  return (freq / np.float32(rope.factor)) * (1 - kept) + freq * kept
+
+
 def rope_tables(config: ModelConfig, positions_BxL):
   """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
   freq_TxK = np.stack([rope_frequencies(r, config.head_dim) for r in config.ropes])
   angle = positions_BxL.astype(jnp.float32)[None, :, :, None] * freq_TxK[:, None, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+  factor_T = np.array([r.attention_factor for r in config.ropes], np.float32)
+  if (factor_T == 1).all():
+    return jnp.cos(angle), jnp.sin(angle)
+  factor_Tx1x1x1 = factor_T[:, None, None, None]
+  return jnp.cos(angle) * factor_Tx1x1x1, jnp.sin(angle) * factor_Tx1x1x1
 
 
 def apply_rope(x_BxLxHxDh, cos_BxLxK, sin_BxLxK):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
+from rrt.ops.attention import softcap
 from rrt.ops.matmul import float32_is_float32
 
 
@@ -20,12 +21,13 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
     table, axis = params['head']['kernel'], 0
   contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
   with float32_is_float32(dtype):
-    return jax.lax.dot_general(
+    found = jax.lax.dot_general(
       hidden.astype(dtype),
       jnp.asarray(table).astype(dtype),
       contract,
       preferred_element_type=jnp.float32,
     )
+  return softcap(found, config.final_softcap)
 
 
 def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
@@ -40,12 +42,13 @@ def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
     return jax.lax.optimization_barrier(logits_BxV).T
   table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
   with float32_is_float32(dtype):
-    return jax.lax.dot_general(
+    found_VxB = jax.lax.dot_general(
       table_VxD,
       hidden_BxD.astype(dtype),
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
+  return softcap(found_VxB, config.final_softcap)
 
 
 def greedy_token(config: ModelConfig, params, hidden_BxD, dtype=jnp.float32):

@@ -25,6 +25,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.models.cache import KV
+from rrt.ops.attention import softcap
 
 _HIDDEN = -1e30
 
@@ -172,7 +173,7 @@ def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   )
 
 
-def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
+def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None = None):
   """Softmax attention of one token a row over its pages, [B, 1, H, Dh].
 
   Args:
@@ -180,6 +181,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
     kv: with this step's tokens written.
     position_Bx1: of each row's token.
     window: as in `AttnSpec`: None, a scalar, or one a row; 0 is global.
+    cap: see `rrt.ops.attention.softcap`.
   """
   B, _, H, Dh = q_Bx1xHxDh.shape
   k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
@@ -210,6 +212,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None):
       unpack(k_PxGxDhxC[page_B], dtype),
       preferred_element_type=jnp.float32,
     )
+    att_BxGxMxC = softcap(att_BxGxMxC, cap)
     att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
     new_BxGxMx1 = jnp.maximum(top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True))
     att_BxGxMxC = jnp.exp(att_BxGxMxC - new_BxGxMx1)

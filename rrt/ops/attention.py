@@ -4,6 +4,8 @@ B batch, L query length, S key length, H heads, G kv groups, M = H / G queries a
 group, Dh head size.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,13 +28,18 @@ def visible(queries_BxL, keys_BxS, window=None):
   return mask & ((j > i - window) | (window == 0))
 
 
-def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
+def softcap(z, cap: float | None):
+  """cap tanh(z / cap), float32 as its input; z without a cap."""
+  return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS, cap: float | None = None):
   """Softmax attention in float32; q is already scaled.  [B, L, H, Dh].
 
   The heads of a group are stacked along the queries and the keys lie
   transposed, so that both products are plain batched matrix products: XLA on
   CPU is 3 (prefill) to 10 times (decoding) slower on the einsums over
-  [B, S, G, Dh], which it transposes at every step.
+  [B, S, G, Dh], which it transposes at every step. `cap`: see `softcap`.
   """
   chex.assert_rank([q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS], [4, 4, 4, 3])
   B, L, H, Dh = q_BxLxHxDh.shape
@@ -45,6 +52,7 @@ def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
     k_BxGxDhxS,
     preferred_element_type=jnp.float32,
   )
+  att_BxGxMLxS = softcap(att_BxGxMLxS, cap)
   att_BxGxMxLxS = jnp.where(
     mask_BxLxS[:, None, None, :, :], att_BxGxMLxS.reshape(B, G, M, L, S), -1e30
   )
@@ -54,7 +62,7 @@ def attend(q_BxLxHxDh, k_BxGxDhxS, v_BxGxSxDh, mask_BxLxS):
   return o_BxGxMxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
-def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL):
+def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL, cap: float | None = None):
   """`attend` where no token sees a later one of its row.  [B, L, H, Dh].
 
   Runs of queries see only the keys up to their last: with 8 of them that is
@@ -68,7 +76,7 @@ def attend_causal(q_BxLxHxDh, k_BxGxDhxL, v_BxGxLxDh, mask_BxLxL):
   for begin in range(0, L, step):
     end = min(begin + step, L)
     outs.append(
-      jax.checkpoint(attend)(
+      jax.checkpoint(functools.partial(attend, cap=cap))(
         q_BxLxHxDh[:, begin:end],
         k_BxGxDhxL[..., :end],
         v_BxGxLxDh[:, :, :end],

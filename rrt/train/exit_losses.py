@@ -65,6 +65,7 @@ def exit_losses(
   head_DxV: jax.Array,
   targets_BxL: jax.Array,
   weights_BxL: jax.Array,
+  cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Losses of the loops before the last.
 
@@ -75,6 +76,7 @@ def exit_losses(
     head_DxV: the head.
     targets_BxL: the next token's id.
     weights_BxL: float32, the factor of each token.
+    cap: soft-cap of the logits.
 
   Returns:
     The weighted sum of their losses, a float32 scalar, and the cross-entropy
@@ -90,7 +92,8 @@ def exit_losses(
   teacher = (hidden_RxBxLxD[-1], head_DxV)
   factors = exits.of_loops(hidden_RxBxLxD.shape[0])
   found: list[Losses] = [
-    losses(inner, h, head_DxV, targets_BxL, weights_BxL, teacher) for h in hidden_RxBxLxD[:-1]
+    losses(inner, h, head_DxV, targets_BxL, weights_BxL, teacher, (cap, cap))
+    for h in hidden_RxBxLxD[:-1]
   ]
   total = sum(a * f.loss for a, f in zip(factors[:-1], found, strict=True))
   return jnp.asarray(total), jnp.stack([f.cross_entropy for f in found])

@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
+from rrt.ops.attention import softcap
 from rrt.ops.matmul import float32_is_float32
 from rrt.sharding import constrain
 
+Caps = tuple[float | None, float | None]
 DIVERGENCES = ('forward_kl', 'reverse_kl', 'jsd', 'tvd')
 
 
@@ -97,6 +99,7 @@ def losses(
   targets_BxL: jax.Array,
   weights_BxL: jax.Array,
   teacher: tuple[jax.Array, jax.Array] | None = None,
+  caps: Caps = (None, None),
 ) -> Losses:
   """All losses of a batch, with logits of one chunk at a time.
 
@@ -112,6 +115,8 @@ def losses(
       target. Divide them by their sum for a mean.
     teacher: the parent's (hidden_BxLxD, head_DxV), of any width D; needed
       when `objective.distillation` is above 0, ignored otherwise.
+    caps: soft-caps of the child's and of the parent's logits
+      (`ModelConfig.final_softcap`).
   """
   chex.assert_rank([hidden_BxLxD, head_DxV], [3, 2])
   chex.assert_equal_shape([targets_BxL, weights_BxL])
@@ -126,24 +131,27 @@ def losses(
     t_DxV = constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
     teacher = jax.lax.stop_gradient((t_BxLxD, t_DxV))
   return _losses(
-    objective, hidden_BxLxD, head_DxV, jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher))
+    (objective, caps),
+    hidden_BxLxD,
+    head_DxV,
+    jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher)),
   )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(objective, hidden_BxLxD, head_DxV, rest) -> Losses:
-  return _over_chunks(objective, hidden_BxLxD, head_DxV, rest, None)[0]
+def _losses(static, hidden_BxLxD, head_DxV, rest) -> Losses:
+  return _over_chunks(static, hidden_BxLxD, head_DxV, rest, None)[0]
 
 
-def _losses_fwd(objective, hidden, head, rest):
+def _losses_fwd(static, hidden, head, rest):
   """Values and gradients in one pass over the chunks."""
   wanted = (hidden.perturbed, head.perturbed)
   rest = jax.tree.map(lambda leaf: leaf.value, rest, is_leaf=_is_primal)
-  return _over_chunks(objective, hidden.value, head.value, rest, wanted)
+  return _over_chunks(static, hidden.value, head.value, rest, wanted)
 
 
-def _losses_bwd(objective, gradients, cotangents: Losses):
-  del objective
+def _losses_bwd(static, gradients, cotangents: Losses):
+  del static
   g = cotangents.loss
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None
@@ -172,7 +180,7 @@ def row_shards(batch: int) -> int:
   return count if batch % count == 0 else 1
 
 
-def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
+def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
   """Scans over chunks of positions, so that every chunk has all rows.
 
   The mesh shards rows: with chunks along the length, each device keeps its own
@@ -182,6 +190,7 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
     (Losses, None or (d_hidden_BxLxD, d_head_DxV, an empty array of the
     dtype that the gradients must have)).
   """
+  objective, (cap, teacher_cap) = static
   targets_BxL, weights_BxL, teacher = rest
   B, L, _ = hidden_BxLxD.shape
   C = chunk_length(B, L, objective.chunk_tokens)
@@ -197,12 +206,14 @@ def _over_chunks(objective, hidden_BxLxD, head_DxV, rest, wanted):
 
   def one(carry, x):
     sums, d_head_SxDxV = carry
-    s_BxCxV = _logits(x['hidden'], head_DxV)
+    s_BxCxV = softcap(_logits(x['hidden'], head_DxV), cap)
     t_BxCxV = None
     if teacher is not None:
-      t_BxCxV = _logits(x['teacher'], teacher[1])
+      t_BxCxV = softcap(_logits(x['teacher'], teacher[1]), teacher_cap)
     values, d_BxCxV = _token_losses(objective, s_BxCxV, t_BxCxV, x['targets'], x['weights'])
     sums = jax.tree.map(jnp.add, sums, values)
+    if cap is not None:  # d tanh(z / cap) / d(z / cap) = 1 - tanh^2.
+      d_BxCxV *= 1 - (s_BxCxV / cap) ** 2
     d_BxCxV = d_BxCxV.astype(hidden_BxLxD.dtype)
     d_hidden_BxCxD = None
     if want_hidden:

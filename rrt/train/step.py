@@ -296,10 +296,12 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     teacher = (jax.lax.stop_gradient(hidden_BxLxD), parent_head)
   head = lm_head.kernel(spec.config, child)
   text = batch['targets'], weights_BxL
-  sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher)
+  cap = spec.config.final_softcap
+  caps = cap, spec.teacher_config.final_softcap if spec.teacher_config else None
+  sums = losses(spec.objective, out.hidden_BxLxD, head, *text, teacher, caps)
   exits_R = jnp.zeros((0,))
   if out.exits_RxBxLxD is not None:
-    loss, exits_R = exit_losses(spec.exits, spec.objective, out.exits_RxBxLxD, head, *text)
+    loss, exits_R = exit_losses(spec.exits, spec.objective, out.exits_RxBxLxD, head, *text, cap)
     last = spec.exits.of_loops(spec.config.loops)[-1]
     sums = sums._replace(loss=last * sums.loss + loss)
   # Of the whole batch's tokens: microbatches add up.

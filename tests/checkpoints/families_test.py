@@ -14,6 +14,7 @@ from rrt.checkpoints.load import load
 from rrt.config import Rope
 from rrt.errors import InputError
 from rrt.families.registry import family_of
+from rrt.models.count import count_params
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
@@ -130,14 +131,17 @@ def test_gemma3_multimodal_config():
 @pytest.mark.parametrize(
   'fields, says',
   [
-    ({'model_type': 'qwen2'}, "model_type='qwen2'.*llama, mistral"),
+    ({'model_type': 'qwen2_moe'}, "model_type='qwen2_moe'.*llama, mistral"),
     ({'model_type': None}, 'model_type=None'),
-    ({'attention_bias': True}, 'attention_bias=True'),
-    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'attention_bias': 1}, 'attention_bias=1 must be'),
+    (MISTRAL | {'attention_bias': True}, 'attention_bias=True'),
     ({'hidden_act': 'relu'}, "hidden_act='relu'"),
     ({'num_local_experts': 8}, 'num_local_experts=8'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config.*dequantize'),
-    ({'rope_scaling': {'rope_type': 'yarn'}}, "rope_type='yarn'"),
+    ({'rope_scaling': {'rope_type': 'su'}}, "rope_type='su'"),
+    ({'rope_scaling': {'rope_type': 'yarn', 'factor': 0}}, 'factor=0 must be'),
+    ({'model_type': 'smollm3', 'no_rope_layers': [1, 2, 1, 1]}, 'no_rope_layers='),
+    ({'model_type': 'qwen2', 'use_mrope': True}, 'use_mrope=True'),
     ({'rope_scaling': {'rope_type': 'linear'}}, 'lacks factor'),
     ({'hidden_size': None}, 'lacks hidden_size'),
     ({'hidden_size': '24'}, "hidden_size='24' must be"),
@@ -167,8 +171,8 @@ def test_gemma3_multimodal_config():
     (GEMMA3 | {'query_pre_attn_scalar': NAN}, 'attn_scalar=nan must be'),
     (GEMMA3 | {'query_pre_attn_scalar': 0}, 'attn_scalar=0 must be'),
     ({'num_key_value_heads': 3}, 'num_kv_heads=3'),
-    (GEMMA3 | {'final_logit_softcapping': 30.0}, 'final_logit_softcapping'),
-    (GEMMA3 | {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping'),
+    (GEMMA3 | {'final_logit_softcapping': -30.0}, 'final_logit_softcapping=-30.0'),
+    ({'model_type': 'gemma2', 'attn_logit_softcapping': 0}, 'attn_logit_softcapping=0'),
     (GEMMA3 | {'layer_types': ['full_attention']}, 'layer_types has 1'),
     (GEMMA3 | {'layer_types': ['chunked'] * 7}, 'chunked'),
     (GEMMA3 | {'sliding_window': None}, 'sliding_window'),
@@ -179,6 +183,210 @@ def test_unsupported_configs_name_the_field(fields, says):
   with pytest.raises(InputError, match=says) as error:
     hf.config_from_hf(LLAMA | fields)
   assert '\n' not in str(error.value)
+
+
+def test_biases_and_windows_of_qwen():
+  qwen2 = hf.config_from_hf(LLAMA | {'model_type': 'qwen2', 'num_key_value_heads': 2})
+  assert qwen2.biases == ('q', 'k', 'v') and qwen2.windows == () and not qwen2.qk_norm
+  some = {'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 3}
+  some |= {'model_type': 'qwen2', 'num_key_value_heads': 2}
+  assert hf.config_from_hf(LLAMA | some).windows == (0, 0, 0, 8)
+  qwen3 = hf.config_from_hf(LLAMA | {'model_type': 'qwen3', 'num_key_value_heads': 2})
+  assert qwen3.qk_norm and qwen3.biases == () and qwen3.head_dim == 128
+
+
+def test_caps_of_gemma2_are_its_own_unless_null():
+  fields = {k: v for k, v in LLAMA.items() if k != 'num_attention_heads'} | {'model_type': 'gemma2'}
+  config = hf.config_from_hf(fields)
+  assert (config.attn_softcap, config.final_softcap) == (50.0, 30.0)
+  assert config.windows == (4096, 0, 4096, 0) and config.post_norms
+  config = hf.config_from_hf(fields | {'attn_logit_softcapping': None})
+  assert config.attn_softcap is None
+
+
+# name -> (fields, parameters as published).
+PUBLISHED = {
+  'qwen2.5-0.5b': (
+    dict(
+      model_type='qwen2',
+      vocab_size=151936,
+      hidden_size=896,
+      intermediate_size=4864,
+      num_hidden_layers=24,
+      num_attention_heads=14,
+      num_key_value_heads=2,
+      tie_word_embeddings=True,
+    ),
+    494_032_768,
+  ),
+  'qwen2.5-1.5b': (
+    dict(
+      model_type='qwen2',
+      vocab_size=151936,
+      hidden_size=1536,
+      intermediate_size=8960,
+      num_hidden_layers=28,
+      num_attention_heads=12,
+      num_key_value_heads=2,
+      tie_word_embeddings=True,
+    ),
+    1_543_714_304,
+  ),
+  'qwen3-0.6b': (
+    dict(
+      model_type='qwen3',
+      vocab_size=151936,
+      hidden_size=1024,
+      intermediate_size=3072,
+      num_hidden_layers=28,
+      num_attention_heads=16,
+      num_key_value_heads=8,
+      head_dim=128,
+      tie_word_embeddings=True,
+    ),
+    596_049_920,
+  ),
+  'qwen3-1.7b': (
+    dict(
+      model_type='qwen3',
+      vocab_size=151936,
+      hidden_size=2048,
+      intermediate_size=6144,
+      num_hidden_layers=28,
+      num_attention_heads=16,
+      num_key_value_heads=8,
+      head_dim=128,
+      tie_word_embeddings=True,
+    ),
+    1_720_574_976,
+  ),
+  'gemma-2-2b': (dict(model_type='gemma2'), 2_614_341_888),
+  'gemma-2-9b': (
+    dict(
+      model_type='gemma2',
+      hidden_size=3584,
+      intermediate_size=14336,
+      num_hidden_layers=42,
+      num_attention_heads=16,
+      num_key_value_heads=8,
+    ),
+    9_241_705_984,
+  ),
+  'gemma-2b': (
+    dict(
+      model_type='gemma',
+      hidden_size=2048,
+      intermediate_size=16384,
+      num_hidden_layers=18,
+      num_attention_heads=8,
+      num_key_value_heads=1,
+    ),
+    2_506_172_416,
+  ),
+  'gemma-3-270m': (GEMMA3 | dict(num_hidden_layers=18, vocab_size=262144), 268_098_176),
+  'gemma-3-1b': (
+    dict(
+      model_type='gemma3_text',
+      vocab_size=262144,
+      hidden_size=1152,
+      intermediate_size=6912,
+      num_attention_heads=4,
+      num_key_value_heads=1,
+    ),
+    999_885_952,
+  ),
+  'llama-2-7b': (
+    dict(
+      model_type='llama',
+      vocab_size=32000,
+      hidden_size=4096,
+      intermediate_size=11008,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+    ),
+    6_738_415_616,
+  ),
+  'llama-3.1-8b': (
+    dict(
+      model_type='llama',
+      vocab_size=128256,
+      hidden_size=4096,
+      intermediate_size=14336,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+    ),
+    8_030_261_248,
+  ),
+  'llama-3.2-1b': (
+    dict(
+      model_type='llama',
+      vocab_size=128256,
+      hidden_size=2048,
+      intermediate_size=8192,
+      num_hidden_layers=16,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+      tie_word_embeddings=True,
+    ),
+    1_235_814_400,
+  ),
+  'tinyllama-1.1b': (
+    dict(
+      model_type='llama',
+      vocab_size=32000,
+      hidden_size=2048,
+      intermediate_size=5632,
+      num_hidden_layers=22,
+      num_attention_heads=32,
+      num_key_value_heads=4,
+    ),
+    1_100_048_384,
+  ),
+  'smollm2-360m': (
+    dict(
+      model_type='llama',
+      vocab_size=49152,
+      hidden_size=960,
+      intermediate_size=2560,
+      num_hidden_layers=32,
+      num_attention_heads=15,
+      num_key_value_heads=5,
+      tie_word_embeddings=True,
+    ),
+    361_821_120,
+  ),
+  'smollm2-1.7b': (
+    dict(
+      model_type='llama',
+      vocab_size=49152,
+      hidden_size=2048,
+      intermediate_size=8192,
+      num_hidden_layers=24,
+      num_attention_heads=32,
+      tie_word_embeddings=True,
+    ),
+    1_711_376_384,
+  ),
+  'mistral-7b': (
+    dict(
+      model_type='mistral',
+      vocab_size=32000,
+      hidden_size=4096,
+      intermediate_size=14336,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+    ),
+    7_241_732_096,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameters_of_published_models(name):
+  fields, published = PUBLISHED[name]
+  assert count_params(hf.config_from_hf(fields)).unique == published
 
 
 def test_config_twin_round_trips():

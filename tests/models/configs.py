@@ -53,6 +53,13 @@ CONFIGS = {
     prelude_layers=0, coda_layers=0, block_layers=4, loops=1, relax=(), loop_norms=False
   ),
   'llama-biases': llama(biases=('q', 'k', 'v', 'o', 'gate', 'up', 'down'), qk_norm=True),
+  'llama-capped': llama(
+    attn_softcap=1.5,
+    final_softcap=2.0,
+    ropes=(Rope(100.0, 'yarn', factor=4.0, original_context=16, attention_factor=1.2),)
+    + (Rope(scaling='none'),),
+    rope_index=(0, 1, 0, 1, 0, 1, 0, 1),
+  ),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),
 }

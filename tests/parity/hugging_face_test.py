@@ -89,7 +89,10 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
     assert [r.tokens for r in engine.run(requests)] == wanted
 
 
-NAMES = ('llama3', 'mistral', 'llama_biases', 'qwen2', 'qwen3', 'gemma', 'gemma3')
+NAMES = (
+  *('llama3', 'yarn', 'mistral', 'llama_biases', 'qwen2', 'qwen3', 'smollm3'),
+  *('gemma', 'gemma2', 'gemma3'),
+)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -100,7 +103,9 @@ def test_loaded_and_exported(name, tmp_path):
   assert_same_logits(ours, exported(ours, tmp_path / 'out'))
 
 
-@pytest.mark.parametrize('name', ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
+@pytest.mark.parametrize(
+  'name', ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'smollm3', 'gemma2', 'gemma3']
+)
 def test_one_loop_is_the_parent(name, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
   child, _ = rrt.to_recursive(ours, prelude=1, loops=1, coda=1)
@@ -110,7 +115,9 @@ def test_one_loop_is_the_parent(name, tmp_path):
 
 @pytest.mark.parametrize('order', ['cycle', 'sequence'])
 @pytest.mark.parametrize('half_ranks', [1, 2, 4])
-@pytest.mark.parametrize('name', ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
+@pytest.mark.parametrize(
+  'name', ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'smollm3', 'gemma2', 'gemma3']
+)
 def test_full_rank_is_the_parent_at_any_alpha(name, half_ranks, order, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
   rank = min(ours.config.d_model, ours.config.num_heads * ours.config.head_dim)

@@ -28,9 +28,10 @@ def inputs(batch=B, length=L, d_teacher=6, seed=0):
   return hidden, head, targets, weights, (t_hidden, t_head)
 
 
-def plain(o, hidden, head, targets, weights, teacher):
+def plain(o, hidden, head, targets, weights, teacher, caps=(None, None)):
   """The same losses from whole logits, differentiated by jax."""
   s, t = hidden @ head, teacher[0] @ teacher[1]
+  s, t = (z if cap is None else cap * jnp.tanh(z / cap) for z, cap in zip((s, t), caps))
   log_q = jax.nn.log_softmax(s)
   ce = -jnp.take_along_axis(log_q, targets[..., None], -1)[..., 0]
   z = jax.nn.logsumexp(s, -1) ** 2
@@ -87,6 +88,12 @@ def test_chunked_equals_plain(divergence, temperature):
 @pytest.mark.parametrize('chunk_tokens', [1, 5, 8, 26, 1000])
 def test_any_chunk_size(chunk_tokens):
   assert_same(losses_lib.Objective(chunk_tokens=chunk_tokens, z_loss=1e-3), inputs())
+
+
+@pytest.mark.parametrize('caps', [(3.0, None), (None, 2.0), (1.5, 4.0)])
+def test_logits_are_capped(caps):
+  objective = losses_lib.Objective(chunk_tokens=6, z_loss=1e-2, temperature=1.7)
+  assert_same(objective, (*inputs(), caps))
 
 
 def test_only_cross_entropy_or_only_distillation():
