@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 ORDERS = ('cycle', 'sequence')
 ACTIVATIONS = ('silu', 'gelu_tanh')
-FAMILIES = ('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3')
+FAMILIES = (
+  *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
+  *('phi3', 'olmo2'),
+)
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'none')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -81,8 +84,11 @@ class ModelConfig:
     max_context: longest sequence in tokens that the model supports.
     norm_eps: added to the mean square in RMSNorm.
     unit_offset_norm: gains are stored as w and applied as 1 + w (Gemma).
-    post_norms: a second norm after attention and after the MLP (Gemma 3).
+    pre_norms: norms before attention and before the MLP; OLMo 2 has none.
+    post_norms: norms after attention and after the MLP (Gemma 2 and 3, OLMo 2).
     qk_norm: RMSNorm over each head of q and k, before RoPE.
+    qk_norm_all: with `qk_norm`, one norm over all heads together (OLMo 2).
+    rotary_dim: how many of a head's dimensions are rotated, even; None for all.
     activation: of the gate: 'silu' or 'gelu_tanh'.
     biases: the linears with a bias ('q' to 'down'); inside the block it differs by
       loop where norm gains do.
@@ -115,8 +121,11 @@ class ModelConfig:
   max_context: int = 2048
   norm_eps: float = 1e-5
   unit_offset_norm: bool = False
+  pre_norms: bool = True
   post_norms: bool = False
   qk_norm: bool = False
+  qk_norm_all: bool = False
+  rotary_dim: int | None = None
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
   attn_softcap: float | None = None
@@ -144,6 +153,18 @@ class ModelConfig:
     if self.query_scale is None:
       return self.head_dim**-0.5
     return self.query_scale
+
+  def norm_sizes(self) -> dict[str, int]:
+    """Sizes of a layer's norms by path."""
+    found: dict[str, int] = {}
+    for part in ('attn', 'mlp'):
+      found |= {f'{part}_norm': self.d_model} if self.pre_norms else {}
+      found |= {f'{part}_post_norm': self.d_model} if self.post_norms else {}
+    if self.qk_norm:
+      heads = (self.num_heads, self.num_kv_heads) if self.qk_norm_all else (1, 1)
+      sizes = (h * self.head_dim for h in heads)
+      found |= dict(zip(('attn/q_norm', 'attn/k_norm'), sizes, strict=True))
+    return found
 
   def shapes(self) -> dict[str, tuple[int, int]]:
     """(in, out) of the seven linears of a layer."""
@@ -288,6 +309,14 @@ def _check(c: ModelConfig) -> None:
     f'must name linears, each once; they are {", ".join(COMPONENTS)}',
   )
   need(c.head_dim % 2 == 0, 'head_dim', 'must be even, for RoPE')
+  need(
+    c.rotary_dim is None
+    or (is_whole(c.rotary_dim, 2) and c.rotary_dim % 2 == 0 and c.rotary_dim <= c.head_dim),
+    'rotary_dim',
+    f'must be even, from 2 to head_dim={c.head_dim}, or none',
+  )
+  need(c.pre_norms or c.post_norms, 'pre_norms', 'may be false with post_norms alone')
+  need(c.qk_norm or not c.qk_norm_all, 'qk_norm_all', 'has no effect without qk_norm')
   need(c.num_heads % c.num_kv_heads == 0, 'num_kv_heads', f'must divide num_heads={c.num_heads}')
   for field in ('windows', 'rope_index'):
     value = getattr(c, field)

@@ -56,6 +56,8 @@ _MODEL_TYPES = {
   'gemma2': 'gemma2',
   'gemma3': 'gemma3_text',
   'smollm3': 'smollm3',
+  'olmo2': 'olmo2',
+  'phi3': 'phi3',
   'qwen2': 'qwen2',
   'qwen3': 'qwen3',
 }

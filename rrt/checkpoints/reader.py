@@ -18,7 +18,7 @@ from rrt.checkpoints import safetensors
 from rrt.checkpoints.safetensors import Tensors
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families.base import Family, Row, row_shape, wanted_rows
+from rrt.families.base import Family, Row, row_shape, tensor_rows, wanted_rows
 from rrt.tree import set_path
 
 DTYPES = {
@@ -95,7 +95,7 @@ def read_params(
     if name not in expected and not ignore(name):
       faults.add('unexpected', name)
   for job in jobs:
-    _check(job, tensors, faults)
+    _check(job, config, tensors, faults)
   if faults.found:  # Before any memory is taken or any value read.
     raise faults.error(where)
   leaves: dict[str, np.ndarray] = {}
@@ -132,9 +132,11 @@ class _Faults:
     return InputError(f'{where} does not fit its configuration: {"; ".join(parts)}.')
 
 
-def _check(job: _Job, tensors: Tensors, faults: _Faults) -> None:
+def _check(job: _Job, config: ModelConfig, tensors: Tensors, faults: _Faults) -> None:
   info = tensors.infos.get(job.name)
   shape = job.shape[::-1] if job.transposed else job.shape
+  if job.row.fused:
+    shape = (tensor_rows(config, job.row)[2], *shape[1:])
   supported = getattr(tensors, 'dtypes', safetensors.DTYPES)
   if info is None:
     faults.add('missing', job.name)
@@ -160,6 +162,10 @@ def _read(job, target, config, family, tensors, style, faults) -> None:
     with np.errstate(over='ignore'):  # Overflow is found below.
       rows = rows.astype(target.dtype, copy=False)
     finite = finite and bool(np.isfinite(rows).all())
+    if job.row.fused:  # The part of the chunk that is this leaf's.
+      first, end, _ = tensor_rows(config, job.row)
+      rows = rows[max(first - start, 0) : max(end - start, 0)]
+      start = max(start - first, 0)
     where = slice(start, start + len(rows))
     target[where if order is None else order[where]] = rows
   if not finite:

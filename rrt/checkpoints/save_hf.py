@@ -15,7 +15,7 @@ import numpy as np
 
 from rrt.checkpoints import safetensors
 from rrt.data.tokenizer import TOKENIZER_FILES
-from rrt.families.base import wanted_rows
+from rrt.families.base import tensor_rows, wanted_rows
 from rrt.families.registry import family_of
 from rrt.files import check_replaceable, read_json, write_directory
 from rrt.model import LanguageModel
@@ -30,14 +30,20 @@ def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
   """An untied model's tensors under Hugging Face's names, as views."""
   table = family_of(model.config)
   leaves = flatten(model.params)
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for row in wanted_rows(model.config, table):
     is_layer = '{}' in row.hf
     path = f'block/layers/{row.path}' if is_layer else row.path
     leaf = np.asarray(leaves[path])
     for depth, value in enumerate(leaf if is_layer else [leaf]):
       name = row.hf.format(depth)
-      tensors[name] = value.T if row.kind in ('linear', 'q', 'k') else value
+      value = value.T if row.kind in ('linear', 'q', 'k') else value
+      if row.fused:
+        first, end, rows = tensor_rows(model.config, row)
+        whole = tensors.setdefault(name, np.empty((rows, *value.shape[1:]), value.dtype))
+        whole[first:end] = value
+      else:
+        tensors[name] = value
   return tensors
 
 

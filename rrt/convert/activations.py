@@ -62,6 +62,8 @@ def with_norms(config: ModelConfig, layer, norms):
     new[part] = dict(layer[part])
     for name, leaves in norms.get(part, {}).items():
       new[part][name] = {**layer[part][name], **leaves}
+    if not config.pre_norms:
+      continue
     old_D, new_D = (
       tree[f'{part}_norm']['scale'] + float(config.unit_offset_norm) for tree in (layer, norms)
     )
@@ -200,12 +202,16 @@ class LayerActivations:
     """What a site's linears read for a chunk of rows, [B, L, I]."""
     c = self.config
     if site.startswith('attn'):
-      x_BxLxD = _norm(c, layer['attn_norm']['scale'], stream.start[rows])
+      x_BxLxD = jnp.asarray(stream.start[rows])
+      if c.pre_norms:
+        x_BxLxD = _norm(c, layer['attn_norm']['scale'], x_BxLxD)
       if site == 'attn_in':
         return x_BxLxD
       context, attn_spec = self.context(rows), self.attn_spec(depth)
       return _mixed(c, layer['attn'], x_BxLxD, attn_spec, context)
-    x_BxLxD = _norm(c, layer['mlp_norm']['scale'], stream.middle[rows])
+    x_BxLxD = jnp.asarray(stream.middle[rows])
+    if c.pre_norms:
+      x_BxLxD = _norm(c, layer['mlp_norm']['scale'], x_BxLxD)
     return x_BxLxD if site == 'mlp_in' else _hidden(c, layer['mlp'], x_BxLxD)
 
   def write(self, site: str, layer, x_BxLxI, h_BxLxD):

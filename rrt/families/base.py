@@ -20,12 +20,15 @@ class Row:
     kind: 'table', 'gain' and 'bias' are stored unchanged, 'linear' is transposed;
       'q' and 'k' are linears, 'q_bias' and 'k_bias' biases, whose rows are
       interleaved in Llama's GGUF files.
+    fused: linears whose outputs the tensor holds one after the other, this row's
+      among them; () for a tensor of its own.
   """
 
   path: str
   hf: str
   gguf: str
   kind: str = 'linear'
+  fused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +69,15 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
     return config.shapes()[parts[-2]]
   if parts[-1] == 'bias':
     return config.shapes()[parts[-2]][1:]
-  if parts[-2] in ('q_norm', 'k_norm'):
-    return (config.head_dim,)
-  return (config.d_model,)
+  return (config.norm_sizes().get('/'.join(parts[:-1]), config.d_model),)
+
+
+def tensor_rows(config: ModelConfig, row: Row) -> tuple[int, int, int]:
+  """(first row, row after the last, rows in all) of a leaf in a fused tensor."""
+  sizes = [config.shapes()[name][1] for name in row.fused]
+  at = row.fused.index(row.path.split('/')[-2])
+  first = sum(sizes[:at])
+  return first, first + sizes[at], sum(sizes)
 
 
 def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
@@ -76,9 +85,10 @@ def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
   for row in family.rows:
     part, *_, leaf = row.path.split('/')
     linear = row.path.split('/')[-2]
+    norm = linear.endswith('_norm') and part != 'final_norm'
     missing = (
       (part == 'head' and config.tie_embeddings)
-      or (linear in ('q_norm', 'k_norm') and not config.qk_norm)
+      or (norm and row.path.rpartition('/')[0] not in config.norm_sizes())
       or (leaf == 'bias' and linear not in config.biases)
     )
     if not missing:

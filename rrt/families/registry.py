@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, llama, qwen, smollm3
+from rrt.families import gemma, llama, olmo2, phi, qwen, smollm3
 from rrt.families.base import Family
 
 
@@ -18,6 +18,8 @@ def families() -> tuple[Family, ...]:
     qwen.QWEN2,
     qwen.QWEN3,
     smollm3.FAMILY,
+    phi.FAMILY,
+    olmo2.FAMILY,
   )
 
 

@@ -80,8 +80,9 @@ class Attention(nn.Module):
     self.v, self.o = Linear(c, 'v', looped), Linear(c, 'o', looped)
     self.relaxed = relaxations_of(self, c, 'kv', looped)
     if c.qk_norm:
-      self.q_norm = Norm(c, c.head_dim, looped)
-      self.k_norm = Norm(c, c.head_dim, looped)
+      sizes = c.norm_sizes()
+      self.q_norm = Norm(c, sizes['attn/q_norm'], looped)
+      self.k_norm = Norm(c, sizes['attn/k_norm'], looped)
 
   def __call__(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
     o_BxLxE, kv = self.mixed(x_BxLxD, kv, attn_spec, loop, context)
@@ -91,12 +92,18 @@ class Attention(nn.Module):
     """[B, L, heads, Dh]."""
     return y_BxLxE.reshape(*y_BxLxE.shape[:2], -1, self.config.head_dim)
 
+  def qk_normed(self, norm: Norm, y_BxLxHxDh, loop):
+    """Each head normed by itself, or all together."""
+    if not self.config.qk_norm_all:
+      return norm(y_BxLxHxDh, loop)
+    return self.heads(norm(y_BxLxHxDh.reshape(*y_BxLxHxDh.shape[:2], -1), loop))
+
   def keys_values(self, x_BxLxD, attn_spec: AttnSpec, loop, context: Context):
     """Keys after RoPE, and values, both [B, L, G, Dh]."""
     kv = self.heads(self.k(x_BxLxD, loop)), self.heads(self.v(x_BxLxD, loop))
     k_BxLxGxDh, v_BxLxGxDh = relax(self, self.relaxed, x_BxLxD, kv, loop)
     if self.config.qk_norm:
-      k_BxLxGxDh = self.k_norm(k_BxLxGxDh, loop)
+      k_BxLxGxDh = self.qk_normed(self.k_norm, k_BxLxGxDh, loop)
     cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
     sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
@@ -112,7 +119,7 @@ class Attention(nn.Module):
     q_BxLxHxDh = self.heads(self.q(x_BxLxD, loop))
     k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
     if c.qk_norm:
-      q_BxLxHxDh = self.q_norm(q_BxLxHxDh, loop)
+      q_BxLxHxDh = self.qk_normed(self.q_norm, q_BxLxHxDh, loop)
     cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
     sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)

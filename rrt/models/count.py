@@ -30,9 +30,9 @@ def linears(config: ModelConfig) -> int:
 
 def vectors(config: ModelConfig) -> int:
   """Gains of one layer's norms, and biases of its linears."""
-  gains = (4 if config.post_norms else 2) * config.d_model
+  gains = sum(config.norm_sizes().values())
   biases = sum(config.shapes()[name][1] for name in config.biases)
-  return gains + biases + (2 * config.head_dim if config.qk_norm else 0)
+  return gains + biases
 
 
 def count_params(config: ModelConfig) -> ParamCount:

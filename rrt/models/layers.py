@@ -88,7 +88,8 @@ def _yarn(rope: Rope, head_dim: int, freq):
 
 def rope_tables(config: ModelConfig, positions_BxL):
   """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
-  freq_TxK = np.stack([rope_frequencies(r, config.head_dim) for r in config.ropes])
+  size = config.rotary_dim or config.head_dim
+  freq_TxK = np.stack([rope_frequencies(r, size) for r in config.ropes])
   angle = positions_BxL.astype(jnp.float32)[None, :, :, None] * freq_TxK[:, None, None, :]
   factor_T = np.array([r.attention_factor for r in config.ropes], np.float32)
   if (factor_T == 1).all():
@@ -98,8 +99,12 @@ def rope_tables(config: ModelConfig, positions_BxL):
 
 
 def apply_rope(x_BxLxHxDh, cos_BxLxK, sin_BxLxK):
-  """Rotates the two halves of each head against each other (half-split)."""
+  """Rotates the two halves of each head's first 2 K dimensions against each other."""
   cos, sin = cos_BxLxK[:, :, None, :], sin_BxLxK[:, :, None, :]
+  size = 2 * cos.shape[-1]
+  if size < x_BxLxHxDh.shape[-1]:
+    rotated = apply_rope(x_BxLxHxDh[..., :size], cos_BxLxK, sin_BxLxK)
+    return jnp.concatenate([rotated, x_BxLxHxDh[..., size:]], -1)
   x1, x2 = jnp.split(x_BxLxHxDh.astype(jnp.float32), 2, -1)
   y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
   return y.astype(x_BxLxHxDh.dtype)

@@ -131,8 +131,10 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
   with float32_is_float32(x_BxLxD.dtype):
     for n in range(config.block_layers):
       of_layer = params['block'][f'layers_{n}']
-      norm: nn.Module = Norm(config, config.d_model, looped=True)
-      y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
+      y_BxLxD = x_BxLxD
+      if config.pre_norms:
+        norm: nn.Module = Norm(config, config.d_model, looped=True)
+        y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
       attn_spec = AttnSpec(*(None if t is None else t[n] for t in all_specs))
       attention: nn.Module = Attention(config, looped=True)
       new.append(

@@ -25,7 +25,7 @@ REMAT = {
 
 
 class Layer(nn.Module):
-  """Attention and MLP with pre-norms, and post-norms where a family has them."""
+  """Attention and MLP with pre-norms, post-norms or both, as a family has them."""
 
   config: ModelConfig
   looped: bool = False
@@ -33,7 +33,8 @@ class Layer(nn.Module):
   def setup(self):
     c = self.config
     norm = functools.partial(Norm, c, c.d_model, self.looped)
-    self.attn_norm, self.mlp_norm = norm(), norm()
+    if c.pre_norms:
+      self.attn_norm, self.mlp_norm = norm(), norm()
     if c.post_norms:
       self.attn_post_norm, self.mlp_post_norm = norm(), norm()
     self.attn = Attention(c, self.looped)
@@ -46,9 +47,11 @@ class Layer(nn.Module):
     """
     kv, attn_spec = xs
     before_BxLxD = x_BxLxD
-    y_BxLxD, kv = self.attn(self.attn_norm(x_BxLxD, loop), kv, attn_spec, loop, context)
+    y_BxLxD = self.attn_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
+    y_BxLxD, kv = self.attn(y_BxLxD, kv, attn_spec, loop, context)
     x_BxLxD += self.attn_post(y_BxLxD, loop)
-    y_BxLxD = self.mlp(self.mlp_norm(x_BxLxD, loop), loop)
+    y_BxLxD = self.mlp_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
+    y_BxLxD = self.mlp(y_BxLxD, loop)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
     if context.left_BxL is not None:
       left_BxLx1 = context.left_BxL[:, :, None]
