@@ -9,7 +9,7 @@ COMMAND
       --calibration=wiki.jsonl.xz --train=news.jsonl.xz --text=other_news.jsonl.xz \
       --out=runs/equal_120
   --seeds=0,1 trains each row twice; --task_data=eval/ adds the tasks; --steps=1000
-  with --rows='parent,deleted\, refitted,ours' is the long run. A run that is started
+  with --rows='deleted and refitted,closed loops in their place' is the long run. A run that is started
   again goes on where it was.
 
 HARDWARE
@@ -33,7 +33,7 @@ from experiments import base
 from rrt import command, console
 from rrt.checkpoints.load import load, save
 from rrt.checkpoints.native import is_native
-from rrt.convert import search
+from rrt.convert import drop, search
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.plan import ConvertConfig
 from rrt.convert.recursive import to_recursive
@@ -50,7 +50,6 @@ FLAGS = flags.FLAGS
 _PARENT = flags.DEFINE_string('parent', 'smollm2-135m', 'A vanilla model.')
 _PARAMS = flags.DEFINE_string('params', '120.4M', 'Unique parameters of the children.')
 _DROP = flags.DEFINE_string('drop', None, 'Layers that the deleted rows leave out.')
-_OURS = flags.DEFINE_string('ours', None, 'A child that --params found already.')
 _CALIBRATION = flags.DEFINE_string('calibration', None, 'Text to fit on.')
 _TRAIN = flags.DEFINE_string('train', None, 'Text to distil on.')
 _TEXT = flags.DEFINE_string('text', None, 'Other text, to measure on.')
@@ -60,26 +59,35 @@ _LIMIT = flags.DEFINE_integer('limit', 100, 'Questions of each task.')
 _ROWS = flags.DEFINE_list('rows', None, 'Names of the rows to make; all by default.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Of the training text.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Of training.')
+_SPEED = flags.DEFINE_bool('speed', True, 'Measure decoding; the machine must be idle.')
 _RATE = flags.DEFINE_float('learning_rate', 2e-4, 'The peak.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of models, runs and table.json.')
 
 
 def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | None]:
   """The rows: name -> how the child is made; None for the parent itself."""
-  size = search.target(params, parent.config)
-  middle = lambda count: [(parent.config.depth - count) // 2] * 2
-  found = search.candidates(parent.config, size, middle, ConvertConfig())
-  tied = next((c.convert for c in found if c.kind == 'tied'), None)
-  deleted = ConvertConfig(loops=1, drop=_DROP.value or found[0].convert.drop)
+  c = parent.config
+  size = search.target(params, c)
+  middle = lambda count: [(c.depth - count) // 2] * 2
+  found = search.candidates(c, size, middle, ConvertConfig())
+  tied = next((one.convert for one in found if one.kind == 'tied'), None)
+  gone = drop.parse(_DROP.value, c.depth) if _DROP.value else found[0].convert.drop
+  deleted = ConvertConfig(loops=1, drop=gone)
   rows: dict[str, ConvertConfig | None] = {
     'parent': None,
     'deleted': deleted.replace(refit='none'),
-    'deleted, refitted': deleted.replace(refit='around'),
+    'deleted and refitted': deleted.replace(refit='around'),
   }
+  count, start = len(gone), gone[0]
+  closed = ConvertConfig(
+    prelude=start - count, loops=2, coda=c.depth - start - count, relax=(search.CLOSED,)
+  )
+  rank = search.fill(c, closed, search.EVEN, size)
+  rows['closed loops in their place'] = closed.replace(rank=rank or 0)
   if tied is not None:
-    rows['mean + plain SVD (the paper)'] = tied.replace(init='average')
-    rows['tied, calibrated'] = tied
-  return rows | {'ours': ConvertConfig(params=params)}
+    rows['mean and plain SVD'] = tied.replace(init='average')
+    rows['tied and calibrated'] = tied
+  return rows | {'nearest at the start': ConvertConfig(params=params)}
 
 
 def recipe(model: LanguageModel, seed: int) -> Recipe:
@@ -95,7 +103,7 @@ def recipe(model: LanguageModel, seed: int) -> Recipe:
   # A gain of 0 opens within tens of steps only at a rate of its own.
   rules = {'lora': (r'lora_[ab]$', {'multiplier': 0.5}), 'gain': (r'/gain$', {'multiplier': 50.0})}
   if any(r.leads for r in model.config.relax):
-    rules['lora'] = (r'lora_[ab]$', {'multiplier': 2.0})
+    rules['lora'] = (r'lora_[ab]$', {'multiplier': 1.0})
   c.optimizer.rules = tuple(rules[kind] for kind in rules if kind in kinds)
   return Recipe.from_dict(c.to_dict())
 
@@ -155,7 +163,7 @@ def main(_) -> None:
     once('layers_run', lambda start=start: start.config.depth)
     once('relaxations', lambda start=start: [r.kind for r in start.config.relax])
     once('nats_start', lambda start=start: nats(start))
-    for rows in (1, 32):
+    for rows in (1, 32) if _SPEED.value else ():
       once(f'tokens_per_second_{rows}', lambda start=start, rows=rows: speed(start, rows))
     for seed in map(int, _SEEDS.value):
       trained = f'{_STEPS.value}_steps_seed_{seed}'
@@ -174,19 +182,18 @@ def _folder(name: str) -> str:
   return ''.join(ch if ch.isalnum() else '_' for ch in name)
 
 
-def _start(name: str, convert: ConvertConfig | None, parent, out: Path) -> LanguageModel:
+def _start(
+  name: str, convert: ConvertConfig | None, parent: LanguageModel, out: Path
+) -> LanguageModel:
   """The child before training, made once."""
   where = out / _folder(name) / 'start'
   if convert is None:
     return parent
   if is_native(where):
     return load(str(where))
-  if name == 'ours' and _OURS.value:
-    child = load(_OURS.value)
-  else:
-    text = calibration_text(_CALIBRATION.value, convert.calibration_tokens)
-    child, report = to_recursive(parent, convert, calibration=text)
-    report.show()
+  text = calibration_text(_CALIBRATION.value, convert.calibration_tokens)
+  child, report = to_recursive(parent, convert, calibration=text)
+  report.show()
   save(child, where)
   return child
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
   from rrt.relax.base import Relaxation
 
 ORDERS = ('cycle', 'sequence')
-ACTIVATIONS = ('silu', 'gelu_tanh')
+ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
+NORMS = ('rms', 'layer')
 FAMILIES = (
   *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
-  *('phi3', 'olmo2'),
+  *('phi3', 'olmo2', 'gpt_neox'),
 )
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'none')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
@@ -89,7 +90,10 @@ class ModelConfig:
     qk_norm: RMSNorm over each head of q and k, before RoPE.
     qk_norm_all: with `qk_norm`, one norm over all heads together (OLMo 2).
     rotary_dim: how many of a head's dimensions are rotated, even; None for all.
-    activation: of the gate: 'silu' or 'gelu_tanh'.
+    norm: 'rms', or 'layer' with a mean and a bias (Pythia).
+    parallel: attention and MLP both read the layer's input (Pythia).
+    gated: the MLP is down(act(gate) * up); otherwise down(act(up)).
+    activation: 'silu', 'gelu' or its approximation 'gelu_tanh'.
     biases: the linears with a bias ('q' to 'down'); inside the block it differs by
       loop where norm gains do.
     attn_softcap, final_softcap: attention scores and logits z become
@@ -126,6 +130,9 @@ class ModelConfig:
   qk_norm: bool = False
   qk_norm_all: bool = False
   rotary_dim: int | None = None
+  norm: str = 'rms'
+  parallel: bool = False
+  gated: bool = True
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
   attn_softcap: float | None = None
@@ -167,15 +174,16 @@ class ModelConfig:
     return found
 
   def shapes(self) -> dict[str, tuple[int, int]]:
-    """(in, out) of the seven linears of a layer."""
+    """(in, out) of a layer's linears: seven, or six without a gate."""
     d, f = self.d_model, self.d_ff
     q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    gate = {'gate': (d, f)} if self.gated else {}
     return {
       'q': (d, q),
       'k': (d, kv),
       'v': (d, kv),
       'o': (q, d),
-      'gate': (d, f),
+      **gate,
       'up': (d, f),
       'down': (f, d),
     }
@@ -302,11 +310,14 @@ def _check(c: ModelConfig) -> None:
     need(value is None or is_number(value), field, 'must be a finite number above 0, or none')
   need(c.family in FAMILIES, 'family', f'must be one of {FAMILIES}')
   need(c.order in ORDERS, 'order', f'must be one of {ORDERS}')
+  need(c.norm in NORMS, 'norm', f'must be one of {NORMS}')
+  need(c.norm == 'rms' or not c.unit_offset_norm, 'unit_offset_norm', 'is for norm=rms')
+  need(c.pre_norms or not c.parallel, 'parallel', 'needs pre_norms')
   need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')
   need(
-    set(c.biases) <= {*COMPONENTS} and len({*c.biases}) == len(c.biases),
+    set(c.biases) <= {*c.shapes()} and len({*c.biases}) == len(c.biases),
     'biases',
-    f'must name linears, each once; they are {", ".join(COMPONENTS)}',
+    f'must name linears, each once; they are {", ".join(c.shapes())}',
   )
   need(c.head_dim % 2 == 0, 'head_dim', 'must be even, for RoPE')
   need(

@@ -178,6 +178,8 @@ def load_directory(
   ignored = ['rotary_emb.inv_freq']
   if config.tie_embeddings:
     ignored.append('lm_head.weight')
+  if config.family == 'gpt_neox':  # Masks, which old files hold.
+    ignored += ['.attention.bias', '.attention.masked_bias']
   if fields.get('text_config'):
     ignored += ['vision_tower.', 'multi_modal_projector.']
   params = reader.read_params(

@@ -136,7 +136,7 @@ def _check(job: _Job, config: ModelConfig, tensors: Tensors, faults: _Faults) ->
   info = tensors.infos.get(job.name)
   shape = job.shape[::-1] if job.transposed else job.shape
   if job.row.fused:
-    shape = (tensor_rows(config, job.row)[2], *shape[1:])
+    shape = (tensor_rows(config, job.row)[1], *shape[1:])
   supported = getattr(tensors, 'dtypes', safetensors.DTYPES)
   if info is None:
     faults.add('missing', job.name)
@@ -162,10 +162,11 @@ def _read(job, target, config, family, tensors, style, faults) -> None:
     with np.errstate(over='ignore'):  # Overflow is found below.
       rows = rows.astype(target.dtype, copy=False)
     finite = finite and bool(np.isfinite(rows).all())
-    if job.row.fused:  # The part of the chunk that is this leaf's.
-      first, end, _ = tensor_rows(config, job.row)
-      rows = rows[max(first - start, 0) : max(end - start, 0)]
-      start = max(start - first, 0)
+    if job.row.fused:
+      index, _ = tensor_rows(config, job.row)
+      inside = (index >= start) & (index < start + len(rows))
+      target[inside] = rows[index[inside] - start]
+      continue
     where = slice(start, start + len(rows))
     target[where if order is None else order[where]] = rows
   if not finite:

@@ -39,9 +39,9 @@ def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
       name = row.hf.format(depth)
       value = value.T if row.kind in ('linear', 'q', 'k') else value
       if row.fused:
-        first, end, rows = tensor_rows(model.config, row)
+        index, rows = tensor_rows(model.config, row)
         whole = tensors.setdefault(name, np.empty((rows, *value.shape[1:]), value.dtype))
-        whole[first:end] = value
+        whole[index] = value
       else:
         tensors[name] = value
   return tensors

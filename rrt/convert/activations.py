@@ -20,7 +20,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.convert import permute
 from rrt.models.attention import Attention, AttnSpec, Context
-from rrt.models.layers import Mlp, rms_norm
+from rrt.models.layers import Mlp, Norm
 from rrt.models.transformer import make_context
 from rrt.relax.base import part_of
 
@@ -34,6 +34,12 @@ SITES = {
 CHUNK_TOKENS = 2048  # Tokens whose activations are in memory at a time.
 CHECKED = 4  # One chunk in so many is what `fit.refit` checks on.
 ALIGN_CHUNKS = 2  # How many serve to compare hidden units.
+
+
+def sites(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+  """`SITES` of a model, whose MLP may have no gate."""
+  has = config.shapes()
+  return {site: tuple(n for n in names if n in has) for site, names in SITES.items()}
 
 
 class Stream(NamedTuple):
@@ -69,7 +75,7 @@ def with_norms(config: ModelConfig, layer, norms):
     )
     weak_D = jnp.abs(new_D) <= 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
     ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
-    for name in SITES[f'{part}_in']:
+    for name in sites(config)[f'{part}_in']:
       set_kernel(new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel'])
   return new
 
@@ -101,8 +107,8 @@ def embedded(config: ModelConfig, table_VxD, tokens_BxL) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _norm(config: ModelConfig, gain_D, x_BxLxD):
-  return rms_norm(x_BxLxD, gain_D[None, None], config.norm_eps, config.unit_offset_norm)
+def _norm(config: ModelConfig, norm, x_BxLxD):
+  return Norm(config, config.d_model).apply({'params': norm}, x_BxLxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -120,11 +126,11 @@ def _hidden(config: ModelConfig, mlp, x_BxLxD):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add(config: ModelConfig, post_D, kernel_IxD, bias_1x1xD, x_BxLxI, h_BxLxD):
+def _add(config: ModelConfig, post, kernel_IxD, bias_1x1xD, x_BxLxI, h_BxLxD):
   """The residual stream after a linear (and its post-norm) wrote to it."""
   y_BxLxD = x_BxLxI @ kernel_IxD + bias_1x1xD
-  if post_D is not None:
-    y_BxLxD = _norm(config, post_D, y_BxLxD)
+  if post is not None:
+    y_BxLxD = _norm(config, post, y_BxLxD)
   return h_BxLxD + y_BxLxD
 
 
@@ -204,20 +210,20 @@ class LayerActivations:
     if site.startswith('attn'):
       x_BxLxD = jnp.asarray(stream.start[rows])
       if c.pre_norms:
-        x_BxLxD = _norm(c, layer['attn_norm']['scale'], x_BxLxD)
+        x_BxLxD = _norm(c, layer['attn_norm'], x_BxLxD)
       if site == 'attn_in':
         return x_BxLxD
       context, attn_spec = self.context(rows), self.attn_spec(depth)
       return _mixed(c, layer['attn'], x_BxLxD, attn_spec, context)
-    x_BxLxD = jnp.asarray(stream.middle[rows])
+    x_BxLxD = jnp.asarray((stream.start if c.parallel else stream.middle)[rows])
     if c.pre_norms:
-      x_BxLxD = _norm(c, layer['mlp_norm']['scale'], x_BxLxD)
+      x_BxLxD = _norm(c, layer['mlp_norm'], x_BxLxD)
     return x_BxLxD if site == 'mlp_in' else _hidden(c, layer['mlp'], x_BxLxD)
 
   def write(self, site: str, layer, x_BxLxI, h_BxLxD):
     """The residual stream after attention or the MLP wrote to it."""
     part, component = ('attn', 'o') if site == 'attn_out' else ('mlp', 'down')
-    post = layer.get(f'{part}_post_norm', {}).get('scale')
+    post = layer.get(f'{part}_post_norm')
     kernel_IxD = layer[part][component]['kernel']
     return _add(self.config, post, kernel_IxD, bias_of(layer, component), x_BxLxI, h_BxLxD)
 
@@ -273,7 +279,7 @@ class LayerActivations:
         c_IxI = _gather_own(c_IxI, x_BxLxI)
         power_F = power_F + jnp.sum(hidden_BxLxF**2, (0, 1))
         tokens += x_BxLxI.shape[0] * x_BxLxI.shape[1]
-      mlp = {name: kernel_of(layer, name) for name in ('gate', 'up', 'down')}
+      mlp = {name: kernel_of(layer, name) for name in layer['mlp']}
       return mlp, c_IxI / tokens, power_F / tokens
 
     mlp, c_IxI, power_F = look(first)

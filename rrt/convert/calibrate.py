@@ -46,6 +46,7 @@ from rrt.convert.activations import (
   gather_out,
   kernel_of,
   set_kernel,
+  sites,
   with_norms,
 )
 from rrt.convert.weights import TINY, ChildWeights
@@ -142,7 +143,7 @@ def spectra(
     if steps.permute_units:
       activations.align(depths[0], depths[1:], streams)
     layers = [with_norms(activations.config, activations.layer(d), norms(d)) for d in depths]
-    for site, names in SITES.items():
+    for site, names in sites(activations.config).items():
       cs_RxIxI = jnp.stack(
         [
           least_squares.damp(activations.covariance(site, layer, d, streams[d]), steps.ridge)
@@ -189,7 +190,7 @@ def fit_layer(
   refits = steps.child_inputs and steps.parent_outputs
   if position is None:
     refits = refits and steps.refit_coda
-  for site, names in SITES.items():
+  for site, names in sites(c).items():
     xs = [activations.inputs(site, source, depth, rows, seen) for rows in activations.chunks]
     found = _targets(activations, site, parent, layer, depth, streams[depth], stream, xs)
     c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
@@ -264,7 +265,7 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
       found.append((c_IxI, {name: k}))
       continue
     crosses = {}
-    for n in SITES[site]:
+    for n in sites(activations.config)[site]:
       w_IxO = kernel_of(parent, n)
       crosses[n] = k @ w_IxO + c_IxI @ (w_IxO - kernel_of(layer, n))
     found.append((c_IxI, crosses))

@@ -1,6 +1,6 @@
 """Aligns the hidden units of tied MLPs before their weights are shared.
 
-A gated MLP is invariant to permutations of its hidden units, and to negating
+An MLP is invariant to permutations of its hidden units, a gated one also to negating
 the up and down weights of a unit together. Corresponding units of two layers
 need not have the same index, so that a mean of both would mix unrelated units.
 Here the units of each later layer are permuted to match those of the first;
@@ -26,7 +26,7 @@ def match_units(
   its matrix's energy; the assignment is the best one overall.
 
   Args:
-    first, other: 'gate', 'up' [I, F] and 'down' [F, O] of each.
+    first, other: 'up' [I, F] and 'down' [F, O] of each, and 'gate' [I, F] of gated ones.
     c_IxI: covariance of the MLP's inputs, over both layers.
     power_first_F, power_other_F: mean squares of the hidden units.
 
@@ -39,17 +39,21 @@ def match_units(
   def alike(a_IxF, b_IxF, weighted_IxF):
     return np.asarray(weighted_IxF.T @ b_IxF / jnp.maximum(jnp.sum(weighted_IxF * a_IxF), 1e-30))
 
-  gate_FxF, up_FxF = (
-    alike(first[name], other[name], c_IxI @ first[name]) for name in ('gate', 'up')
-  )
+  gated = 'gate' in first
+  reads = {
+    name: alike(first[name], other[name], c_IxI @ first[name])
+    for name in ('gate', 'up')
+    if name in first
+  }
   sent = first['down'] * jnp.sqrt(power_first_F)[:, None]
   others = other['down'] * jnp.sqrt(power_other_F)[:, None]
   down_FxF = alike(sent.T, others.T, sent.T)
-  signed_FxF = up_FxF + down_FxF
-  score_FxF = gate_FxF + np.abs(signed_FxF)
+  signed_FxF = reads['up'] + down_FxF
+  score_FxF = reads['gate'] + np.abs(signed_FxF) if gated else signed_FxF
   _, order_F = optimize.linear_sum_assignment(score_FxF, maximize=True)
   chosen_F = signed_FxF[np.arange(len(order_F)), order_F]
-  return order_F, np.where(chosen_F < 0, -1.0, 1.0).astype(np.float32)
+  negated_F = (chosen_F < 0) & gated
+  return order_F, np.where(negated_F, -1.0, 1.0).astype(np.float32)
 
 
 def reorder(mlp: dict[str, Any], order_F, sign_F) -> dict[str, Any]:
@@ -58,9 +62,12 @@ def reorder(mlp: dict[str, Any], order_F, sign_F) -> dict[str, Any]:
   bias = lambda name, sign_F: (
     {'bias': mlp[name]['bias'][order_F] * sign_F} if 'bias' in mlp[name] else {}
   )
+  gate = {}
+  if 'gate' in mlp:
+    gate = {'gate': {'kernel': kernel('gate')[:, order_F], **bias('gate', 1.0)}}
   return {
     **mlp,
-    'gate': {'kernel': kernel('gate')[:, order_F], **bias('gate', 1.0)},
+    **gate,
     'up': {'kernel': kernel('up')[:, order_F] * sign_F[None, :], **bias('up', sign_F)},
     'down': {**mlp['down'], 'kernel': kernel('down')[order_F] * sign_F[:, None]},
   }

@@ -101,7 +101,7 @@ def candidates(
   def add(kind: str, name: str, ranks: Any = None, **fields: Any) -> None:
     made = convert.replace(params=None, layers_run=None, **fields)
     if ranks is not None:
-      rank = _largest(parent, made, ranks, params)
+      rank = fill(parent, made, ranks, params)
       if rank is None:
         return
       made = made.replace(rank=rank)
@@ -150,7 +150,7 @@ def _closed_shape(depth: int, thin: int) -> tuple[int, int] | None:
   return None
 
 
-def _largest(parent: ModelConfig, convert: ConvertConfig, shares: dict[str, int], params: int):
+def fill(parent: ModelConfig, convert: ConvertConfig, shares: dict[str, int], params: int):
   """The largest ranks in these proportions that `params` pays for; None for none."""
   closed = bool(convert.relax)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from rrt.config import ModelConfig
 
 
@@ -22,6 +24,7 @@ class Row:
       interleaved in Llama's GGUF files.
     fused: linears whose outputs the tensor holds one after the other, this row's
       among them; () for a tensor of its own.
+    by_head: they alternate head by head.
   """
 
   path: str
@@ -29,6 +32,7 @@ class Row:
   gguf: str
   kind: str = 'linear'
   fused: tuple[str, ...] = ()
+  by_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +71,21 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
     return (config.d_model, config.vocab_size)
   if parts[-1] == 'kernel':
     return config.shapes()[parts[-2]]
-  if parts[-1] == 'bias':
+  norm = parts[-2].endswith('_norm')
+  if parts[-1] == 'bias' and not norm:
     return config.shapes()[parts[-2]][1:]
   return (config.norm_sizes().get('/'.join(parts[:-1]), config.d_model),)
 
 
-def tensor_rows(config: ModelConfig, row: Row) -> tuple[int, int, int]:
-  """(first row, row after the last, rows in all) of a leaf in a fused tensor."""
+def tensor_rows(config: ModelConfig, row: Row) -> tuple[np.ndarray, int]:
+  """Which rows of a fused tensor are a leaf's, in its order, and how many there are."""
   sizes = [config.shapes()[name][1] for name in row.fused]
   at = row.fused.index(row.path.split('/')[-2])
+  if row.by_head:  # [heads, parts, head_dim]: parts of equal size.
+    index_HxPxDh = np.arange(sum(sizes)).reshape(config.num_heads, len(sizes), -1)
+    return index_HxPxDh[:, at].reshape(-1), sum(sizes)
   first = sum(sizes[:at])
-  return first, first + sizes[at], sum(sizes)
+  return np.arange(first, first + sizes[at]), sum(sizes)
 
 
 def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
@@ -89,7 +97,8 @@ def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
     missing = (
       (part == 'head' and config.tie_embeddings)
       or (norm and row.path.rpartition('/')[0] not in config.norm_sizes())
-      or (leaf == 'bias' and linear not in config.biases)
+      or (leaf == 'bias' and not linear.endswith('_norm') and linear not in config.biases)
+      or (leaf == 'bias' and linear.endswith('_norm') and config.norm != 'layer')
     )
     if not missing:
       yield row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, llama, olmo2, phi, qwen, smollm3
+from rrt.families import gemma, gpt_neox, llama, olmo2, phi, qwen, smollm3
 from rrt.families.base import Family
 
 
@@ -20,6 +20,7 @@ def families() -> tuple[Family, ...]:
     smollm3.FAMILY,
     phi.FAMILY,
     olmo2.FAMILY,
+    gpt_neox.FAMILY,
   )
 
 

@@ -28,9 +28,14 @@ def linears(config: ModelConfig) -> int:
   return sum(a * b for a, b in config.shapes().values())
 
 
+def norm_leaves(config: ModelConfig) -> int:
+  """Arrays of a norm: its gain, and the bias of a LayerNorm."""
+  return 2 if config.norm == 'layer' else 1
+
+
 def vectors(config: ModelConfig) -> int:
   """Gains of one layer's norms, and biases of its linears."""
-  gains = sum(config.norm_sizes().values())
+  gains = sum(config.norm_sizes().values()) * norm_leaves(config)
   biases = sum(config.shapes()[name][1] for name in config.biases)
   return gains + biases
 
@@ -49,6 +54,7 @@ def count_params(config: ModelConfig) -> ParamCount:
   block = linears(c) + vectors(c) * (c.loops if c.loop_norms else 1)
   own = c.prelude_layers + c.coda_layers
   relaxations = count_all(c)
-  unique = own * layer + c.block_layers * block + relaxations + c.d_model
-  total = c.depth * layer + relaxations + c.d_model
+  final = c.d_model * norm_leaves(c)
+  unique = own * layer + c.block_layers * block + relaxations + final
+  total = c.depth * layer + relaxations + final
   return ParamCount(unique + embedding, unique, total + embedding, total)

@@ -40,6 +40,14 @@ def rms_norm(x, gain, eps: float, unit_offset: bool):
   return y32.astype(x.dtype) * gain.astype(x.dtype)
 
 
+def layer_norm(x, gain, bias, eps: float):
+  """LayerNorm over the last axis in float32."""
+  x32 = x.astype(jnp.float32)
+  x32 -= jnp.mean(x32, -1, keepdims=True)
+  y32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)
+  return (y32 * gain.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def rope_frequencies(rope: Rope, head_dim: int):
   """Angular frequencies of one rotary table, a numpy float32 [Dh / 2].
 
@@ -111,7 +119,7 @@ def apply_rope(x_BxLxHxDh, cos_BxLxK, sin_BxLxK):
 
 
 class Norm(nn.Module):
-  """RMSNorm; inside the block the gain may differ by loop."""
+  """RMSNorm or LayerNorm; inside the block gain and bias may differ by loop."""
 
   config: ModelConfig
   size: int
@@ -125,12 +133,16 @@ class Norm(nn.Module):
     axes: tuple[str, ...] = ('norm',)
     if self.looped and c.loop_norms:
       shape, axes = (c.loops, *shape), ('loops', *axes)
-    init = nn.with_logical_partitioning(zeros_or_ones, axes)
-    gain: Any = self.param('scale', init, shape, jnp.float32)
-    if len(shape) == 2:
-      gain = at_loop(gain, loop, x.ndim)
-    else:
-      gain = gain.reshape((1,) * (x.ndim - 1) + gain.shape)
+
+    def leaf(name, init):
+      value: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+      if len(shape) == 2:
+        return at_loop(value, loop, x.ndim)
+      return value.reshape((1,) * (x.ndim - 1) + value.shape)
+
+    gain = leaf('scale', zeros_or_ones)
+    if c.norm == 'layer':
+      return layer_norm(x, gain, leaf('bias', nn.initializers.zeros), c.norm_eps)
     return rms_norm(x, gain, c.norm_eps, c.unit_offset_norm)
 
 
@@ -170,21 +182,23 @@ class Linear(nn.Module):
 
 
 def activate(gate, activation: str):
-  """The MLP's gate function."""
+  """The MLP's activation function."""
   if activation == 'silu':
     return jax.nn.silu(gate)
-  return jax.nn.gelu(gate, approximate=True)
+  return jax.nn.gelu(gate, approximate=activation == 'gelu_tanh')
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x)), and inside the block its relaxations."""
+  """down(act(gate(x)) * up(x)) or down(act(up(x))), and inside the block its relaxations."""
 
   config: ModelConfig
   looped: bool = False
 
   def setup(self):
     linear = functools.partial(Linear, self.config, looped=self.looped)
-    self.gate, self.up, self.down = linear('gate'), linear('up'), linear('down')
+    if self.config.gated:
+      self.gate = linear('gate')
+    self.up, self.down = linear('up'), linear('down')
     self.relaxed = relaxations_of(self, self.config, 'mlp', self.looped)
 
   def __call__(self, x_BxLxD, loop=0):
@@ -193,5 +207,7 @@ class Mlp(nn.Module):
 
   def hidden(self, x_BxLxD, loop=0):
     """The down projection's input, [B, L, F]."""
+    if not self.config.gated:
+      return activate(self.up(x_BxLxD, loop), self.config.activation)
     gate_BxLxF = activate(self.gate(x_BxLxD, loop), self.config.activation)
     return gate_BxLxF * self.up(x_BxLxD, loop)

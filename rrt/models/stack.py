@@ -46,11 +46,13 @@ class Layer(nn.Module):
     `xs`: `(kv, attn_spec)`; `kv` is None when no cache is used.
     """
     kv, attn_spec = xs
-    before_BxLxD = x_BxLxD
+    before_BxLxD = read_BxLxD = x_BxLxD
     y_BxLxD = self.attn_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
     y_BxLxD, kv = self.attn(y_BxLxD, kv, attn_spec, loop, context)
     x_BxLxD += self.attn_post(y_BxLxD, loop)
-    y_BxLxD = self.mlp_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
+    if not self.config.parallel:
+      read_BxLxD = x_BxLxD
+    y_BxLxD = self.mlp_norm(read_BxLxD, loop) if self.config.pre_norms else read_BxLxD
     y_BxLxD = self.mlp(y_BxLxD, loop)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
     if context.left_BxL is not None:

@@ -65,6 +65,8 @@ def with_ranks(
   for name, value in ranks.items():
     if name not in LINEAR_AXES:
       raise InputError(f'rank names {name!r}; the linears are {", ".join(LINEAR_AXES)}.')
+    if name not in config.shapes():  # The gate of an MLP without one.
+      continue
     capped[name] = _capped(config, name, 0 if value is None else value)
   if not any(np.any(value) for value in capped.values()):
     return ()

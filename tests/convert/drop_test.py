@@ -16,7 +16,7 @@ from rrt.models.untie import to_untied
 from rrt.relax.gain import Gain
 from tests.convert import tiny
 
-FAMILIES = ('llama', 'llama_biases', 'gemma3')
+FAMILIES = ('llama', 'llama_biases', 'gemma3', 'olmo2', 'gpt_neox')
 TEXT = tiny.tokens(700)
 TOKENS_BxL = tiny.tokens(60, seed=4).reshape(2, 30)
 

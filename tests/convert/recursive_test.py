@@ -28,8 +28,12 @@ def difference(a, b):
   return np.abs(tiny.logits(a, TOKENS) - tiny.logits(b, TOKENS)).max()
 
 
+_OTHERS = ('gemma2', 'gemma3', 'olmo2', 'gpt_neox')
+FAMILIES = ('llama', 'llama_biases', 'qwen2', 'qwen3', *_OTHERS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('init', ['calibrated', 'stepwise', 'average'])
 def test_one_loop_is_the_parent(family, init):
   parent = tiny.parent(family)
@@ -39,7 +43,7 @@ def test_one_loop_is_the_parent(family, init):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma3'])
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('times', [0.5, 1, 2])
 def test_full_rank_is_the_parent_at_any_alpha(family, times):
   parent = tiny.parent(family)

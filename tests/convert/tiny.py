@@ -42,6 +42,20 @@ def parent(family='llama', layers=4, seed=0, **fields):
     shape |= dict(biases=('q', 'k', 'v'), windows=(0,) * (layers // 2) + (5,) * (layers // 2))
   if family == 'qwen3':
     shape |= dict(qk_norm=True)
+  if family == 'gemma2':
+    shape |= dict(
+      unit_offset_norm=True,
+      post_norms=True,
+      activation='gelu_tanh',
+      attn_softcap=2.0,
+      final_softcap=4.0,
+      windows=(5, 0) * (layers // 2),
+    )
+  if family == 'olmo2':
+    shape |= dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_all=True)
+  if family == 'gpt_neox':
+    shape |= dict(norm='layer', parallel=True, gated=False, activation='gelu', rotary_dim=2)
+    shape |= dict(biases=('q', 'k', 'v', 'o', 'up', 'down'))
   config = ModelConfig(**shape | fields)
   rng = np.random.default_rng(seed)
 
@@ -50,7 +64,7 @@ def parent(family='llama', layers=4, seed=0, **fields):
     if path[-1].key == 'scale':
       leaf = (not config.unit_offset_norm) + 0.2 * noise
     else:
-      leaf = noise * leaf.shape[-2] ** -0.5
+      leaf = noise * leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.3 * noise
     return leaf.astype(np.float32)
 
   shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))

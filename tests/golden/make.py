@@ -169,6 +169,17 @@ MODELS = {
     pad_token_id=0,
     eos_token_id=2,
   ),
+  'pythia': transformers.GPTNeoXConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=38,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 10_000.0, 'partial_rotary_factor': 0.25},
+    bos_token_id=1,
+    eos_token_id=2,
+  ),
   'gemma3': transformers.Gemma3TextConfig(
     vocab_size=61,
     hidden_size=20,

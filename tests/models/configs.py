@@ -60,6 +60,10 @@ CONFIGS = {
     + (Rope(scaling='none'),),
     rope_index=(0, 1, 0, 1, 0, 1, 0, 1),
   ),
+  'pythia-cycle': llama(
+    norm='layer', parallel=True, gated=False, activation='gelu', rotary_dim=2, biases=('q', 'up')
+  ),
+  'olmo2-cycle': llama(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_all=True),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),
 }

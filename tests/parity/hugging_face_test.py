@@ -91,7 +91,7 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
 
 NAMES = (
   *('llama3', 'yarn', 'mistral', 'llama_biases', 'qwen2', 'qwen3', 'smollm3'),
-  *('phi3', 'olmo2', 'gemma', 'gemma2', 'gemma3'),
+  *('phi3', 'olmo2', 'pythia', 'gemma', 'gemma2', 'gemma3'),
 )
 
 
@@ -105,7 +105,18 @@ def test_loaded_and_exported(name, tmp_path):
 
 @pytest.mark.parametrize(
   'name',
-  ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'smollm3', 'phi3', 'olmo2', 'gemma2', 'gemma3'],
+  [
+    'llama3',
+    'llama_biases',
+    'qwen2',
+    'qwen3',
+    'smollm3',
+    'phi3',
+    'olmo2',
+    'pythia',
+    'gemma2',
+    'gemma3',
+  ],
 )
 def test_one_loop_is_the_parent(name, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
@@ -118,7 +129,18 @@ def test_one_loop_is_the_parent(name, tmp_path):
 @pytest.mark.parametrize('half_ranks', [1, 2, 4])
 @pytest.mark.parametrize(
   'name',
-  ['llama3', 'llama_biases', 'qwen2', 'qwen3', 'smollm3', 'phi3', 'olmo2', 'gemma2', 'gemma3'],
+  [
+    'llama3',
+    'llama_biases',
+    'qwen2',
+    'qwen3',
+    'smollm3',
+    'phi3',
+    'olmo2',
+    'pythia',
+    'gemma2',
+    'gemma3',
+  ],
 )
 def test_full_rank_is_the_parent_at_any_alpha(name, half_ranks, order, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
