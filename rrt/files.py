@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import fcntl
 import json
@@ -18,7 +18,11 @@ from rrt.errors import InputError
 
 
 def write_directory(
-  directory: str | Path, write: Callable[[Path], None], is_ours: Callable[[Path], bool], what: str
+  directory: str | Path,
+  write: Callable[[Path], None],
+  is_ours: Callable[[Path], bool],
+  what: str,
+  keep: Sequence[str] = (),
 ) -> Path:
   """Writes a directory under a temporary name and renames it when complete.
 
@@ -31,6 +35,7 @@ def write_directory(
     write: fills the folder that it is given.
     is_ours: whether an existing directory may be replaced.
     what: such a directory in words, for errors.
+    keep: names of files of a replaced directory that stay.
 
   Raises:
     InputError: the directory may not be replaced, or cannot be written.
@@ -44,6 +49,9 @@ def write_directory(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     write(new)
+    for name in keep:
+      if (directory / name).is_file():
+        shutil.copy2(directory / name, new / name)
     for file in (*new.iterdir(), new):
       _sync(file)
     if directory.exists():

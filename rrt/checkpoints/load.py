@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from rrt import files
-from rrt.checkpoints import gguf, gguf_file, gguf_parts, hf, native, reader
+from rrt.checkpoints import card, gguf, gguf_file, gguf_parts, hf, native, reader
 from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
@@ -209,7 +209,7 @@ def _load_native(paths: list[Path], dtype: str) -> LanguageModel:
 def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
   tokenizer = native.tokenizer_in(paths[0])
   config, params, token_ids = hf.load_directory(paths[0], dtype)
-  meta = {'format': 'hf', 'token_ids': token_ids}
+  meta = {'format': 'hf', 'token_ids': token_ids, 'license': card.license_of(paths[0])}
   return LanguageModel(config, params, tokenizer, meta)
 
 
@@ -220,6 +220,7 @@ def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
   tokenizer.text_vocab_size  # noqa: B018  (as in `native.tokenizer_in`)
   params = gguf.read_params(config, tensors, dtype, str(paths[0]))
   meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
+  meta['license'] = str(metadata.get('general.license') or '')
   return LanguageModel(config, params, tokenizer, meta)
 
 
@@ -261,8 +262,11 @@ def save(model: LanguageModel, directory: str | Path) -> Path:
   def write(folder: Path) -> None:
     m = model
     native.write(folder, m.config, m.params, m.tokenizer, m.meta)
+    load_it = f"model = rrt.load('{Path(directory).name}')"
+    (folder / card.NAME).write_text(card.write(m, f'import rrt\n\n{load_it}'), encoding='utf-8')
 
-  return files.write_directory(directory, write, native.is_only_native, 'an rrt model')
+  keep = card.kept(Path(directory))
+  return files.write_directory(directory, write, native.is_only_native, 'an rrt model', keep)
 
 
 def check_apart(source: Source, directory: str | Path) -> None:

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from rrt.checkpoints import reader, safetensors
+from rrt.checkpoints import card, reader, safetensors
 from rrt.config import ModelConfig
 from rrt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from rrt.errors import InputError
@@ -24,6 +24,8 @@ from rrt.tree import flatten, set_path
 FORMAT = 1
 MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
 TOKENIZER = 'tokenizer.json'
+# Files that commands write beside a model.
+BESIDE = (card.NAME, 'frontier.svg')
 
 
 def is_native(directory: Path) -> bool:
@@ -33,7 +35,7 @@ def is_native(directory: Path) -> bool:
 
 def is_only_native(directory: Path) -> bool:
   """Whether a directory is native and has no other files."""
-  names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES}
+  names = {MANIFEST, WEIGHTS, *TOKENIZER_FILES, *BESIDE}
   return is_native(directory) and all(p.name in names and p.is_file() for p in directory.iterdir())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rrt.checkpoints import safetensors
+from rrt.checkpoints import card, safetensors
 from rrt.data.tokenizer import TOKENIZER_FILES
 from rrt.families.base import tensor_rows, wanted_rows
 from rrt.families.registry import family_of
@@ -23,6 +23,12 @@ from rrt.models.untie import to_untied
 from rrt.tree import flatten
 
 SHARD_BYTES = 5_000_000_000
+_LOAD = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained('{0}')
+tokenizer = AutoTokenizer.from_pretrained('{0}')
+"""
 MARK = 'exported_by'  # A field of config.json: this directory is an export.
 
 
@@ -93,28 +99,31 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
     >>> transformers.AutoModelForCausalLM.from_pretrained('child_hf')
   """
   model = to_untied(model)
+  name = Path(directory).name
   tensors, fields = hf_tensors(model), hf_config(model)
 
   def write(folder: Path) -> None:
     shards = _shards(tensors)
-    for name, part in shards.items():
-      safetensors.write(folder / name, part, {'format': 'pt'})
+    for file, part in shards.items():
+      safetensors.write(folder / file, part, {'format': 'pt'})
     if len(shards) > 1:
       total = sum(t.size * t.dtype.itemsize for t in tensors.values())
       _write_json(
         folder / 'model.safetensors.index.json',
         {
           'metadata': {'total_size': total},
-          'weight_map': {t: name for name, part in shards.items() for t in part},
+          'weight_map': {t: file for file, part in shards.items() for t in part},
         },
       )
     ids = {k: v for k, v in token_ids(model).items() if v is not None}
     if model.tokenizer is not None:
       model.tokenizer.save(folder)
+    (folder / card.NAME).write_text(card.write(model, _LOAD.format(name)), encoding='utf-8')
     _write_json(folder / 'generation_config.json', ids)
     _write_json(folder / 'config.json', fields)
 
-  return write_directory(directory, write, _is_export, 'an rrt export')
+  keep = card.kept(Path(directory))
+  return write_directory(directory, write, _is_export, 'an rrt export', keep)
 
 
 def check_save_hf(directory: str | Path) -> None:
@@ -130,7 +139,7 @@ def _is_export(directory: Path) -> bool:
   path = directory / 'config.json'
   if not path.is_file() or MARK not in read_json(path):
     return False
-  names = {*TOKENIZER_FILES, 'config.json', 'model.safetensors.index.json'}
+  names = {*TOKENIZER_FILES, 'config.json', 'model.safetensors.index.json', card.NAME}
   return all(
     p.is_file() and (p.name in names or p.suffix == '.safetensors') for p in directory.iterdir()
   )
