@@ -156,8 +156,12 @@ def policies(config, arrays, depth: float) -> dict[str, dict]:
 
 def llama(directory: Path, work):
   """A run of llama.cpp's server; it remembers its tokens."""
+  from rrt.checkpoints.load import load
+  from rrt.checkpoints.save_gguf import save_gguf
+
   path = directory / f'{FLAGS.dtype}.gguf'
-  llama_cpp.write_gguf(directory / 'hf', path, FLAGS.dtype)
+  types = {'float32': 'f32', 'bfloat16': 'bf16'}
+  save_gguf(load(directory / 'hf'), path, types[FLAGS.dtype])
   context = max(len(p) + n for p, n in work) + 1
   server = llama_cpp.Server(path, FLAGS.slots, context, FLAGS.threads, FLAGS.dtype)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from rrt.checkpoints.load import load, save
+  from rrt.checkpoints.save_gguf import save_gguf
   from rrt.checkpoints.save_hf import save_hf
   from rrt.config import ModelConfig
   from rrt.convert.recursive import to_recursive
@@ -39,6 +40,7 @@ _HOMES = {
   'count_params': 'rrt.models.count',
   'load': 'rrt.checkpoints.load',
   'save': 'rrt.checkpoints.load',
+  'save_gguf': 'rrt.checkpoints.save_gguf',
   'save_hf': 'rrt.checkpoints.save_hf',
   'score': 'rrt.evals.perplexity',
   'to_recursive': 'rrt.convert.recursive',
@@ -56,6 +58,7 @@ __all__ = [
   'count_params',
   'load',
   'save',
+  'save_gguf',
   'save_hf',
   'score',
   'to_recursive',

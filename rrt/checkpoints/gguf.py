@@ -17,7 +17,7 @@ from rrt.families import fields as fields_lib
 from rrt.families.registry import family_of
 
 # Fields of config.json by llama.cpp's keys (after the architecture's name).
-_FIELDS = {
+FIELDS = {
   'hidden_size': 'embedding_length',
   'num_hidden_layers': 'block_count',
   'intermediate_size': 'feed_forward_length',
@@ -50,7 +50,7 @@ _HARMLESS = (
   'rope.scaling.original_context_length',
   'tensor_data_layout',
 )
-_MODEL_TYPES = {
+MODEL_TYPES = {
   'llama': 'llama',
   'gemma': 'gemma',
   'gemma2': 'gemma2',
@@ -89,14 +89,14 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     InputError: its architecture or one of its settings is not supported.
   """
   arch = metadata.get('general.architecture')
-  if arch not in _MODEL_TYPES:
+  if arch not in MODEL_TYPES:
     raise InputError(
       f'The GGUF field general.architecture={arch!r} is not supported; '
-      f'this version reads {", ".join(_MODEL_TYPES)}.'
+      f'this version reads {", ".join(MODEL_TYPES)}.'
     )
   _refuse_unknown(metadata, arch)
-  fields: dict[str, Any] = {'model_type': _MODEL_TYPES[arch]}
-  for field, key in _FIELDS.items():
+  fields: dict[str, Any] = {'model_type': MODEL_TYPES[arch]}
+  for field, key in FIELDS.items():
     value = metadata.get(f'{arch}.{key}')
     if isinstance(value, np.ndarray):
       if len(set(value.tolist())) != 1:
@@ -114,7 +114,9 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
   rotated = metadata.get(f'{arch}.rope.dimension_count')
   if rotated and 'head_dim' not in fields and arch == 'llama':
     fields['head_dim'] = rotated
-  if rotated and rotated != fields.get('head_dim', rotated):
+  if rotated and arch == 'phi3' and rotated != fields.get('head_dim', rotated):
+    fields['partial_rotary_factor'] = rotated / fields['head_dim']
+  elif rotated and rotated != fields.get('head_dim', rotated):
     raise InputError(
       f'The GGUF field {arch}.rope.dimension_count={rotated} differs from '
       f'the head size {fields["head_dim"]}: partial RoPE is not supported.'
@@ -125,6 +127,9 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
   if scaling != 'none':
     factor = metadata.get(f'{arch}.rope.scaling.factor', 1.0)
     fields['rope_scaling'] = {'rope_type': scaling, 'factor': factor}
+    if scaling == 'yarn':
+      original = metadata.get(f'{arch}.rope.scaling.original_context_length')
+      fields['rope_scaling']['original_max_position_embeddings'] = original
   if 'rope_freqs.weight' in tensors.infos:
     if scaling != 'none':
       raise InputError(
@@ -151,7 +156,7 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
 
 def _refuse_unknown(metadata: dict[str, Any], arch: str) -> None:
   """Raises InputError for keys of the architecture that are not known, unless 0."""
-  known = {f'{arch}.{key}' for key in (*_FIELDS.values(), *_READ, *_HARMLESS)}
+  known = {f'{arch}.{key}' for key in (*FIELDS.values(), *_READ, *_HARMLESS)}
   for key, value in metadata.items():
     if key.startswith(f'{arch}.') and key not in known and np.any(value):
       raise InputError(

@@ -144,7 +144,7 @@ class GgufFile:
     Raises:
       InputError: not a GGUF file, damaged, or the `gguf` package is missing.
     """
-    self._gguf = _import_gguf()
+    self._gguf = library()
     sizes = self._gguf.GGML_QUANT_SIZES
     try:
       self._pieces = _Pieces(paths)
@@ -219,13 +219,17 @@ class GgufFile:
       return self._gguf.quants.dequantize(raw, qtype)
 
 
-def _import_gguf():
+def library() -> Any:
+  """The gguf package.
+
+  Raises:
+    InputError: it is not installed.
+  """
   try:
     import gguf
   except ImportError as e:
     raise InputError(
-      'Reading GGUF files needs the gguf package: pip install '
-      '"relaxed-recursive-transformers[convert]".'
+      'GGUF files need the gguf package: pip install "relaxed-recursive-transformers[convert]".'
     ) from e
   return gguf
 

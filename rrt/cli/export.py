@@ -1,20 +1,23 @@
-"""Writes a model as an untied checkpoint that Hugging Face loads.
+"""Writes a model untied, for Hugging Face transformers or for llama.cpp.
 
 rrt export --model=child --out=child-hf
+rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf
 """
 
 import time
 
 from rrt import command, console
-from rrt.checkpoints.load import check_apart, load
+from rrt.checkpoints.load import check_apart, load, load_config
+from rrt.checkpoints.save_gguf import TYPES, arch_of, check_save_gguf, save_gguf
 from rrt.checkpoints.save_hf import check_save_hf, save_hf
 from rrt.errors import InputError
 from rrt.models.count import count_params
 from rrt.models.untie import to_untied
 
 FLAGS = command.Flags(
-  'Writes a model as an untied checkpoint that Hugging Face loads.',
-  'rrt export --model=child --out=child-hf',
+  'Writes a model untied, for Hugging Face transformers or for llama.cpp.',
+  'rrt export --model=child --out=child-hf\n'
+  'rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf',
 )
 _MODEL = FLAGS.needed.string(
   'model',
@@ -22,7 +25,15 @@ _MODEL = FLAGS.needed.string(
   'What to export: an rrt directory, a training run, a Hugging Face '
   'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
 )
-_OUT = FLAGS.needed.string('out', None, 'The directory to write; new, empty or an earlier export.')
+_OUT = FLAGS.needed.string(
+  'out', None, 'The directory, or with --format=gguf the file, to write; new or an earlier export.'
+)
+_FORMAT = FLAGS.usual.enum(
+  'format', 'hf', ['hf', 'gguf'], 'hf: a directory for transformers. gguf: a file for llama.cpp.'
+)
+_QUANTIZE = FLAGS.usual.enum(
+  'quantize', 'f32', list(TYPES), 'With --format=gguf: type of the matrices.'
+)
 _DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Dtype of the written weights.'
 )
@@ -32,15 +43,25 @@ def main(_) -> None:
   """Loads, unties, writes, and reports."""
   if not _MODEL.value or not _OUT.value:
     raise InputError('--model and --out are both needed; see --help.')
-  check_save_hf(_OUT.value)
+  is_gguf = _FORMAT.value == 'gguf'
+  command.check_effect(_QUANTIZE, is_gguf, '--format=gguf')
+  command.check_effect(_DTYPE, not is_gguf, '--format=hf')
+  if is_gguf:
+    check_save_gguf(_OUT.value)
+    arch_of(load_config(_MODEL.value))
+  else:
+    check_save_hf(_OUT.value)
   check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
   model = load(_MODEL.value, dtype=_DTYPE.value)
   untied = to_untied(model)
-  out = save_hf(untied, _OUT.value)
+  if is_gguf:
+    out = save_gguf(untied, _OUT.value, _QUANTIZE.value)
+  else:
+    out = save_hf(untied, _OUT.value)
   c = model.config
   counts, written = count_params(c), count_params(untied.config)
-  size = sum(f.stat().st_size for f in out.iterdir())
+  size = sum(f.stat().st_size for f in ([out] if is_gguf else out.iterdir()))
   console.table(
     [
       ['model', c.family, c.depth, _shape(c), counts.unique],
@@ -48,7 +69,7 @@ def main(_) -> None:
     ],
     ['', 'family', 'depth', 'layers', 'parameters'],
   )
-  print(f'written to {out}')
+  print(f'written to {out}, {size / 1e6:,.1f} MB')
   console.finish(
     {
       'out': str(out),

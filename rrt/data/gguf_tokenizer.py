@@ -1,8 +1,9 @@
-"""Builds `tokenizers` tokenizers from the metadata of GGUF files."""
+"""Tokenizers of GGUF files: from their metadata, and the metadata of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from rrt.errors import InputError
 
 # llama.cpp's token types.
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = '\u2581'  # What SentencePiece writes for a space.
 
 # Splitting rules of byte-level BPE by llama.cpp's name; None is GPT-2's own,
@@ -122,3 +123,86 @@ def _add_special(core, tokens: Sequence[str], kinds: Iterable[int]) -> None:
       plain.append(tokenizers.AddedToken(token, normalized=True))
   core.add_special_tokens(special)
   core.add_tokens(plain)
+
+
+def metadata_of(tokenizer: Any, size: int) -> dict[str, Any]:
+  """The fields of a GGUF file that describe a tokenizer.
+
+  Args:
+    tokenizer: a `rrt.data.tokenizer.Tokenizer`.
+    size: of the model's vocabulary; ids that the tokenizer lacks are filled up.
+
+  Raises:
+    InputError: llama.cpp has no name for how it splits text.
+  """
+  parts = json.loads(tokenizer.to_json())
+  model, added = parts['model'], parts.get('added_tokens') or []
+  if model.get('type') != 'BPE':
+    raise InputError(
+      f'The tokenizer is of type {model.get("type")!r}; GGUF files are written of BPE.'
+    )
+  names = {i: token for token, i in model['vocab'].items()}
+  kinds = dict.fromkeys(names, _NORMAL)
+  for token in added:
+    names[token['id']] = token['content']
+    kinds[token['id']] = _CONTROL if token['special'] else _USER_DEFINED
+  merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+  fields: dict[str, Any]
+  if model.get('byte_fallback'):
+    fields = _sentencepiece_fields(parts, names, kinds, merges, size)
+  else:
+    fields = {
+      'tokenizer.ggml.model': 'gpt2',
+      'tokenizer.ggml.pre': _pre_of(parts),
+      'tokenizer.ggml.merges': merges,
+    }
+  fields |= {
+    'tokenizer.ggml.tokens': [names.get(i, f'[PAD{i}]') for i in range(size)],
+    'tokenizer.ggml.token_type': [kinds.get(i, _USER_DEFINED) for i in range(size)],
+    'tokenizer.ggml.add_bos_token': bool(tokenizer.add_bos),
+  }
+  ids = {'bos': tokenizer.bos_id, 'eos': next(iter(tokenizer.eos_ids), None)}
+  fields |= {f'tokenizer.ggml.{k}_token_id': int(v) for k, v in ids.items() if v is not None}
+  if tokenizer.chat_template:
+    fields['tokenizer.chat_template'] = tokenizer.chat_template
+  return fields
+
+
+def _pre_of(parts: dict[str, Any]) -> str:
+  """llama.cpp's name of how a byte-level tokenizer splits text."""
+  pre = parts.get('pre_tokenizer') or {}
+  steps = pre.get('pretokenizers', [pre])
+  splits = [s['pattern'].get('Regex') for s in steps if s.get('type') == 'Split']
+  digits = any(s.get('type') == 'Digits' and s.get('individual_digits') for s in steps)
+  if splits == [_LLAMA3_SPLIT]:
+    return 'llama-bpe'
+  if splits == [_QWEN2_SPLIT]:
+    return 'qwen2'
+  if not splits and any(s.get('type') == 'ByteLevel' for s in steps):
+    return 'smollm' if digits else 'gpt-2'
+  raise InputError(
+    'The tokenizer splits text by a rule that this version has no llama.cpp name for: '
+    f'{str(splits or steps)[:80]}.'
+  )
+
+
+def _sentencepiece_fields(parts, names, kinds, merges, size: int) -> dict[str, Any]:
+  """Of SentencePiece BPE: a score for each piece instead of a list of merges."""
+  rank: dict[str, int] = {}
+  for i, merge in enumerate(merges):
+    rank.setdefault(merge.replace(' ', '', 1), i)
+  last = float(len(merges))
+  scores = [-float(rank.get(names.get(i, ''), last)) for i in range(size)]
+  unknown = parts['model'].get('unk_token')
+  for i, name in names.items():
+    if len(name) == 6 and name.startswith('<0x') and name.endswith('>'):
+      kinds[i] = _BYTE
+    if name == unknown:
+      kinds[i] = _UNKNOWN
+  normalizer = parts.get('normalizer') or {}
+  steps = normalizer.get('normalizers', [normalizer])
+  return {
+    'tokenizer.ggml.model': 'llama',
+    'tokenizer.ggml.scores': scores,
+    'tokenizer.ggml.add_space_prefix': any(s.get('type') == 'Prepend' for s in steps),
+  }

@@ -47,6 +47,7 @@ def parent(family='llama', layers=4, seed=0, **fields):
       unit_offset_norm=True,
       post_norms=True,
       activation='gelu_tanh',
+      scale_embeddings=True,
       attn_softcap=2.0,
       final_softcap=4.0,
       windows=(5, 0) * (layers // 2),
