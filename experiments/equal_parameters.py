@@ -33,7 +33,7 @@ from experiments import base
 from rrt import command, console
 from rrt.checkpoints.load import load, save
 from rrt.checkpoints.native import is_native
-from rrt.convert import drop, search
+from rrt.convert import drop, search, size
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.plan import ConvertConfig
 from rrt.convert.recursive import to_recursive
@@ -67,9 +67,9 @@ _OUT = flags.DEFINE_string('out', None, 'Directory of models, runs and table.jso
 def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | None]:
   """The rows: name -> how the child is made; None for the parent itself."""
   c = parent.config
-  size = search.target(params, c)
+  most = size.target(params, c)
   middle = lambda count: [(c.depth - count) // 2] * 2
-  found = search.candidates(c, size, middle, ConvertConfig())
+  found = search.candidates(c, most, middle, ConvertConfig())
   tied = next((one.convert for one in found if one.kind == 'tied'), None)
   gone = drop.parse(_DROP.value, c.depth) if _DROP.value else found[0].convert.drop
   deleted = ConvertConfig(loops=1, drop=gone)
@@ -82,7 +82,7 @@ def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | No
   closed = ConvertConfig(
     prelude=start - count, loops=2, coda=c.depth - start - count, relax=(search.CLOSED,)
   )
-  rank = search.fill(c, closed, search.EVEN, size)
+  rank = search.fill(c, closed, search.EVEN, most)
   rows['closed loops in their place'] = closed.replace(rank=rank or 0)
   if tied is not None:
     rows['mean and plain SVD'] = tied.replace(init='average')

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rrt.config import ORDERS, ModelConfig
-from rrt.convert import calibration_data, drop, rank_budget
+from rrt.config import ORDERS, ModelConfig, is_whole
+from rrt.convert import calibration_data, drop, rank_budget, size
 from rrt.errors import InputError
 from rrt.relax import registry
 from rrt.relax.base import Relaxation, hosts_of
@@ -173,8 +173,6 @@ def _check_vanilla(parent: ModelConfig) -> None:
 
 def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
   """For a child that is yet to be found: layers deleted until its size is reached."""
-  from rrt.convert import search  # Which plans its candidates.
-
   for name in CHOSEN:
     value, default = getattr(c, name), getattr(ConvertConfig(), name)
     if value != default and (value or default):
@@ -182,13 +180,12 @@ def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
         f'{name}={value!r} and params={c.params!r} are both given: params chooses it; '
         'leave one of them out.'
       )
-  middle = lambda count: [(parent.depth - count) // 2] * 2
-  found = search.candidates(parent, search.target(c.params, parent), middle, c, c.layers_run)
-  if not found:
-    raise InputError(
-      f'params={c.params!r} and layers_run={c.layers_run!r}: no child fits; give more of either.'
-    )
-  return plan(parent, found[0].convert)
+  count = max(size.deletions(size.target(c.params, parent), parent), 1)
+  if c.layers_run is not None:
+    if not is_whole(c.layers_run, 1):
+      raise InputError(f'layers_run={c.layers_run!r}: must be a whole number, 1 or more.')
+    count = max(count, parent.depth - c.layers_run)
+  return drop.config_without(parent, count)
 
 
 def _check_refit(c: ConvertConfig, drops: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert import calibration_data, drop, rank_budget, search, select
+from rrt.convert import calibration_data, drop, rank_budget, search, select, size
 from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
@@ -33,7 +33,7 @@ from rrt.models.untie import to_untied
 from rrt.ops.matmul import float32_is_float32
 from rrt.tree import flatten
 
-ROW = 1024  # Tokens of a calibration row.
+ROW = 512  # Tokens of a calibration row: more texts for as many tokens.
 
 
 @contextlib.contextmanager
@@ -176,10 +176,10 @@ def _search(
   # Candidates are fitted on one half of the rows and scored on the other.
   half = max(min(search.MOST_TOKENS // fit_BxL.shape[1], len(fit_BxL) // 2), 1)
   few_BxL, scored_BxL = fit_BxL[:half], np.concatenate([fit_BxL[half:], held_out_BxL])
-  params = search.target(convert.params, config)
-  of = lambda size: search.candidates(config, size, costs.starts, convert, convert.layers_run)
+  params = size.target(convert.params, config)
+  of = lambda most: search.candidates(config, most, costs.starts, convert, convert.layers_run)
   found = of(params)
-  others = [c for size in search.between(params, config) for c in search.one_of_each(of(size))]
+  others = [c for most in search.between(params, config) for c in search.one_of_each(of(most))]
 
   def score(candidate: ConvertConfig) -> float:
     _, report = _make(untied, candidate, few_BxL, scored_BxL, seed, steps, None)

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import re
 import time
 from typing import Any
 
 from rrt.config import ModelConfig
-from rrt.convert import drop
+from rrt.convert import drop, size
 from rrt.convert.plan import ConvertConfig, plan, recommended
-from rrt.errors import InputError
 from rrt.models.count import count_params
 
 DEFAULT_PARAMS = '0.75x'  # What a conversion without a shape aims at.
@@ -53,28 +51,6 @@ class Candidate:
   seconds: float = 0.0
 
 
-def target(params: str | int | None, parent: ModelConfig) -> int:
-  """The number of parameters that '103M', '0.75x' or 103_000_000 stands for.
-
-  Raises:
-    InputError: it is none of them, or no child of the parent has so many.
-  """
-  whole = count_params(parent).unique
-  text = str(params).strip()
-  match = re.fullmatch(r'(\d+(?:\.\d+)?)([kKmMbBgGx]?)', text.replace('_', ''))
-  if match is None or isinstance(params, bool):
-    raise InputError(f'params={params!r}: give a count such as 103M, or a share such as 0.75x.')
-  unit = {'': 1, 'k': 1e3, 'm': 1e6, 'b': 1e9, 'g': 1e9, 'x': whole}[match[2].lower()]
-  found = round(float(match[1]) * unit)
-  least = count_params(drop.config_without(parent, parent.depth - 1)).unique
-  if not least <= found < whole:
-    raise InputError(
-      f'params={params!r}: must lie from {least:,} (one layer) to below the {whole:,} '
-      'of the parent.'
-    )
-  return found
-
-
 def candidates(
   parent: ModelConfig,
   params: int,
@@ -92,9 +68,8 @@ def candidates(
     convert: further settings, carried over.
     layers_run: the most layers that a token may pass; None for the parent's.
   """
-  L, whole = parent.depth, count_params(parent).unique
-  layer = (whole - count_params(drop.config_without(parent, L - 1)).unique) // (L - 1)
-  least = max(-(-(whole - params) // layer), 1)
+  L = parent.depth
+  least = max(size.deletions(params, parent), 1)
   free = max(L - layers_run, 0) if layers_run else 0  # Deletions that compute asks for.
   found: list[Candidate] = []
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rrt.convert import search
+from rrt.convert import search, size
 from rrt.convert.plan import ConvertConfig, plan
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
@@ -19,7 +19,7 @@ MIDDLE = lambda count: [(12 - count) // 2, 1]
 def test_a_size_is_read(text, expected):
   parent = tiny.parent(layers=12).config
   whole = count_params(parent).unique
-  assert search.target(text, parent) == round(expected * whole if expected < 1 else expected)
+  assert size.target(text, parent) == round(expected * whole if expected < 1 else expected)
 
 
 @pytest.mark.parametrize('text', ['1x', '2M', 'much', '0.001x', '-3', ''])
@@ -32,7 +32,7 @@ def test_a_size_that_no_child_has_is_refused(text):
 @pytest.mark.parametrize('share', [0.6, 0.8, 0.95])
 def test_all_candidates_have_the_size_and_differ(family, share):
   parent = tiny.parent(family, layers=12).config
-  params = search.target(f'{share}x', parent)
+  params = size.target(f'{share}x', parent)
   found = search.candidates(parent, params, MIDDLE, ConvertConfig())
   assert {'deleted', 'thin'} <= {c.kind for c in found}
   assert len({c.name for c in found}) == len(found)
@@ -47,7 +47,7 @@ def test_all_candidates_have_the_size_and_differ(family, share):
 
 def test_layers_run_is_kept_to():
   parent = tiny.parent(layers=12).config
-  params = search.target('0.7x', parent)
+  params = size.target('0.7x', parent)
   found = search.candidates(parent, params, MIDDLE, ConvertConfig(), layers_run=10)
   assert found and all(c.layers_run <= 10 for c in found)
   assert any(c.kind == 'thin' and c.layers_run == 10 for c in found)
@@ -68,10 +68,10 @@ def test_the_child_is_the_best_that_was_considered():
   child, report = to_recursive(
     parent, params='0.8x', calibration=tiny.tokens(700), calibration_tokens=512
   )
-  size = search.target('0.8x', parent.config)
-  assert report.params_counted == report.params.unique <= size
+  wanted = size.target('0.8x', parent.config)
+  assert report.params_counted == report.params.unique <= wanted
   of_size = [row for row in report.considered if row[1] == report.params.unique]
-  best = min((row for row in report.considered if row[1] <= size), key=lambda row: row[3])
+  best = min((row for row in report.considered if row[1] <= wanted), key=lambda row: row[3])
   assert best in of_size and best[2] == child.config.depth
   assert np.isfinite(report.nll_child_nats)
-  assert max(row[1] for row in report.considered) > size  # Points of the frontier.
+  assert max(row[1] for row in report.considered) > wanted  # Points of the frontier.
