@@ -32,7 +32,7 @@ SITES = {
   'mlp_out': ('down',),
 }
 CHUNK_TOKENS = 2048  # Tokens whose activations are in memory at a time.
-CHECKED = 4  # One chunk in so many is what `fit.refit` checks on.
+CHECKED = 4  # One chunk in so many is what `least_squares.refit` checks on.
 ALIGN_CHUNKS = 2  # How many serve to compare hidden units.
 
 
@@ -148,8 +148,10 @@ def _size(config: ModelConfig, y):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gather_out(config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, gap_BxLxD, y_BxLxD):
-  """Adds x^T x and x^T (target - x W) of a chunk, for o and down.
+def gather_out(
+  config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, bias_1x1xD, post_D, gap_BxLxD, y_BxLxD
+):
+  """Adds x^T x and x^T (target - x W - b) of a chunk, for o and down.
 
   Without post-norms the target is the gap to the parent's stream. A
   post-norm divides by the size of its input and multiplies by a gain, so
@@ -158,6 +160,7 @@ def gather_out(config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, g
   """
   x_TxI = x_BxLxI.reshape(-1, x_BxLxI.shape[-1])
   gap_TxD = gap_BxLxD.reshape(-1, gap_BxLxD.shape[-1])
+  bias_TxD = bias_1x1xD[0]
   if post_D is not None:
     y_TxD = y_BxLxD.reshape(gap_TxD.shape)
     size_Tx1 = _size(config, y_TxD)
@@ -165,8 +168,8 @@ def gather_out(config: ModelConfig, c_IxI, k_IxD, x_BxLxI, kernel_IxD, post_D, g
     weak_D = jnp.abs(gain_D) <= 1e-2 * jnp.sqrt(jnp.mean(gain_D**2))
     gain_D = jnp.where(weak_D, 1.0, gain_D)
     gap_TxD = jnp.where(weak_D[None, :], y_TxD / size_Tx1, gap_TxD / gain_D[None, :])
-    x_TxI = x_TxI / size_Tx1
-  e_TxD = gap_TxD - x_TxI @ kernel_IxD
+    x_TxI, bias_TxD = x_TxI / size_Tx1, bias_TxD / size_Tx1
+  e_TxD = gap_TxD - x_TxI @ kernel_IxD - bias_TxD
   return c_IxI + x_TxI.T @ x_TxI, k_IxD + x_TxI.T @ e_TxD
 
 
@@ -254,12 +257,13 @@ class LayerActivations:
     return streams
 
   def covariance(self, site: str, layer, depth: int, stream: Stream):
-    """E[x^T x] of a site's inputs, weighted as `_gather_out` weights them."""
+    """E[x^T x] of a site's inputs, weighted as `gather_out` weights them."""
     c_IxI = 0.0
     for rows in self.chunks:
       x_BxLxI = self.inputs(site, layer, depth, rows, stream)
       if site.endswith('out') and self.config.post_norms:
-        y_BxLxD = x_BxLxI @ kernel_of(layer, SITES[site][0])
+        name = SITES[site][0]
+        y_BxLxD = x_BxLxI @ kernel_of(layer, name) + bias_of(layer, name)
         x_BxLxI = x_BxLxI / _size(self.config, y_BxLxD)
       c_IxI = _gather_own(c_IxI, x_BxLxI)
     return c_IxI / self.tokens

@@ -250,13 +250,13 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
       gap_BxLxD = wanted.middle[rows] - own.start[rows]
     else:
       gap_BxLxD = wanted.end[rows] - own.middle[rows]
-    gap_BxLxD = gap_BxLxD - bias_of(layer, name)
     y_BxLxD = None
     if post is not None:
       y_BxLxD = activations.inputs(site, parent, depth, rows, wanted)
-      y_BxLxD = y_BxLxD @ kernel_of(parent, name)
+      y_BxLxD = y_BxLxD @ kernel_of(parent, name) + bias_of(parent, name)
+    kernel_IxD, bias_1x1xD = kernel_of(layer, name), bias_of(layer, name)
     some[:] = gather_out(
-      activations.config, *some, x_BxLxI, kernel_of(layer, name), post, gap_BxLxD, y_BxLxD
+      activations.config, *some, x_BxLxI, kernel_IxD, bias_1x1xD, post, gap_BxLxD, y_BxLxD
     )
   found = []
   for c_IxI, k in sums:

@@ -343,6 +343,31 @@ PUBLISHED = {
     ),
     1_100_048_384,
   ),
+  'llama-3.2-3b': (
+    dict(
+      model_type='llama',
+      vocab_size=128256,
+      hidden_size=3072,
+      intermediate_size=8192,
+      num_hidden_layers=28,
+      num_attention_heads=24,
+      num_key_value_heads=8,
+      head_dim=128,
+      tie_word_embeddings=True,
+    ),
+    3_212_749_824,
+  ),
+  'gemma-7b': (
+    dict(
+      model_type='gemma',
+      hidden_size=3072,
+      intermediate_size=24576,
+      num_hidden_layers=28,
+      num_attention_heads=16,
+      num_key_value_heads=16,
+    ),
+    8_537_680_896,
+  ),
   'smollm2-360m': (
     dict(
       model_type='llama',
@@ -380,6 +405,28 @@ PUBLISHED = {
     ),
     7_241_732_096,
   ),
+}
+
+
+PUBLISHED |= {
+  f'pythia-{name}': (
+    dict(
+      model_type='gpt_neox',
+      vocab_size=50304,
+      hidden_size=width,
+      intermediate_size=4 * width,
+      num_hidden_layers=layers,
+      num_attention_heads=heads,
+    ),
+    count,
+  )
+  for name, layers, width, heads, count in (
+    ('70m', 6, 512, 8, 70_426_624),
+    ('160m', 12, 768, 12, 162_322_944),
+    ('410m', 24, 1024, 16, 405_334_016),
+    ('1b', 16, 2048, 8, 1_011_781_632),
+    ('1.4b', 24, 2048, 16, 1_414_647_808),
+  )
 }
 
 

@@ -141,6 +141,7 @@ def drift(parent, child, tokens_BxL):
     ('gemma2', dict(prelude=1, coda=1, rank=2)),
     ('olmo2', dict(prelude=1, coda=1, rank=2)),
     ('gpt_neox', dict(prelude=1, coda=1, rank=2)),
+    ('olmo2_biases', dict(prelude=1, coda=1, rank=2)),
   ],
 )
 def test_calibrated_is_nearer_to_the_parent_than_the_average(family, arguments):

@@ -15,6 +15,8 @@ def parent(family='llama', layers=4, seed=0, **fields):
   """A vanilla model of odd sizes; 'llama_biases' has biases of all linears."""
   if family == 'llama_biases':
     family, fields = 'llama', {'biases': COMPONENTS} | fields
+  if family == 'olmo2_biases':
+    family, fields = 'olmo2', {'biases': ('q', 'k', 'v', 'o')} | fields
   shape = dict(
     family=family,
     vocab_size=VOCAB,
