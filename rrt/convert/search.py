@@ -9,7 +9,7 @@ parent wins. Training moves them closer together (docs/convert.md has the table)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import time
 from typing import Any
@@ -69,51 +69,70 @@ def candidates(
     layers_run: the most layers that a token may pass; None for the parent's.
   """
   L = parent.depth
+  # Deletions that the compute asks for, and those that the size asks for.
+  free = max(L - layers_run, 0) if layers_run else 0
   least = max(size.deletions(params, parent), 1)
-  free = max(L - layers_run, 0) if layers_run else 0  # Deletions that compute asks for.
-  found: list[Candidate] = []
-
-  def add(kind: str, name: str, ranks: Any = None, **fields: Any) -> None:
+  found = []
+  for kind, name, ranks, fields in (
+    *_deleted(max(least, free), L, starts),
+    *_thin(least, free, L, starts),
+    *_tied(free, L, starts),
+  ):
     made = convert.replace(params=None, layers_run=None, **fields)
-    if ranks is not None:
+    if ranks:
       rank = fill(parent, made, ranks, params)
       if rank is None:
-        return
-      made = made.replace(rank=rank)
-      name = f'{name}, rank {_in_words(rank)}'
+        continue
+      made, name = made.replace(rank=rank), f'{name}, rank {_in_words(rank)}'
     config = plan(parent, made)
     count = count_params(config).unique
     if count <= params and (layers_run is None or config.depth <= layers_run):
       found.append(Candidate(kind, name, made, count, config.depth))
+  return found
 
-  count = max(least, free)
-  if count < L:
-    for start in starts(count)[:2]:
-      run = tuple(range(start, start + count))
-      add('deleted', f'{drop.in_words(run)} deleted', drop=run, refit='around', loops=1)
+
+# Kind, name, proportions of ranks and fields of a candidate.
+_Made = Iterator[tuple[str, str, dict[str, int], dict[str, Any]]]
+
+
+def _run(starts: Callable[[int], list[int]], count: int) -> tuple[int, ...]:
+  """The run of layers that is cheapest to delete."""
+  first = starts(count)[0] if count else 0
+  return tuple(range(first, first + count))
+
+
+def _deleted(count: int, depth: int, starts: Callable[[int], list[int]]) -> _Made:
+  """The two runs that are cheapest to delete, refitted around."""
+  for start in starts(count)[:2] if count < depth else ():
+    gone = tuple(range(start, start + count))
+    name = f'{drop.in_words(gone)} deleted'
+    yield 'deleted', name, {}, dict(drop=gone, refit='around', loops=1)
+
+
+def _thin(least: int, free: int, depth: int, starts: Callable[[int], list[int]]) -> _Made:
+  """Closed loops in the place of as many layers as the size asks for, and of a few more."""
+  gone, kept = _run(starts, free), depth - free
   for more in (0, 1, 2, 4):
     thin = least + more - free
-    shape = _closed_shape(L - free, thin)
+    shape = _closed_shape(kept, thin)
     if thin < 1 or shape is None:
       continue
-    gone_count, block, loops = free, *shape
-    gone: tuple[int, ...] = ()
-    if gone_count:
-      first = starts(gone_count)[0]
-      gone = tuple(range(first, first + gone_count))
-    start = min(max(starts(least)[0] - more // 2, block), L - free - thin)
-    arranged = dict(
-      prelude=start - block, block=block, loops=loops, coda=L - free - start - thin, drop=gone
-    )
-    words = f'{start}-{start + thin - 1} thin' + (
-      f', {drop.in_words(gone)} deleted' if gone else ''
-    )
+    block, loops = shape
+    start = min(max(starts(least)[0] - more // 2, block), kept - thin)
+    coda = kept - start - thin
+    fields: dict[str, Any] = dict(prelude=start - block, block=block, loops=loops, coda=coda)
+    fields |= dict(drop=gone, relax=(CLOSED,))
+    name = f'{start}-{start + thin - 1} thin'
+    name += f', {drop.in_words(gone)} deleted' if gone else ''
     for label, ranks in (('attention first', THIN), ('even', EVEN)):
-      add('thin', f'{words}, {label}', ranks, relax=(CLOSED,), **arranged)
-  prelude, coda = recommended(L - free, 2)
-  gone = tuple(range(starts(free)[0], starts(free)[0] + free)) if free else ()
-  add('tied', 'middle half tied', EVEN, prelude=prelude, coda=coda, loops=2, drop=gone)
-  return found
+      yield 'thin', f'{name}, {label}', ranks, fields
+
+
+def _tied(free: int, depth: int, starts: Callable[[int], list[int]]) -> _Made:
+  """The middle half shared by two loops."""
+  prelude, coda = recommended(depth - free, 2)
+  fields = dict(prelude=prelude, coda=coda, loops=2, drop=_run(starts, free))
+  yield 'tied', 'middle half tied', EVEN, fields
 
 
 def _closed_shape(depth: int, thin: int) -> tuple[int, int] | None:
