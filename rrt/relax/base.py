@@ -120,6 +120,8 @@ class Relaxation:
     unmergeable: why an untied model cannot hold what this computes; '' where
       it can. `to_untied` and `rrt export` refuse with this reason.
     decay: whether weight decay applies; not where zero is not neutral.
+    matrices: whether its leaves are matrices in their last two axes, which Muon may
+      orthogonalise.
   """
 
   kind: ClassVar[str]
@@ -127,6 +129,7 @@ class Relaxation:
   row_independent: ClassVar[bool] = True
   unmergeable: ClassVar[str] = ''
   decay: ClassVar[bool] = True
+  matrices: ClassVar[bool] = False
 
   @property
   def leads(self) -> bool:

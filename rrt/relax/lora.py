@@ -49,6 +49,7 @@ class Lora(Relaxation):
 
   kind: ClassVar[str] = 'lora'
   site: ClassVar[str] = 'linear'
+  matrices: ClassVar[bool] = True
 
   q: Rank = 0
   k: Rank = 0

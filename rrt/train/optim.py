@@ -1,4 +1,4 @@
-"""AdamW with rules by parameter path: trained parameters, rates, decay.
+"""AdamW and Muon with rules by parameter path: trained parameters, rates, decay.
 
 A parameter's path is its name in the tree, such as 'block/layers/mlp/up/kernel'
 or 'final_norm/scale'. Rules are regular expressions that are searched for in
@@ -21,17 +21,22 @@ from rrt.errors import InputError
 from rrt.relax import registry
 
 SCHEDULES = ('cosine', 'linear', 'constant')
+METHODS = ('adamw', 'muon')
 # What `train` may be besides a pattern.
 TRAIN = ('all', 'relaxations')
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with warm-up, a schedule, clipping, and rules by path.
+  """The optimizer: warm-up, a schedule, clipping, and rules by path.
 
   Attributes:
     train: 'all' (as in the paper), 'relaxations' (and norms), or a pattern of
       paths; other parameters are frozen, without moments or gradients.
+    method: 'adamw', or 'muon': matrices are updated by their orthogonalised
+      momentum (Jordan et al., 2024), scaled to the size of AdamW's updates
+      (arXiv 2502.16982), so that rates carry over; embedding, head, gains and
+      biases keep AdamW.
     learning_rate: the peak.
     warmup_steps: of linear warm-up; the last of them has the peak.
     schedule: after the warm-up: 'cosine' or 'linear' down to `final_rate`,
@@ -45,6 +50,7 @@ class Optimizer:
   """
 
   train: str = 'all'
+  method: str = 'adamw'
   learning_rate: float = 3e-4
   warmup_steps: int = 0
   schedule: str = 'cosine'
@@ -65,6 +71,7 @@ class Optimizer:
     positive = lambda x: 0 < x < math.inf
     need(positive(self.learning_rate), 'learning_rate', 'must be above 0')
     need(self.warmup_steps >= 0, 'warmup_steps', 'must be 0 or more')
+    need(self.method in METHODS, 'method', f'must be one of {METHODS}')
     need(self.schedule in SCHEDULES, 'schedule', f'must be one of {SCHEDULES}')
     need(0 <= self.final_rate <= 1, 'final_rate', 'must lie in 0 to 1')
     for field in ('beta1', 'beta2'):
@@ -96,14 +103,14 @@ class Optimizer:
     fields = dict(fields)
     multiplier = fields.pop('multiplier', 1.0)
     for name, value in (('multiplier', multiplier), *fields.items()):
-      if name != 'schedule' and not isinstance(value, (int, float)):
+      if name not in ('schedule', 'method') and not isinstance(value, (int, float)):
         raise InputError(f'optimizer.rules: {name}={value!r}: must be a number.')
     known = {f.name for f in dataclasses.fields(self)}
     for name in fields:
       if name not in known - {'train', 'clip', 'rules'}:
         raise InputError(
           f'optimizer.rules: unknown field {name!r}; a rule may set '
-          "'multiplier', learning_rate, warmup_steps, schedule, final_rate, "
+          "'multiplier', method, learning_rate, warmup_steps, schedule, final_rate, "
           'beta1, beta2, eps or weight_decay.'
         )
     fields['learning_rate'] = multiplier * fields.get('learning_rate', self.learning_rate)
@@ -192,7 +199,10 @@ def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransforma
   settings = {'default': o} | {p: o.override(fields) for p, fields in reversed(o.rules)}
   labels = jax.tree.map(label, names)
   used = set(jax.tree.leaves(labels))
-  return optax.partition({p: _adamw(s, steps) for p, s in settings.items() if p in used}, labels)
+  make = {'adamw': _adamw, 'muon': _muon}
+  return optax.partition(
+    {p: make[s.method](s, steps) for p, s in settings.items() if p in used}, labels
+  )
 
 
 def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
@@ -204,6 +214,30 @@ def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
     weight_decay=o.weight_decay,
     mask=lambda tree: jax.tree.map(is_decayed, paths(tree)),
   )
+
+
+def _muon(o: Optimizer, steps: int) -> optax.GradientTransformation:
+  def dimensions(params):
+    """Matrices in the last two axes, layers and loops before them; None for others."""
+    matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return jax.tree.map(lambda path: matrix if is_matrix(path) else None, paths(params))
+
+  return optax.contrib.muon(
+    schedule(o, steps),
+    weight_decay=o.weight_decay,
+    adam_b1=o.beta1,
+    adam_b2=o.beta2,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=dimensions,
+  )
+
+
+def is_matrix(path: str) -> bool:
+  """Whether Muon updates a parameter: a matrix that is neither embedding nor head."""
+  kind = registry.kind_of_path(path)
+  if kind is not None:
+    return registry.class_of(kind).matrices
+  return path.endswith('/kernel') and not path.startswith('head')
 
 
 def _examples(params) -> str:

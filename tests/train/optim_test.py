@@ -125,3 +125,36 @@ def test_wrong_values_are_named(fields):
   name = 'speed' if 'rules' in fields else next(iter(fields))
   with pytest.raises(InputError, match=r'\(' if name == 'train' else name):
     optim.Optimizer(**fields)
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+  params = runs.child().params
+  rng = np.random.default_rng(0)
+  grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+  updates = {}
+  for method in optim.METHODS:
+    o = optim.Optimizer(method=method, learning_rate=1.0, schedule='constant', beta1=0.0, beta2=0.0)
+    tx = optim.make_optimizer(o, params, 10)
+    found, _ = tx.update(grads, tx.init(params), params)
+    updates[method] = leaves_by_path(found)
+  for path, update in updates['muon'].items():
+    update = np.asarray(update)
+    if not optim.is_matrix(path):
+      np.testing.assert_allclose(update, updates['adamw'][path], rtol=1e-5)
+      continue
+    # Singular values near 1 (Newton-Schulz: 0.5 to 1.2), scaled to the size of AdamW's updates.
+    size = 0.2 * np.sqrt(max(update.shape[-2:]))
+    values = np.linalg.svd(update, compute_uv=False) / size
+    assert values.min() > 0.3 and values.max() < 1.4, path
+  assert any(optim.is_matrix(p) for p in updates['muon'] if 'lora' in p)
+  assert not optim.is_matrix('embed/table') and not optim.is_matrix('head/kernel')
+
+
+def test_a_rule_may_choose_the_method():
+  params = runs.child().params
+  rules = ((r'^block/', {'method': 'muon'}),)
+  tx = optim.make_optimizer(optim.Optimizer(rules=rules), params, 10)
+  state = tx.init(params)
+  assert set(state.inner_states) == {'default', r'^block/'}
+  with pytest.raises(InputError, match="method='sgd'"):
+    optim.Optimizer(method='sgd')
