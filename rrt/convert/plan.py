@@ -139,6 +139,7 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   rank_budget.check(c.budget, c.rank)
   calibration_data.check_tokens(c.calibration_tokens)
   config = with_relaxations(config, c, c.rank)
+  _check_closed(config, c)
   low_rank = c.budget is not None or len(config.relax) > len(c.relaxations())
   if c.alpha is not None and not low_rank:
     raise InputError(f'alpha={c.alpha!r}: has no effect without a rank or a budget.')
@@ -186,6 +187,22 @@ def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
       raise InputError(f'layers_run={c.layers_run!r}: must be a whole number, 1 or more.')
     count = max(count, parent.depth - c.layers_run)
   return drop.config_without(parent, count)
+
+
+def _check_closed(config: ModelConfig, c: ConvertConfig) -> None:
+  """Raises InputError for loops that start closed on weights that are no layer's own."""
+  if not any(r.closes(h) for r in config.relax for h in r.hosts(config)):
+    return
+  if c.init not in ('calibrated', 'lower'):
+    raise InputError(
+      f'init={c.init!r}: loops that start closed leave the shared weights to the first loop; '
+      'take init=calibrated, or init=lower for its layers unchanged.'
+    )
+  if c.budget is not None:
+    raise InputError(
+      f'budget={c.budget}: is spent on what shared weights lack, which loops that start closed '
+      'do not use; give rank.'
+    )
 
 
 def _check_refit(c: ConvertConfig, drops: bool) -> None:

@@ -103,7 +103,8 @@ def to_recursive(
   config = plan(parent.config, convert)
   check_finite(parent, 'parent', 'load it again or take another checkpoint')
   fits = _fits(config, convert)
-  needed = fits or isinstance(drop.parse(convert.drop, parent.config.depth), int)
+  automatic = isinstance(drop.parse(convert.drop, parent.config.depth), int)
+  needed = fits or automatic or convert.params is not None
   fit_BxL, held_out_BxL = _calibration_rows(parent, config, convert, calibration, needed)
   untied = to_untied(parent)
   considered: list[search.Candidate] = []

@@ -214,6 +214,16 @@ def test_gains_start_at_zero_behind_the_first_loop_and_lead():
     plan(tiny.parent().config, ConvertConfig(relax=(Gain(start=float('nan')),)))
 
 
+@pytest.mark.parametrize(
+  'fields, words',
+  [(dict(init='average'), 'init=calibrated, or init=lower'), (dict(budget=500), 'give rank')],
+)
+def test_closed_loops_need_the_first_loops_own_weights(fields, words):
+  convert_config = ConvertConfig(relax=('gain:start=0,components=all',), **fields)
+  with pytest.raises(InputError, match=words):
+    plan(tiny.parent(layers=6).config, convert_config)
+
+
 def test_a_deleted_child_is_an_ordinary_model(tmp_path):
   """Saved, loaded, converted again; the exported directory has fewer layers."""
   parent = tiny.parent('gemma3', layers=6)

@@ -55,6 +55,11 @@ def test_layers_run_is_kept_to():
     plan(parent, ConvertConfig(layers_run=10))
 
 
+def test_without_text_there_is_nothing_to_search_on():
+  with pytest.raises(InputError, match='no tokenizer'):
+    to_recursive(tiny.parent(layers=8), params='0.8x', progress=None)
+
+
 @pytest.mark.parametrize(
   'fields', [dict(prelude=1), dict(rank=2), dict(drop='2'), dict(loops=3), dict(init='average')]
 )
