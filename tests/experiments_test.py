@@ -21,7 +21,9 @@ pytest.importorskip('ml_collections')
 
 FOLDER = Path(__file__).parent.parent / 'experiments'
 NAMES = sorted(
-  p.stem for p in FOLDER.glob('*.py') if 'RESULT' in p.read_text() and 'get_config' in p.read_text()
+  p.stem
+  for p in FOLDER.glob('*.py')
+  if 'RESULT' in p.read_text() and 'def get_config' in p.read_text()
 )
 
 # The parents' shapes as published: nothing is loaded here.
