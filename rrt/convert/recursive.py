@@ -180,7 +180,7 @@ def _search(
   params = size.target(convert.params, config)
   of = lambda most: search.candidates(config, most, costs.starts, convert, convert.layers_run)
   found = of(params)
-  others = [c for most in search.between(params, config) for c in search.one_of_each(of(most))]
+  others = [c for most in search.between(params, config) for c in search.deleted(of(most))]
 
   def score(candidate: ConvertConfig) -> float:
     _, report = _make(untied, candidate, few_BxL, scored_BxL, seed, steps, None)

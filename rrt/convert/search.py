@@ -26,6 +26,10 @@ CLOSED = 'gain:start=0,components=all'
 # terms are twice as wide.
 THIN = {'q': 2, 'k': 2, 'v': 2, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}
 EVEN = dict.fromkeys(THIN, 1)
+SHARES = {'attention first': THIN, 'even': EVEN}
+# Layers that are thin beyond those that the size asks for, and their ranks' proportions:
+# few, since a candidate takes most of a minute.
+_THIN_SHAPES = ((0, ('even',)), (1, ('attention first', 'even')), (2, ('attention first',)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _deleted(count: int, depth: int, starts: Callable[[int], list[int]]) -> _Mad
 def _thin(least: int, free: int, depth: int, starts: Callable[[int], list[int]]) -> _Made:
   """Closed loops in the place of as many layers as the size asks for, and of a few more."""
   gone, kept = _run(starts, free), depth - free
-  for more in (0, 1, 2, 4):
+  for more, shares in _THIN_SHAPES:
     thin = least + more - free
     shape = _closed_shape(kept, thin)
     if thin < 1 or shape is None:
@@ -124,8 +128,8 @@ def _thin(least: int, free: int, depth: int, starts: Callable[[int], list[int]])
     fields |= dict(drop=gone, relax=(CLOSED,))
     name = f'{start}-{start + thin - 1} thin'
     name += f', {drop.in_words(gone)} deleted' if gone else ''
-    for label, ranks in (('attention first', THIN), ('even', EVEN)):
-      yield 'thin', f'{name}, {label}', ranks, fields
+    for label in shares:
+      yield 'thin', f'{name}, {label}', SHARES[label], fields
 
 
 def _tied(free: int, depth: int, starts: Callable[[int], list[int]]) -> _Made:
@@ -175,10 +179,9 @@ def between(params: int, parent: ModelConfig) -> list[int]:
   return [params + (whole - params) * third // 3 for third in (1, 2)]
 
 
-def one_of_each(found: list[Candidate]) -> list[Candidate]:
-  """The first deleted and the first thin candidate."""
-  first = {c.kind: c for c in reversed(found)}
-  return [first[kind] for kind in ('deleted', 'thin') if kind in first]
+def deleted(found: list[Candidate]) -> list[Candidate]:
+  """The first of the candidates with deleted layers, which are scored fastest."""
+  return [c for c in found if c.kind == 'deleted'][:1]
 
 
 def score_all(
