@@ -14,17 +14,12 @@ import json
 from pathlib import Path
 
 from absl import flags
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import common
 from rrt import command, console
 from rrt.checkpoints.load import load
-from rrt.convert import calibrate, calibration_data
-from rrt.convert.activations import LayerActivations
-from rrt.convert.recursive import one_blas_thread, to_recursive
-from rrt.convert.weights import ChildWeights
+from rrt.convert import calibration_data
+from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 from rrt.evals import perplexity
 from rrt.infer.generate import Generator
@@ -50,34 +45,6 @@ _CASES = (
   ('LoRA, rank 64', 64, ()),
   ('LoRA, rank 64, then gain', 64, ('gain',)),
 )
-
-
-@one_blas_thread()
-def deleted(parent: LanguageModel, start: int, count: int, rows_BxL) -> LanguageModel:
-  """The parent without `count` layers from `start` on, those behind refitted."""
-  c, layers = parent.config, parent.params['block']['layers']
-  shape = dataclasses.replace(
-    c, prelude_layers=start, block_layers=1, coda_layers=c.depth - start - 1
-  )
-  weights = ChildWeights(shape, layers, 'average', 0, fits=False)
-  at_depth = lambda depth: jax.tree.map(lambda t: jnp.asarray(t[depth]), layers)
-  seen = LayerActivations(c, at_depth, rows_BxL)
-  x_BxLxD = np.asarray(parent.params['embed']['table'], np.float32)[rows_BxL]
-  if c.scale_embeddings:
-    x_BxLxD = x_BxLxD * np.float32(c.d_model**0.5)
-  streams = seen.run(x_BxLxD, start)
-  h_BxLxD, refitted = streams[start].start, []
-  for depth in range(start + count, c.depth):
-    layer, h_BxLxD = calibrate.fit_layer(
-      seen, weights, depth, None, streams, h_BxLxD, calibrate.ALL_STEPS
-    )
-    refitted.append(jax.tree.map(np.asarray, layer))
-  kept = [jax.tree.map(lambda t, d=d: np.asarray(t[d]), layers) for d in range(start)]
-  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *kept, *refitted)
-  config = dataclasses.replace(c, block_layers=c.depth - count)
-  return dataclasses.replace(
-    parent, config=config, params={**parent.params, 'block': {'layers': stacked}}
-  )
 
 
 def measure(model: LanguageModel, text: str) -> dict[str, float]:
@@ -106,13 +73,6 @@ def main(_) -> None:
   parent = load(FLAGS.model)
   fitted_on = calibration_data.calibration_text(FLAGS.calibration, FLAGS.tokens)
   text = perplexity.read_text(FLAGS.text, FLAGS.tokens)
-  rows_BxL, _ = calibration_data.split_rows(
-    fitted_on,
-    parent.tokenizer,
-    tokens=FLAGS.tokens,
-    length=1024,
-    vocab_size=parent.config.vocab_size,
-  )
   found = {'parent': measure(parent, text)}
   say = lambda name: print(f'{name}: {found[name]}', flush=True)
   say('parent')
@@ -139,7 +99,14 @@ def main(_) -> None:
     peers |= {n: f'{n} layers deleted, refitted' for n in (most, most - 1) if n > 0}
   for count, name in sorted(peers.items()):
     start = (parent.config.depth - count) // 2
-    found[name] = measure(deleted(parent, start, count, rows_BxL), text)
+    child, _ = to_recursive(
+      parent,
+      drop=tuple(range(start, start + count)),
+      loops=1,
+      calibration=fitted_on,
+      calibration_tokens=FLAGS.tokens,
+    )
+    found[name] = measure(child, text)
     say(name)
   console.table(
     [[name, *f.values()] for name, f in found.items()],

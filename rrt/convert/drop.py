@@ -97,7 +97,12 @@ def config_without(config: ModelConfig, dropped: tuple[int, ...] | int) -> Model
   kept = kept_of(config, dropped)
   pick = lambda values: tuple(values[d] for d in kept) if values else ()
   return dataclasses.replace(
-    config, block_layers=len(kept), windows=pick(config.windows), rope_index=pick(config.rope_index)
+    config,
+    prelude_layers=0,
+    block_layers=len(kept),
+    coda_layers=0,
+    windows=pick(config.windows),
+    rope_index=pick(config.rope_index),
   )
 
 

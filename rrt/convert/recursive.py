@@ -180,7 +180,14 @@ def _search(
   params = size.target(convert.params, config)
   of = lambda most: search.candidates(config, most, costs.starts, convert, convert.layers_run)
   found = of(params)
-  others = [c for most in search.between(params, config) for c in search.deleted(of(most))]
+  # Points of the picture lie inside the best run: no further runs are compared.
+  count = size.deletions(params, config)
+  inside = lambda n: [costs.starts(count)[0] + (count - n) // 2]
+  others = [
+    c
+    for most in search.between(params, config)
+    for c in search.deleted(search.candidates(config, most, inside, convert))
+  ]
 
   def score(candidate: ConvertConfig) -> float:
     _, report = _make(untied, candidate, few_BxL, scored_BxL, seed, steps, None)

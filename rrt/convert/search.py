@@ -1,10 +1,10 @@
 """The best child for a number of parameters, found without training.
 
-`search` lists children of a size: layers deleted and refitted, loops that start
+`candidates` lists children of a size: layers deleted and refitted, loops that start
 closed with a low-rank term where a layer went (thin layers), and a block shared
 by all loops as `rrt.convert.calibrate` ties it. Each is converted on a part of
 the calibration text and scored on rows that no fit has seen; the nearest to the
-parent wins. Training moves them closer together (docs/convert.md has the table).
+parent wins. Training moves them closer together (docs/results/equal_parameters.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert.plan import source_layers
-from rrt.relax.base import Leaves, hosts_of, relaxed_hosts
+from rrt.relax.base import Leaves, hosts_of, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 VECTORS = ('scale', 'bias')  # Leaves that a loop may have of its own.
@@ -92,11 +92,9 @@ class ChildWeights:
       trees: of each loop, hidden units aligned as the shared weights have them.
     """
     for name in self.config.biases:
-      path = self.hosts[name].path
-      part, linear = path.split('/')
-      biases_RxO = np.stack([np.asarray(tree[part][linear]['bias']) for tree in trees])
-      own = self.config.loop_norms
-      self.norms[f'{path}/bias'][layer] = biases_RxO if own else biases_RxO.mean(0)
+      host, own = self.hosts[name], self.config.loop_norms
+      biases_RxO = np.stack([np.asarray(subtree(tree, host)['bias']) for tree in trees])
+      self.norms[f'{host.path}/bias'][layer] = biases_RxO if own else biases_RxO.mean(0)
 
   def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
     """The shared weight that a relaxation asks for, or None."""
@@ -111,8 +109,7 @@ class ChildWeights:
   def keep(self, position: tuple[int, int], layer: Any) -> None:
     """Takes the shared weights of a block layer as a layer tree has them."""
     for name, host in self.hosts.items():
-      part, linear = host.path.split('/')
-      self.shared[name][position[1]] = layer[part][linear]['kernel']
+      self.shared[name][position[1]] = subtree(layer, host)['kernel']
 
   def is_closed(self, name: str, position: tuple[int, int]) -> bool:
     """Whether the shared weight starts without effect at a position."""

@@ -242,3 +242,14 @@ def test_a_deleted_child_is_an_ordinary_model(tmp_path):
   )
   recursive, _ = convert(back, loops=2, rank=2)
   assert recursive.config.depth == 4
+
+
+def test_a_vanilla_parent_may_have_a_prelude_and_a_coda():
+  """One that was converted with one loop and saved so."""
+  parent = tiny.parent(layers=6)
+  split, _ = to_recursive(parent, prelude=2, loops=1, coda=1, loop_norms=False)
+  assert plan(split.config, ConvertConfig(loops=2, drop='2-3')).depth == 4
+  child, _ = to_recursive(split, loops=1, drop='2-3', refit='none')
+  np.testing.assert_array_equal(
+    tiny.logits(child, TOKENS_BxL), tiny.logits(cut(parent, (2, 3)), TOKENS_BxL)
+  )
