@@ -19,16 +19,15 @@ from rrt import console
 from rrt.checkpoints import gguf_file
 from rrt.checkpoints.gguf import FIELDS, MODEL_TYPES
 from rrt.checkpoints.reader import interleaved_rows
+from rrt.checkpoints.save_hf import tensors_of
 from rrt.config import ModelConfig
 from rrt.data import gguf_tokenizer
 from rrt.errors import InputError
-from rrt.families.base import tensor_rows, wanted_rows
 from rrt.families.registry import family_of
 from rrt.files import check_file_writable
 from rrt.model import LanguageModel
 from rrt.models.layers import rope_frequencies
 from rrt.models.untie import to_untied
-from rrt.tree import flatten
 
 # Types of the matrices; gains and biases stay float32.
 TYPES = ('f32', 'f16', 'bf16', 'q8_0', 'q4_0')
@@ -175,9 +174,7 @@ def _metadata(model: LanguageModel, arch: str) -> dict[str, Any]:
 def _add_tensors(writer, library, model: LanguageModel, quantize: str) -> int:
   """Adds all tensors; returns how many could not have the type asked for."""
   c, family = model.config, family_of(model.config)
-  leaves = flatten(model.params)
   types = library.GGMLQuantizationType
-  fused: dict[str, list[Any]] = {}
   left = 0
 
   def add(name: str, value: np.ndarray) -> None:
@@ -190,27 +187,13 @@ def _add_tensors(writer, library, model: LanguageModel, quantize: str) -> int:
         kind, left = types.F16, left + 1
     writer.add_tensor(name, library.quantize(value, kind), raw_dtype=kind)
 
-  for row in wanted_rows(c, family):
-    is_layer = '{}' in row.gguf
-    leaf = np.asarray(leaves[f'block/layers/{row.path}' if is_layer else row.path])
-    for depth, value in enumerate(leaf if is_layer else [leaf]):
-      value = np.asarray(value, np.float32)
-      value = value.T if row.kind in ('linear', 'q', 'k') else value
-      if family.gguf_permuted and row.kind[0] in 'qk':
-        heads = c.num_heads if row.kind[0] == 'q' else c.num_kv_heads
-        value = value[interleaved_rows(heads, c.head_dim)]
-      if row.kind == 'gain':
-        value = value + family.gguf_gain_offset
-      name = row.gguf.format(depth)
-      if not row.fused:
-        add(name, value)
-        continue
-      index, rows = tensor_rows(c, row)
-      parts = fused.setdefault(name, [np.empty((rows, *value.shape[1:]), np.float32), 0])
-      parts[0][index] = value
-      parts[1] += 1
-      if parts[1] == len(row.fused):
-        add(name, fused.pop(name)[0])
+  for name, value, row in tensors_of(model, 'gguf'):
+    if family.gguf_permuted and row.kind[0] in 'qk':
+      heads = c.num_heads if row.kind[0] == 'q' else c.num_kv_heads
+      value = value[interleaved_rows(heads, c.head_dim)]
+    if row.kind == 'gain':
+      value = np.asarray(value, np.float32) + family.gguf_gain_offset
+    add(name, value)
   if c.ropes[0].scaling == 'llama3':
     plain = rope_frequencies(dataclasses.replace(c.ropes[0], scaling=''), c.head_dim)
     add('rope_freqs.weight', plain / rope_frequencies(c.ropes[0], c.head_dim))

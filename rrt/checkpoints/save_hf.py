@@ -7,6 +7,7 @@ model of the family, for tests against transformers and for other software.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from rrt.checkpoints import card, safetensors
 from rrt.data.tokenizer import TOKENIZER_FILES
-from rrt.families.base import tensor_rows, wanted_rows
+from rrt.families.base import Row, tensor_rows, wanted_rows
 from rrt.families.registry import family_of
 from rrt.files import check_replaceable, read_json, write_directory
 from rrt.model import LanguageModel
@@ -32,25 +33,39 @@ tokenizer = AutoTokenizer.from_pretrained('{0}')
 MARK = 'exported_by'  # A field of config.json: this directory is an export.
 
 
-def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
-  """An untied model's tensors under Hugging Face's names, as views."""
-  table = family_of(model.config)
+def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, np.ndarray, Row]]:
+  """(name, tensor, row of the table) of an untied model, as a checkpoint stores them.
+
+  Linears are transposed, and fused ones put together; other tensors are views.
+
+  Args:
+    model: untied.
+    style: 'hf' or 'gguf': which column of the family's table has the names.
+  """
+  config = model.config
   leaves = flatten(model.params)
-  tensors: dict[str, np.ndarray] = {}
-  for row in wanted_rows(model.config, table):
-    is_layer = '{}' in row.hf
-    path = f'block/layers/{row.path}' if is_layer else row.path
-    leaf = np.asarray(leaves[path])
+  fused: dict[str, list[Any]] = {}  # Name -> tensor, parts that it has.
+  for row in wanted_rows(config, family_of(config)):
+    names = row.hf if style == 'hf' else row.gguf
+    is_layer = '{}' in names
+    leaf = np.asarray(leaves[f'block/layers/{row.path}' if is_layer else row.path])
     for depth, value in enumerate(leaf if is_layer else [leaf]):
-      name = row.hf.format(depth)
+      name = names.format(depth)
       value = value.T if row.kind in ('linear', 'q', 'k') else value
       if row.fused:
-        index, rows = tensor_rows(model.config, row)
-        whole = tensors.setdefault(name, np.empty((rows, *value.shape[1:]), value.dtype))
-        whole[index] = value
-      else:
-        tensors[name] = value
-  return tensors
+        index, rows = tensor_rows(config, row)
+        parts = fused.setdefault(name, [np.empty((rows, *value.shape[1:]), value.dtype), 0])
+        parts[0][index] = value
+        parts[1] += 1
+        if parts[1] < len(row.fused):
+          continue
+        value = fused.pop(name)[0]
+      yield name, value, row
+
+
+def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
+  """An untied model's tensors under Hugging Face's names."""
+  return {name: value for name, value, _ in tensors_of(model)}
 
 
 def hf_config(model: LanguageModel) -> dict[str, Any]:
