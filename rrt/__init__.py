@@ -16,6 +16,8 @@ if TYPE_CHECKING:
   from rrt.checkpoints.load import load, save
   from rrt.checkpoints.save_gguf import save_gguf
   from rrt.checkpoints.save_hf import save_hf
+  from rrt.checkpoints.save_hf_tied import save_hf_tied
+  from rrt.checkpoints.save_peft import save_peft
   from rrt.config import ModelConfig
   from rrt.convert.recursive import to_recursive
   from rrt.errors import InputError
@@ -42,6 +44,8 @@ _HOMES = {
   'save': 'rrt.checkpoints.load',
   'save_gguf': 'rrt.checkpoints.save_gguf',
   'save_hf': 'rrt.checkpoints.save_hf',
+  'save_hf_tied': 'rrt.checkpoints.save_hf_tied',
+  'save_peft': 'rrt.checkpoints.save_peft',
   'score': 'rrt.evals.perplexity',
   'to_recursive': 'rrt.convert.recursive',
   'to_untied': 'rrt.checkpoints.save_hf',
@@ -60,6 +64,8 @@ __all__ = [
   'save',
   'save_gguf',
   'save_hf',
+  'save_hf_tied',
+  'save_peft',
   'score',
   'to_recursive',
   'to_untied',

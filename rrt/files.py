@@ -52,7 +52,7 @@ def write_directory(
     for name in keep:
       if (directory / name).is_file():
         shutil.copy2(directory / name, new / name)
-    for file in (*new.iterdir(), new):
+    for file in (*new.rglob('*'), new):
       _sync(file)
     if directory.exists():
       directory.rename(old)

@@ -31,6 +31,9 @@ model = AutoModelForCausalLM.from_pretrained('{0}')
 tokenizer = AutoTokenizer.from_pretrained('{0}')
 """
 MARK = 'exported_by'  # A field of config.json: this directory is an export.
+# The two directories of an export for PEFT, and the code beside a tied export.
+ADAPTER, BASE = 'adapter', 'base'
+MODELING = 'modeling_rrt.py'
 
 
 def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, np.ndarray, Row]]:
@@ -118,45 +121,64 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
   tensors, fields = hf_tensors(model), hf_config(model)
 
   def write(folder: Path) -> None:
-    shards = _shards(tensors)
-    for file, part in shards.items():
-      safetensors.write(folder / file, part, {'format': 'pt'})
-    if len(shards) > 1:
-      total = sum(t.size * t.dtype.itemsize for t in tensors.values())
-      _write_json(
-        folder / 'model.safetensors.index.json',
-        {
-          'metadata': {'total_size': total},
-          'weight_map': {t: file for file, part in shards.items() for t in part},
-        },
-      )
-    ids = {k: v for k, v in token_ids(model).items() if v is not None}
-    if model.tokenizer is not None:
-      model.tokenizer.save(folder)
+    write_tensors(folder, tensors)
+    write_tokenizer(folder, model)
     (folder / card.NAME).write_text(card.write(model, _LOAD.format(name)), encoding='utf-8')
-    _write_json(folder / 'generation_config.json', ids)
-    _write_json(folder / 'config.json', fields)
+    write_json(folder / 'config.json', fields)
 
   keep = card.kept(Path(directory))
-  return write_directory(directory, write, _is_export, 'an rrt export', keep)
+  return write_directory(directory, write, is_export, 'an rrt export', keep)
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes model.safetensors, or several shards and their index."""
+  shards = _shards(tensors)
+  for file, part in shards.items():
+    safetensors.write(folder / file, part, {'format': 'pt'})
+  if len(shards) > 1:
+    total = sum(t.size * t.dtype.itemsize for t in tensors.values())
+    write_json(
+      folder / 'model.safetensors.index.json',
+      {
+        'metadata': {'total_size': total},
+        'weight_map': {t: file for file, part in shards.items() for t in part},
+      },
+    )
+
+
+def write_tokenizer(folder: Path, model: LanguageModel) -> None:
+  """Writes the tokenizer's files and generation_config.json."""
+  if model.tokenizer is not None:
+    model.tokenizer.save(folder)
+  ids = {k: v for k, v in token_ids(model).items() if v is not None}
+  write_json(folder / 'generation_config.json', ids)
 
 
 def check_save_hf(directory: str | Path) -> None:
-  """Checks, before long work, that `save_hf` may and can write there.
+  """Checks, before long work, that an export may and can be written there.
 
   Raises:
     InputError: the directory holds something else, or cannot be written.
   """
-  check_replaceable(directory, _is_export, 'an rrt export')
+  check_replaceable(directory, is_export, 'an rrt export')
 
 
-def _is_export(directory: Path) -> bool:
-  path = directory / 'config.json'
+def is_export(directory: Path) -> bool:
+  """Whether a directory is an export of any format and has no other files."""
+  if (directory / ADAPTER).is_dir() and (directory / BASE).is_dir():
+    rest = {p.name for p in directory.iterdir()} - {ADAPTER, BASE, card.NAME}
+    return not rest and all(_is_ours(directory / name) for name in (ADAPTER, BASE))
+  return _is_ours(directory)
+
+
+def _is_ours(directory: Path) -> bool:
+  path = directory / ('adapter_config.json' if directory.name == ADAPTER else 'config.json')
   if not path.is_file() or MARK not in read_json(path):
     return False
-  names = {*TOKENIZER_FILES, 'config.json', 'model.safetensors.index.json', card.NAME}
+  names = {*TOKENIZER_FILES, path.name, 'model.safetensors.index.json', card.NAME}
   return all(
-    p.is_file() and (p.name in names or p.suffix == '.safetensors') for p in directory.iterdir()
+    p.is_file() and (p.name in names or p.suffix == '.safetensors' or p.name == MODELING)
+    for p in directory.iterdir()
   )
 
 
@@ -176,5 +198,6 @@ def _shards(tensors: dict[str, np.ndarray]) -> dict[str, dict]:
   return {f'model-{i:05}-of-{n:05}.safetensors': group for i, group in enumerate(groups, 1)}
 
 
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+  """Writes a JSON object, readable."""
   path.write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')

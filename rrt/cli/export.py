@@ -1,6 +1,7 @@
-"""Writes a model untied, for Hugging Face transformers or for llama.cpp.
+"""Writes a model for other software: transformers, PEFT or llama.cpp.
 
 rrt export --model=child --out=child-hf
+rrt export --model=child --format=hf-tied --out=child-tied
 rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf
 """
 
@@ -10,13 +11,18 @@ from rrt import command, console
 from rrt.checkpoints.load import check_apart, load, load_config
 from rrt.checkpoints.save_gguf import TYPES, arch_of, check_save_gguf, save_gguf
 from rrt.checkpoints.save_hf import check_save_hf, save_hf
+from rrt.checkpoints.save_hf_tied import check_tied, save_hf_tied
+from rrt.checkpoints.save_peft import check_peft, save_peft
+from rrt.checkpoints.sizes import sizes
 from rrt.errors import InputError
+from rrt.exits import gate as gate_lib
 from rrt.models.count import count_params
-from rrt.models.untie import to_untied
+from rrt.models.untie import check_mergeable
 
 FLAGS = command.Flags(
-  'Writes a model untied, for Hugging Face transformers or for llama.cpp.',
+  'Writes a model for other software: transformers, PEFT or llama.cpp.',
   'rrt export --model=child --out=child-hf\n'
+  'rrt export --model=child --format=hf-tied --out=child-tied\n'
   'rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf',
 )
 _MODEL = FLAGS.needed.string(
@@ -29,7 +35,12 @@ _OUT = FLAGS.needed.string(
   'out', None, 'The directory, or with --format=gguf the file, to write; new or an earlier export.'
 )
 _FORMAT = FLAGS.usual.enum(
-  'format', 'hf', ['hf', 'gguf'], 'hf: a directory for transformers. gguf: a file for llama.cpp.'
+  'format',
+  'hf',
+  ['hf', 'hf-tied', 'peft', 'gguf'],
+  'hf: untied, for transformers. hf-tied: shared weights once, for transformers, with a modeling '
+  'file. peft: a stock model with each shared layer once, and a LoRA adapter. gguf: untied, a '
+  'file for llama.cpp.',
 )
 _QUANTIZE = FLAGS.usual.enum(
   'quantize', 'f32', list(TYPES), 'With --format=gguf: type of the matrices.'
@@ -37,51 +48,80 @@ _QUANTIZE = FLAGS.usual.enum(
 _DTYPE = FLAGS.usual.enum(
   'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'Dtype of the written weights.'
 )
+_EXIT_THRESHOLD = FLAGS.usual.float(
+  'exit_threshold',
+  None,
+  "With --format=hf-tied: the score at which a decoded token leaves the block, by the model's "
+  'learned gate if it has one, otherwise by the cosine of its state before and after a loop.',
+)
+_CHECKS = {'hf': check_mergeable, 'hf-tied': check_tied, 'peft': check_peft, 'gguf': arch_of}
 
 
 def main(_) -> None:
-  """Loads, unties, writes, and reports."""
+  """Checks, loads, writes, and reports."""
   if not _MODEL.value or not _OUT.value:
     raise InputError('--model and --out are both needed; see --help.')
-  is_gguf = _FORMAT.value == 'gguf'
+  form = _FORMAT.value
+  is_gguf = form == 'gguf'
   command.check_effect(_QUANTIZE, is_gguf, '--format=gguf')
-  command.check_effect(_DTYPE, not is_gguf, '--format=hf')
-  if is_gguf:
-    check_save_gguf(_OUT.value)
-    arch_of(load_config(_MODEL.value))
-  else:
-    check_save_hf(_OUT.value)
+  command.check_effect(_DTYPE, not is_gguf, 'another format than gguf')
+  command.check_effect(_EXIT_THRESHOLD, form == 'hf-tied', '--format=hf-tied')
+  (check_save_gguf if is_gguf else check_save_hf)(_OUT.value)
+  _CHECKS[form](load_config(_MODEL.value))
   check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
   model = load(_MODEL.value, dtype=_DTYPE.value)
-  untied = to_untied(model)
   if is_gguf:
-    out = save_gguf(untied, _OUT.value, _QUANTIZE.value)
+    out = save_gguf(model, _OUT.value, _QUANTIZE.value)
+  elif form == 'hf':
+    out = save_hf(model, _OUT.value)
+  elif form == 'peft':
+    out = save_peft(model, _OUT.value)
   else:
-    out = save_hf(untied, _OUT.value)
+    out = save_hf_tied(model, _OUT.value, _EXIT_THRESHOLD.value, _gate(model))
   c = model.config
-  counts, written = count_params(c), count_params(untied.config)
-  size = sum(f.stat().st_size for f in ([out] if is_gguf else out.iterdir()))
+  size = sum(f.stat().st_size for f in ([out] if is_gguf else out.rglob('*')) if f.is_file())
+  counts = count_params(c)
+  print(f'{c.family}, {_shape(c)} layers, {counts.unique:,} unique parameters\n')
+  table = sizes(c, _DTYPE.value, _QUANTIZE.value if is_gguf else 'q8_0')
   console.table(
     [
-      ['model', c.family, c.depth, _shape(c), counts.unique],
-      ['export', c.family, c.depth, str(c.depth), written.unique],
+      [
+        s.format,
+        f'{s.disk / 1e6:,.1f}',
+        f'{s.memory / 1e6:,.1f}',
+        '*' * (s.format.split()[0] == form),
+      ]
+      for s in table
     ],
-    ['', 'family', 'depth', 'layers', 'parameters'],
+    ['weights as', 'MB on disk', 'MB in memory', 'this one'],
   )
-  print(f'written to {out}, {size / 1e6:,.1f} MB')
+  print(f'written to {out}, {size / 1e6:,.1f} MB with all files')
   console.finish(
     {
       'out': str(out),
+      'format': form,
       'family': c.family,
-      'layers': untied.config.depth,
+      'layers': c.depth,
       'params_unique': counts.unique,
-      'params_exported': written.unique,
       'bytes': size,
+      'formats': {s.format: {'disk': s.disk, 'memory': s.memory} for s in table},
       'seconds': time.monotonic() - start,
       'peak_memory_bytes': console.peak_memory_bytes(),
     }
   )
+
+
+def _gate(model):
+  """Arrays of the learned gate stored with a model, as an export can hold them."""
+  if _EXIT_THRESHOLD.value is None:
+    return None
+  gate = gate_lib.stored(model)
+  if gate is None or gate.kind != 'learned':
+    return None
+  if gate_lib.stored_lens(model):
+    console.note("The gate's lens is left out: the coda reads the state of the exit itself.")
+  return gate.arrays
 
 
 def _shape(config) -> str:

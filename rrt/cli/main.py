@@ -14,7 +14,7 @@ COMMANDS = {
   'train': ('rrt.cli.train', 'uptrain a converted model'),
   'evaluate': ('rrt.cli.evaluate', 'measure cross-entropy, tasks, exits'),
   'generate': ('rrt.cli.generate', 'continue prompts'),
-  'export': ('rrt.cli.export', 'write an untied Hugging Face checkpoint'),
+  'export': ('rrt.cli.export', 'write a model for transformers, PEFT or llama.cpp'),
   'fit-gate': ('rrt.cli.fit_gate', 'fit and calibrate an exit gate'),
   'serve': ('rrt.cli.serve', "serve a model over OpenAI's HTTP interface"),
   'demo': ('rrt.cli.demo', 'convert, uptrain and run SmolLM2-135M'),

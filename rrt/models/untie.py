@@ -37,16 +37,7 @@ def to_untied(model: LanguageModel) -> LanguageModel:
   if c.loops == 1 and c.block_layers == c.depth and not c.relax and not c.loop_norms:
     return model
   check_mergeable(c)
-  config = dataclasses.replace(
-    c,
-    block_layers=c.depth,
-    prelude_layers=0,
-    loops=1,
-    coda_layers=0,
-    order='cycle',
-    loop_norms=False,
-    relax=(),
-  )
+  config = untied_config(c)
   params: dict[str, Any] = {
     part: model.params[part] for part in ('embed', 'final_norm', 'head') if part in model.params
   }
@@ -54,13 +45,27 @@ def to_untied(model: LanguageModel) -> LanguageModel:
   for path, leaf in flatten(model.params['block']['layers']).items():
     if registry.kind_of_path(path):
       continue
-    shape = leaf.shape[1 + _has_loops(c, path) :]
+    shape = leaf.shape[1 + has_loops(c, path) :]
     stacked = np.empty((c.depth, *shape), leaf.dtype)
     for depth, value in _values(c, model.params, path):
       stacked[depth] = value
     set_path(layers, path, stacked)
   params['block'] = {'layers': layers}
   return LanguageModel(config, params, model.tokenizer, dict(model.meta))
+
+
+def untied_config(config: ModelConfig) -> ModelConfig:
+  """The shape of the untied model: all layers in one block that runs once."""
+  return dataclasses.replace(
+    config,
+    block_layers=config.depth,
+    prelude_layers=0,
+    loops=1,
+    coda_layers=0,
+    order='cycle',
+    loop_norms=False,
+    relax=(),
+  )
 
 
 def check_mergeable(config: ModelConfig) -> None:
@@ -74,7 +79,8 @@ def check_mergeable(config: ModelConfig) -> None:
       )
 
 
-def _has_loops(config: ModelConfig, path: str) -> bool:
+def has_loops(config: ModelConfig, path: str) -> bool:
+  """Whether a leaf of a block layer has a loops axis: norms and biases may."""
   return config.loop_norms and path.endswith(('scale', 'bias'))
 
 
@@ -92,7 +98,7 @@ def _values(config: ModelConfig, params: dict, path: str) -> Iterator[tuple[int,
     yield from enumerate(stack('prelude'))
   stacked = stack('block')
   for (loop, layer), depth in np.ndenumerate(c.block_depths()):
-    if _has_loops(c, path):
+    if has_loops(c, path):
       yield int(depth), stacked[layer, loop]
     else:
       yield int(depth), _merged(c, params['block'], path, stacked[layer], (loop, layer))

@@ -200,6 +200,20 @@ class Relaxation:
     """
     return None
 
+  def term(self, params: Leaves, host: Host) -> tuple[str, dict[str, np.ndarray]] | None:
+    """What it adds to a linear, for exports that keep the shared weights tied.
+
+    Args:
+      params: the leaves of one layer, all loops, numpy.
+      host: where.
+
+    Returns:
+      ('low_rank', {'a': [R, I, r], 'b': [R, r, O]}): x a b is added to the output;
+      ('gain', {'gain': [R, O]}): the output so far is multiplied; None for what is
+      neither.
+    """
+    return None
+
   def count(self, host: Host) -> int:
     """Unique parameters on a host, in all layers, padding left out."""
     return host.layers * sum(int(np.prod(leaf.shape)) for leaf in self.leaves(host).values())

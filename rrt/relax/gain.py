@@ -84,6 +84,9 @@ class Gain(Relaxation):
     gain_O = np.asarray(params['gain'][layer, loop], np.float64)
     return base_IxO * gain_O[None, :]
 
+  def term(self, params: Leaves, host: Host):
+    return 'gain', {'gain': np.asarray(params['gain'], np.float32)}
+
   def closes(self, host: Host) -> bool:
     return self.start == 0 and host.name in self.components
 

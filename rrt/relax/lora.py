@@ -150,6 +150,10 @@ class Lora(Relaxation):
     a, b = a[:, :rank].astype(np.float64), b[:rank].astype(np.float64)
     return base_IxO + self.scale(host.name) * (a @ b)
 
+  def term(self, params: Leaves, host: Host):
+    a_RxIxr, b_RxrxO = (np.asarray(params[k], np.float32) for k in ('lora_a', 'lora_b'))
+    return 'low_rank', {'a': a_RxIxr, 'b': self.scale(host.name) * b_RxrxO}
+
   def count(self, host: Host) -> int:
     ranks = self.table(host.name, host.loops, host.layers).sum()
     return int(ranks) * (host.d_in + host.d_out)

@@ -1,0 +1,1 @@
+"""Code that is copied beside exports; it is not imported here."""
