@@ -27,7 +27,7 @@ WORKERS ?= 2
 	touch $@
 
 .venv/test: .venv/made pyproject.toml
-	$(PIP) -e ".[train,convert,eval,serve,wandb,colab,demo,dev]"
+	$(PIP) -e ".[train,convert,eval,serve,quantize,wandb,colab,demo,dev]"
 	touch $@
 
 .venv/parity: .venv/test

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from rrt.infer.generate import complete
   from rrt.model import LanguageModel
   from rrt.models.count import count_params
+  from rrt.models.quantized import dequantized, quantize
   from rrt.models.untie import to_untied
   from rrt.train.loop import uptrain
 
@@ -40,7 +41,9 @@ _HOMES = {
   'Request': 'rrt.infer.engine.request',
   'complete': 'rrt.infer.generate',
   'count_params': 'rrt.models.count',
+  'dequantized': 'rrt.models.quantized',
   'load': 'rrt.checkpoints.load',
+  'quantize': 'rrt.models.quantized',
   'save': 'rrt.checkpoints.load',
   'save_gguf': 'rrt.checkpoints.save_gguf',
   'save_hf': 'rrt.checkpoints.save_hf',
@@ -60,7 +63,9 @@ __all__ = [
   'Request',
   'complete',
   'count_params',
+  'dequantized',
   'load',
+  'quantize',
   'save',
   'save_gguf',
   'save_hf',

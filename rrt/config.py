@@ -28,6 +28,7 @@ FAMILIES = (
   *('phi3', 'olmo2', 'gpt_neox'),
 )
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'none')
+WEIGHTS = ('float', 'int8', 'int4', 'nf4')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 
@@ -106,6 +107,8 @@ class ModelConfig:
     ropes: the distinct rotary tables.
     rope_index: which of `ropes` by depth; () is the first for all.
     loop_norms: the block's norm gains and biases have a leading loops axis.
+    weights: how the linears are stored, 'float' or quantized ('int8', 'int4', 'nf4';
+      `rrt.ops.quantize`); embeddings and head are int8 then.
     relax: the relaxations of the block, applied in this order; see
       `rrt.relax.base.Relaxation`.
   """
@@ -144,6 +147,7 @@ class ModelConfig:
   ropes: tuple[Rope, ...] = (Rope(),)
   rope_index: tuple[int, ...] = ()
   loop_norms: bool = False
+  weights: str = 'float'
   relax: tuple[Relaxation, ...] = ()
 
   def __post_init__(self):
@@ -209,6 +213,7 @@ class ModelConfig:
     coda: int,
     order: str = 'cycle',
     loop_norms: bool = False,
+    weights: str = 'float',
     relax: tuple[Relaxation, ...] = (),
   ) -> ModelConfig:
     """The same model with its depth arranged as prelude, block x loops, coda.
@@ -230,6 +235,7 @@ class ModelConfig:
       coda_layers=coda,
       order=order,
       loop_norms=loop_norms,
+      weights=weights,
       relax=relax,
     )
 
@@ -313,6 +319,12 @@ def _check(c: ModelConfig) -> None:
   need(c.norm in NORMS, 'norm', f'must be one of {NORMS}')
   need(c.norm == 'rms' or not c.unit_offset_norm, 'unit_offset_norm', 'is for norm=rms')
   need(c.pre_norms or not c.parallel, 'parallel', 'needs pre_norms')
+  need(c.weights in WEIGHTS, 'weights', f'must be one of {WEIGHTS}')
+  need(
+    c.weights in ('float', 'int8') or not any(d_in % 2 for d_in, _ in c.shapes().values()),
+    'weights',
+    'two codes share a byte, for which d_model, d_ff and heads must be even',
+  )
   need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')
   need(
     set(c.biases) <= {*c.shapes()} and len({*c.biases}) == len(c.biases),

@@ -5,9 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.tree import flatten
+
+
+def count_arrays(params: dict[str, Any]) -> int:
+  """Parameters in a tree: of quantized matrices the codes, two a byte in four bits."""
+  sizes = {
+    path: leaf.size * (2 if leaf.dtype == np.uint8 else 1) for path, leaf in flatten(params).items()
+  }
+  return sum(size for path, size in sizes.items() if not path.endswith('/step'))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,7 +51,7 @@ class LanguageModel:
       [
         f'LanguageModel of the family {c.family}',
         f'  shape       {shape}; width {c.d_model}, vocabulary {c.vocab_size:,}',
-        f'  parameters  {sum(leaf.size for leaf in leaves):,}',
+        f'  parameters  {count_arrays(self.params):,}',
         f'  dtype       {", ".join(dtypes)}',
         f'  source      {self.meta.get("source") or self.meta.get("name") or "unknown"}',
       ]

@@ -129,7 +129,10 @@ def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[st
   params: dict[str, Any] = {}
   damaged = []
   for name, info in file.infos.items():
-    array = np.empty(info.shape, reader.DTYPES[dtype])
+    stored: Any = safetensors.CODES.get(info.dtype, reader.DTYPES[dtype])
+    if name.endswith('/step'):  # Of codes, whose precision it is.
+      stored = np.float32
+    array = np.empty(info.shape, stored)
     crc = 0
     for start, rows in file.chunks(name):
       crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)

@@ -34,7 +34,10 @@ DTYPES = {
   'F16': np.dtype('<f2'),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Codes of quantized matrices, in files of ours.
+CODES = {'I8': np.dtype('i1'), 'U8': np.dtype('u1')}
+ALL_DTYPES = DTYPES | CODES
+NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -101,7 +104,7 @@ class SafetensorsFile:
         self.infos[name] = TensorInfo(shape, str(entry['dtype']))
       except (TypeError, KeyError, ValueError) as e:
         raise _broken(self.path, f'its entry for {name!r} is damaged') from e
-      dtype = DTYPES.get(self.infos[name].dtype)
+      dtype = ALL_DTYPES.get(self.infos[name].dtype)
       wanted = dtype and math.prod(shape) * dtype.itemsize
       if stop < begin or (dtype and stop - begin != wanted):
         raise _broken(self.path, f'the byte range of {name!r} is damaged')
@@ -119,9 +122,9 @@ class SafetensorsFile:
       InputError: the dtype is unknown, or the file ends.
     """
     shape, dtype_name = self.infos[name]
-    if dtype_name not in DTYPES:
+    if dtype_name not in ALL_DTYPES:
       raise _broken(self.path, f'{name!r} has the unknown dtype {dtype_name[:80]!r}')
-    dtype = DTYPES[dtype_name]
+    dtype = ALL_DTYPES[dtype_name]
     begin, stop = self._ranges[name]
     if stop == begin:
       return

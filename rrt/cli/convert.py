@@ -10,7 +10,7 @@ from pathlib import Path
 from rrt import command, console
 from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
 from rrt.cli import plots
-from rrt.config import ORDERS
+from rrt.config import ORDERS, WEIGHTS
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.drop import count_of, parse
 from rrt.convert.plan import CHOSEN, INITS, REFITS, RELAX_INITS, ConvertConfig, plan, recommended
@@ -66,6 +66,13 @@ _FIELDS = (
     '',
     'Layers of the parent to delete before the rest is arranged: 16-19, 3,16-19, or auto:4 '
     'for the run of four whose deletion moves the residual stream least.',
+  ),
+  FLAGS.usual.enum(
+    'weights',
+    _DEFAULT.weights,
+    WEIGHTS,
+    'Quantizes all matrices (groups of 64; embeddings and head int8); LoRA is fitted to what '
+    'rounding leaves.',
   ),
   FLAGS.usual.enum('init', _DEFAULT.init, INITS, 'Initial values of the shared weights.'),
   FLAGS.usual.string(

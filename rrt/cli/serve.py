@@ -78,7 +78,9 @@ _WEIGHT_DTYPE = FLAGS.rare.enum(
   ['float32', 'bfloat16'],
   'Dtype that the weights are rounded to; none by default.',
 )
-_KV_DTYPE = FLAGS.rare.enum('kv_dtype', None, ['float32', 'bfloat16'], 'Dtype of the KV cache.')
+_KV_DTYPE = FLAGS.rare.enum(
+  'kv_dtype', None, ['float32', 'bfloat16', 'int8'], 'Dtype of the KV cache.'
+)
 _MAX_WAITING = FLAGS.rare.integer(
   'max_waiting', 64, 'Maximum requests waiting for a slot; more get status 429.'
 )

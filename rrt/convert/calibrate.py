@@ -18,6 +18,10 @@ few thousand tokens, and each linear of the child is fitted by least squares:
    stream is kept only if it brings tokens that were left out of the fit nearer to
    the parent's: no such position is worse there than a deleted layer.
 
+6. Where weights are quantized, each is rounded before what follows it is fitted:
+   relaxations to the rounded shared weight (`rrt.convert.rounding`), later layers to
+   inputs with all errors of rounding.
+
 Nothing is trained by gradients. One layer's covariances are in memory at a
 time, besides the parent's residual stream for the calibration tokens: after
 attention and after the MLP, at every depth from the prelude on. That is
@@ -49,6 +53,7 @@ from rrt.convert.activations import (
   sites,
   with_norms,
 )
+from rrt.convert.rounding import round_shared
 from rrt.convert.weights import TINY, ChildWeights
 from rrt.ops import least_squares
 
@@ -115,6 +120,8 @@ def calibrate(
     )
     if depth not in at:
       weights.own[depth] = jax.tree.map(np.asarray, layer)
+      for name, codes in weights.own_codes.pop(depth, {}).items():
+        set_kernel(weights.own[depth], name, codes)
     gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
     size = np.sum(streams[depth].end ** 2, dtype=np.float64)
     weights.drift.append(float(gap / max(size, TINY)))
@@ -211,6 +218,8 @@ def fit_layer(
       if position is not None:
         ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
         target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, steps)
+      else:
+        target_IxO = weights.round_own(depth, name, target_IxO)
       set_kernel(layer, name, target_IxO)
     if site.endswith('out'):
       old, new = stream[:2] if site == 'attn_out' else stream[1:]
@@ -298,4 +307,6 @@ def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, ste
     if shared_IxO is None:
       shared_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
     weights.shared[name][n] = shared_IxO
+    if weights.config.weights != 'float':
+      round_shared(weights, name, n, cs_RxIxI, ws_RxIxO)
   return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))

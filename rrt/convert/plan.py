@@ -50,6 +50,8 @@ class ConvertConfig:
     relax_init: 'fit' starts relaxations from what the shared weights lack,
       'zero' without effect.
     loop_norms: every loop keeps its own norm gains.
+    weights: 'float', or 'int8', 'int4' or 'nf4': all matrices are rounded, and
+      relaxations and later layers fitted to what rounding left.
     drop: layers of the parent that are deleted before the rest is arranged:
       '16-19', '3,16-19', (16, 17), or 'auto:4' for the run of four whose
       deletion moves the residual stream of the calibration text least.
@@ -77,6 +79,7 @@ class ConvertConfig:
   relax: tuple[str | Relaxation, ...] = ()
   relax_init: str = 'fit'
   loop_norms: bool = True
+  weights: str = 'float'
   drop: str | tuple[int, ...] = ()
   refit: str = 'after'
   params: str | int | None = None
@@ -163,6 +166,10 @@ def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> 
 
 
 def _check_vanilla(parent: ModelConfig) -> None:
+  if parent.weights != 'float':
+    raise InputError(
+      f'The parent has weights={parent.weights!r}; convert the model that it was rounded from.'
+    )
   if parent.loops != 1 or parent.relax:
     state = f'is already recursive (loops={parent.loops})'
     if parent.loops == 1:
@@ -186,7 +193,7 @@ def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
     if not is_whole(c.layers_run, 1):
       raise InputError(f'layers_run={c.layers_run!r}: must be a whole number, 1 or more.')
     count = max(count, parent.depth - c.layers_run)
-  return drop.config_without(parent, count)
+  return dataclasses.replace(drop.config_without(parent, count), weights=c.weights)
 
 
 def _check_closed(config: ModelConfig, c: ConvertConfig) -> None:
@@ -254,6 +261,7 @@ def arrange(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
     coda=c.coda,
     order=c.order,
     loop_norms=c.loop_norms and (c.loops > 1 or not c.drop),
+    weights=c.weights,
   )
 
 
@@ -276,7 +284,7 @@ def _nearest(depth, prelude, block, loops, coda, count: int = 3) -> list[str]:
 
 def is_exact(config: ModelConfig, convert: ConvertConfig) -> bool:
   """Whether a child can only compute what its parent does."""
-  if convert.drop:
+  if convert.drop or convert.weights != 'float':
     return False
   fits = convert.relax_init == 'fit'
   full = fits and all(

@@ -26,11 +26,13 @@ from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
 from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
+from rrt.convert.rounding import round_shared
 from rrt.convert.weights import ChildWeights
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.untie import to_untied
 from rrt.ops.matmul import float32_is_float32
+from rrt.ops.quantize import dense, quantize
 from rrt.tree import flatten
 
 ROW = 512  # Tokens of a calibration row: more texts for as many tokens.
@@ -132,7 +134,7 @@ def _fits(config: ModelConfig, convert: ConvertConfig) -> bool:
   """Whether anything is fitted to text."""
   if convert.init != 'calibrated' or is_exact(config, convert):
     return False
-  return config.loops > 1 or convert.refit != 'none'
+  return config.loops > 1 or config.weights != 'float' or convert.refit != 'none'
 
 
 def _make(
@@ -279,6 +281,11 @@ class _Job:
       self._spend(select.spectra(c, layers, shared, count))
     weights = self._weights()
     weights.shared = shared
+    if c.weights != 'float':
+      for name, host in weights.hosts.items():
+        for n in range(c.block_layers):
+          at = lambda r, n=n, path=host.path: select.kernel_at(layers, path, c.depth_of(r, n))
+          round_shared(weights, name, n, None, np.stack([at(r) for r in range(c.loops)]))
     select.fit_relaxations(weights, layers, count)
     return weights
 
@@ -289,12 +296,17 @@ class _Job:
     start = drop.first_refitted(kept, self.convert.refit, depth)
     if c.loops > 1:
       start = min(start, c.prelude_layers)
+    if c.weights != 'float':  # All layers are rounded.
+      start = 0
     count = _counter(depth + c.depth - start, self.progress)
     whole = self._activations(self.parent)
     table_VxD = self.parent.params['embed']['table']
     x_BxLxD = embedded(self.parent.config, table_VxD, self.tokens_BxL)
     streams = whole.run(x_BxLxD, start, count)
-    h_BxLxD = streams[start].start  # No gap lies before it.
+    h_BxLxD = streams[start].start  # No gap lies before it, but for a rounded table.
+    if c.weights != 'float':
+      rounded_VxD = np.asarray(dense(quantize(table_VxD, 'int8', axis=-1)))
+      h_BxLxD = embedded(self.parent.config, rounded_VxD, self.tokens_BxL)
     streams = drop.targets(streams, kept, self.convert.refit, depth)
     activations = self._activations(self.kept) if self.dropped else whole
     if self.convert.budget is not None:

@@ -12,6 +12,7 @@ from rrt.config import ModelConfig
 from rrt.convert.drop import in_words
 from rrt.evals import perplexity
 from rrt.model import LanguageModel
+from rrt.model import count_arrays as count_leaves
 from rrt.models import lm_head, transformer
 from rrt.models.count import ParamCount, count_params
 from rrt.relax.base import padding
@@ -175,7 +176,7 @@ def _in_words(config: ModelConfig) -> str:
 
 def count_arrays(config: ModelConfig, params: Any) -> int:
   """Unique parameters in a tree, without the padding of relaxations."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding(config)
+  return count_leaves(params) - padding(config)
 
 
 def cross_entropy(model: LanguageModel, rows_BxL: np.ndarray) -> float:

@@ -13,6 +13,9 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.convert.plan import source_layers
+from rrt.models.quantized import host as host_arrays
+from rrt.models.quantized import quantize_params
+from rrt.ops.quantize import dense, quantize
 from rrt.relax.base import Leaves, hosts_of, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
@@ -30,6 +33,9 @@ class ChildWeights:
       initial values.
     norms: gains and biases of the block by path: [N, R, D] per loop, else [N, D].
     own: depth -> layer tree of the prelude's and the coda's refitted layers.
+    own_codes: depth -> linear -> its rounded weight, while that layer is fitted.
+    codes: component -> block layer -> the rounded shared weight, where weights are
+      quantized; `shared` then holds what the codes stand for.
     kept: component -> share of what the shared weight lacks that its
       relaxations regain, [R, N].
     drift: by depth from the block on, `||child - parent||^2 / ||parent||^2`
@@ -52,6 +58,7 @@ class ChildWeights:
     self.shared = {
       name: np.zeros((N, h.d_in, h.d_out), np.float32) for name, h in self.hosts.items()
     }
+    self.codes: dict[str, dict[int, Any]] = {name: {} for name in self.hosts}
     self.kept: dict[str, np.ndarray] = {}
     self.relax: dict[tuple[str, str], Leaves] = {}
     key = jax.random.key(seed)
@@ -66,6 +73,7 @@ class ChildWeights:
       if host.site == 'linear':
         self.kept[host.name] = np.zeros((R, N))
     self.own: dict[int, Any] = {}
+    self.own_codes: dict[int, dict[str, Any]] = {}
     self.drift: list[float] = []
     self.norms = _norms(config, layers, init)
 
@@ -111,6 +119,23 @@ class ChildWeights:
     for name, host in self.hosts.items():
       self.shared[name][position[1]] = subtree(layer, host)['kernel']
 
+  def round(self, name: str, layer: int) -> Any:
+    """Rounds a shared weight, if the child's weights are quantized; its codes."""
+    if self.config.weights == 'float':
+      return None
+    codes = host_arrays(quantize(self.shared[name][layer], self.config.weights))
+    self.codes[name][layer] = codes
+    self.shared[name][layer] = np.asarray(dense(codes))
+    return codes
+
+  def round_own(self, depth: int, name: str, kernel_IxO):
+    """A weight of a layer of its own as the child holds it: rounded if it is quantized."""
+    if self.config.weights == 'float':
+      return kernel_IxO
+    codes = host_arrays(quantize(kernel_IxO, self.config.weights))
+    self.own_codes.setdefault(depth, {})[name] = codes
+    return dense(codes)
+
   def is_closed(self, name: str, position: tuple[int, int]) -> bool:
     """Whether the shared weight starts without effect at a position."""
     closed = any(r.closes(self.hosts[name]) for r in self.config.relax)
@@ -148,8 +173,8 @@ class ChildWeights:
           self.relax[relaxation.kind, host.path][leaf][layer, loop] = value
         merged_IxO = fitted.merged_IxO
     if name in self.kept:
-      kept = _energy(target_IxO - merged_IxO, c_IxI) / max(
-        _energy(target_IxO - shared_IxO, c_IxI), TINY
+      kept = energy(target_IxO - merged_IxO, c_IxI) / max(
+        energy(target_IxO - shared_IxO, c_IxI), TINY
       )
       self.kept[name][loop, layer] = max(1.0 - kept, 0.0) if lacks else 1.0
     return merged_IxO
@@ -173,6 +198,9 @@ class ChildWeights:
       set_path(block, path, gains.astype(dtype, copy=False))
     for name in list(self.shared):
       leaf = self.shared.pop(name).astype(dtype, copy=False)
+      codes = self.codes.pop(name)
+      if codes:
+        leaf = jax.tree.map(lambda *t: np.stack(t), *(codes[n] for n in range(c.block_layers)))
       set_path(block, f'{self.hosts[name].path}/kernel', leaf)
     tree['block'] = {'layers': block}
     for relaxation, host, _ in relaxed_hosts(c):
@@ -185,7 +213,7 @@ class ChildWeights:
     for part, depths in (('prelude', range(first)), ('coda', range(last, c.depth))):
       if depths:
         tree[part] = {'layers': self._own_layers(depths, dtype)}
-    return tree
+    return tree if c.weights == 'float' else quantize_params(tree, c.weights)
 
   def _own_layers(self, depths: range, dtype) -> Any:
     """The layers of the prelude or the coda, refitted where they were."""
@@ -194,7 +222,12 @@ class ChildWeights:
       return jax.tree.map(lambda t: np.asarray(t[depths.start : depths.stop]), self._layers)
     at_depth = lambda depth: jax.tree.map(lambda t: np.asarray(t[depth]), self._layers)
     trees = [tree or at_depth(depth) for tree, depth in zip(refitted, depths, strict=True)]
-    return jax.tree.map(lambda *leaves: np.stack(leaves).astype(dtype, copy=False), *trees)
+
+    def stack(*leaves):
+      stacked = np.stack(leaves)
+      return stacked.astype(dtype, copy=False) if stacked.dtype.kind == 'f' else stacked
+
+    return jax.tree.map(stack, *trees)
 
 
 def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]:
@@ -214,7 +247,7 @@ def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]
   return gains
 
 
-def _energy(m_IxO, c_IxI) -> float:
+def energy(m_IxO, c_IxI) -> float:
   """||x M||^2 of inputs x with covariance C; of M itself without one."""
   if c_IxI is None:
     return float(np.sum(np.asarray(m_IxO, np.float64) ** 2))

@@ -26,6 +26,9 @@ def init_params(config: ModelConfig, key, dtype=jnp.float32):
   def init(key):
     params = nn.unbox(boxed_params(config, key))
     params = mask_all(config, params)
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+    # Codes of quantized matrices stay integers.
+    return jax.tree.map(
+      lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
+    )
 
   return init(key)

@@ -20,6 +20,7 @@ import numpy as np
 from rrt.config import ModelConfig, Rope
 from rrt.models.relaxed import relax, relaxations_of
 from rrt.ops.matmul import TransposedKernel, matmul
+from rrt.ops.quantize import quantize
 from rrt.relax.base import LINEAR_AXES, at_loop
 
 
@@ -158,6 +159,8 @@ class Linear(nn.Module):
     c = self.config
     shape = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+    if c.weights != 'float':
+      scaled = quantized_init(scaled, c.weights)
     kernel_DxF: Any = self.get_variable('params', 'kernel')
     if isinstance(kernel_DxF, TransposedKernel):
       if kernel_DxF.shape != shape:
@@ -165,7 +168,7 @@ class Linear(nn.Module):
           f'{self.component}: a kernel of {kernel_DxF.shape} was given, and {shape} is needed.'
         )
     else:
-      init = nn.with_logical_partitioning(scaled, LINEAR_AXES[self.component])
+      init = partitioned(scaled, LINEAR_AXES[self.component])
       kernel_DxF = self.param('kernel', init, shape, jnp.float32)
     relaxed = relaxations_of(self, c, self.component, self.looped)
     y_BxLxF = relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
@@ -179,6 +182,27 @@ class Linear(nn.Module):
     bias: Any = self.param('bias', zeros, size, jnp.float32)
     bias = at_loop(bias, loop, y_BxLxF.ndim) if len(size) == 2 else bias[None, None]
     return y_BxLxF + bias.astype(y_BxLxF.dtype)
+
+
+def quantized_init(init, kind: str, axis: int = -2):
+  """An initializer whose matrix is quantized."""
+  return lambda key, shape, dtype: quantize(init(key, shape, dtype), kind, axis)
+
+
+def partitioned(init, axes: tuple[str, str], group_axis: int = -2):
+  """An initializer with the names of the matrix's axes; of a quantized one, on each part."""
+  one = nn.with_logical_partitioning(lambda value: value, axes)
+  # Groups may be fewer than a mesh has devices.
+  step_axes = tuple(None if i == group_axis % 2 else a for i, a in enumerate(axes))
+  step = nn.with_logical_partitioning(lambda value: value, step_axes)
+
+  def boxed(*args):
+    value = init(*args)
+    if not isinstance(value, dict):
+      return one(value)
+    return {name: (step if name == 'step' else one)(part) for name, part in value.items()}
+
+  return boxed
 
 
 def activate(gate, activation: str):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rrt.config import ModelConfig
 from rrt.ops.attention import softcap
 from rrt.ops.matmul import float32_is_float32
+from rrt.ops.quantize import dense
 
 
 def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
@@ -22,10 +23,7 @@ def logits(config: ModelConfig, params, hidden, dtype=jnp.float32):
   contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
   with float32_is_float32(dtype):
     found = jax.lax.dot_general(
-      hidden.astype(dtype),
-      jnp.asarray(table).astype(dtype),
-      contract,
-      preferred_element_type=jnp.float32,
+      hidden.astype(dtype), dense(table, dtype), contract, preferred_element_type=jnp.float32
     )
   return softcap(found, config.final_softcap)
 
@@ -40,7 +38,7 @@ def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
     logits_BxV = logits(config, params, hidden_BxD, dtype)
     # XLA would transpose the product itself, into a bfloat16 one it cannot run.
     return jax.lax.optimization_barrier(logits_BxV).T
-  table_VxD = jnp.asarray(params['embed']['table']).astype(dtype)
+  table_VxD = dense(params['embed']['table'], dtype)
   with float32_is_float32(dtype):
     found_VxB = jax.lax.dot_general(
       table_VxD,
@@ -72,12 +70,12 @@ def likeliest(logits_VxB):
 def first_tokens(config: ModelConfig, params, count: int):
   """Head parameters of the first `count` tokens, for `logits`."""
   if config.tie_embeddings:
-    return {'embed': {'table': params['embed']['table'][:count]}}
-  return {'head': {'kernel': params['head']['kernel'][:, :count]}}
+    return {'embed': {'table': jax.tree.map(lambda t: t[:count], params['embed']['table'])}}
+  return {'head': {'kernel': jax.tree.map(lambda t: t[:, :count], params['head']['kernel'])}}
 
 
 def kernel(config: ModelConfig, params):
   """The head as [D, V]; the transposed table where embeddings are tied."""
   if config.tie_embeddings:
-    return params['embed']['table'].T
-  return params['head']['kernel']
+    return dense(params['embed']['table']).T
+  return dense(params['head']['kernel'])

@@ -34,11 +34,14 @@ class KVPool(NamedTuple):
   """Keys (after RoPE) and values of one layer, in all loops and slots.
 
   bfloat16 is stored as the uint16 of its bits: XLA's CPU backend would copy the
-  whole bfloat16 array for every scatter into it.
+  whole bfloat16 array for every scatter into it. int8 has a step size for every token
+  and group, a 127th of the largest entry.
   """
 
   k_PxGxDhxC: jax.Array
   v_PxGxCxDh: jax.Array
+  k_step_PxGxC: jax.Array | None = None
+  v_step_PxGxC: jax.Array | None = None
 
 
 class PagedKV(NamedTuple):
@@ -125,22 +128,33 @@ def make_cache_layout(config: ModelConfig, slots: int, context: int, page: int) 
 def layout_bytes(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> int:
   """Bytes of all pools of a layout."""
   pages = sum(r.pages for part in layout for r in part)
-  position = 2 * config.num_kv_heads * config.head_dim
-  return pages * page * position * jnp.dtype(dtype).itemsize
+  steps = 4 if jnp.dtype(dtype) == jnp.int8 else 0
+  head = config.head_dim * jnp.dtype(dtype).itemsize + steps
+  return pages * page * 2 * config.num_kv_heads * head
 
 
 def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KVPools:
   """Empty pools."""
   G, Dh = config.num_kv_heads, config.head_dim
-  kept = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
+  kept = jnp.dtype(jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype)
 
   def kv_pool(page_range: PageRange) -> KVPool:
-    return KVPool(
-      jnp.zeros((page_range.pages, G, Dh, page), kept),
-      jnp.zeros((page_range.pages, G, page, Dh), kept),
-    )
+    keys = jnp.zeros((page_range.pages, G, Dh, page), kept)
+    values = jnp.zeros((page_range.pages, G, page, Dh), kept)
+    if kept != jnp.int8:
+      return KVPool(keys, values)
+    step = jnp.zeros((page_range.pages, G, page), jnp.float32)
+    return KVPool(keys, values, step, step)
 
   return KVPools(*(tuple(map(kv_pool, part)) for part in layout))
+
+
+def rounded(x, axis: int):
+  """Keys or values as int8, and the step of each vector along an axis."""
+  x = x.astype(jnp.float32)
+  step = jnp.max(jnp.abs(x), axis, keepdims=True) / 127.0
+  codes = jnp.round(x / jnp.where(step > 0, step, 1.0))
+  return codes.astype(jnp.int8), jnp.squeeze(step, axis)
 
 
 def pack(x, dtype):
@@ -159,16 +173,22 @@ def unpack(x, dtype):
 
 def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   """Writes one token a row at its position, in all loops that it writes."""
-  k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
+  k_PxGxDhxC, v_PxGxCxDh, k_step_PxGxC, v_step_PxGxC = kv.kv_pool
   P, C = v_PxGxCxDh.shape[0], v_PxGxCxDh.shape[2]
   page_BxW = kv.base_BxW + (position_Bx1 // C) % kv.count_BxW
   page_BxW = jnp.where(kv.base_BxW < P, page_BxW, P)
   at_BxW = jnp.broadcast_to(position_Bx1 % C, page_BxW.shape)
   wide = lambda t, like: jnp.broadcast_to(pack(t, like.dtype), (*page_BxW.shape, *t.shape[2:]))
+  if k_step_PxGxC is not None:
+    (k_Bx1xGxDh, k_Bx1xG), (v_Bx1xGxDh, v_Bx1xG) = rounded(k_Bx1xGxDh, -1), rounded(v_Bx1xGxDh, -1)
+    put = lambda step, t: step.at[page_BxW, :, at_BxW].set(wide(t, step), mode='drop')
+    k_step_PxGxC, v_step_PxGxC = put(k_step_PxGxC, k_Bx1xG), put(v_step_PxGxC, v_Bx1xG)
   return kv._replace(
     kv_pool=KVPool(
       k_PxGxDhxC.at[page_BxW, :, :, at_BxW].set(wide(k_Bx1xGxDh, k_PxGxDhxC), mode='drop'),
       v_PxGxCxDh.at[page_BxW, :, at_BxW].set(wide(v_Bx1xGxDh, v_PxGxCxDh), mode='drop'),
+      k_step_PxGxC,
+      v_step_PxGxC,
     )
   )
 
@@ -184,7 +204,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None
     cap: see `rrt.ops.attention.softcap`.
   """
   B, _, H, Dh = q_Bx1xHxDh.shape
-  k_PxGxDhxC, v_PxGxCxDh = kv.kv_pool
+  k_PxGxDhxC, v_PxGxCxDh, k_step_PxGxC, v_step_PxGxC = kv.kv_pool
   P, G, C, _ = v_PxGxCxDh.shape
   # Small products in bfloat16 are slower than in float32 on a CPU.
   cpu = jax.default_backend() == 'cpu'
@@ -212,14 +232,19 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None
       unpack(k_PxGxDhxC[page_B], dtype),
       preferred_element_type=jnp.float32,
     )
+    if k_step_PxGxC is not None:
+      att_BxGxMxC *= k_step_PxGxC[page_B][:, :, None]
     att_BxGxMxC = softcap(att_BxGxMxC, cap)
     att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
     new_BxGxMx1 = jnp.maximum(top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True))
     att_BxGxMxC = jnp.exp(att_BxGxMxC - new_BxGxMx1)
     shrink_BxGxMx1 = jnp.exp(top_BxGxMx1 - new_BxGxMx1)
+    read_BxGxMxC = att_BxGxMxC
+    if v_step_PxGxC is not None:
+      read_BxGxMxC = att_BxGxMxC * v_step_PxGxC[page_B][:, :, None]
     add_BxGxMxDh = jnp.einsum(
       'bgmc,bgcd->bgmd',
-      att_BxGxMxC.astype(dtype),
+      read_BxGxMxC.astype(dtype),
       unpack(v_PxGxCxDh[page_B], dtype),
       preferred_element_type=jnp.float32,
     )
@@ -265,11 +290,10 @@ def insert(kv_pool: KVPool, page_range: PageRange, loop: int, slot, kv: KV, leng
   base = page_range.base[loop] + slot * count
   to_c = jnp.where((from_c >= 0) & (length > 0), base + from_c % count, P)
   from_c = jnp.clip(from_c, 0, pages - 1)
-  return KVPool(
-    kv_pool.k_PxGxDhxC.at[to_c].set(
-      pack(k_cxGxDhxC[from_c], kv_pool.k_PxGxDhxC.dtype), mode='drop'
-    ),
-    kv_pool.v_PxGxCxDh.at[to_c].set(
-      pack(v_cxGxCxDh[from_c], kv_pool.v_PxGxCxDh.dtype), mode='drop'
-    ),
-  )
+  k_cxGxDhxC, v_cxGxCxDh = k_cxGxDhxC[from_c], v_cxGxCxDh[from_c]
+  put = lambda pool, pages: pool.at[to_c].set(pack(pages, pool.dtype), mode='drop')
+  steps = None, None
+  if kv_pool.k_step_PxGxC is not None:
+    (k_cxGxDhxC, k_cxGxC), (v_cxGxCxDh, v_cxGxC) = rounded(k_cxGxDhxC, 2), rounded(v_cxGxCxDh, 3)
+    steps = put(kv_pool.k_step_PxGxC, k_cxGxC), put(kv_pool.v_step_PxGxC, v_cxGxC)
+  return KVPool(put(kv_pool.k_PxGxDhxC, k_cxGxDhxC), put(kv_pool.v_PxGxCxDh, v_cxGxCxDh), *steps)

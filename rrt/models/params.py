@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from rrt.errors import InputError
 from rrt.ops import matmul
+from rrt.ops.quantize import KINDS
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -12,16 +13,16 @@ DTYPES = ('float32', 'bfloat16')
 def cast(params, dtype: str):
   """Parameters on the device, matrices in `dtype`.
 
-  Gains of norms and biases keep their dtype: they are small.
+  Gains of norms and biases keep their dtype: they are small; so do quantized matrices.
 
   Raises:
     InputError: a dtype that is not supported.
   """
   if dtype not in DTYPES:
     raise InputError(f'dtype={dtype!r}: must be one of {DTYPES}.')
-  is_vector = lambda path: getattr(path[-1], 'key', None) in ('scale', 'bias')
+  kept = lambda path: getattr(path[-1], 'key', None) in ('scale', 'bias', 'step', *KINDS)
   return jax.tree_util.tree_map_with_path(
-    lambda path, w: jnp.asarray(w, None if is_vector(path) else dtype), params
+    lambda path, w: jnp.asarray(w, None if kept(path) else dtype), params
   )
 
 

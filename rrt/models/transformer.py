@@ -24,10 +24,11 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.models.attention import AttnSpec, Context
 from rrt.models.cache import Cache
-from rrt.models.layers import Norm, rope_tables
+from rrt.models.layers import Norm, partitioned, quantized_init, rope_tables
 from rrt.models.relaxed import AUX, collect
 from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
 from rrt.ops.matmul import float32_is_float32
+from rrt.ops.quantize import dense, rows
 from rrt.relax.base import NO_AUX, Aux
 from rrt.sharding import constrain
 
@@ -146,7 +147,10 @@ class Transformer(nn.Module):
   def embed(self, tokens_BxL):
     """Token embeddings in the compute dtype, [B, L, D]."""
     c = self.config
-    init = nn.with_logical_partitioning(nn.initializers.normal(c.d_model**-0.5), ('vocab', 'embed'))
+    init = nn.initializers.normal(c.d_model**-0.5)
+    if c.weights != 'float':
+      init = quantized_init(init, 'int8', axis=-1)
+    init = partitioned(init, ('vocab', 'embed'), group_axis=-1)
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
     x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
@@ -155,9 +159,10 @@ class Transformer(nn.Module):
     """The untied head's parameters; `logits` applies them."""
     c = self.config
     if not c.tie_embeddings:
-      init = nn.with_logical_partitioning(
-        nn.initializers.normal(c.d_model**-0.5), ('embed', 'vocab')
-      )
+      init = nn.initializers.normal(c.d_model**-0.5)
+      if c.weights != 'float':
+        init = quantized_init(init, 'int8')
+      init = partitioned(init, ('embed', 'vocab'))
       Table(init, (c.d_model, c.vocab_size), 'kernel', name='head')()
 
 
@@ -288,7 +293,7 @@ def forward(
 
 def embed(config: ModelConfig, table_VxD, tokens_BxL, dtype=jnp.float32):
   """Rows of the embedding table, scaled where the family does so."""
-  x_BxLxD = jnp.take(table_VxD, tokens_BxL, axis=0).astype(dtype)
+  x_BxLxD = dense(rows(table_VxD, tokens_BxL), dtype)
   if config.scale_embeddings:
     x_BxLxD *= jnp.asarray(config.d_model**0.5, dtype)
   return x_BxLxD

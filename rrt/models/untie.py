@@ -11,6 +11,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.model import LanguageModel
+from rrt.models.quantized import dequantized
 from rrt.relax import registry
 from rrt.relax.base import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
@@ -34,6 +35,8 @@ def to_untied(model: LanguageModel) -> LanguageModel:
     1
   """
   c = model.config
+  if c.weights != 'float':
+    return to_untied(dequantized(model))
   if c.loops == 1 and c.block_layers == c.depth and not c.relax and not c.loop_norms:
     return model
   check_mergeable(c)
@@ -64,6 +67,7 @@ def untied_config(config: ModelConfig) -> ModelConfig:
     coda_layers=0,
     order='cycle',
     loop_norms=False,
+    weights='float',
     relax=(),
   )
 

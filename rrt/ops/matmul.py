@@ -34,6 +34,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from rrt.ops.quantize import dense, kind_of
+
 # What the remat policy 'dots' saves.
 NAME = 'matmul'
 # Terms of one float32 sum on a CPU with precision 'highest'.
@@ -101,8 +103,11 @@ def precision() -> str | None:
 def matmul(x_BxLxD, kernel_DxF):
   """x W in the dtype of x, [B, L, F]; differentiable once, in reverse.
 
-  A `TransposedKernel` kernel takes x of any rank and is not differentiable.
+  A `TransposedKernel` kernel takes x of any rank and is not differentiable, and codes
+  (`rrt.ops.quantize`) are constants.
   """
+  if kind_of(kernel_DxF):
+    kernel_DxF = dense(kernel_DxF, x_BxLxD.dtype)
   if isinstance(kernel_DxF, TransposedKernel):
     return _matmul_transposed(x_BxLxD, kernel_DxF.astype(x_BxLxD.dtype).kernel_FxD)
   return checkpoint_name(_matmul(x_BxLxD, kernel_DxF), NAME)

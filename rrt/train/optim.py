@@ -18,10 +18,13 @@ import jax
 import optax
 
 from rrt.errors import InputError
+from rrt.ops.quantize import KINDS
 from rrt.relax import registry
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 METHODS = ('adamw', 'muon')
+# Ends of the paths of quantized matrices.
+CODES = ('/step', *(f'/{kind}' for kind in KINDS))
 # What `train` may be besides a pattern.
 TRAIN = ('all', 'relaxations')
 
@@ -145,6 +148,12 @@ def trainable(o: Optimizer, params) -> Any:
   """
   pattern = pattern_of(o.train)
   chosen = jax.tree.map(lambda p: re.search(pattern, p) is not None, paths(params))
+  for path in jax.tree.leaves(jax.tree.map(lambda p, yes: p * yes, paths(params), chosen)):
+    if path.endswith(CODES):
+      raise InputError(
+        f'optimizer.train={o.train!r} matches {path}, which is quantized and stays as it is; '
+        "take 'relaxations', or a pattern of LoRA, gains and norms."
+      )
   if not any(jax.tree.leaves(chosen)):
     raise InputError(
       f'optimizer.train={o.train!r} is in the path of no parameter; paths '

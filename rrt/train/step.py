@@ -116,11 +116,16 @@ def param_shardings(config: ModelConfig, mesh) -> Any:
   return sharding_lib.shardings(boxed, mesh)
 
 
+def _in_float32(x):
+  """Codes of quantized matrices stay integers."""
+  return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def _init(params, optimizer, trained) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,
-    params=jax.tree.map(lambda x: x.astype(jnp.float32), params),
+    params=jax.tree.map(_in_float32, params),
     opt_state=optimizer.init(split(params, trained)[0]),
     skipped=zero,
     skipped_in_a_row=zero,

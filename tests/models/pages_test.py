@@ -99,3 +99,27 @@ def test_bytes_are_those_of_the_arrays():
     kv_pools = pages.init_pools(config, layout, PAGE, dtype)
     size = sum(x.nbytes for x in jax.tree.leaves(kv_pools))
     assert size == pages.layout_bytes(config, layout, PAGE, dtype)
+
+
+@pytest.mark.parametrize('loops', [(0, 1, 2), (2, 2, 0)])
+def test_int8_is_near_dense_attention(loops):
+  """And equal to that over keys and values rounded the same way."""
+  q, k, v, paged_kvs, _ = filled(llama(), loops, 'int8')
+  assert paged_kvs.kv_pool.k_PxGxDhxC.dtype == jnp.int8
+  got = pages.attend(q, paged_kvs, jnp.asarray(LENGTHS - 1)[:, None])
+  assert 1e-4 < np.abs(got - dense(q, k, v, 0)).max() < 0.05
+  of = lambda t, axis: (lambda codes, step: codes * jnp.expand_dims(step, axis))(
+    *pages.rounded(t, axis)
+  )
+  np.testing.assert_allclose(got, dense(q, of(k, 2), of(v, 3), 0), atol=1e-5)
+
+
+def test_int8_of_zeros_and_bytes():
+  codes, step = pages.rounded(jnp.zeros((2, 3)), -1)
+  assert not codes.any() and not step.any()
+  config = llama()
+  layout = pages.make_cache_layout(config, 3, 24, PAGE)
+  kv_pools = pages.init_pools(config, layout, PAGE, 'int8')
+  size = sum(t.nbytes for t in jax.tree.leaves(kv_pools))
+  assert pages.layout_bytes(config, layout, PAGE, 'int8') == size
+  assert size < 0.5 * pages.layout_bytes(config, layout, PAGE, 'float32')

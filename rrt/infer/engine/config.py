@@ -78,7 +78,7 @@ class EngineConfig:
       that have a slot at once: the highest throughput, and running sequences wait.
     page: positions of a page of the cache, at least one a loop.
     dtype: 'float32' or 'bfloat16', of weights and computation.
-    kv_dtype: of the cache; None for the same.
+    kv_dtype: of the cache, 'int8' too; None for the same.
     weight_dtype: 'bfloat16' rounds the weights to it and goes on computing in
       `dtype`, which is the fastest on a CPU; None rounds nothing.
     relax_layout: of per-loop factors, for rows at several loops. 'wide'
@@ -149,7 +149,8 @@ class EngineConfig:
     score_lib.check_kind(self.gate)
     for field in ('dtype', 'kv_dtype', 'weight_dtype'):
       value = getattr(self, field) or self.dtype
-      need(value in DTYPES, field, f'must be one of {DTYPES}')
+      allowed = (*DTYPES, 'int8') if field == 'kv_dtype' else DTYPES
+      need(value in allowed, field, f'must be one of {allowed}')
     need(self.relax_layout in LAYOUTS, 'relax_layout', f'must be one of {LAYOUTS}')
     longest = config.max_context
     need(
