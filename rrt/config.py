@@ -27,7 +27,9 @@ FAMILIES = (
   *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
   *('phi3', 'olmo2', 'gpt_neox'),
 )
-SCALINGS = ('', 'linear', 'llama3', 'yarn', 'none')
+SCALINGS = ('', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope', 'none')
+# Kinds whose frequencies depend on the length of the text.
+BY_LENGTH = ('dynamic', 'longrope')
 WEIGHTS = ('float', 'int8', 'int4', 'nf4')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -40,17 +42,23 @@ class Rope:
     base: the wavelength base (theta).
     scaling: '' for none, 'linear' (all frequencies divided by `factor`), 'llama3'
       (long wavelengths divided, short ones kept, a ramp between), 'yarn' (the
-      same by rotations within the original context, arXiv 2309.00071), or 'none'
-      for layers without rotation (NoPE).
+      same by rotations within the original context, arXiv 2309.00071), 'dynamic'
+      (a base that grows with a text longer than the original context), 'longrope'
+      (factors by dimension, one list for texts within the original context and one
+      for longer ones, arXiv 2402.13753), or 'none' for layers without rotation (NoPE).
     factor: of the extended context over the original one.
     low_freq_factor: llama3: wavelengths above original_context / this are
       divided by `factor`.
     high_freq_factor: llama3: wavelengths below original_context / this stay.
-    original_context: llama3, yarn: the context length of pretraining, in tokens.
+    original_context: llama3, yarn, dynamic, longrope: the context length of
+      pretraining, in tokens.
     beta_fast: yarn: frequencies of so many rotations or more stay.
     beta_slow: yarn: those of so few or fewer are divided by `factor`.
-    attention_factor: yarn: queries and keys are multiplied by it.
+    attention_factor: yarn, longrope: queries and keys are multiplied by it.
     truncate: yarn: whether the ramp begins and ends at whole dimensions.
+    short_factors, long_factors: longrope: divisors of the frequencies.
+    length: dynamic, longrope: of the texts that frequencies are for, in tokens; 0
+      for that of the batch.
   """
 
   base: float = 10_000.0
@@ -63,6 +71,9 @@ class Rope:
   beta_slow: float = 1.0
   attention_factor: float = 1.0
   truncate: bool = True
+  short_factors: tuple[float, ...] = ()
+  long_factors: tuple[float, ...] = ()
+  length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +176,19 @@ class ModelConfig:
       return self.head_dim**-0.5
     return self.query_scale
 
+  def for_length(self, length: int) -> ModelConfig:
+    """The same with rotary tables for texts of a length, where they depend on it.
+
+    A cache holds rotated keys: tokens that are decoded take the frequencies of the
+    length that their text may reach.
+    """
+    if not any(r.scaling in BY_LENGTH and r.length != length for r in self.ropes):
+      return self
+    ropes = (
+      dataclasses.replace(r, length=length) if r.scaling in BY_LENGTH else r for r in self.ropes
+    )
+    return dataclasses.replace(self, ropes=tuple(ropes))
+
   def norm_sizes(self) -> dict[str, int]:
     """Sizes of a layer's norms by path."""
     found: dict[str, int] = {}
@@ -253,7 +277,10 @@ class ModelConfig:
     """
     fields = dict(fields)
     try:
-      fields['ropes'] = tuple(Rope(**r) for r in fields.get('ropes', [{}]))
+      ropes = fields.get('ropes', [{}])
+      fields['ropes'] = tuple(
+        Rope(**{k: registry.as_tuple(v) for k, v in r.items()}) for r in ropes
+      )
       relax = tuple(registry.from_json(r) for r in fields.pop('relax', ()))
       return cls(**{k: registry.as_tuple(v) for k, v in fields.items()}, relax=relax)
     except TypeError as e:
@@ -289,6 +316,12 @@ def _check_rope(rope: Rope, where: str) -> None:
       f'{where}.high_freq_factor={rope.high_freq_factor!r}: must be above '
       f'low_freq_factor={rope.low_freq_factor!r}.'
     )
+  for name in ('short_factors', 'long_factors'):
+    factors = getattr(rope, name)
+    if rope.scaling == 'longrope' and not (factors and all(map(is_number, factors))):
+      raise InputError(f'{where}.{name}={factors!r}: must be finite numbers above 0.')
+  if not is_whole(rope.length):
+    raise InputError(f'{where}.length={rope.length!r}: must be a whole number of 0 or more.')
   if not is_whole(rope.original_context, 1):
     raise InputError(
       f'{where}.original_context={rope.original_context!r}: must be a whole number above 0.'
@@ -352,6 +385,13 @@ def _check(c: ModelConfig) -> None:
   need(bool(c.ropes), 'ropes', 'needs one rotary table at least')
   for i, rope in enumerate(c.ropes):
     _check_rope(rope, f'ropes[{i}]')
+    sizes = {len(rope.short_factors), len(rope.long_factors)}
+    half = (c.rotary_dim or c.head_dim) // 2
+    need(
+      rope.scaling != 'longrope' or sizes == {half},
+      'ropes',
+      f'longrope needs {half} short and long factors, one for each pair of dimensions',
+    )
   need(
     all(i < len(c.ropes) for i in c.rope_index),
     'rope_index',

@@ -26,6 +26,7 @@ FIELDS = {
   'head_dim': 'attention.key_length',
   'max_position_embeddings': 'context_length',
   'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+  'layer_norm_eps': 'attention.layer_norm_epsilon',
   'rope_theta': 'rope.freq_base',
   'sliding_window': 'attention.sliding_window',
   'num_local_experts': 'expert_count',
@@ -40,6 +41,8 @@ _READ = (
   'rope.freq_base_swa',
   'rope.scaling.type',
   'rope.scaling.factor',
+  'rope.scaling.attn_factor',
+  'use_parallel_residual',
 )
 _HARMLESS = (
   'vocab_size',
@@ -60,6 +63,7 @@ MODEL_TYPES = {
   'phi3': 'phi3',
   'qwen2': 'qwen2',
   'qwen3': 'qwen3',
+  'gptneox': 'gpt_neox',
 }
 
 
@@ -116,6 +120,10 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     fields['head_dim'] = rotated
   if rotated and arch == 'phi3' and rotated != fields.get('head_dim', rotated):
     fields['partial_rotary_factor'] = rotated / fields['head_dim']
+  elif rotated and arch == 'gptneox':
+    size = fields.get('hidden_size', 0) // max(fields.get('num_attention_heads', 1), 1)
+    fields['rotary_pct'] = rotated / max(size, 1)
+    fields['use_parallel_residual'] = bool(metadata.get('gptneox.use_parallel_residual', True))
   elif rotated and rotated != fields.get('head_dim', rotated):
     raise InputError(
       f'The GGUF field {arch}.rope.dimension_count={rotated} differs from '
@@ -130,6 +138,8 @@ def config_from_gguf(metadata: dict[str, Any], tensors: Any) -> ModelConfig:
     if scaling == 'yarn':
       original = metadata.get(f'{arch}.rope.scaling.original_context_length')
       fields['rope_scaling']['original_max_position_embeddings'] = original
+  if 'rope_factors_long.weight' in tensors.infos:
+    fields['rope_scaling'] = _longrope_scaling(metadata, tensors, arch)
   if 'rope_freqs.weight' in tensors.infos:
     if scaling != 'none':
       raise InputError(
@@ -199,6 +209,26 @@ def _gemma3_fields(metadata, fields) -> dict[str, Any]:
   return out
 
 
+_FACTORS = ('rope_factors_long.weight', 'rope_factors_short.weight')
+
+
+def _longrope_scaling(metadata: dict[str, Any], tensors: Any, arch: str) -> dict[str, Any]:
+  """The LongRoPE scaling of a file with its two lists of factors."""
+  found: dict[str, Any] = {
+    'rope_type': 'longrope',
+    'original_max_position_embeddings': metadata.get(
+      f'{arch}.rope.scaling.original_context_length'
+    ),
+  }
+  for name in _FACTORS:
+    if name not in tensors.infos or tensors.infos[name].dtype != 'F32':
+      raise InputError(f'The GGUF file needs the tensor {name} as F32.')
+    (_, values), *_ = tensors.chunks(name)
+    found[f'{name.split(".")[0].split("_")[-1]}_factor'] = values.tolist()
+  attention = metadata.get(f'{arch}.rope.scaling.attn_factor')
+  return found | ({'attention_factor': float(attention)} if attention else {})
+
+
 def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
   """The llama3 RoPE scaling that a table of frequency divisors comes from.
 
@@ -236,6 +266,6 @@ def read_params(config: ModelConfig, tensors: Any, dtype: str, where: str) -> di
     tensors,
     dtype=dtype,
     style='gguf',
-    ignore=lambda name: name == 'rope_freqs.weight',
+    ignore=lambda name: name in ('rope_freqs.weight', *_FACTORS),
     where=where,
   )

@@ -95,7 +95,7 @@ def read_params(
     if name not in expected and not ignore(name):
       faults.add('unexpected', name)
   for job in jobs:
-    _check(job, config, tensors, faults)
+    _check(job, config, tensors, style, faults)
   if faults.found:  # Before any memory is taken or any value read.
     raise faults.error(where)
   leaves: dict[str, np.ndarray] = {}
@@ -132,11 +132,11 @@ class _Faults:
     return InputError(f'{where} does not fit its configuration: {"; ".join(parts)}.')
 
 
-def _check(job: _Job, config: ModelConfig, tensors: Tensors, faults: _Faults) -> None:
+def _check(job: _Job, config: ModelConfig, tensors: Tensors, style: str, faults: _Faults) -> None:
   info = tensors.infos.get(job.name)
   shape = job.shape[::-1] if job.transposed else job.shape
   if job.row.fused:
-    shape = (tensor_rows(config, job.row)[1], *shape[1:])
+    shape = (tensor_rows(config, job.row, style)[1], *shape[1:])
   supported = getattr(tensors, 'dtypes', safetensors.DTYPES)
   if info is None:
     faults.add('missing', job.name)
@@ -163,7 +163,7 @@ def _read(job, target, config, family, tensors, style, faults) -> None:
       rows = rows.astype(target.dtype, copy=False)
     finite = finite and bool(np.isfinite(rows).all())
     if job.row.fused:
-      index, _ = tensor_rows(config, job.row)
+      index, _ = tensor_rows(config, job.row, style)
       inside = (index >= start) & (index < start + len(rows))
       target[inside] = rows[index[inside] - start]
       continue

@@ -56,6 +56,8 @@ def arch_of(config: ModelConfig) -> str:
     raise InputError(
       f"tie_embeddings: llama.cpp's {config.family} has no head of its own; take --format=hf."
     )
+  if any(r.scaling == 'dynamic' for r in config.ropes):
+    raise InputError('ropes: llama.cpp has no dynamic scaling; take --format=hf.')
   return found[0]
 
 
@@ -157,12 +159,17 @@ def _metadata(model: LanguageModel, arch: str) -> dict[str, Any]:
     f'{arch}.rope.dimension_count': c.rotary_dim or c.head_dim,
     f'{arch}.vocab_size': c.vocab_size,
   }
+  found.setdefault(f'{arch}.rope.freq_base', float(c.ropes[0].base))
+  if arch == 'gptneox':
+    found[f'{arch}.use_parallel_residual'] = c.parallel
   scaling = fields.get('rope_scaling') or {}
   kind = scaling.get('rope_type')
   if kind in ('linear', 'yarn'):
     found[f'{arch}.rope.scaling.type'] = kind
     found[f'{arch}.rope.scaling.factor'] = float(scaling['factor'])
-  if kind == 'yarn':
+  if kind == 'longrope':
+    found[f'{arch}.rope.scaling.attn_factor'] = float(scaling['attention_factor'])
+  if kind in ('yarn', 'longrope'):
     original = scaling['original_max_position_embeddings']
     found[f'{arch}.rope.scaling.original_context_length'] = original
   if arch == 'gemma3':
@@ -194,6 +201,9 @@ def _add_tensors(writer, library, model: LanguageModel, quantize: str) -> int:
     if row.kind == 'gain':
       value = np.asarray(value, np.float32) + family.gguf_gain_offset
     add(name, value)
+  for kind in ('long', 'short') if c.ropes[0].scaling == 'longrope' else ():
+    factors = np.array(getattr(c.ropes[0], f'{kind}_factors'), np.float32)
+    add(f'rope_factors_{kind}.weight', factors)
   if c.ropes[0].scaling == 'llama3':
     plain = rope_frequencies(dataclasses.replace(c.ropes[0], scaling=''), c.head_dim)
     add('rope_freqs.weight', plain / rope_frequencies(c.ropes[0], c.head_dim))

@@ -56,7 +56,7 @@ def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, n
       name = names.format(depth)
       value = value.T if row.kind in ('linear', 'q', 'k') else value
       if row.fused:
-        index, rows = tensor_rows(config, row)
+        index, rows = tensor_rows(config, row, style)
         parts = fused.setdefault(name, [np.empty((rows, *value.shape[1:]), value.dtype), 0])
         parts[0][index] = value
         parts[1] += 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rrt.checkpoints import card, save_hf
-from rrt.config import ModelConfig
+from rrt.config import BY_LENGTH, ModelConfig
 from rrt.errors import InputError
 from rrt.files import write_directory
 from rrt.model import LanguageModel
@@ -87,6 +87,11 @@ def save_hf_tied(
 def check_tied(config: ModelConfig) -> None:
   """Raises InputError for a relaxation that `save_hf_tied` has no words for."""
   check_mergeable(config)
+  if any(r.scaling in BY_LENGTH for r in config.ropes):
+    raise InputError(
+      f'ropes: {save_hf.MODELING} has no frequencies that depend on the length of a text; take '
+      '--format=hf.'
+    )
   terms_of(config)
 
 

@@ -77,11 +77,14 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
   return (config.norm_sizes().get('/'.join(parts[:-1]), config.d_model),)
 
 
-def tensor_rows(config: ModelConfig, row: Row) -> tuple[np.ndarray, int]:
-  """Which rows of a fused tensor are a leaf's, in its order, and how many there are."""
+def tensor_rows(config: ModelConfig, row: Row, style: str = 'hf') -> tuple[np.ndarray, int]:
+  """Which rows of a fused tensor are a leaf's, in its order, and how many there are.
+
+  llama.cpp's files (`style` 'gguf') have whole parts, one after the other.
+  """
   sizes = [config.shapes()[name][1] for name in row.fused]
   at = row.fused.index(row.path.split('/')[-2])
-  if row.by_head:  # [heads, parts, head_dim]: parts of equal size.
+  if row.by_head and style == 'hf':  # [heads, parts, head_dim]: parts of equal size.
     index_HxPxDh = np.arange(sum(sizes)).reshape(config.num_heads, len(sizes), -1)
     return index_HxPxDh[:, at].reshape(-1), sum(sizes)
   first = sum(sizes[:at])

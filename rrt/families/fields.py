@@ -73,6 +73,8 @@ _ROPE_FIELDS = (
   'mscale',
   'mscale_all_dim',
   'truncate',
+  'short_factor',
+  'long_factor',
 )
 
 
@@ -221,8 +223,36 @@ def rope_from_hf(parameters: dict[str, Any] | None, base: float, max_context: in
     )
   if kind == 'yarn':
     return _yarn_from_hf(p, base, max_context)
+  if kind == 'dynamic':
+    return Rope(base=base, scaling=kind, factor=number(p, 'factor'), original_context=max_context)
+  if kind in ('longrope', 'su'):
+    return _longrope_from_hf(p, base, max_context)
   raise InputError(
-    f'config.json: rope_type={kind!r} is not supported, only default, linear, llama3 and yarn.'
+    f'config.json: rope_type={kind!r} is not supported, only default, linear, llama3, yarn, '
+    'dynamic and longrope.'
+  )
+
+
+def _longrope_from_hf(p: dict[str, Any], base: float, max_context: int) -> Rope:
+  """A LongRoPE table; its attention factor from `factor`."""
+  original = whole(p, 'original_max_position_embeddings')
+  factor = number(p, 'factor', max_context / original)
+  attention = 1.0
+  if factor > 1:
+    attention = math.sqrt(1 + math.log(factor) / math.log(original))
+  lists = [require(p, name) for name in ('short_factor', 'long_factor')]
+  for name, value in zip(('short_factor', 'long_factor'), lists, strict=True):
+    if not isinstance(value, list) or not all(map(is_number, value)):
+      raise InputError(f'config.json: {name} must be a list of numbers above 0.')
+  short, long = (tuple(map(float, value)) for value in lists)
+  return Rope(
+    base=base,
+    scaling='longrope',
+    factor=factor,
+    original_context=original,
+    attention_factor=number(p, 'attention_factor', attention),
+    short_factors=short,
+    long_factors=long,
   )
 
 
@@ -256,6 +286,13 @@ def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
       'low_freq_factor': rope.low_freq_factor,
       'high_freq_factor': rope.high_freq_factor,
       'original_max_position_embeddings': rope.original_context,
+    }
+  if rope.scaling == 'longrope':
+    fields |= {
+      'original_max_position_embeddings': rope.original_context,
+      'attention_factor': rope.attention_factor,
+      'short_factor': list(rope.short_factors),
+      'long_factor': list(rope.long_factors),
     }
   if rope.scaling == 'yarn':
     fields |= {

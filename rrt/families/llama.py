@@ -88,6 +88,13 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
   heads = fields_lib.whole(c, 'num_attention_heads')
   kv_heads = 8 if mistral and 'num_key_value_heads' not in c else heads
   d_model = fields_lib.whole(c, 'hidden_size')
+  rope = fields_lib.rope_from_hf(
+    fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters'),
+    fields_lib.number(c, 'rope_theta', 10_000.0),
+    max_context,
+  )
+  if rope.scaling == 'dynamic':  # Its context is that of pretraining.
+    max_context = int(max_context * rope.factor)
   return ModelConfig(
     family='llama',
     vocab_size=fields_lib.whole(c, 'vocab_size'),
@@ -102,13 +109,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     biases=biases,
     tie_embeddings=fields_lib.flag(c, 'tie_word_embeddings', False),
     windows=windows if any(windows) else (),
-    ropes=(
-      fields_lib.rope_from_hf(
-        fields_lib.table(c, 'rope_scaling') or fields_lib.table(c, 'rope_parameters'),
-        fields_lib.number(c, 'rope_theta', 10_000.0),
-        max_context,
-      ),
-    ),
+    ropes=(rope,),
   )
 
 
@@ -136,7 +137,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'num_key_value_heads': config.num_kv_heads,
     'head_dim': config.head_dim,
     'hidden_act': 'silu',
-    'max_position_embeddings': config.max_context,
+    'max_position_embeddings': (
+      rope.original_context if rope.scaling == 'dynamic' else config.max_context
+    ),
     'rms_norm_eps': config.norm_eps,
     'tie_word_embeddings': config.tie_embeddings,
     'rope_theta': rope.base,

@@ -1,7 +1,8 @@
 """Phi-3 and Phi-4-mini: Llama's architecture with fused projections.
 
 q, k and v are one tensor of the file, gate and up another. Part of each head may be
-rotated (`partial_rotary_factor`). Files with LongRoPE are refused.
+rotated (`partial_rotary_factor`), and LongRoPE has frequencies for texts within the
+context of pretraining and others for longer ones.
 """
 
 from __future__ import annotations
@@ -54,16 +55,21 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
   share = fields_lib.number(rope, 'partial_rotary_factor', 1.0)
   share = fields_lib.number(c, 'partial_rotary_factor', share)
   plain = {k: v for k, v in rope.items() if k != 'partial_rotary_factor'}
+  original = c.get('original_max_position_embeddings')
+  if original is not None and plain.get('rope_type', plain.get('type')) in ('longrope', 'su'):
+    plain.setdefault('original_max_position_embeddings', original)
   # A window makes it Mistral to Llama's reader, which is otherwise the same.
   mine = ('model_type', 'partial_rotary_factor', 'rope_scaling', 'rope_parameters')
   kind = 'mistral' if c.get('sliding_window') else 'llama'
   fields = {k: v for k, v in c.items() if k not in mine}
   heads = fields_lib.whole(c, 'num_key_value_heads', fields_lib.whole(c, 'num_attention_heads'))
-  fields |= {'model_type': kind, 'rope_parameters': plain, 'num_key_value_heads': heads}
+  fields |= {'model_type': kind, 'num_key_value_heads': heads}
   config = llama.from_hf(fields)
+  theta = fields_lib.number(c, 'rope_theta', 10_000.0)
+  table = fields_lib.rope_from_hf(plain, theta, config.max_context)
   rotary = int(config.head_dim * share)
   return dataclasses.replace(
-    config, family='phi3', rotary_dim=None if rotary == config.head_dim else rotary
+    config, family='phi3', rotary_dim=None if rotary == config.head_dim else rotary, ropes=(table,)
   )
 
 
@@ -83,6 +89,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'model_type': 'phi3',
     'partial_rotary_factor': share,
     'rope_parameters': parameters,
+    'original_max_position_embeddings': (
+      config.ropes[0].original_context
+      if config.ropes[0].scaling == 'longrope'
+      else config.max_context
+    ),
     'sliding_window': max(config.windows, default=0) or None,
   }
 

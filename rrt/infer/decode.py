@@ -220,14 +220,15 @@ class Decoder:
     max_new_tokens_B = np.array(max_new_tokens, np.int32)
     eos_E = np.array(sorted(set(eos)) or [-1], np.int32)
     last = int((length_B + max_new_tokens_B).max())
+    static = static._replace(config=static.config.for_length(last))
     size = bucket(min(last, int(length_B.max()) + _SOON), context)
     cache = init_cache(static.config, B, size, static.dtype, loops=static.loops)
 
     began = time.perf_counter() - clock.compile_seconds
-    last_BxD, cache = self._prefill(prompts, length_B, cache)
+    last_BxD, cache = self._prefill(static, prompts, length_B, cache)
     zero_B = np.zeros(B, np.int32)
     rows = DecodeRows(zero_B, length_B, zero_B, max_new_tokens_B, np.zeros(B, bool))
-    rows = self._call(begin, self.params, last_BxD, rows, sampling, eos_E)
+    rows = self._call(static, begin, self.params, last_BxD, rows, sampling, eos_E)
     rows = jax.device_get(rows)
     clock.prefill_tokens += int(length_B.sum())
     clock.prefill_seconds += time.perf_counter() - clock.compile_seconds - began
@@ -246,7 +247,7 @@ class Decoder:
         cache = grow(cache, length=size, static=static)
       began = time.perf_counter() - clock.compile_seconds
       out_BxT, rows, cache = self._call(
-        advance, self.params, cache, rows, sampling, eos_E, np.int32(call)
+        static, advance, self.params, cache, rows, sampling, eos_E, np.int32(call)
       )
       out_BxT, rows = jax.device_get((out_BxT, rows))
       tokens = [[int(t) for t in row if t >= 0] for row in out_BxT]
@@ -254,11 +255,11 @@ class Decoder:
       clock.decode_seconds += time.perf_counter() - clock.compile_seconds - began
       ended = yield tokens
 
-  def _prefill(self, prompts, length_B, cache):
+  def _prefill(self, static: Static, prompts, length_B, cache):
     """Prefills all prompts in chunks of bounded size."""
     B, longest = len(prompts), int(length_B.max())
     most = bucket(min(max(CHUNK_TOKENS // B, 64), longest))
-    last_BxD = jnp.zeros((B, self.static.config.d_model), self.static.dtype)
+    last_BxD = jnp.zeros((B, static.config.d_model), static.dtype)
     for start in range(0, longest, most):
       width = bucket(min(most, longest - start))
       tokens_BxL = np.zeros((B, width), np.int32)
@@ -266,6 +267,7 @@ class Decoder:
         part = prompt[start : start + width]
         row[: len(part)] = part
       last_BxD, cache = self._call(
+        static,
         extend,
         self.params,
         cache,
@@ -276,18 +278,13 @@ class Decoder:
       )
     return last_BxD, cache
 
-  def _call(self, step, *args):
+  def _call(self, static: Static, step, *args):
     """Runs a compiled step; compiles it, on the clock, the first time."""
     leaves, tree = jax.tree.flatten(args)
-    key = (
-      step,
-      self.static,
-      tree,
-      tuple((x.shape, x.dtype, getattr(x, 'sharding', 0)) for x in leaves),
-    )
+    key = (step, static, tree, tuple((x.shape, x.dtype, getattr(x, 'sharding', 0)) for x in leaves))
     if key not in _COMPILED:
       began = time.perf_counter()
-      lowered = step.lower(*args, static=self.static)
+      lowered = step.lower(*args, static=static)
       _COMPILED[key] = lowered.compile()
       self.clock.compile_seconds += time.perf_counter() - began
     return _COMPILED[key](*args)

@@ -121,6 +121,11 @@ class Cache(NamedTuple):
   block: Any
   coda: Any
 
+  @property
+  def slots(self) -> int:
+    """S, the tokens that a row can have."""
+    return jax.tree.leaves(self.block)[-1].shape[-2]  # Of values.
+
 
 def init_cache(
   config: ModelConfig,

@@ -49,8 +49,10 @@ def layer_norm(x, gain, bias, eps: float):
   return (y32 * gain.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int):
+def rope_frequencies(rope: Rope, head_dim: int, length: int = 0):
   """Angular frequencies of one rotary table, a numpy float32 [Dh / 2].
+
+  `length` is that of the text, if the table has none of its own.
 
   Each step is rounded to float32, as transformers and torch do it. The last
   bit counts: an angle is a frequency times a position.
@@ -58,10 +60,18 @@ def rope_frequencies(rope: Rope, head_dim: int):
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
   if rope.scaling == 'none':
     return np.zeros(head_dim // 2, np.float32)
+  length, original = rope.length or length, rope.original_context
+  if rope.scaling == 'dynamic' and length > original:
+    grown = rope.factor * length / original - (rope.factor - 1)
+    base = rope.base * grown ** (head_dim / (head_dim - 2))
+    return rope_frequencies(Rope(base), head_dim)
   power = (float(rope.base) ** exponent.astype(np.float64)).astype(np.float32)
   freq = np.float32(1.0) / power
   if rope.scaling == 'linear':
     return freq / np.float32(rope.factor)
+  if rope.scaling == 'longrope':
+    factors = rope.long_factors if length > original else rope.short_factors
+    return np.float32(1.0) / (np.asarray(factors, np.float32) * power)
   if rope.scaling == 'yarn':
     return _yarn(rope, head_dim, freq)
   if rope.scaling == 'llama3':
@@ -95,10 +105,14 @@ def _yarn(rope: Rope, head_dim: int, freq):
   return (freq / np.float32(rope.factor)) * (1 - kept) + freq * kept
 
 
-def rope_tables(config: ModelConfig, positions_BxL):
-  """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2]."""
+def rope_tables(config: ModelConfig, positions_BxL, length: int = 0):
+  """Cosines and sines of all rotary tables, float32 [T, B, L, Dh / 2].
+
+  `length` is that of the texts, by default L.
+  """
   size = config.rotary_dim or config.head_dim
-  freq_TxK = np.stack([rope_frequencies(r, size) for r in config.ropes])
+  length = length or positions_BxL.shape[1]
+  freq_TxK = np.stack([rope_frequencies(r, size, length) for r in config.ropes])
   angle = positions_BxL.astype(jnp.float32)[None, :, :, None] * freq_TxK[:, None, None, :]
   factor_T = np.array([r.attention_factor for r in config.ropes], np.float32)
   if (factor_T == 1).all():

@@ -89,7 +89,8 @@ class Transformer(nn.Module):
       raise ValueError('return_exits takes no cache.')
     if self.remat not in REMAT:
       raise InputError(f'remat={self.remat!r}: must be one of {tuple(REMAT)}.')
-    context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL)
+    slots = cache.slots if cache else 0
+    context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL, slots)
     x_BxLxD = self.embed(tokens_BxL)
     prelude, block, coda = cache or Cache(None, None, None)
     shallow, looped, deep = attn_specs(c)
@@ -209,11 +210,16 @@ def check_loops(config: ModelConfig, loops: int, return_loops: bool = False):
     )
 
 
-def make_context(config: ModelConfig, tokens_BxL, positions_BxL=None, segments_BxL=None) -> Context:
-  """Positions (0.. by default), segments and rotary tables of a batch."""
+def make_context(
+  config: ModelConfig, tokens_BxL, positions_BxL=None, segments_BxL=None, length: int = 0
+) -> Context:
+  """Positions (0.. by default), segments and rotary tables of a batch.
+
+  `length` is that of the texts, for tables that depend on it; by default L.
+  """
   if positions_BxL is None:
     positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1])[None, :], tokens_BxL.shape)
-  cos, sin = rope_tables(config, positions_BxL)
+  cos, sin = rope_tables(config, positions_BxL, length)
   return Context(positions_BxL, segments_BxL, cos, sin)
 
 

@@ -33,7 +33,18 @@ def byte_tokenizer():
   return Tokenizer(core, eos_ids=[29])
 
 
-FAMILIES = ('llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma2', 'gemma3', 'olmo2')
+FAMILIES = (
+  *('llama', 'llama_biases', 'qwen2', 'qwen3', 'gemma2', 'gemma3', 'olmo2'),
+  *('gpt_neox', 'longrope'),
+)
+LONGROPE = Rope(
+  scaling='longrope',
+  factor=4.0,
+  original_context=32,
+  attention_factor=1.1832159757614136,
+  short_factors=(1.0, 1.25, 1.5),
+  long_factors=(1.5, 2.5, 4.0),
+)
 
 
 def parent(family):
@@ -50,6 +61,10 @@ def test_a_file_is_read_back_as_the_same_model(family, tmp_path):
     fields = dict(tie_embeddings=True)
   if family == 'qwen2':  # It has no windows there.
     fields = dict(windows=())
+  if family == 'gpt_neox':
+    fields = dict(num_kv_heads=4, head_dim=4, d_model=16, activation='gelu')
+  if family == 'longrope':
+    family, fields = 'phi3', dict(ropes=(LONGROPE,))
   model = tiny.parent(family, layers=6, **fields)
   model = type(model)(model.config, model.params, byte_tokenizer(), dict(model.meta))
   out = save_gguf(model, tmp_path / 'model.gguf')
@@ -114,6 +129,7 @@ def test_what_cannot_be_written(tmp_path):
     save_gguf(parent('llama'), tmp_path / 'a.gguf', 'q3')
   with pytest.raises(InputError, match='no head of its own'):
     save_gguf(parent('gemma2'), tmp_path / 'a.gguf')
-  with pytest.raises(InputError, match="family='gpt_neox'"):
-    save_gguf(parent('gpt_neox'), tmp_path / 'a.gguf')
+  with pytest.raises(InputError, match='no dynamic scaling'):
+    rope = Rope(scaling='dynamic', factor=2.0, original_context=64)
+    save_gguf(tiny.parent('llama', ropes=(rope,)), tmp_path / 'a.gguf')
   assert list(tmp_path.iterdir()) == [tmp_path / 'mine.gguf']

@@ -278,3 +278,51 @@ def test_a_tied_config_beside_another_head(tmp_path):
   path.write_text(json.dumps(json.loads(path.read_text()) | {'tie_word_embeddings': True}))
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
   assert_same_logits(rrt.load(tmp_path), again)
+
+
+# ---- rotary tables that depend on the length of a text ----------------------
+
+
+@pytest.mark.parametrize('name', ['longrope', 'dynamic'])
+@pytest.mark.parametrize('length', [21, 24, 25, 70])
+def test_frequencies_of_short_and_long_texts(name, length, tmp_path):
+  theirs, ours = parent_of(name, tmp_path / 'parent')
+  tokens = random_tokens(ours.config, length=length)
+  assert_same_logits(ours, theirs, tokens)
+  short = make().logits_of(theirs, tokens[:, :21])
+  moved = np.abs(make().logits_of(theirs, tokens)[:, :21] - short).max() > 1e-2
+  assert moved == (length > 24)
+  assert_same_logits(ours, exported(ours, tmp_path / 'out'), tokens)
+
+
+@pytest.mark.parametrize('length', [9, 40])
+def test_greedy_texts_within_and_past_the_original_context(length, tmp_path):
+  """A text that decoding brings past it has the frequencies of long texts from its start."""
+  theirs, ours = parent_of('longrope', tmp_path / 'parent')
+  prompts = random_tokens(ours.config, rows=2, length=length)
+  with torch.no_grad():
+    theirs.generation_config.eos_token_id = None
+    out = theirs.generate(
+      torch.from_numpy(prompts),
+      attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+      max_new_tokens=14,
+      do_sample=False,
+      pad_token_id=0,
+    )
+  wanted = out[:, length:].tolist()
+  written = rrt.complete(ours, prompts.tolist(), max_new_tokens=14, ignore_eos=True)
+  assert [w.tokens for w in written] == wanted
+  engine = rrt.Engine(ours, slots=2, page=8, steps=3, context=24 if length == 9 else 96)
+  found = engine.run([rrt.Request.of(p, 14, ignore_eos=True) for p in prompts.tolist()])
+  assert [r.tokens for r in found] == wanted
+
+
+@pytest.mark.parametrize('name', ['longrope', 'dynamic'])
+def test_a_child_keeps_the_tables(name, tmp_path):
+  _, ours = parent_of(name, tmp_path / 'parent')
+  child, _ = rrt.to_recursive(ours, prelude=1, loops=2, init='average', rank=3)
+  rrt.save(child, tmp_path / 'child')
+  again = rrt.load(tmp_path / 'child')
+  assert again.config == child.config
+  tokens = random_tokens(ours.config, length=40)
+  assert_same_logits(again, exported(child, tmp_path / 'out'), tokens)
