@@ -25,7 +25,7 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
 NORMS = ('rms', 'layer')
 FAMILIES = (
   *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
-  *('phi3', 'olmo2', 'gpt_neox'),
+  *('phi3', 'olmo2', 'gpt_neox', 'ouro'),
 )
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope', 'none')
 # Kinds whose frequencies depend on the length of the text.
@@ -120,6 +120,10 @@ class ModelConfig:
     loop_norms: the block's norm gains and biases have a leading loops axis.
     weights: how the linears are stored, 'float' or quantized ('int8', 'int4', 'nf4';
       `rrt.ops.quantize`); embeddings and head are int8 then.
+    end_norm: the final norm ends every pass through the block instead, which is the
+      whole model then (Ouro).
+    exit_gate: the model has a gate of its own: D weights and a bias, from which
+      the probability of leaving after a pass follows (Ouro).
     relax: the relaxations of the block, applied in this order; see
       `rrt.relax.base.Relaxation`.
   """
@@ -159,6 +163,8 @@ class ModelConfig:
   rope_index: tuple[int, ...] = ()
   loop_norms: bool = False
   weights: str = 'float'
+  end_norm: bool = False
+  exit_gate: bool = False
   relax: tuple[Relaxation, ...] = ()
 
   def __post_init__(self):
@@ -370,6 +376,11 @@ def _check(c: ModelConfig) -> None:
     or (is_whole(c.rotary_dim, 2) and c.rotary_dim % 2 == 0 and c.rotary_dim <= c.head_dim),
     'rotary_dim',
     f'must be even, from 2 to head_dim={c.head_dim}, or none',
+  )
+  need(
+    not c.end_norm or (c.order == 'cycle' and not c.prelude_layers and not c.coda_layers),
+    'end_norm',
+    'is for a block in cycle order without prelude and coda',
   )
   need(c.pre_norms or c.post_norms, 'pre_norms', 'may be false with post_norms alone')
   need(c.qk_norm or not c.qk_norm_all, 'qk_norm_all', 'has no effect without qk_norm')

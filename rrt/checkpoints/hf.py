@@ -17,10 +17,12 @@ from rrt.config import ModelConfig
 from rrt.data import tokenizer_config
 from rrt.errors import InputError
 from rrt.families.base import Family
-from rrt.families.fields import COMMON, refuse, refuse_unknown, table, whole
+from rrt.families.fields import COMMON, number, refuse, refuse_unknown, table, whole
 from rrt.families.registry import family_for, family_of
 from rrt.files import read_json
 
+# Beside the token ids: of a model with a gate of its own.
+EXIT_THRESHOLD = 'exit_threshold'
 # More than any model has: a larger number is damage.
 MAX_LAYERS = 10_000
 
@@ -43,7 +45,8 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
   if layers > MAX_LAYERS:
     raise InputError(f'config.json: num_hidden_layers={layers} cannot be right.')
   refuse(fields, 'quantization_config', None, remedy='dequantize it first')
-  _refuse_custom_code(fields)
+  if not kind.own_code:
+    _refuse_custom_code(fields)
   refuse_unknown(fields, (*COMMON, *kind.fields, 'auto_map'))
   try:
     return kind.from_hf(fields)
@@ -190,6 +193,8 @@ def load_directory(
     ignore=lambda name: any(part in name for part in ignored),
     where=str(directory),
   )
+  if fields.get('early_exit_threshold') is not None:
+    ids[EXIT_THRESHOLD] = number(fields, 'early_exit_threshold', least=0)
   return config, params, ids
 
 

@@ -209,7 +209,10 @@ def _load_native(paths: list[Path], dtype: str) -> LanguageModel:
 def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
   tokenizer = native.tokenizer_in(paths[0])
   config, params, token_ids = hf.load_directory(paths[0], dtype)
+  threshold = token_ids.pop(hf.EXIT_THRESHOLD, None)
   meta = {'format': 'hf', 'token_ids': token_ids, 'license': card.license_of(paths[0])}
+  if threshold is not None:
+    meta[hf.EXIT_THRESHOLD] = threshold
   return LanguageModel(config, params, tokenizer, meta)
 
 

@@ -55,7 +55,7 @@ def _jobs(config: ModelConfig, family: Family, style: str) -> list[_Job]:
       jobs.append(_Job(names, row, row.path, None, shape))
       continue
     path = f'block/layers/{row.path}'
-    for depth in range(config.depth):
+    for depth in range(config.block_layers):
       jobs.append(_Job(names.format(depth), row, path, depth, shape))
   return jobs
 
@@ -70,10 +70,10 @@ def read_params(
   ignore: Callable[[str], bool] = lambda name: False,
   where: str = 'the checkpoint',
 ) -> dict[str, Any]:
-  """Reads a checkpoint into the tree of an untied model (loops 1).
+  """Reads a checkpoint into the tree of an untied model, or of one block that loops.
 
   Args:
-    config: the model; P = C = 0 and R = 1.
+    config: the model; P = C = 0, and nothing differs by loop.
     family: its table.
     tensors: the checkpoint.
     dtype: of the parameters: 'float32', 'bfloat16' or 'float16'.
@@ -102,7 +102,7 @@ def read_params(
   tree: dict[str, Any] = {}
   for job in jobs:
     if job.path not in leaves:
-      lead = () if job.depth is None else (config.depth,)
+      lead = () if job.depth is None else (config.block_layers,)
       leaves[job.path] = np.empty(lead + job.shape, DTYPES[dtype])
       set_path(tree, job.path, leaves[job.path])
     leaf = leaves[job.path]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rrt.checkpoints import card, safetensors
+from rrt.checkpoints.hf import EXIT_THRESHOLD
 from rrt.data.tokenizer import TOKENIZER_FILES
 from rrt.families.base import Row, tensor_rows, wanted_rows
 from rrt.families.registry import family_of
@@ -75,7 +76,7 @@ def hf_config(model: LanguageModel) -> dict[str, Any]:
   """config.json of an untied model, read alike by transformers 4 and 5."""
   fields = family_of(model.config).to_hf(model.config)
   dtype = np.dtype(model.params['embed']['table'].dtype).name
-  ids = token_ids(model)
+  ids, meta = token_ids(model), model.meta
   return (
     fields
     | {
@@ -83,6 +84,7 @@ def hf_config(model: LanguageModel) -> dict[str, Any]:
       'eos_token_id': ids.get('eos_token_id'),
       'pad_token_id': ids.get('pad_token_id'),
     }
+    | ({'early_exit_threshold': meta[EXIT_THRESHOLD]} if EXIT_THRESHOLD in meta else {})
     | {'torch_dtype': dtype, 'dtype': dtype, 'use_cache': True, MARK: 'rrt'}
   )
 
@@ -116,7 +118,8 @@ def save_hf(model: LanguageModel, directory: str | Path) -> Path:
     >>> rrt.save_hf(child, 'child_hf')
     >>> transformers.AutoModelForCausalLM.from_pretrained('child_hf')
   """
-  model = to_untied(model)
+  if not model.config.end_norm:  # Else it is a looped model of its family.
+    model = to_untied(model)
   name = Path(directory).name
   tensors, fields = hf_tensors(model), hf_config(model)
 

@@ -33,8 +33,9 @@ def check_model(model, kinds: str) -> None:
   every_loop.check(model.config)
   gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
-  if kinds != 'all' and 'learned' in depth.parse_gates(kinds):
-    gate_lib.check_arrays('learned', arrays, model.config)
+  for kind in depth.parse_gates(kinds) if kinds != 'all' else ():
+    if kind in every_loop.NEEDS:
+      gate_lib.check_arrays(kind, arrays, model.config)
 
 
 def _check_picture(path: Path) -> None:
@@ -74,8 +75,8 @@ def measure(
   names = depth.parse_gates(kinds)
   gate = gate_lib.stored(model)
   arrays = gate.arrays if gate else None
-  if 'kernel' not in (arrays or {}) and kinds == 'all':
-    names.remove('learned')
+  if kinds == 'all':
+    names = [n for n in names if every_loop.NEEDS.get(n) in (None, *(arrays or {}))]
   with console.Progress(sum(map(len, rows)), 'every loop', 'tokens') as progress:
     static = every_loop.read_static(
       model, rows, arrays, batch=batch, dtype=dtype, progress=progress.update

@@ -54,7 +54,12 @@ _EXIT_THRESHOLD = FLAGS.usual.float(
   "With --format=hf-tied: the score at which a decoded token leaves the block, by the model's "
   'learned gate if it has one, otherwise by the cosine of its state before and after a loop.',
 )
-_CHECKS = {'hf': check_mergeable, 'hf-tied': check_tied, 'peft': check_peft, 'gguf': arch_of}
+_CHECKS = {
+  'hf': lambda config: None if config.end_norm else check_mergeable(config),
+  'hf-tied': check_tied,
+  'peft': check_peft,
+  'gguf': arch_of,
+}
 
 
 def main(_) -> None:

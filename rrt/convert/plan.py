@@ -170,7 +170,7 @@ def _check_vanilla(parent: ModelConfig) -> None:
     raise InputError(
       f'The parent has weights={parent.weights!r}; convert the model that it was rounded from.'
     )
-  if parent.loops != 1 or parent.relax:
+  if parent.end_norm or parent.loops != 1 or parent.relax:
     state = f'is already recursive (loops={parent.loops})'
     if parent.loops == 1:
       state = 'has relaxations, although it is not recursive (loops=1)'

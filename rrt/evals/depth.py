@@ -209,11 +209,12 @@ def replayed(static: EveryLoop, gate: str, threshold: float) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=('config', 'kind', 'kv', 'dtype'))
 def _early(params, arrays, threshold, tokens_BxL, depth_BxL, *, config, kind, kv, dtype):
+  score_of = score_lib.by_loop(kind, arrays)
+
   def leaves(loops, before_BxLxD, after_BxLxD):
     if kind == 'replay':
       return depth_BxL <= loops
-    score_BxL = score_lib.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
-    return score_BxL >= threshold
+    return score_of(before_BxLxD, after_BxLxD, loops) >= threshold
 
   lens = functools.partial(score_lib.through_lens, arrays)
   out = forward_early(config, params, tokens_BxL, leaves, kv, dtype, lens)

@@ -110,6 +110,7 @@ def _score(params, arrays, threshold, fed_BxL, next_BxL, start_B, *, config, kin
   may_BxL = jnp.arange(fed_BxL.shape[1])[None, :] >= start_B[:, None]
 
   context = transformer.make_context(config, fed_BxL)
+  score_of = score_lib.by_loop(kind, arrays)
 
   def leaves(loops, before_BxLxD, after_BxLxD):
     if kind in every_loop.WITH_HEAD:
@@ -117,7 +118,7 @@ def _score(params, arrays, threshold, fed_BxL, next_BxL, start_B, *, config, kin
         kind, config, params, arrays, context, after_BxLxD, loops, dtype
       )
     else:
-      score_BxL = score_lib.score_rows(kind, arrays, before_BxLxD, after_BxLxD, loops)
+      score_BxL = score_of(before_BxLxD, after_BxLxD, loops)
     return (score_BxL >= threshold) & may_BxL
 
   lens = functools.partial(score_lib.through_lens, arrays)

@@ -29,7 +29,9 @@ from rrt.models.params import cast
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
 
-LIVE = ('learned', 'change')
+LIVE = ('learned', 'change', 'hazard')
+# Arrays without which a gate cannot score.
+NEEDS = {'learned': 'kernel', 'hazard': 'hazard_kernel'}
 WITH_HEAD = ('margin', 'entropy', 'oracle')
 
 
@@ -144,8 +146,8 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
   targets_BxL = jnp.roll(tokens_BxL, -1, 1)
   read = functools.partial(read_hidden, config, params, dtype)
   nll_BxL, top_BxL, _, _ = read(out.hidden_BxLxD, targets_BxL)
-  learned = gate is not None and 'kernel' in gate
-  kinds = [k for k in LIVE if k != 'learned' or learned]
+  kinds = [k for k in LIVE if k not in NEEDS or NEEDS[k] in (gate or {})]
+  score_of = {k: score_lib.by_loop(k, gate) for k in kinds}
   scores: dict[str, list] = {k: [] for k in ('margin', 'entropy', *kinds)}
   right, apart = [], []
   for r, (before_BxLxD, after_BxLxD) in enumerate(met):
@@ -158,7 +160,7 @@ def _static(params, gate, tokens_BxL, *, config, dtype, fitting):
     for kind in sure:
       scores[kind].append(sure[kind])
     for kind in kinds:
-      scores[kind].append(score_lib.score_rows(kind, gate, before_BxLxD, after_BxLxD, r + 1))
+      scores[kind].append(score_of[kind](before_BxLxD, after_BxLxD, r + 1))
   kept = None
   if fitting:
     all_loops = [after for _, after in met] + [out.left_BxLxD]

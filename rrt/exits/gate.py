@@ -34,7 +34,7 @@ class Gate:
   """An exit gate: kind, threshold and arrays.
 
   Attributes:
-    kind: 'learned' or 'change'; see `score.score`.
+    kind: 'learned', 'change' or 'hazard'; see `score.score`.
     threshold: the score at which tokens leave.
     arrays: of a learned gate: `kernel` [R - 1, D] and `bias` [R - 1]; of its
       lens: `lens_kernel` [R - 1, D, D] and `lens_bias` [R - 1, D], of a tuned
@@ -70,7 +70,7 @@ def stored(model) -> Gate | None:
   """
   fields = model.meta.get(_KEY)
   if fields is None:
-    return None
+    return own_gate(model)
   try:
     arrays = fields['arrays']
     if arrays is not None:
@@ -84,10 +84,28 @@ def stored(model) -> Gate | None:
     raise InputError(f"The model's exit gate cannot be used: {e}.") from e
 
 
+def own_gate(model) -> Gate | None:
+  """The gate that a natively looped model was trained with, or None."""
+  if not model.config.exit_gate:
+    return None
+  leaves = model.params['exit_gate']
+  arrays = {
+    'hazard_kernel': np.asarray(leaves['kernel'], np.float32)[:, 0],
+    'hazard_bias': np.asarray(leaves['bias'], np.float32),
+  }
+  # At 1, as published, no token leaves before the last loop.
+  threshold = float(model.meta.get('exit_threshold', 1.0))
+  return Gate('hazard', threshold if threshold < 1 else NEVER, arrays)
+
+
 def check_arrays(kind: str, arrays: Any, config) -> None:
   """Raises InputError for missing arrays or arrays of wrong shapes."""
   arrays = arrays or {}
-  needed = {'learned': ('kernel', 'bias'), 'replay': ('loops',)}
+  needed = {
+    'learned': ('kernel', 'bias'),
+    'hazard': ('hazard_kernel', 'hazard_bias'),
+    'replay': ('loops',),
+  }
   for name in needed.get(kind, ()):
     if name not in arrays:
       raise InputError(
@@ -114,6 +132,8 @@ def _shapes(config) -> dict[str, tuple[int, ...]]:
   return {
     'kernel': (R, D),
     'bias': (R,),
+    'hazard_kernel': (D,),
+    'hazard_bias': (1,),
     'lens_kernel': (R, D, D),
     'lens_bias': (R, D),
     'lens_in': (R, D, H),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops.matmul import TransposedKernel, matmul, prefers_transposed
 
-KINDS = ('none', 'learned', 'change', 'replay')
+KINDS = ('none', 'learned', 'change', 'hazard', 'replay')
 
 
 def check_kind(kind: str) -> None:
@@ -34,7 +34,9 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_
   Args:
     kind: one of `KINDS`.
     gate: arrays of the gate. 'learned': `kernel` [R - 1, D] and `bias`
-      [R - 1]. 'replay': `loops` int [S, T], the number of loops of the t-th
+      [R - 1]. 'hazard': `hazard_kernel` [D] and `hazard_bias` [1]; the score is the
+      probability of leaving here for a token that has not left before, and
+      `accumulate` adds such scores up. 'replay': `loops` int [S, T], the number of loops of the t-th
       sampled token of a slot. Others: None.
     before_BxD: the residual stream before the loop.
     after_BxD: the residual stream after the loop.
@@ -54,9 +56,43 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_
     kernel_BxD = jnp.asarray(gate['kernel'], jnp.float32)[r_B]
     bias_B = jnp.asarray(gate['bias'])[r_B]
     sure_B = jax.nn.sigmoid(jnp.sum(unit_BxD * kernel_BxD, -1) + bias_B)
+  if kind == 'hazard':
+    kernel_D = jnp.asarray(gate['hazard_kernel'], jnp.float32)
+    product_B = after_BxD.astype(jnp.float32) @ kernel_D
+    sure_B = jax.nn.sigmoid(product_B + jnp.asarray(gate['hazard_bias'])[0])
   if kind == 'change':
     sure_B = jnp.sum(_unit(before_BxD) * _unit(after_BxD), -1)
   return jnp.where(position_B == 0, 0.0, sure_B)
+
+
+def accumulate(kind: str, sure, stay):
+  """(score, probability of not having left) after a loop.
+
+  Of a 'hazard' gate the score is the probability of having left by now, as Ouro
+  thresholds it (arXiv 2510.25741); other scores are as they are.
+
+  Args:
+    kind: of the gate.
+    sure: from `score`.
+    stay: the probability of not having left before.
+  """
+  if kind != 'hazard':
+    return sure, stay
+  stay = stay * (1.0 - sure)
+  return 1.0 - stay, stay
+
+
+def by_loop(kind: str, gate: Any):
+  """`score_rows` for loops 1, 2, ... in turn: a function (before, after, loops)."""
+  stay: Any = 1.0
+
+  def score_of(before_BxLxD, after_BxLxD, loops: int):
+    nonlocal stay
+    sure_BxL = score_rows(kind, gate, before_BxLxD, after_BxLxD, loops)
+    found_BxL, stay = accumulate(kind, sure_BxL, stay)
+    return found_BxL
+
+  return score_of
 
 
 def through_lens(gate: Any, x_BxD, loop_B):

@@ -50,6 +50,8 @@ class Family:
     gguf_permuted: whether GGUF files interleave q and k rows (llama.cpp's RoPE
       pairs).
     gguf_gain_offset: constant that GGUF files add to norm gains.
+    own_code: published with Python code of its own (`auto_map`), which transformers
+      lacks; other families with such code are refused.
   """
 
   name: str
@@ -60,6 +62,7 @@ class Family:
   to_hf: Callable[[ModelConfig], dict[str, Any]]
   gguf_permuted: bool = False
   gguf_gain_offset: float = 0.0
+  own_code: bool = False
 
 
 def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
@@ -69,6 +72,8 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
     return (config.vocab_size, config.d_model)
   if parts[0] == 'head':
     return (config.d_model, config.vocab_size)
+  if parts[0] == 'exit_gate':
+    return (config.d_model, 1) if parts[-1] == 'kernel' else (1,)
   if parts[-1] == 'kernel':
     return config.shapes()[parts[-2]]
   norm = parts[-2].endswith('_norm')
@@ -96,6 +101,9 @@ def wanted_rows(config: ModelConfig, family: Family) -> Iterator[Row]:
   for row in family.rows:
     part, *_, leaf = row.path.split('/')
     linear = row.path.split('/')[-2]
+    if part == 'exit_gate' or linear == 'end_norm':
+      yield row
+      continue
     norm = linear.endswith('_norm') and part != 'final_norm'
     missing = (
       (part == 'head' and config.tie_embeddings)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, gpt_neox, llama, olmo2, phi, qwen, smollm3
+from rrt.families import gemma, gpt_neox, llama, olmo2, ouro, phi, qwen, smollm3
 from rrt.families.base import Family
+
+# Models that are asked for, and why they do not fit.
+_REFUSED = {
+  'huginn_raven': 'it norms the sum of the residual stream and what a layer writes, and begins '
+  'its loops from noise, which an adapter mixes with the embeddings'
+}
 
 
 def families() -> tuple[Family, ...]:
@@ -21,6 +27,7 @@ def families() -> tuple[Family, ...]:
     phi.FAMILY,
     olmo2.FAMILY,
     gpt_neox.FAMILY,
+    ouro.FAMILY,
   )
 
 
@@ -35,6 +42,8 @@ def family_for(model_type: str | None) -> Family:
   Raises:
     InputError: no family has this model type.
   """
+  if model_type in _REFUSED:
+    raise InputError(f'model_type={model_type!r} is not supported: {_REFUSED[model_type]}.')
   known: list[str] = []
   for family in families():
     known += family.model_types

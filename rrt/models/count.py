@@ -55,6 +55,7 @@ def count_params(config: ModelConfig) -> ParamCount:
   own = c.prelude_layers + c.coda_layers
   relaxations = count_all(c)
   final = c.d_model * norm_leaves(c)
+  final += (c.d_model + 1) * c.exit_gate
   unique = own * layer + c.block_layers * block + relaxations + final
   total = c.depth * layer + relaxations + final
   return ParamCount(unique + embedding, unique, total + embedding, total)

@@ -59,6 +59,8 @@ def run_coda(config: ModelConfig, params, x_BxLxD, context: Context, kvs, scan: 
       x_BxLxD, (kvs, _) = stack.apply(
         {'params': params['coda']}, x_BxLxD, (kvs, attn_specs(config)[2], 0), context
       )
+    if config.end_norm:
+      return x_BxLxD, kvs
     norm: nn.Module = Norm(config, config.d_model)
     return norm.apply({'params': params['final_norm']}, x_BxLxD), kvs
 

@@ -47,6 +47,8 @@ def quantize_params(params: dict[str, Any], weights: str) -> dict[str, Any]:
       return {name: one((*path, name), part) for name, part in value.items()}
     if path[-1] not in ('kernel', 'table') or isinstance(value, dict):
       return value
+    if path[0] == 'exit_gate':
+      return value
     outer = path[0] in ('embed', 'head')
     axis = -1 if path[-1] == 'table' else -2
     return host(quantize_lib.quantize(value, 'int8' if outer else weights, axis))

@@ -151,7 +151,9 @@ class Stack(nn.Module):
       kvs = in_form_of(kvs, new)
     relaxed = relaxations_of(self, self.config, 'block', self.looped)
     y_BxLxD = relax(self, relaxed, start_BxLxD, x_BxLxD, loop)
-    if relaxed and context.left_BxL is not None:
+    if self.looped and self.config.end_norm:
+      y_BxLxD = Norm(self.config, self.config.d_model, name='end_norm')(y_BxLxD)
+    if y_BxLxD is not x_BxLxD and context.left_BxL is not None:
       y_BxLxD = jnp.where(context.left_BxL[:, :, None], x_BxLxD, y_BxLxD)
     return y_BxLxD, (kvs, y_BxLxD if self.keep else None)
 

@@ -137,8 +137,11 @@ class Transformer(nn.Module):
       x_BxLxD, context = _fold(h_RxBxLxD), context.repeat_rows(R)
     if c.coda_layers:
       x_BxLxD, (coda, _) = stack(c.coda_layers, 'coda')(x_BxLxD, (coda, deep, 0), context)
-    x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
+    if not c.end_norm:
+      x_BxLxD = Norm(c, c.d_model, name='final_norm')(x_BxLxD)
     self.make_head()
+    if c.exit_gate:  # The engine reads it.
+      ExitGate(c.d_model, name='exit_gate')()
     cache = None if cache is None else Cache(prelude, block, coda)
     if return_exits:
       exits_RxBxLxD = _unfold(x_BxLxD, R)
@@ -165,6 +168,20 @@ class Transformer(nn.Module):
         init = quantized_init(init, 'int8')
       init = partitioned(init, ('embed', 'vocab'))
       Table(init, (c.d_model, c.vocab_size), 'kernel', name='head')()
+
+
+class ExitGate(nn.Module):
+  """The parameters of a model's own exit gate."""
+
+  d_model: int
+
+  @nn.compact
+  def __call__(self):
+    normal = nn.initializers.normal(self.d_model**-0.5)
+    init = nn.with_logical_partitioning(normal, ('embed', None))
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+    kernel = self.param('kernel', init, (self.d_model, 1), jnp.float32)
+    return kernel, self.param('bias', zeros, (1,), jnp.float32)
 
 
 class Table(nn.Module):

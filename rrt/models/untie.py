@@ -73,7 +73,12 @@ def untied_config(config: ModelConfig) -> ModelConfig:
 
 
 def check_mergeable(config: ModelConfig) -> None:
-  """Raises InputError for a relaxation that no untied model can hold."""
+  """Raises InputError for what no untied model can hold."""
+  if config.end_norm:
+    raise InputError(
+      f'family={config.family!r}: a norm ends every loop, which no untied model has; '
+      '--format=hf writes the model as it is.'
+    )
   for relaxation in config.relax:
     if relaxation.unmergeable:
       raise InputError(

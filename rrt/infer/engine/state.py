@@ -150,6 +150,7 @@ class InFlightTokens(NamedTuple):
     wants_draft_SxK: whether its successor is to be drafted.
     fills_SxK: whether its successor is sampled and only its missing keys and
       values are computed.
+    stay_SxK: probability of not having left, by a gate that adds it up.
     x_SxKxD: the residual stream.
   """
 
@@ -160,6 +161,7 @@ class InFlightTokens(NamedTuple):
   wait_SxK: jax.Array
   wants_draft_SxK: jax.Array
   fills_SxK: jax.Array
+  stay_SxK: jax.Array
   x_SxKxD: jax.Array
 
 
@@ -277,7 +279,7 @@ def init_state(shape: EngineShape) -> State:
     jnp.zeros(S, bool),
     jnp.zeros(S, jnp.int32),
     jnp.zeros(S, jnp.int32),
-    InFlightTokens(table, table, table, table, table, off, off, x),
+    InFlightTokens(table, table, table, table, table, off, off, jnp.ones((S, K)), x),
     pages.init_pools(shape.config, shape.layout, shape.page, shape.kv_dtype),
     Counters(zero, zero, zero, zero, zero, zero, zero, zero, zero, jnp.zeros(R, jnp.int32)),
     seen,

@@ -102,6 +102,9 @@ def run_block(shape: EngineShape, params, gate, slot_params, state: State) -> St
       rows.slot_B,
       state.count_S[rows.slot_B],
     )
+    stay_B = jnp.where(loop_B == 1, 1.0, rows.of(f.stay_SxK))
+    sure_B, stay_B = score_lib.accumulate(shape.gate, sure_B, stay_B)
+    f = f._replace(stay_SxK=rows.put(f.stay_SxK, stay_B))
     sure_B = sure_B >= slot_params.threshold_S[rows.slot_B]
     leaves_B |= sure_B & ~fills_B & ~lossless_B
   stage_B = jnp.where(leaves_B, jnp.where(fills_B, EMPTY, WAIT_SAMPLE), IN_BLOCK)
