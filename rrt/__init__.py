@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from rrt.checkpoints.hub import push_to_hub
   from rrt.checkpoints.load import load, save
   from rrt.checkpoints.save_gguf import save_gguf
   from rrt.checkpoints.save_hf import save_hf
@@ -43,6 +44,7 @@ _HOMES = {
   'count_params': 'rrt.models.count',
   'dequantized': 'rrt.models.quantized',
   'load': 'rrt.checkpoints.load',
+  'push_to_hub': 'rrt.checkpoints.hub',
   'quantize': 'rrt.models.quantized',
   'save': 'rrt.checkpoints.load',
   'save_gguf': 'rrt.checkpoints.save_gguf',
@@ -65,6 +67,7 @@ __all__ = [
   'count_params',
   'dequantized',
   'load',
+  'push_to_hub',
   'quantize',
   'save',
   'save_gguf',

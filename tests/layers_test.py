@@ -13,7 +13,7 @@ LAYERS = (
   ('files', 'tree', 'command', 'console', 'runtime'),
   ('ops',),
   ('relax',),
-  ('config',),
+  ('config', 'config_checks'),
   ('sharding', 'data'),
   ('model',),
   ('models',),

@@ -128,7 +128,7 @@ def _find(source: str | Path) -> Path:
   try:
     return Path(
       huggingface_hub.snapshot_download(
-        str(source), allow_patterns=['*.safetensors', '*.json', '*.jinja']
+        str(source), allow_patterns=['*.safetensors', '*.json', '*.jinja', 'README.md']
       )
     )
   except Exception as e:  # Offline, missing, gated: many types, one meaning.

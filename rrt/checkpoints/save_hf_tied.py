@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rrt.checkpoints import card, save_hf
-from rrt.config import BY_LENGTH, ModelConfig
+from rrt.config import ModelConfig
+from rrt.config_checks import BY_LENGTH
 from rrt.errors import InputError
 from rrt.files import write_directory
 from rrt.model import LanguageModel

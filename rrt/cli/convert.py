@@ -10,7 +10,7 @@ from pathlib import Path
 from rrt import command, console
 from rrt.checkpoints.load import check_apart, check_save, load, load_config, save
 from rrt.cli import plots
-from rrt.config import ORDERS, WEIGHTS
+from rrt.config_checks import ORDERS, WEIGHTS
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.drop import count_of, parse
 from rrt.convert.plan import CHOSEN, INITS, REFITS, RELAX_INITS, ConvertConfig, plan, recommended

@@ -8,6 +8,7 @@ rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf
 import time
 
 from rrt import command, console
+from rrt.checkpoints.hub import check_push, push_to_hub
 from rrt.checkpoints.load import check_apart, load, load_config
 from rrt.checkpoints.save_gguf import TYPES, arch_of, check_save_gguf, save_gguf
 from rrt.checkpoints.save_hf import check_save_hf, save_hf
@@ -54,6 +55,10 @@ _EXIT_THRESHOLD = FLAGS.usual.float(
   "With --format=hf-tied: the score at which a decoded token leaves the block, by the model's "
   'learned gate if it has one, otherwise by the cosine of its state before and after a loop.',
 )
+_PUSH = FLAGS.usual.string(
+  'push_to_hub', None, 'Uploads what was written to this hub id (owner/name), with its card.'
+)
+_PRIVATE = FLAGS.rare.bool('private', False, 'With --push_to_hub: a new repository is private.')
 _CHECKS = {
   'hf': lambda config: None if config.end_norm else check_mergeable(config),
   'hf-tied': check_tied,
@@ -70,6 +75,9 @@ def main(_) -> None:
   is_gguf = form == 'gguf'
   command.check_effect(_QUANTIZE, is_gguf, '--format=gguf')
   command.check_effect(_DTYPE, not is_gguf, 'another format than gguf')
+  command.check_effect(_PRIVATE, _PUSH.value is not None, '--push_to_hub')
+  if _PUSH.value is not None:
+    check_push(_PUSH.value)
   command.check_effect(_EXIT_THRESHOLD, form == 'hf-tied', '--format=hf-tied')
   (check_save_gguf if is_gguf else check_save_hf)(_OUT.value)
   _CHECKS[form](load_config(_MODEL.value))
@@ -102,9 +110,13 @@ def main(_) -> None:
     ['weights as', 'MB on disk', 'MB in memory', 'this one'],
   )
   print(f'written to {out}, {size / 1e6:,.1f} MB with all files')
+  address = push_to_hub(out, _PUSH.value, _PRIVATE.value) if _PUSH.value else None
+  if address:
+    print(f'uploaded: {address}')
   console.finish(
     {
       'out': str(out),
+      'uploaded': address,
       'format': form,
       'family': c.family,
       'layers': c.depth,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rrt.config import is_whole
+from rrt.config_checks import is_whole
 from rrt.errors import InputError
 
 LEAST = 128  # Tokens that calibration needs at the very least.

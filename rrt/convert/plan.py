@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rrt.config import ORDERS, ModelConfig, is_whole
+from rrt.config import ModelConfig
+from rrt.config_checks import ORDERS, is_whole
 from rrt.convert import calibration_data, drop, rank_budget, size
 from rrt.errors import InputError
 from rrt.relax import registry

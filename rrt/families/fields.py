@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import math
 from typing import Any
 
-from rrt.config import Rope, is_number, is_whole
+from rrt.config import Rope
+from rrt.config_checks import is_number, is_whole
 from rrt.errors import InputError
 
 LOCAL, GLOBAL = 'sliding_attention', 'full_attention'

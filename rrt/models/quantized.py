@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rrt.config import WEIGHTS
+from rrt.config_checks import WEIGHTS
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.ops import quantize as quantize_lib

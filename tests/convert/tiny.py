@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from rrt.config import COMPONENTS, ModelConfig, Rope
+from rrt.config import ModelConfig, Rope
+from rrt.config_checks import COMPONENTS
 from rrt.model import LanguageModel
 from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
