@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from rrt.checkpoints.adapter import save_adapter
   from rrt.checkpoints.hub import push_to_hub
   from rrt.checkpoints.load import load, save
   from rrt.checkpoints.save_gguf import save_gguf
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
   from rrt.infer.engine.request import Request
   from rrt.infer.generate import complete
   from rrt.model import LanguageModel
+  from rrt.models.adapter import merge_adapter, with_adapter
   from rrt.models.count import count_params
   from rrt.models.quantized import dequantized, quantize
   from rrt.models.untie import to_untied
@@ -43,6 +45,9 @@ _HOMES = {
   'complete': 'rrt.infer.generate',
   'count_params': 'rrt.models.count',
   'dequantized': 'rrt.models.quantized',
+  'merge_adapter': 'rrt.models.adapter',
+  'save_adapter': 'rrt.checkpoints.adapter',
+  'with_adapter': 'rrt.models.adapter',
   'load': 'rrt.checkpoints.load',
   'push_to_hub': 'rrt.checkpoints.hub',
   'quantize': 'rrt.models.quantized',
@@ -67,9 +72,11 @@ __all__ = [
   'count_params',
   'dequantized',
   'load',
+  'merge_adapter',
   'push_to_hub',
   'quantize',
   'save',
+  'save_adapter',
   'save_gguf',
   'save_hf',
   'save_hf_tied',
@@ -78,6 +85,7 @@ __all__ = [
   'to_recursive',
   'to_untied',
   'uptrain',
+  'with_adapter',
 ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from rrt import files
 from rrt.checkpoints import card, gguf, gguf_file, gguf_parts, hf, native, reader
+from rrt.checkpoints.adapter import load_adapter
 from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.errors import InputError
@@ -38,7 +39,9 @@ _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 Source = str | Path | Sequence[str | Path]
 
 
-def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
+def load(
+  source: Source, *, dtype: str = 'float32', adapter: str | Path | None = None
+) -> LanguageModel:
   """Loads a model.
 
   Args:
@@ -48,12 +51,15 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
       ('owner/name').
     dtype: of the parameters of foreign checkpoints and, for native ones, what
       they are cast to: 'float32', 'bfloat16' or 'float16'.
+    adapter: the directory of a task adapter of this model (`rrt.save_adapter`).
 
   Raises:
-    InputError: the source does not exist, is damaged or is not supported.
+    InputError: the source does not exist, is damaged or is not supported, or the
+      adapter belongs to another model.
 
   Example:
     >>> model = rrt.load('smollm2-135m')
+    >>> model = rrt.load('child', adapter='sums')
   """
   if dtype not in reader.DTYPES:
     raise InputError(f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.')
@@ -62,7 +68,7 @@ def load(source: Source, *, dtype: str = 'float32') -> LanguageModel:
   model = read(paths, dtype)
   _check_vocabulary(model)
   model.meta.setdefault('source', _describe(source))
-  return model
+  return model if adapter is None else load_adapter(model, adapter)
 
 
 def load_config(source: Source) -> ModelConfig:

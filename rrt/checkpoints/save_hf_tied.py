@@ -20,6 +20,7 @@ from rrt.config_checks import BY_LENGTH
 from rrt.errors import InputError
 from rrt.files import write_directory
 from rrt.model import LanguageModel
+from rrt.models.adapter import merge_adapter
 from rrt.models.layers import rope_frequencies
 from rrt.models.quantized import dequantized
 from rrt.models.untie import check_mergeable
@@ -66,7 +67,7 @@ def save_hf_tied(
   Example:
     >>> rrt.save_hf_tied(child, 'child_tied')
   """
-  model = dequantized(model)
+  model = merge_adapter(dequantized(model))
   check_tied(model.config)
   c, name = model.config, Path(directory).name
   if exit_threshold is not None and c.order != 'cycle':

@@ -23,6 +23,7 @@ from rrt.families.base import wanted_rows
 from rrt.families.registry import family_of
 from rrt.files import write_directory
 from rrt.model import LanguageModel
+from rrt.models.adapter import merge_adapter
 from rrt.models.quantized import dequantized
 from rrt.models.untie import has_loops
 from rrt.relax import registry
@@ -110,7 +111,7 @@ def save_peft(model: LanguageModel, directory: str | Path) -> Path:
   Example:
     >>> rrt.save_peft(child, 'child_peft')
   """
-  model = dequantized(model)
+  model = merge_adapter(dequantized(model))
   check_peft(model.config)
   name = Path(directory).name
   base = _first_loop(model)

@@ -30,6 +30,9 @@ _MODEL = FLAGS.needed.string(
   'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
   'file, smollm2-135m, gemma3-270m, or a hub id.',
 )
+_ADAPTER = FLAGS.usual.string(
+  'adapter', None, "Directory of the model's task adapter (rrt.save_adapter)."
+)
 _PARENT = FLAGS.usual.string('parent', None, 'A model to compare with, evaluated in the same way.')
 _TEXT = FLAGS.usual.string(
   'text',
@@ -194,7 +197,7 @@ def main(argv) -> None:
     figures = measure(parent, text, context, parent.config.loops, 'parent')
     measured.append(('parent', figures))
     del parent
-  model = load(_MODEL.value)
+  model = load(_MODEL.value, adapter=_ADAPTER.value)
   if _EXITS.value:
     exit_report.check_model(model, _EXITS.value)
   context = _context(model, context)

@@ -32,6 +32,9 @@ _MODEL = FLAGS.needed.string(
   'What to export: an rrt directory, a training run, a Hugging Face '
   'directory, a GGUF file, smollm2-135m, gemma3-270m, or a hub id.',
 )
+_ADAPTER = FLAGS.usual.string(
+  'adapter', None, "Directory of the model's task adapter (rrt.save_adapter)."
+)
 _OUT = FLAGS.needed.string(
   'out', None, 'The directory, or with --format=gguf the file, to write; new or an earlier export.'
 )
@@ -83,7 +86,7 @@ def main(_) -> None:
   _CHECKS[form](load_config(_MODEL.value))
   check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
-  model = load(_MODEL.value, dtype=_DTYPE.value)
+  model = load(_MODEL.value, adapter=_ADAPTER.value, dtype=_DTYPE.value)
   if is_gguf:
     out = save_gguf(model, _OUT.value, _QUANTIZE.value)
   elif form == 'hf':

@@ -23,6 +23,9 @@ _MODEL = FLAGS.needed.string(
   'An rrt directory or training workdir, a Hugging Face directory, a GGUF '
   'file, smollm2-135m, gemma3-270m, or a hub id.',
 )
+_ADAPTER = FLAGS.usual.string(
+  'adapter', None, "Directory of the model's task adapter (rrt.save_adapter)."
+)
 _PROMPT = FLAGS.needed.multi_string('prompt', None, 'Text to continue; may be repeated.')
 _MAX_NEW_TOKENS = FLAGS.usual.integer(
   'max_new_tokens', 128, 'Maximum tokens to generate for each prompt.'
@@ -112,7 +115,7 @@ def main(argv) -> None:
   for flag in (_TOP_K, _TOP_P, _MIN_P, _SEED):
     command.check_effect(flag, _TEMPERATURE.value > 0, 'a --temperature above 0')
   generate.check_texts(prompts)
-  model = load(_MODEL.value)
+  model = load(_MODEL.value, adapter=_ADAPTER.value)
   generator = generate.Generator(model, loops=_LOOPS.value, dtype=_DTYPE.value)
   heads = [p + '\n' for p in prompts] if _CHAT.value else prompts
   screen = _Screen(heads, live=_STREAM.value)

@@ -26,6 +26,9 @@ _MODEL = FLAGS.needed.string('model', None, 'The model, as `rrt generate` takes 
 _NAME = FLAGS.rare.string(
   'name', None, "The model's name for clients; the last part of --model by default."
 )
+_ADAPTER = FLAGS.usual.string(
+  'adapter', None, "Directory of the model's task adapter (rrt.save_adapter)."
+)
 _HOST = FLAGS.usual.string('host', '127.0.0.1', 'Address to listen on.')
 _PORT = FLAGS.usual.integer('port', 8000, 'Port; 0 takes a free one.')
 _KEY_FILE = FLAGS.usual.string(
@@ -173,7 +176,7 @@ def main(argv) -> None:
   from rrt.server.worker import Worker
 
   sock = bind(_HOST.value, _PORT.value, _SECONDS.value)
-  model = load(_MODEL.value)
+  model = load(_MODEL.value, adapter=_ADAPTER.value)
   if model.tokenizer is None:
     raise InputError('The model has no tokenizer, so it cannot be served.')
   if _GATE.value == 'change' and _THRESHOLD.value is None:

@@ -18,6 +18,7 @@ from absl import flags
 import jax
 
 from rrt import command, console
+from rrt.checkpoints.adapter import save_adapter
 from rrt.checkpoints.load import save
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
@@ -101,6 +102,8 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
     return 128 + run.stopped
   if jax.process_index() == 0:
     save(run.model, workdir / 'model')
+    if recipe.adapter:
+      print(f'adapter alone: {save_adapter(run.model, workdir / "adapter")}')
     summarize(recipe, run, workdir, time.monotonic() - begin)
   return 0
 

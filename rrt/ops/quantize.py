@@ -7,7 +7,7 @@ bits share a byte.
     int8   {'int8': int8 [I, O],      'step': float32 [I / g, O]}
     int4   {'int4': uint8 [I / 2, O], 'step': ...}
     nf4    {'nf4':  uint8 [I / 2, O], 'step': ...}, quantiles of a normal distribution
-                                                    (QLoRA, arXiv 2305.14314)
+                                                    (arXiv 2305.14314)
 
 Leading axes are allowed. I inputs, O outputs, g inputs of a group.
 """

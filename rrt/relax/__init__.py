@@ -8,6 +8,7 @@ names; each further file is a relaxation, as `rrt.relax.Lora` or
 import importlib
 
 _HOMES = {
+  'Adapter': 'rrt.relax.adapter',
   'Gain': 'rrt.relax.gain',
   'Lora': 'rrt.relax.lora',
   'Relaxation': 'rrt.relax.base',

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str | type[Relaxation]] = {
   'lora': 'rrt.relax.lora:Lora',
   'gain': 'rrt.relax.gain:Gain',
+  'adapter': 'rrt.relax.adapter:Adapter',
 }
 # Names in a block layer that leaves must not take.
 _TAKEN = set('kernel scale bias table attn mlp layers q k v o gate up down'.split())

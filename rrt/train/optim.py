@@ -152,7 +152,7 @@ def trainable(o: Optimizer, params) -> Any:
     if path.endswith(CODES):
       raise InputError(
         f'optimizer.train={o.train!r} matches {path}, which is quantized and stays as it is; '
-        "take 'relaxations', or a pattern of LoRA, gains and norms."
+        "take 'relaxations', or a pattern of low-rank terms, gains and norms."
       )
   if not any(jax.tree.leaves(chosen)):
     raise InputError(

@@ -19,6 +19,7 @@ from rrt.convert.plan import ConvertConfig
 from rrt.data.pipeline import DataSpec
 from rrt.data.sources import FORMATS, Source
 from rrt.errors import InputError
+from rrt.models.adapter import parse as parse_adapter
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
 from rrt.train.optim import Optimizer
@@ -113,6 +114,8 @@ class Recipe:
     parent: what `rrt.load` takes: the model to convert and to distil from.
     child: a converted model to train; '' converts the parent.
     convert: how.
+    adapter: words of a task adapter that the child gets, such as 'rank=8,by_loop=true'
+      (`rrt.relax.Adapter`): it alone is trained. '' for none.
     steps: batches.
     batch: rows of a step, over all devices.
     length: tokens of a row.
@@ -139,6 +142,7 @@ class Recipe:
   parent: str = 'smollm2-135m'
   child: str = ''
   convert: ConvertConfig = dataclasses.field(default_factory=ConvertConfig)
+  adapter: str = ''
   steps: int = 100
   batch: int = 2
   length: int = 512
@@ -178,6 +182,11 @@ class Recipe:
       if not ok:
         raise InputError(f'{field}={getattr(self, field)!r}: {why}.')
 
+    if self.adapter:
+      parse_adapter(self.adapter)
+      if self.optimizer.train == 'all':
+        only = dataclasses.replace(self.optimizer, train='adapter')
+        object.__setattr__(self, 'optimizer', only)
     for field in (
       'steps',
       'batch',

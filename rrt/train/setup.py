@@ -6,6 +6,7 @@ or a training of days.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from rrt.convert.plan import plan, with_relaxations
 from rrt.data import pipeline
 from rrt.errors import InputError
 from rrt.model import LanguageModel
+from rrt.models.adapter import parse, with_adapter
 from rrt.models.init import init_params
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
@@ -165,12 +167,13 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
   begun = (workdir / 'checkpoints').is_dir() and any(
     p.name.isdigit() for p in (workdir / 'checkpoints').iterdir()
   )
-  config, origin, same = recipe.to_dict(), ('parent', 'child', 'convert'), False
+  origin = ('parent', 'child', 'convert', 'adapter')
+  config, same = recipe.to_dict(), False
   if settings.is_file():
     saved = _read_settings(settings)
     if begun:
       checkpoint_lib.check_same(workdir, saved, config, Recipe.FREE)
-    same = all(saved.get(k) == config[k] for k in (*origin, 'seed'))
+    same = all(saved.get(k, '') == config[k] for k in (*origin, 'seed'))
 
   parent = load(recipe.parent)
   kept = workdir / 'child'
@@ -181,6 +184,8 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
       else:
         check_all(recipe, parent, mesh)
         child = convert(recipe, parent)
+      if recipe.adapter:
+        child = with_adapter(child, recipe.adapter, recipe.seed)
       check(recipe, parent.config, child.config, mesh)
       shutil.rmtree(kept, ignore_errors=True)
       save(child, kept)
@@ -230,6 +235,8 @@ def planned(recipe: Recipe, parent: ModelConfig) -> ModelConfig:
   config = plan(parent, recipe.convert)
   if recipe.convert.budget:
     config = with_relaxations(config, recipe.convert, 1)
+  if recipe.adapter:
+    config = dataclasses.replace(config, relax=(parse(recipe.adapter), *config.relax))
   return config
 
 

@@ -22,13 +22,14 @@ from rrt.models.count import count_params
 from rrt.models.init import init_params
 from rrt.models.stack import unstack
 from rrt.models.untie import to_untied
+from rrt.relax.adapter import Adapter
 from rrt.relax.base import LAYOUTS, SITES, own_leaves, prepare_all, relaxed_hosts, subtree
 from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
 from rrt.tree import flatten
 from tests import runs
 from tests.models.configs import gemma3, llama, perturbed, tokens
-from tests.relax.toys import Adapter, Crowd, KvGain, Shift, Skip
+from tests.relax.toys import Bottleneck, Crowd, KvGain, Shift, Skip
 
 _RANKS = Lora(q=3, k=2, o=3, gate=4, up=((1, 2), (3, 0), (4, 4)), down=4, alpha=6.0)
 _ALL = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
@@ -40,10 +41,12 @@ RELAX = {
   'lora, gain': (_RANKS, Gain()),
   'gain, lora': (Gain(_ALL), _RANKS),
   'shift': (Shift(),),
-  'adapter': (Adapter(),),
+  'bottleneck': (Bottleneck(),),
+  'task adapter': (Adapter(3, alpha=6.0), _RANKS),
+  'task adapter by loop': (Adapter(2, by_loop=True, components='all'), _RANKS, Gain()),
   'kvgain': (KvGain(),),
   'skip': (Skip(),),
-  'all': (_RANKS, Gain(('o', 'v')), Shift(), Adapter(), KvGain(), Skip()),
+  'all': (_RANKS, Gain(('o', 'v')), Shift(), Bottleneck(), KvGain(), Skip()),
   'crowd': (Crowd(),),
 }
 INDEPENDENT = [n for n, relax in RELAX.items() if all(r.row_independent for r in relax)]
@@ -94,20 +97,20 @@ def test_scan_equals_loop_in_sequence_order(name):
   want, unrolled = forward(p, tokens(c), config=c, scan=False, aux=True)
   np.testing.assert_allclose(got, want, atol=2e-5)
   chex.assert_trees_all_close(aux, unrolled, atol=1e-6)
-  if name == 'adapter':
+  if name == 'bottleneck':
     # The same positions as in the CYCLE order, so as many terms.
-    assert float(aux.losses['adapter/size']) > 0
+    assert float(aux.losses['bottleneck/size']) > 0
 
 
 def test_aux_is_summed_and_averaged_over_positions():
-  c, p = config('adapter'), params('adapter')
+  c, p = config('bottleneck'), params('bottleneck')
   _, aux = forward(p, tokens(c), config=c, aux=True)
   positions = c.loops * c.block_layers
-  assert set(aux.losses) == {'adapter/size'}
-  assert aux.stats['adapter/usage'].shape == (3,)
-  mean = float(aux.stats['adapter/mean'])
-  np.testing.assert_allclose(aux.losses['adapter/size'], 0.5 * positions * mean, rtol=1e-5)
-  np.testing.assert_allclose(jnp.mean(aux.stats['adapter/usage']), mean, rtol=1e-5)
+  assert set(aux.losses) == {'bottleneck/size'}
+  assert aux.stats['bottleneck/usage'].shape == (3,)
+  mean = float(aux.stats['bottleneck/mean'])
+  np.testing.assert_allclose(aux.losses['bottleneck/size'], 0.5 * positions * mean, rtol=1e-5)
+  np.testing.assert_allclose(jnp.mean(aux.stats['bottleneck/usage']), mean, rtol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'scan'))
@@ -288,7 +291,7 @@ def test_trains(name):
     state, metrics = step(state, {}, step_lib.to_mesh(batch, mesh))
   after = jax.tree.map(np.asarray, state.params)
   total = float(metrics['cross_entropy'])
-  total += sum(float(v) for k, v in metrics.items() if k == 'relax/adapter/size')
+  total += sum(float(v) for k, v in metrics.items() if k == 'relax/bottleneck/size')
   np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
   for relaxation, host, leaves in relaxed_hosts(c):
     assert float(metrics[f'grad_norm/{relaxation.kind}']) > 0
@@ -299,8 +302,10 @@ def test_trains(name):
       moved = old[leaf] != new[leaf]
       assert not moved[np.asarray(ones[leaf]) == 0].any()
       assert moved[np.asarray(ones[leaf]) == 1].all()
-  if 'adapter' in name:
-    assert {'relax/adapter/usage/0', 'relax/adapter/usage/2', 'relax/adapter/mean'} <= set(metrics)
+  if 'bottleneck' in name:
+    assert {'relax/bottleneck/usage/0', 'relax/bottleneck/usage/2', 'relax/bottleneck/mean'} <= set(
+      metrics
+    )
 
 
 @pytest.mark.parametrize('name', ['lora, gain', 'all'])

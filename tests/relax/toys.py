@@ -35,10 +35,10 @@ class Shift(Relaxation):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Adapter(Relaxation):
+class Bottleneck(Relaxation):
   """A bottleneck beside the MLP, its input matrix shared by all loops."""
 
-  kind: ClassVar[str] = 'adapter'
+  kind: ClassVar[str] = 'bottleneck'
   site: ClassVar[str] = 'mlp'
   unmergeable: ClassVar[str] = 'it adds a second MLP'
 
@@ -49,13 +49,13 @@ class Adapter(Relaxation):
     D, R, W = host.d_in, host.loops, self.width
     axes = host.axes
     return {
-      'adapter_in': Leaf((D, W), (axes[0], None), nn.initializers.normal(0.1)),
-      'adapter_out': Leaf((R, W, D), ('loops', None, axes[1]), nn.initializers.zeros),
+      'bottleneck_in': Leaf((D, W), (axes[0], None), nn.initializers.normal(0.1)),
+      'bottleneck_out': Leaf((R, W, D), ('loops', None, axes[1]), nn.initializers.zeros),
     }
 
   def apply(self, params, x, y, loop, host):
-    h_BxLxW = jnp.tanh(x @ params['adapter_in'].astype(x.dtype))
-    out = params['adapter_out'][loop].astype(x.dtype)
+    h_BxLxW = jnp.tanh(x @ params['bottleneck_in'].astype(x.dtype))
+    out = params['bottleneck_out'][loop].astype(x.dtype)
     form = 'blw,bwd->bld' if jnp.ndim(loop) else 'blw,wd->bld'
     active_BxLxW = jnp.square(h_BxLxW.astype(jnp.float32))
     aux = Aux(
