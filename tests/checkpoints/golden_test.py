@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.checkpoints.load import load
+from rrt.checkpoints.load import load, load_config
+from rrt.config_checks import FAMILIES
 from rrt.models import lm_head, transformer
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
-NAMES = ('llama3', 'mistral', 'gemma', 'gemma3')
+NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/config.json'))
+
+
+def test_every_family_is_here():
+  families = {load_config(GOLDEN / name).family for name in NAMES}
+  # Ouro is none of transformers: tests/parity/ouro_test.py has its formulas.
+  assert families == {*FAMILIES} - {'ouro'}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ windows are shorter than the sequences.
 
 from pathlib import Path
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -256,7 +257,10 @@ def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-  for seed, (name, config) in enumerate(MODELS.items()):
+  for name, config in MODELS.items():
+    if (HERE / name).is_dir():  # Remove it to make it anew.
+      continue
+    seed = zlib.crc32(name.encode())
     model = random_model(config, seed)
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.vocab_size, (2, LENGTH))
