@@ -84,6 +84,69 @@ PUBLISHED = {
 }
 
 
+# (shape, experts, parameters). Experts and learned positions are no part of a
+# `ModelConfig`: they are added to our count of the rest by their own formulas.
+WITH_EXPERTS = {
+  'Mixtral-8x7B': (
+    dict(
+      vocab_size=32000,
+      d_model=4096,
+      d_ff=14336,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      block_layers=32,
+    ),
+    8,
+    46_702_792_704,
+  ),
+  'Grok-1': (
+    dict(
+      vocab_size=131072,
+      d_model=6144,
+      d_ff=32768,
+      num_heads=48,
+      num_kv_heads=8,
+      head_dim=128,
+      block_layers=64,
+      tie_embeddings=True,
+      post_norms=True,
+    ),
+    8,
+    315_684_820_992,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', WITH_EXPERTS)
+def test_published_parameter_counts_with_experts(name):
+  fields, experts, parameters = WITH_EXPERTS[name]
+  config = ModelConfig(**_SHAPE, **fields)
+  router = config.d_model * experts
+  mlp = sum(a * b for k, (a, b) in config.shapes().items() if k in ('gate', 'up', 'down'))
+  added = config.depth * (router + (experts - 1) * mlp)
+  assert count_params(config).unique + added == parameters
+
+
+def test_the_size_of_gpt_3():
+  config = ModelConfig(
+    **_SHAPE,
+    vocab_size=50257,
+    d_model=12288,
+    d_ff=4 * 12288,
+    num_heads=96,
+    num_kv_heads=96,
+    head_dim=128,
+    block_layers=96,
+    tie_embeddings=True,
+    norm='layer',
+    gated=False,
+    biases=('q', 'k', 'v', 'o', 'up', 'down'),
+  )
+  positions = 2048 * config.d_model
+  assert round((count_params(config).unique + positions) / 1e9, 1) == 174.6
+
+
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_parameter_counts(name):
   fields, parameters = PUBLISHED[name]

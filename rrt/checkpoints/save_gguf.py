@@ -56,6 +56,12 @@ def arch_of(config: ModelConfig) -> str:
     raise InputError(
       f"tie_embeddings: llama.cpp's {config.family} has no head of its own; take --format=hf."
     )
+  index = config.rope_index or (0,) * config.depth
+  rotates = [config.ropes[i].scaling != 'none' for i in index]
+  if config.family == 'smollm3' and rotates != [(i + 1) % 4 != 0 for i in range(config.depth)]:
+    raise InputError(
+      "rope_index: llama.cpp's smollm3 has every fourth layer without rotation; take --format=hf."
+    )
   if any(r.scaling == 'dynamic' for r in config.ropes):
     raise InputError('ropes: llama.cpp has no dynamic scaling; take --format=hf.')
   return found[0]

@@ -129,6 +129,8 @@ def test_what_cannot_be_written(tmp_path):
     save_gguf(parent('llama'), tmp_path / 'a.gguf', 'q3')
   with pytest.raises(InputError, match='no head of its own'):
     save_gguf(parent('gemma2'), tmp_path / 'a.gguf')
+  with pytest.raises(InputError, match='every fourth layer'):
+    save_gguf(tiny.parent('smollm3'), tmp_path / 'a.gguf')
   with pytest.raises(InputError, match='no dynamic scaling'):
     rope = Rope(scaling='dynamic', factor=2.0, original_context=64)
     save_gguf(tiny.parent('llama', ropes=(rope,)), tmp_path / 'a.gguf')

@@ -103,21 +103,7 @@ def test_loaded_and_exported(name, tmp_path):
   assert_same_logits(ours, exported(ours, tmp_path / 'out'))
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'llama3',
-    'llama_biases',
-    'qwen2',
-    'qwen3',
-    'smollm3',
-    'phi3',
-    'olmo2',
-    'pythia',
-    'gemma2',
-    'gemma3',
-  ],
-)
+@pytest.mark.parametrize('name', [*NAMES, 'longrope', 'dynamic'])
 def test_one_loop_is_the_parent(name, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
   child, _ = rrt.to_recursive(ours, prelude=1, loops=1, coda=1)
@@ -127,26 +113,13 @@ def test_one_loop_is_the_parent(name, tmp_path):
 
 @pytest.mark.parametrize('order', ['cycle', 'sequence'])
 @pytest.mark.parametrize('half_ranks', [1, 2, 4])
-@pytest.mark.parametrize(
-  'name',
-  [
-    'llama3',
-    'llama_biases',
-    'qwen2',
-    'qwen3',
-    'smollm3',
-    'phi3',
-    'olmo2',
-    'pythia',
-    'gemma2',
-    'gemma3',
-  ],
-)
+@pytest.mark.parametrize('name', NAMES)
 def test_full_rank_is_the_parent_at_any_alpha(name, half_ranks, order, tmp_path):
   theirs, ours = parent_of(name, tmp_path / 'parent')
   rank = min(ours.config.d_model, ours.config.num_heads * ours.config.head_dim)
   child, _ = rrt.to_recursive(
     ours,
+    prelude=ours.config.depth % 2,
     loops=2,
     order=order,
     init='average',

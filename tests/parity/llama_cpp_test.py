@@ -3,12 +3,15 @@
 make parity
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import rrt
 from rrt.checkpoints.save_gguf import save_gguf
 from rrt.config import Rope
+from tests.checkpoints import save_gguf_test
 from tests.checkpoints.save_gguf_test import byte_tokenizer
 from tests.convert import tiny
 
@@ -20,7 +23,11 @@ SIZES = dict(d_model=64, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=16)
 
 
 @pytest.mark.parametrize(
-  'family', ['llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3', 'olmo2', 'phi3', 'gpt_neox']
+  'family',
+  (
+    *('llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3', 'olmo2', 'phi3'),
+    *('gpt_neox', 'smollm3', 'longrope'),
+  ),
 )
 def test_greedy_tokens_are_ours(family, tmp_path):
   from benchmarks.llama_cpp import Server
@@ -36,6 +43,12 @@ def test_greedy_tokens_are_ours(family, tmp_path):
     fields |= dict(num_kv_heads=4, rotary_dim=4, activation='gelu_tanh')
   if family == 'gemma':
     fields |= dict(unit_offset_norm=True, activation='gelu_tanh', scale_embeddings=True)
+  if family == 'smollm3':
+    fields |= dict(ropes=(Rope(), Rope(scaling='none')), rope_index=(0, 0, 0, 1, 0, 0))
+  if family == 'longrope':  # The server's context is longer than that of pretraining.
+    factors = dict(short_factors=(1.0, 1.25) * 4, long_factors=(1.5, 2.5, 3.0, 4.0) * 2)
+    rope = dataclasses.replace(save_gguf_test.LONGROPE, original_context=12, **factors)
+    family, fields = 'phi3', fields | dict(ropes=(rope,))
   model = tiny.parent(family, layers=6, seed=3, **fields)
   model = type(model)(model.config, model.params, byte_tokenizer(), dict(model.meta))
   out = save_gguf(model, tmp_path / 'model.gguf')
