@@ -38,7 +38,7 @@ def logits_by_column(config: ModelConfig, params, hidden_BxD, dtype):
     logits_BxV = logits(config, params, hidden_BxD, dtype)
     # XLA would transpose the product itself, into a bfloat16 one it cannot run.
     return jax.lax.optimization_barrier(logits_BxV).T
-  table_VxD = dense(params['embed']['table'], dtype)
+  table_VxD = dense(params['embed']['table'], dtype, after=hidden_BxD)
   with float32_is_float32(dtype):
     found_VxB = jax.lax.dot_general(
       table_VxD,

@@ -107,7 +107,7 @@ def matmul(x_BxLxD, kernel_DxF):
   (`rrt.ops.quantize`) are constants.
   """
   if kind_of(kernel_DxF):
-    kernel_DxF = dense(kernel_DxF, x_BxLxD.dtype)
+    kernel_DxF = dense(kernel_DxF, x_BxLxD.dtype, after=x_BxLxD)
   if isinstance(kernel_DxF, TransposedKernel):
     return _matmul_transposed(x_BxLxD, kernel_DxF.astype(x_BxLxD.dtype).kernel_FxD)
   return checkpoint_name(_matmul(x_BxLxD, kernel_DxF), NAME)

@@ -71,16 +71,20 @@ def quantize(matrix, kind: str, axis: int = -2) -> dict[str, jax.Array]:
   return {kind: codes, 'step': found.scale}
 
 
-def dense(matrix: Any, dtype=None):
+def dense(matrix: Any, dtype=None, after=None):
   """The matrix that codes stand for; an array is returned as it is.
 
   Args:
     matrix: quantized, or an array, or what stands for one.
     dtype: of the result; None keeps an array's, and gives float32 for codes.
+    after: an array before which the codes stay codes: XLA would otherwise move this
+      out of a decoding loop, and hold all weights dense there.
   """
   kind = kind_of(matrix)
   if kind is None:
     return matrix if dtype is None else matrix.astype(dtype)
+  if after is not None:
+    matrix, _ = jax.lax.optimization_barrier((matrix, jax.lax.stop_gradient(after)))
   codes, step = jnp.asarray(matrix[kind]), jnp.asarray(matrix['step'])
   if kind != 'int8':
     codes = _unpacked(codes, codes.ndim - 2)
