@@ -10,7 +10,9 @@ import math
 
 from flax import linen as nn
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
@@ -44,7 +46,7 @@ constrain = functools.partial(
 )
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
   """A mesh with the axes data, fsdp and tensor.
 
   Args:
@@ -74,10 +76,58 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
       f'but there are {count}; make the sizes multiply to {count}.'
     )
   # Auto axes: linen layers do not work on Explicit ones.
-  return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES))
+  return Mesh(_arranged(tuple(shape)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int = 0):
+def _arranged(shape: tuple[int, ...]) -> np.ndarray:
+  """All devices as an array: neighbours on a torus close together, slices along data.
+
+  Raises:
+    InputError: several slices that the data axis does not divide among itself.
+  """
+  devices = jax.devices()
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % slices:
+    raise InputError(
+      f'mesh.data={shape[0]}: the devices lie in {slices} slices, between which only data '
+      'should cross; make it a multiple of them.'
+    )
+  within = (shape[0] // slices, *shape[1:])
+  return mesh_utils.create_hybrid_device_mesh(
+    within, (slices, *(1,) * (len(shape) - 1)), devices, allow_split_physical_axes=True
+  )
+
+
+def row_groups(mesh: Mesh, batch: int | None = None) -> tuple[int, int]:
+  """(which rows of a batch this process feeds, into how many parts they are cut).
+
+  The rows follow from the sharding, not from the number of the process: where a tensor
+  group spans hosts, several processes feed the same rows.
+
+  Args:
+    mesh: of all processes.
+    batch: rows of the global batch; by default one for each device of data and fsdp.
+
+  Raises:
+    InputError: a batch whose rows no process can feed in one piece.
+  """
+  count = mesh.shape['data'] * mesh.shape['fsdp']
+  rows, total = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))), batch or count
+  held = [s or (slice(None),) for s in rows.addressable_devices_indices_map((total,)).values()]
+  parts = sorted({(s[0].start or 0, total if s[0].stop is None else s[0].stop) for s in held})
+  size = sum(stop - start for start, stop in parts)
+  first = parts[0][0]
+  if parts[-1][1] - first != size or first % size or total % size:
+    raise InputError(
+      f'mesh={dict(mesh.shape)}: the rows of a batch of {total} that belong to this process are '
+      'not neighbours; choose other sizes of data and fsdp.'
+    )
+  return first // size, total // size
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh, batch: int = 0):
   """Raises InputError if a mesh axis does not divide the dimension that it shards."""
   tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
   rows = mesh.shape['data'] * fsdp
@@ -95,22 +145,35 @@ def check_mesh(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int = 0):
       )
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...] = (), fsdp: int = 1) -> PartitionSpec:
   """The mesh axes of an array with these logical axes.
+
+  A low-rank factor whose other axis is not on fsdp has its ranks there: otherwise it
+  and its moments would be whole on every device of a tensor axis.
+
+  Args:
+    axes: logical axes.
+    shape: of the array, if known.
+    fsdp: devices of that axis.
 
   Raises:
     KeyError: a name that RULES does not have.
   """
   table = dict(RULES)
-  return PartitionSpec(*(None if a is None else table[a] for a in axes))
+  found = [None if a is None else table[a] for a in axes]
+  if 'rank' in axes and 'fsdp' not in found and shape:
+    at = axes.index('rank')
+    if shape[at] % fsdp == 0:
+      found[at] = 'fsdp'
+  return PartitionSpec(*found)
 
 
-def shardings(abstract_boxed, mesh: jax.sharding.Mesh):
+def shardings(abstract_boxed, mesh: Mesh):
   """NamedShardings of a tree of boxed (logically annotated) arrays."""
 
   def place(x):
     if isinstance(x, nn.LogicallyPartitioned):
-      return NamedSharding(mesh, spec(x.names))
+      return NamedSharding(mesh, spec(x.names, x.value.shape, mesh.shape['fsdp']))
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree.map(

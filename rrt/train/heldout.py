@@ -14,6 +14,7 @@ from rrt.data import pipeline
 from rrt.data.sources import Source
 from rrt.data.stream import DataSpec
 from rrt.errors import InputError
+from rrt.sharding import row_groups
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
 from rrt.train.recipe import Heldout, Recipe
@@ -42,7 +43,7 @@ def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any],
   nats = jax.jit(lambda p, b: batch_losses(plain, p, {}, b, 1.0).sums.cross_entropy)
 
   def mean(params) -> float:
-    total = sum(float(nats(params, to_mesh(_own(b), mesh))) for b in batches)
+    total = sum(float(nats(params, to_mesh(_own(b, mesh), mesh))) for b in batches)
     return total / count
 
   return mean
@@ -126,8 +127,9 @@ def _batch(tokens_BxL: np.ndarray, rows: int) -> dict[str, np.ndarray]:
   }
 
 
-def _own(batch: pipeline.Batch) -> pipeline.Batch:
+def _own(batch: pipeline.Batch, mesh) -> pipeline.Batch:
   """The rows of this process."""
-  size = len(batch['tokens']) // jax.process_count()
-  own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+  rows = len(batch['tokens'])
+  part, parts = row_groups(mesh, rows)
+  own = slice(part * rows // parts, (part + 1) * rows // parts)
   return {k: v[own] for k, v in batch.items()}

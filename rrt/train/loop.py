@@ -97,7 +97,7 @@ def uptrain(
   check(recipe, parent.config if parent else None, child.config, mesh)
   if parent and parent.tokenizer and child.tokenizer:
     parent.tokenizer.check_same_ids(child.tokenizer)
-  batches = open_data(recipe, child.tokenizer, child.config.vocab_size, data)
+  batches = open_data(recipe, child.tokenizer, child.config.vocab_size, mesh, data)
 
   spec = make_step(recipe, child.config, child.params)
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)

@@ -62,11 +62,7 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
         f'{child.vocab_size}: a child learns from a parent with its own '
         'vocabulary.'
       )
-  if jax.local_device_count() % mesh.shape['tensor']:
-    raise InputError(
-      f'mesh.tensor={mesh.shape["tensor"]}: must divide the '
-      f'{jax.local_device_count()} devices of a process.'
-    )
+  sharding.row_groups(mesh, recipe.batch)
 
 
 def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
@@ -96,13 +92,16 @@ def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
   )
 
 
-def open_data(recipe: Recipe, tokenizer, vocab_size: int, rows: Any = None) -> pipeline.Batches:
+def open_data(
+  recipe: Recipe, tokenizer, vocab_size: int, mesh, rows: Any = None
+) -> pipeline.Batches:
   """The training batches: of each, the rows of this process.
 
   Args:
     recipe: the settings.
     tokenizer: the child's.
     vocab_size: of the child.
+    mesh: whose sharding says which rows are this process's.
     rows: texts or rows from Python, instead of `data.path`.
 
   Raises:
@@ -110,14 +109,15 @@ def open_data(recipe: Recipe, tokenizer, vocab_size: int, rows: Any = None) -> p
   """
   if tokenizer is None:
     raise InputError('The model has no tokenizer, so no text can be read.')
+  part, parts = sharding.row_groups(mesh, recipe.batch)
   return pipeline.batches(
     recipe.data.spec(rows),
     tokenizer,
-    batch=recipe.batch // jax.process_count(),
+    batch=recipe.batch // parts,
     length=recipe.length,
     seed=recipe.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
     vocab_size=vocab_size,
   )
 
@@ -143,7 +143,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
   trained = step_lib.trained_paths(optim.trainable(recipe.optimizer, params))
   weights, _ = step_lib.split(params, trained)
   optim.make_optimizer(recipe.optimizer, weights, recipe.steps)
-  open_data(recipe, parent.tokenizer, shape.vocab_size).close()
+  open_data(recipe, parent.tokenizer, shape.vocab_size, mesh).close()
   if recipe.heldout.path:
     read_heldout(recipe, shape, parent.tokenizer, mesh)
   if recipe.tensorboard:

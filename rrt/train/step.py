@@ -366,16 +366,25 @@ def gradient_norms(grads: Params):
 def to_mesh(batch: dict[str, np.ndarray], mesh) -> Batch:
   """The rows of all processes as global arrays, split over data and fsdp."""
   rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+  _, parts = sharding_lib.row_groups(mesh)
+  whole = lambda v: (v.shape[0] * parts, *v.shape[1:])
+  return {k: jax.make_array_from_process_local_data(rows, v, whole(v)) for k, v in batch.items()}
 
 
 def to_host(params: Params, mesh) -> Params:
   """Whole numpy arrays, on every process."""
-  if jax.process_count() > 1:
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
-  # Copies: numpy must not look into buffers that jax may reuse.
-  return jax.tree.map(lambda x: np.array(x), params)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  whole = jax.jit(lambda x: x, out_shardings=everywhere)
+
+  def one(path, x):
+    if jax.process_count() == 1:
+      return np.array(x)  # A copy: numpy must not look into buffers that jax may reuse.
+    if 'layers' not in [getattr(k, 'key', None) for k in path]:
+      return np.array(whole(x))
+    # Layer by layer: no device holds more than one layer besides its share.
+    return np.stack([np.array(whole(x[i])) for i in range(x.shape[0])])
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def trained_paths(mask) -> frozenset[str]:

@@ -13,7 +13,7 @@ from tests.train.resume_test import until
 pytest.importorskip('ml_collections')
 
 
-def start_two(file, workdir, *flags):
+def start_two(file, workdir, *flags, devices=2):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
@@ -25,7 +25,7 @@ def start_two(file, workdir, *flags):
       '--processes=2',
       f'--process={i}',
       *flags,
-      devices=2,
+      devices=devices,
     )
     for i in range(2)
   ]
@@ -50,6 +50,24 @@ def test_two_processes_equal_one(tmp_path):
   a, b = (load(tmp_path / x) for x in ('two', 'one'))
   table = lambda m: m.params['embed']['table']
   np.testing.assert_allclose(table(a), table(b), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_tensor_group_may_span_processes(tmp_path):
+  """Both feed the same rows: which ones follows from the sharding."""
+  file = runs.write_experiment(tmp_path)
+  flags = (
+    '--config.mesh.data=1',
+    '--config.steps=4',
+    f'--config.heldout.path={tmp_path}/text.jsonl',
+  )
+  runs.finish(runs.start(file, tmp_path / 'one', *flags, devices=1))
+  two = start_two(file, tmp_path / 'two', *flags, '--config.mesh.tensor=2', devices=1)
+  for process in two:
+    runs.finish(process)
+  got, want = runs.losses(tmp_path / 'two'), runs.losses(tmp_path / 'one')
+  assert [s for s, _ in got] == [1, 2, 3, 4]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.slow

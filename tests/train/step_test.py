@@ -128,6 +128,17 @@ def test_parameters_and_moments_are_sharded():
   assert all(jax.tree.leaves(same))
 
 
+def test_ranks_are_sharded_where_nothing_else_is():
+  _, _, state, _, _ = build({'data': 2, 'fsdp': 2, 'tensor': 2})
+  flat = traverse_util.flatten_dict(state.params, sep='/')
+  specs = {k: v.sharding.spec for k, v in flat.items() if '/lora_' in k}
+  assert specs['block/layers/mlp/down/lora_a'] == jax.P(None, None, 'tensor', 'fsdp')
+  assert specs['block/layers/attn/q/lora_b'] == jax.P(None, None, 'fsdp', 'tensor')
+  for path, leaf in flat.items():
+    if '/lora_' in path and 'gate' not in path:  # Whose largest rank is odd.
+      assert leaf.addressable_shards[0].data.size <= leaf.size // 2, path
+
+
 @pytest.mark.slow
 def test_state_keeps_its_shardings_through_a_step():
   mesh, _, state, own, step = build({'data': 2, 'fsdp': 2, 'tensor': 2})
