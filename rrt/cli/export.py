@@ -17,7 +17,9 @@ from rrt.checkpoints.save_peft import check_peft, save_peft
 from rrt.checkpoints.sizes import sizes
 from rrt.errors import InputError
 from rrt.exits import gate as gate_lib
+from rrt.models.adapter import adapter_of, bare_config, merge_adapter
 from rrt.models.count import count_params
+from rrt.models.quantized import dequantized
 from rrt.models.untie import check_mergeable
 
 FLAGS = command.Flags(
@@ -83,10 +85,12 @@ def main(_) -> None:
     check_push(_PUSH.value)
   command.check_effect(_EXIT_THRESHOLD, form == 'hf-tied', '--format=hf-tied')
   (check_save_gguf if is_gguf else check_save_hf)(_OUT.value)
-  _CHECKS[form](load_config(_MODEL.value))
+  _CHECKS[form](bare_config(load_config(_MODEL.value)))
   check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
   model = load(_MODEL.value, adapter=_ADAPTER.value, dtype=_DTYPE.value)
+  if adapter_of(model.config):
+    model = merge_adapter(dequantized(model))
   if is_gguf:
     out = save_gguf(model, _OUT.value, _QUANTIZE.value)
   elif form == 'hf':

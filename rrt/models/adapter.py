@@ -26,6 +26,12 @@ def adapter_of(config: ModelConfig) -> Adapter | None:
   return next((r for r in config.relax if isinstance(r, Adapter)), None)
 
 
+def bare_config(config: ModelConfig) -> ModelConfig:
+  """The configuration without a task adapter."""
+  relax = tuple(r for r in config.relax if not isinstance(r, Adapter))
+  return dataclasses.replace(config, relax=relax)
+
+
 def with_adapter(model: LanguageModel, adapter: Adapter | str, seed: int = 0) -> LanguageModel:
   """A model with a new task adapter, which has no effect yet.
 
@@ -70,16 +76,13 @@ def without_adapter(model: LanguageModel) -> LanguageModel:
   adapter = adapter_of(model.config)
   if adapter is None:
     return model
-  relax = tuple(r for r in model.config.relax if r is not adapter)
   params = _copied(model.params)
   for relaxation, host, _ in relaxed_hosts(model.config):
     if relaxation is adapter:
       tree = subtree(params['block'], host)
       for name in own_leaves(tree, adapter.kind):
         del tree[name]
-  return dataclasses.replace(
-    model, config=dataclasses.replace(model.config, relax=relax), params=params
-  )
+  return dataclasses.replace(model, config=bare_config(model.config), params=params)
 
 
 def merge_adapter(model: LanguageModel) -> LanguageModel:

@@ -16,7 +16,7 @@ from rrt.infer.generate import complete
 from rrt.models.adapter import adapter_leaves, merge_adapter, with_adapter, without_adapter
 from rrt.models.quantized import quantize
 from rrt.tree import flatten
-from tests import runs
+from tests import command, runs
 from tests.convert import tiny
 
 TOKENS_BxL = tiny.tokens(60, seed=4).reshape(2, 30)
@@ -160,6 +160,14 @@ def test_a_run_writes_its_adapter(tmp_path):
   assert 'adapter alone' in printed
   model = load(tmp_path / 'child', adapter=tmp_path / 'run/adapter')
   assert gap_of_params(model, load(tmp_path / 'run')) == 0
+  out = tmp_path / 'out'
+  for flags in (
+    [f'--model={tmp_path / "run"}'],
+    [f'--model={tmp_path / "child"}', f'--adapter={tmp_path / "run/adapter"}'],
+  ):
+    status, printed, error = command.run('export', *flags, '--format=hf-tied', f'--out={out}')
+    assert status == 0, error
+    assert command.final(printed)['format'] == 'hf-tied'
 
 
 def gap_of_params(a, b):
