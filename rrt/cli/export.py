@@ -24,7 +24,6 @@ from rrt.models.untie import check_mergeable
 
 FLAGS = command.Flags(
   'Writes a model for other software: transformers, PEFT or llama.cpp.',
-  'rrt export --model=child --out=child-hf\n'
   'rrt export --model=child --format=hf-tied --out=child-tied\n'
   'rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf',
 )

@@ -199,7 +199,7 @@ def test_fit_gate_then_evaluate(tmp_path):
   )
   assert status == 0, error
   points = command.final(printed)['exits']
-  assert {p['gate'] for p in points} == {*depth.LIVE, *depth.WITH_HEAD}
+  assert {p['gate'] for p in points} == {*depth.LIVE, *depth.WITH_HEAD} - {'hazard'}
   assert {p['kv'] for p in points} == {'write_ahead', 'propagate'}
   own = [p for p in points if p['threshold'] == gate.threshold]
   assert len(own) >= 2

@@ -115,7 +115,7 @@ class Model:
 
 
 def test_a_gate_is_kept_with_its_model():
-  config = type('Config', (), {'loops': 3, 'd_model': 4})
+  config = type('Config', (), {'loops': 3, 'd_model': 4, 'exit_gate': False})
   arrays = {'kernel': np.arange(8, dtype=np.float32).reshape(2, 4), 'bias': np.ones(2, np.float32)}
   arrays |= fit_lib.fit_lens(np.random.default_rng(0).normal(size=(3, 40, 4)), ridge=0.1)
   gate = gate_lib.Gate('learned', 0.8, arrays, 'propagate', {'agreement': 0.9})

@@ -80,7 +80,8 @@ class Engine:
       config, arrays = config.with_stored_gate(model)
     self.config = config
     fixed = model.config.for_length(config.context or model.config.max_context)
-    model = dataclasses.replace(model, config=fixed)
+    if fixed is not model.config:
+      model = dataclasses.replace(model, config=fixed)
     if arrays is None and (config.lossless or config.gate == 'change'):
       arrays = gate_lib.stored_lens(model)
     gate_lib.check_arrays(config.gate, arrays, model.config)
