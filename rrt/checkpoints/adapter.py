@@ -23,7 +23,8 @@ MANIFEST, WEIGHTS = 'adapter.json', 'adapter.safetensors'
 _LOAD = """
 import rrt
 
-model = rrt.load('{base}', adapter='{name}')
+# 'child' is the directory of the model that it was trained on.
+model = rrt.load('child', adapter='{name}')
 """
 
 
@@ -50,18 +51,17 @@ def save_adapter(model: LanguageModel, directory: str | Path) -> Path:
   if adapter is None:
     raise InputError('The model has no adapter; rrt.with_adapter gives it one.')
   leaves, name = adapter_leaves(model), Path(directory).name
-  base = str(model.meta.get('source') or 'child')
 
   def write(folder: Path) -> None:
     manifest = {
       'format': FORMAT,
       'adapter': registry.to_json(adapter),
       'base': _fingerprint(model),
-      'base_name': base,
+      'base_name': str(model.meta.get('source') or 'child'),
       'tensors': safetensors.write(folder / WEIGHTS, leaves, {'format': 'rrt'}),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    text = card.write(model, _LOAD.format(base=base, name=name))
+    text = card.write(model, _LOAD.format(name=name))
     (folder / card.NAME).write_text(text, encoding='utf-8')
 
   keep = card.kept(Path(directory))

@@ -25,7 +25,7 @@ from rrt.files import write_directory
 from rrt.model import LanguageModel
 from rrt.models.adapter import merge_adapter
 from rrt.models.quantized import dequantized
-from rrt.models.untie import has_loops
+from rrt.models.untie import has_loops, untied_config
 from rrt.relax import registry
 from rrt.relax.base import hosts_of, own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
@@ -139,16 +139,7 @@ def _first_loop(model: LanguageModel) -> LanguageModel:
   first = [int(np.flatnonzero(unique_layers(c) == i)[0]) for i in range(_own(c))]
   pick = lambda values: tuple(values[d] for d in first) if values else ()
   config = dataclasses.replace(
-    c,
-    prelude_layers=0,
-    block_layers=_own(c),
-    coda_layers=0,
-    loops=1,
-    order='cycle',
-    loop_norms=False,
-    relax=(),
-    windows=pick(c.windows),
-    rope_index=pick(c.rope_index),
+    untied_config(c), block_layers=_own(c), windows=pick(c.windows), rope_index=pick(c.rope_index)
   )
   params = {k: v for k, v in model.params.items() if k not in ('prelude', 'block', 'coda')}
   layers: dict[str, Any] = {}
@@ -184,14 +175,14 @@ def _adapter(model: LanguageModel) -> tuple[dict[str, np.ndarray], dict[str, Any
     value = np.ascontiguousarray(value).astype(dtype)
     tensors[f'base_model.model.{module}.{end}'] = value
 
-  terms = {host.name: (relaxation, host) for relaxation, host, _ in relaxed_hosts(c)}
+  terms = {host.name: relaxation for relaxation, host, _ in relaxed_hosts(c)}
   for host in hosts_of(c, 'linear'):
     tree = subtree(block, host)
     for layer in range(c.block_layers):
       empty_RxIx1 = np.zeros((c.loops, host.d_in, 1), np.float32)
       arrays = {'a': empty_RxIx1, 'b': np.zeros((c.loops, 1, host.d_out), np.float32)}
       if host.name in terms:
-        relaxation, _ = terms[host.name]
+        relaxation = terms[host.name]
         arrays = term_arrays(relaxation, own_leaves(tree, relaxation.kind), layer, host)
       for loop in range(c.loops):
         a_Ixr, b_rxO = arrays['a'][loop], arrays['b'][loop]

@@ -8,6 +8,7 @@ rrt export --model=child --format=gguf --quantize=q8_0 --out=child.gguf
 import time
 
 from rrt import command, console
+from rrt.checkpoints import card
 from rrt.checkpoints.hub import check_push, push_to_hub
 from rrt.checkpoints.load import check_apart, load, load_config
 from rrt.checkpoints.save_gguf import TYPES, arch_of, check_save_gguf, save_gguf
@@ -101,7 +102,7 @@ def main(_) -> None:
   c = model.config
   size = sum(f.stat().st_size for f in ([out] if is_gguf else out.rglob('*')) if f.is_file())
   counts = count_params(c)
-  print(f'{c.family}, {_shape(c)} layers, {counts.unique:,} unique parameters\n')
+  print(f'{c.family}, {card.shape(c)}, {counts.unique:,} unique parameters\n')
   table = sizes(c, _DTYPE.value, _QUANTIZE.value if is_gguf else 'q8_0')
   console.table(
     [
@@ -145,9 +146,3 @@ def _gate(model):
   if gate_lib.stored_lens(model):
     console.note("The gate's lens is left out: the coda reads the state of the exit itself.")
   return gate.arrays
-
-
-def _shape(config) -> str:
-  if config.depth == config.block_layers:
-    return str(config.depth)
-  return f'{config.prelude_layers} + {config.block_layers} x {config.loops} + {config.coda_layers}'

@@ -18,7 +18,7 @@ from absl import flags
 import jax
 
 from rrt import command, console
-from rrt.checkpoints.adapter import save_adapter
+from rrt.checkpoints.adapter import check_save_adapter, save_adapter
 from rrt.checkpoints.load import save
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
@@ -94,6 +94,8 @@ def main(argv):
 
 def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
   """Converts, uptrains, saves and prints; returns the exit status."""
+  if recipe.adapter:
+    check_save_adapter(workdir / 'adapter')
   parent, child = prepare(recipe, workdir)
   run = uptrain(parent, child, recipe, workdir)
   if run.stopped and run.step < recipe.steps:

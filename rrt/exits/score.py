@@ -36,8 +36,8 @@ def score(kind: str, gate: Any, before_BxD, after_BxD, loop_B, position_B, slot_
     gate: arrays of the gate. 'learned': `kernel` [R - 1, D] and `bias`
       [R - 1]. 'hazard': `hazard_kernel` [D] and `hazard_bias` [1]; the score is the
       probability of leaving here for a token that has not left before, and
-      `accumulate` adds such scores up. 'replay': `loops` int [S, T], the number of loops of the t-th
-      sampled token of a slot. Others: None.
+      `accumulate` adds such scores up. 'replay': `loops` int [S, T], the number of
+      loops of the t-th sampled token of a slot. Others: None.
     before_BxD: the residual stream before the loop.
     after_BxD: the residual stream after the loop.
     loop_B: int, the number of loops run, 1..R.

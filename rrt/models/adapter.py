@@ -137,7 +137,7 @@ def _into_terms(model: LanguageModel, bare: LanguageModel, adapter: Adapter) -> 
 
 def _copied(tree: Any) -> Any:
   """New dicts, the same arrays."""
-  return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+  return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def adapter_leaves(model: LanguageModel) -> dict[str, np.ndarray]:

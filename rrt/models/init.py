@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models.transformer import Transformer
+from rrt.ops.quantize import cast_floats
 from rrt.relax.base import mask_all
 
 
@@ -26,9 +27,6 @@ def init_params(config: ModelConfig, key, dtype=jnp.float32):
   def init(key):
     params = nn.unbox(boxed_params(config, key))
     params = mask_all(config, params)
-    # Codes of quantized matrices stay integers.
-    return jax.tree.map(
-      lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
-    )
+    return cast_floats(params, dtype)
 
   return init(key)

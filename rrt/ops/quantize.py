@@ -101,6 +101,12 @@ def rows(matrix: Any, index):
   return jax.tree.map(lambda t: jnp.take(t, index, axis=0), matrix)
 
 
+def cast_floats(tree: Any, dtype):
+  """A tree of arrays in a dtype; codes stay integers."""
+  is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+  return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
+
+
 def _qtype(kind: str):
   return 'nf4' if kind == 'nf4' else jnp.int8
 

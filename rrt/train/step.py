@@ -23,6 +23,7 @@ from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
 from rrt.models.init import boxed_params, init_params
+from rrt.ops.quantize import cast_floats
 from rrt.relax import registry
 from rrt.relax.base import Aux
 from rrt.train.exit_losses import ExitObjective, exit_losses
@@ -116,16 +117,11 @@ def param_shardings(config: ModelConfig, mesh) -> Any:
   return sharding_lib.shardings(boxed, mesh)
 
 
-def _in_float32(x):
-  """Codes of quantized matrices stay integers."""
-  return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
 def _init(params, optimizer, trained) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
     step=zero,
-    params=jax.tree.map(_in_float32, params),
+    params=cast_floats(params, jnp.float32),
     opt_state=optimizer.init(split(params, trained)[0]),
     skipped=zero,
     skipped_in_a_row=zero,
