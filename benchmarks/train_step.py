@@ -67,7 +67,7 @@ def our_step(config, params=None):
   import jax.numpy as jnp
 
   from rrt import sharding
-  from rrt.train import optim
+  from rrt.train import optim, placement
   from rrt.train import step as step_lib
   from rrt.train.losses import Objective
 
@@ -85,7 +85,7 @@ def our_step(config, params=None):
   )
   abstract = step_lib.abstract_state(spec, mesh)
   step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
-  batch = step_lib.to_mesh(batch_of(config.vocab_size), mesh)
+  batch = placement.to_mesh(batch_of(config.vocab_size), mesh)
   with jax.set_mesh(mesh):
     begin = time.perf_counter()
     compiled = step.lower(abstract, {}, batch).compile()

@@ -61,6 +61,9 @@ _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Of the training text.')
 _STEPS = flags.DEFINE_integer('steps', 40, 'Of training.')
 _SPEED = flags.DEFINE_bool('speed', True, 'Measure decoding; the machine must be idle.')
 _RATE = flags.DEFINE_float('learning_rate', 2e-4, 'The peak.')
+_CACHE = flags.DEFINE_string(
+  'teacher_cache', None, "Directory of the parent's predictions; --out/teacher by default."
+)
 _OUT = flags.DEFINE_string('out', None, 'Directory of models, runs and table.json.')
 
 
@@ -97,6 +100,7 @@ def recipe(model: LanguageModel, seed: int) -> Recipe:
   c.data.path, c.heldout.path = _TRAIN.value, _TEXT.value
   c.heldout.every = max(_STEPS.value // 20, 20)
   c.checkpoint_every, c.remat = 50, 'none'
+  c.teacher_cache = _CACHE.value or str(Path(_OUT.value) / 'teacher')
   c.optimizer.learning_rate = _RATE.value
   c.optimizer.warmup_steps = min(4, _STEPS.value)
   kinds = {r.kind for r in model.config.relax}
@@ -171,6 +175,8 @@ def main(_) -> None:
         continue
       workdir = out / _folder(name) / trained
       run = uptrain(parent, start, recipe(start, seed), workdir)
+      if run.stopped:
+        raise SystemExit(128 + run.stopped)
       once(f'nats_{trained}', lambda run=run: nats(run.model))
       if _TASK_DATA.value and seed == int(_SEEDS.value[0]):
         once(f'tasks_{trained}', lambda run=run: tasks(run.model))

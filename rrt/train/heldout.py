@@ -17,8 +17,9 @@ from rrt.errors import InputError
 from rrt.sharding import row_groups
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
+from rrt.train.placement import to_mesh
 from rrt.train.recipe import Heldout, Recipe
-from rrt.train.step import Step, batch_losses, to_mesh
+from rrt.train.step import Step, batch_losses
 
 
 def open_heldout(recipe: Recipe, spec: Step, tokenizer, mesh) -> Callable[[Any], float] | None:

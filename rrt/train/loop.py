@@ -29,11 +29,13 @@ from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
+from rrt.train import placement
 from rrt.train import step as step_lib
 from rrt.train.heldout import open_heldout
 from rrt.train.recipe import Recipe
 from rrt.train.setup import check, make_step, next_batch, open_data
 from rrt.train.teacher import with_teacher
+from rrt.train.teacher_cache import TeacherCache
 
 
 class Uptrained(NamedTuple):
@@ -102,6 +104,10 @@ def uptrain(
   spec = make_step(recipe, child.config, child.params)
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
   spec, teacher = with_teacher(spec, parent, child, mesh)
+  cache = None
+  if parent and recipe.teacher_cache:
+    cache = TeacherCache(recipe.teacher_cache, spec, parent, mesh)
+    spec = dataclasses.replace(spec, cached=True)
 
   # Go on from the newest checkpoint, or begin with the child as it is.
   abstract = step_lib.abstract_state(spec, mesh)
@@ -126,7 +132,11 @@ def uptrain(
       if batch is None:
         log.say(f'the text is used up after {step} steps')
         break
-      state, metrics = train_step(state, teacher, step_lib.to_mesh(batch, mesh))
+      if cache:
+        batch = cache(batch, state.params, teacher)
+      else:
+        batch = placement.to_mesh(batch, mesh)
+      state, metrics = train_step(state, teacher, batch)
       step += 1
       if seconds is not None:
         if clock.steps < 2:
@@ -142,7 +152,7 @@ def uptrain(
         checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
     log.flush()
     checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
-    params = step_lib.to_host(state.params, mesh)
+    params = placement.to_host(state.params, mesh)
   batches.close()
 
   meta = {**child.meta, 'uptraining': {**recipe.to_dict(), 'step': step}}

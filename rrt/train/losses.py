@@ -5,8 +5,8 @@ chunk of tokens at a time. Gradients are computed in the same pass, so that a ch
 costs three matrix products with the head (logits, hidden gradient, head gradient)
 where rematerialisation needs four, plus one with the teacher's head.
 
-Axes: B batch, L length, C positions of a chunk, D model, V vocabulary, S
-devices over which the rows of a batch are split.
+Axes: B batch, L length, C positions of a chunk, D model, V vocabulary, K most
+likely tokens, S devices over which the rows of a batch are split.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Objective:
     temperature: divides the logits of parent and child inside the
       divergence, which is then multiplied by its square, so that gradients
       keep their size.
+    top_k: distil from the parent's probabilities of its so many most likely
+      tokens and of all others together; 0 distils from all of them.
+    hidden: weight of the squared distance of the child's hidden states, after the
+      final norm, from the parent's, relative to the size of these.
     z_loss: weight of the squared log-partition function.
     chunk_tokens: how many tokens' logits exist at a time, over the whole
       (global) batch. Never more than half a batch.
@@ -51,13 +55,27 @@ class Objective:
   distillation: float = 1.0
   divergence: str = 'forward_kl'
   temperature: float = 1.0
+  top_k: int = 0
+  hidden: float = 0.0
   z_loss: float = 0.0
   chunk_tokens: int = 512
 
   def __post_init__(self):
     if self.divergence not in DIVERGENCES:
       raise InputError(f'loss.divergence={self.divergence!r}: must be one of {DIVERGENCES}.')
-    check_weights(self, 'loss', ('cross_entropy', 'distillation', 'z_loss'))
+    check_weights(self, 'loss', ('cross_entropy', 'distillation', 'hidden', 'z_loss'))
+    if self.hidden and (self.top_k or not self.distillation):
+      raise InputError(
+        f'loss.hidden={self.hidden}: needs the hidden states of the parent; leave top_k out, '
+        'and set distillation above 0.'
+      )
+    if self.top_k < 0:
+      raise InputError(f'loss.top_k={self.top_k!r}: must be 0 or more.')
+    if self.top_k and self.temperature != 1:
+      raise InputError(
+        f'loss.top_k={self.top_k} and loss.temperature={self.temperature}: the probability of '
+        'all other tokens together is known at temperature 1 only; leave one of them out.'
+      )
     if self.chunk_tokens < 1:
       raise InputError(f'loss.chunk_tokens={self.chunk_tokens!r}: must be 1 or more.')
 
@@ -83,6 +101,22 @@ def check_weights(objective: Any, name: str, weights: tuple[str, ...]) -> None:
     raise InputError(f'{name}.temperature={objective.temperature!r}: must be above 0.')
 
 
+class TopK(NamedTuple):
+  """The most likely tokens after each position, and their log-probabilities.
+
+  Attributes:
+    ids_BxLxK: int32.
+    log_p_BxLxK: float32, of a softmax over all tokens.
+  """
+
+  ids_BxLxK: jax.Array
+  log_p_BxLxK: jax.Array
+
+
+# What a child is distilled from: the parent's (hidden_BxLxD, head_DxV), or a part of its logits.
+Teacher = tuple[jax.Array, jax.Array] | TopK
+
+
 class Losses(NamedTuple):
   """Weighted sums over tokens; float32 scalars."""
 
@@ -90,6 +124,7 @@ class Losses(NamedTuple):
   cross_entropy: jax.Array
   distillation: jax.Array
   z_loss: jax.Array
+  hidden: jax.Array
 
 
 def losses(
@@ -98,7 +133,7 @@ def losses(
   head_DxV: jax.Array,
   targets_BxL: jax.Array,
   weights_BxL: jax.Array,
-  teacher: tuple[jax.Array, jax.Array] | None = None,
+  teacher: Teacher | None = None,
   caps: Caps = (None, None),
 ) -> Losses:
   """All losses of a batch, with logits of one chunk at a time.
@@ -113,8 +148,8 @@ def losses(
     targets_BxL: the next token's id.
     weights_BxL: float32, the factor of each token; 0 where there is no
       target. Divide them by their sum for a mean.
-    teacher: the parent's (hidden_BxLxD, head_DxV), of any width D; needed
-      when `objective.distillation` is above 0, ignored otherwise.
+    teacher: the parent's (hidden_BxLxD, head_DxV), of any width D, or its most
+      likely tokens; needed when `objective.distillation` is above 0, ignored otherwise.
     caps: soft-caps of the child's and of the parent's logits
       (`ModelConfig.final_softcap`).
   """
@@ -124,18 +159,24 @@ def losses(
   if not objective.distillation:
     teacher = None
   elif teacher is None:
-    raise ValueError('distillation needs the hidden states of a teacher.')
+    raise ValueError('distillation needs the hidden states or the logits of a teacher.')
   head_DxV = constrain(head_DxV.astype(hidden_BxLxD.dtype), (None, 'vocab'))
-  if teacher is not None:
+  if teacher is not None and not isinstance(teacher, TopK):
     t_BxLxD, t_DxV = teacher
-    t_DxV = constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
-    teacher = jax.lax.stop_gradient((t_BxLxD, t_DxV))
-  return _losses(
-    (objective, caps),
-    hidden_BxLxD,
-    head_DxV,
-    jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher)),
-  )
+    teacher = t_BxLxD, constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
+  rest = jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher))
+  sums = _losses((objective, caps), hidden_BxLxD, head_DxV, rest)
+  if not objective.hidden:
+    return sums
+  distance = hidden_distance(hidden_BxLxD, rest[2][0], rest[1])
+  return sums._replace(loss=sums.loss + objective.hidden * distance, hidden=distance)
+
+
+def hidden_distance(hidden_BxLxD, teacher_BxLxD, weights_BxL) -> jax.Array:
+  """The weighted sum of |child - parent|^2 / |parent|^2 over tokens, float32."""
+  h_BxLxD, t_BxLxD = hidden_BxLxD.astype(jnp.float32), teacher_BxLxD.astype(jnp.float32)
+  gap_BxL = jnp.sum((h_BxLxD - t_BxLxD) ** 2, axis=-1)
+  return jnp.sum(weights_BxL * gap_BxL / jnp.maximum(jnp.sum(t_BxLxD**2, axis=-1), 1e-30))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,6 +233,7 @@ def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
   """
   objective, (cap, teacher_cap) = static
   targets_BxL, weights_BxL, teacher = rest
+  few = isinstance(teacher, TopK)
   B, L, _ = hidden_BxLxD.shape
   C = chunk_length(B, L, objective.chunk_tokens)
   S = row_shards(B)
@@ -200,17 +242,17 @@ def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
     'hidden': split(hidden_BxLxD),
     'targets': split(targets_BxL),
     'weights': split(weights_BxL),
-    'teacher': None if teacher is None else split(teacher[0]),
+    'teacher': teacher and jax.tree.map(split, teacher if few else teacher[0]),
   }
   want_hidden, want_head = wanted or (False, False)
 
   def one(carry, x):
     sums, d_head_SxDxV = carry
     s_BxCxV = softcap(_logits(x['hidden'], head_DxV), cap)
-    t_BxCxV = None
-    if teacher is not None:
-      t_BxCxV = softcap(_logits(x['teacher'], teacher[1]), teacher_cap)
-    values, d_BxCxV = _token_losses(objective, s_BxCxV, t_BxCxV, x['targets'], x['weights'])
+    wanted_of = x['teacher']
+    if teacher is not None and not few:
+      wanted_of = softcap(_logits(x['teacher'], teacher[1]), teacher_cap)
+    values, d_BxCxV = _token_losses(objective, s_BxCxV, wanted_of, x['targets'], x['weights'])
     sums = jax.tree.map(jnp.add, sums, values)
     if cap is not None:  # d tanh(z / cap) / d(z / cap) = 1 - tanh^2.
       d_BxCxV *= 1 - (s_BxCxV / cap) ** 2
@@ -234,7 +276,7 @@ def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
     # A sum for each share of the rows: added up once, behind the loop.
     start = constrain(jnp.zeros((S, *head_DxV.shape), jnp.float32), ('batch', None, 'vocab'))
   with float32_is_float32(hidden_BxLxD.dtype):
-    (sums, d_head_SxDxV), d_hidden = jax.lax.scan(one, (Losses(zero, zero, zero, zero), start), xs)
+    (sums, d_head_SxDxV), d_hidden = jax.lax.scan(one, (Losses(*[zero] * 5), start), xs)
   if wanted is None:
     return sums, None
   d_head_DxV = jnp.sum(d_head_SxDxV, axis=0) if want_head else None
@@ -262,8 +304,36 @@ def _logits(hidden_BxCxD, head_DxV):
   return constrain(s_BxCxV, ('batch', 'length', 'act_vocab'))
 
 
-def _token_losses(objective, s_BxCxV, t_BxCxV, targets_BxC, weights_BxC):
-  """Sums of the losses, and the gradient of their total by the logits."""
+def top_k(hidden_BxLxD, head_DxV, k: int, cap: float | None, chunk_tokens: int) -> TopK:
+  """The k most likely tokens after each position, with logits of one chunk at a time.
+
+  Args:
+    hidden_BxLxD: after the final norm.
+    head_DxV: the head.
+    k: how many; at most V.
+    cap: soft-cap of the logits.
+    chunk_tokens: see `Objective`.
+  """
+  B, L, _ = hidden_BxLxD.shape
+  head_DxV = constrain(head_DxV.astype(hidden_BxLxD.dtype), (None, 'vocab'))
+
+  def one(x_BxCxD):
+    logits_BxCxV = softcap(_logits(x_BxCxD, head_DxV), cap)
+    values_BxCxK, ids_BxCxK = jax.lax.top_k(logits_BxCxV, k)
+    log_p_BxCxK = values_BxCxK - jax.nn.logsumexp(logits_BxCxV, axis=-1, keepdims=True)
+    return TopK(ids_BxCxK, log_p_BxCxK)
+
+  with float32_is_float32(hidden_BxLxD.dtype):
+    found = jax.lax.map(one, _split(hidden_BxLxD, chunk_length(B, L, chunk_tokens)))
+  whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, k)[:, :L]
+  return jax.tree.map(whole, found)
+
+
+def _token_losses(objective, s_BxCxV, teacher, targets_BxC, weights_BxC):
+  """Sums of the losses, and the gradient of their total by the logits.
+
+  `teacher` is the parent's logits [B, C, V], its `TopK` or None.
+  """
   o = objective
   w_BxCx1 = weights_BxC[..., None].astype(jnp.float32)
   total = lambda x_BxC: jnp.sum(x_BxC * weights_BxC)
@@ -278,9 +348,12 @@ def _token_losses(objective, s_BxCxV, t_BxCxV, targets_BxC, weights_BxC):
   d_BxCxV = pull_BxCx1 * q_BxCxV - o.cross_entropy * hit_BxCxV
 
   kd_BxC = jnp.zeros_like(ce_BxC)
-  if t_BxCxV is not None:
+  if isinstance(teacher, TopK):
+    kd_BxC, d_kd_BxCxV = _top_k_divergence(o.divergence, teacher, s_BxCxV, log_z_BxC, q_BxCxV)
+    d_BxCxV += o.distillation * d_kd_BxCxV
+  elif teacher is not None:
     T = o.temperature
-    log_p = jax.nn.log_softmax(t_BxCxV / T, axis=-1)
+    log_p = jax.nn.log_softmax(teacher / T, axis=-1)
     log_q = jax.nn.log_softmax(s_BxCxV / T, axis=-1)
     kd_BxC, d_kd_BxCxV = _divergence(o.divergence, log_p, log_q)
     kd_BxC = T**2 * kd_BxC
@@ -289,7 +362,25 @@ def _token_losses(objective, s_BxCxV, t_BxCxV, targets_BxC, weights_BxC):
 
   ce, kd, z = total(ce_BxC), total(kd_BxC), total(log_z_BxC**2)
   loss = o.cross_entropy * ce + o.distillation * kd + o.z_loss * z
-  return Losses(loss, ce, kd, z), w_BxCx1 * d_BxCxV
+  return Losses(loss, ce, kd, z, jnp.zeros_like(loss)), w_BxCx1 * d_BxCxV
+
+
+def _top_k_divergence(kind: str, teacher: TopK, s_BxCxV, log_z_BxC, q_BxCxV):
+  """`_divergence` with all but the parent's most likely tokens as one."""
+  ids_BxCxK, log_p_BxCxK = teacher
+  least = jnp.finfo(jnp.float32).tiny
+  log_of = lambda x: jnp.log(jnp.maximum(x, least))
+  others_p_BxCx1 = 1 - jnp.sum(jnp.exp(log_p_BxCxK), axis=-1, keepdims=True)
+  put = functools.partial(jnp.put_along_axis, axis=-1, inplace=False)
+  others_BxCxV = put(q_BxCxV, ids_BxCxK, 0.0)
+  others_q_BxCx1 = jnp.sum(others_BxCxV, axis=-1, keepdims=True)
+  log_q_BxCxK = jnp.take_along_axis(s_BxCxV, ids_BxCxK, axis=-1) - log_z_BxC[..., None]
+  join = lambda few, rest: jnp.concatenate([few, log_of(rest)], axis=-1)
+  value_BxC, d_BxCxK = _divergence(
+    kind, join(log_p_BxCxK, others_p_BxCx1), join(log_q_BxCxK, others_q_BxCx1)
+  )
+  share_BxCx1 = d_BxCxK[..., -1:] / jnp.maximum(others_q_BxCx1, least)
+  return value_BxC, put(others_BxCxV * share_BxCx1, ids_BxCxK, d_BxCxK[..., :-1])
 
 
 def _divergence(kind: str, log_p: jax.Array, log_q: jax.Array):

@@ -125,6 +125,8 @@ class Recipe:
     remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
       products) or 'full'.
     loss: the losses.
+    teacher_cache: directory that keeps the parent's predictions for later runs on the
+      same rows (`rrt.train.teacher_cache`); '' runs the parent in every step.
     exits: losses of the loops before the last, so that tokens can leave.
     optimizer: the optimizer.
     data: training text.
@@ -150,6 +152,7 @@ class Recipe:
   dtype: str = 'float32'
   remat: str = 'dots'
   loss: Objective = dataclasses.field(default_factory=Objective)
+  teacher_cache: str = ''
   exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   data: Data = dataclasses.field(default_factory=Data)
@@ -175,6 +178,7 @@ class Recipe:
     'tensorboard',
     'wandb',
     'heldout',
+    'teacher_cache',
   )
 
   def __post_init__(self):

@@ -62,6 +62,15 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
         f'{child.vocab_size}: a child learns from a parent with its own '
         'vocabulary.'
       )
+  if recipe.loss.top_k > child.vocab_size:
+    raise InputError(
+      f'loss.top_k={recipe.loss.top_k}: the vocabulary has {child.vocab_size} tokens.'
+    )
+  if recipe.loss.hidden and parent and parent.d_model != child.d_model:
+    raise InputError(
+      f'loss.hidden={recipe.loss.hidden}: the parent has d_model={parent.d_model}, the child '
+      f'{child.d_model}: their hidden states cannot be compared.'
+    )
   sharding.row_groups(mesh, recipe.batch)
 
 

@@ -16,22 +16,24 @@ from flax import struct, traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-import numpy as np
 import optax
 
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
-from rrt.models.init import boxed_params, init_params
+from rrt.models.init import init_params
 from rrt.ops.quantize import cast_floats
 from rrt.relax import registry
 from rrt.relax.base import Aux
 from rrt.train.exit_losses import ExitObjective, exit_losses
-from rrt.train.losses import Losses, Objective, losses
+from rrt.train.losses import Losses, Objective, Teacher, TopK, losses, top_k
 from rrt.train.optim import paths
+from rrt.train.placement import param_shardings, place
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
+# What distillation needs of the parent's forward pass (`teacher_outputs`).
+OUTPUTS = ('teacher_hidden', 'teacher_ids', 'teacher_log_p')
 
 
 class TrainState(struct.PyTreeNode):
@@ -65,6 +67,7 @@ class Step:
     clip: global gradient norm to clip to, 0 for none.
     teacher_config: the parent, or None without distillation.
     shared: paths that the parent reads from the child.
+    cached: the parent's `OUTPUTS` come with the batch.
     accumulate: microbatches a step.
     dtype: of the computation; weights stay float32.
     remat: 'none', 'full' or 'dots'.
@@ -78,6 +81,7 @@ class Step:
   clip: float = 1.0
   teacher_config: ModelConfig | None = None
   shared: frozenset[str] = frozenset()
+  cached: bool = False
   accumulate: int = 1
   dtype: Any = jnp.float32
   remat: str = 'none'
@@ -96,25 +100,6 @@ def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
 def merge(*flat: Params) -> Params:
   """The nested tree of flat dicts."""
   return traverse_util.unflatten_dict({k: v for part in flat for k, v in part.items()}, sep='/')
-
-
-def place(tree, shardings):
-  """Puts arrays (numpy or jax) on the mesh with the given shardings.
-
-  Every process must hold the same values.
-  """
-
-  def one(x, s):
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, s, lambda i: x[i])
-
-  return jax.tree.map(one, tree, shardings)
-
-
-def param_shardings(config: ModelConfig, mesh) -> Any:
-  """The sharding of each parameter of a model."""
-  boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
-  return sharding_lib.shardings(boxed, mesh)
 
 
 def _init(params, optimizer, trained) -> TrainState:
@@ -233,8 +218,9 @@ def train_step(
     'skipped_in_a_row': after.skipped_in_a_row,
     **{f'grad_norm/{k}': v for k, v in norms.items()},
   }
-  if spec.objective.z_loss:
-    metrics['z_loss'] = sums.z_loss
+  for name in ('z_loss', 'hidden'):
+    if getattr(spec.objective, name):
+      metrics[name] = getattr(sums, name)
   for r, change in enumerate(aux.loop_change_R):
     metrics[f'loop_change/{r + 2}'] = change
   for r, nats in enumerate(aux.exits_R):
@@ -271,11 +257,6 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     scale: of the weights: 1 / tokens of the whole batch.
   """
   weights_BxL = batch['weights'] * scale
-  where = {
-    'positions_BxL': batch['positions'],
-    'segment_ids_BxL': batch['segment_ids'],
-    'dtype': spec.dtype,
-  }
   many = spec.config.loops > 1 and spec.config.order == 'cycle'
   early = spec.exits.coefficients != 'none'
   out = transformer.forward(
@@ -286,15 +267,11 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     return_exits=early,
     return_aux=bool(spec.config.relax),
     remat=spec.remat,
-    **where,
+    **_where(spec, batch),
   )
   teacher = None
   if spec.teacher_config is not None:
-    hidden_BxLxD = transformer.forward(
-      spec.teacher_config, parent, batch['tokens'], **where
-    ).hidden_BxLxD
-    parent_head = lm_head.kernel(spec.teacher_config, parent)
-    teacher = (jax.lax.stop_gradient(hidden_BxLxD), parent_head)
+    teacher = _teacher(spec, parent, batch if spec.cached else teacher_outputs(spec, parent, batch))
   head = lm_head.kernel(spec.config, child)
   text = batch['targets'], weights_BxL
   cap = spec.config.final_softcap
@@ -310,6 +287,39 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
   aux = jax.tree.map(lambda value: share * value, out.aux)
   sums = sums._replace(loss=sums.loss + sum(aux.losses.values()))
   return BatchLosses(sums, share * loop_changes(out.loops_RxBxLxD), exits_R, aux)
+
+
+def teacher_outputs(spec: Step, parent, batch) -> dict[str, jax.Array]:
+  """What distillation needs of the parent's forward pass, by the names of `OUTPUTS`.
+
+  Hidden states after the final norm, [B, L, D]; with `top_k` ids and
+  log-probabilities, [B, L, K].
+  """
+  config = spec.teacher_config
+  hidden_BxLxD = transformer.forward(
+    config, parent, batch['tokens'], **_where(spec, batch)
+  ).hidden_BxLxD
+  if not spec.objective.top_k:
+    return {'teacher_hidden': hidden_BxLxD}
+  o, head = spec.objective, lm_head.kernel(config, parent)
+  found = top_k(hidden_BxLxD, head, o.top_k, config.final_softcap, o.chunk_tokens)
+  return {'teacher_ids': found.ids_BxLxK, 'teacher_log_p': found.log_p_BxLxK}
+
+
+def _teacher(spec: Step, parent, outputs) -> Teacher:
+  """`teacher_outputs` as the losses take them, without gradients."""
+  if spec.objective.top_k:
+    return jax.lax.stop_gradient(TopK(outputs['teacher_ids'], outputs['teacher_log_p']))
+  head = lm_head.kernel(spec.teacher_config, parent)
+  return jax.lax.stop_gradient((outputs['teacher_hidden'], head))
+
+
+def _where(spec: Step, batch) -> dict[str, Any]:
+  return {
+    'positions_BxL': batch['positions'],
+    'segment_ids_BxL': batch['segment_ids'],
+    'dtype': spec.dtype,
+  }
 
 
 def loop_changes(h_RxBxLxD: jax.Array | None) -> jax.Array:
@@ -357,30 +367,6 @@ def gradient_norms(grads: Params):
     squares[group] = squares.get(group, 0.0) + square
   norms = {k: jnp.sqrt(v) for k, v in squares.items()}
   return jnp.sqrt(sum(squares.values())), norms
-
-
-def to_mesh(batch: dict[str, np.ndarray], mesh) -> Batch:
-  """The rows of all processes as global arrays, split over data and fsdp."""
-  rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-  _, parts = sharding_lib.row_groups(mesh)
-  whole = lambda v: (v.shape[0] * parts, *v.shape[1:])
-  return {k: jax.make_array_from_process_local_data(rows, v, whole(v)) for k, v in batch.items()}
-
-
-def to_host(params: Params, mesh) -> Params:
-  """Whole numpy arrays, on every process."""
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  whole = jax.jit(lambda x: x, out_shardings=everywhere)
-
-  def one(path, x):
-    if jax.process_count() == 1:
-      return np.array(x)  # A copy: numpy must not look into buffers that jax may reuse.
-    if 'layers' not in [getattr(k, 'key', None) for k in path]:
-      return np.array(whole(x))
-    # Layer by layer: no device holds more than one layer besides its share.
-    return np.stack([np.array(whole(x[i])) for i in range(x.shape[0])])
-
-  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def trained_paths(mask) -> frozenset[str]:

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.train.step import Params, Step, param_shardings, place, split
+from rrt.train.placement import param_shardings, place
+from rrt.train.step import Params, Step, split
 
 
 def share_teacher(

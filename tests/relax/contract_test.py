@@ -254,7 +254,7 @@ def test_the_engine_refuses_what_couples_rows():
 @every
 def test_trains(name):
   """Every leaf gets a gradient, padding none, and losses reach the metrics."""
-  from rrt.train import optim
+  from rrt.train import optim, placement
   from rrt.train import step as step_lib
   from rrt.train.losses import Objective
 
@@ -288,7 +288,7 @@ def test_trains(name):
   abstract = step_lib.abstract_state(spec, mesh)
   step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
   with jax.set_mesh(mesh):
-    state, metrics = step(state, {}, step_lib.to_mesh(batch, mesh))
+    state, metrics = step(state, {}, placement.to_mesh(batch, mesh))
   after = jax.tree.map(np.asarray, state.params)
   total = float(metrics['cross_entropy'])
   total += sum(float(v) for k, v in metrics.items() if k == 'relax/bottleneck/size')
@@ -311,7 +311,7 @@ def test_trains(name):
 @pytest.mark.parametrize('name', ['lora, gain', 'all'])
 def test_sharded_equals_one_device(name):
   from rrt import sharding
-  from rrt.train.step import param_shardings
+  from rrt.train.placement import param_shardings
 
   c, p = config(name, num_heads=4, num_kv_heads=2), params(name)
   want, _ = forward(p, tokens(c, 4, 8), config=c)

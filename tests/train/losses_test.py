@@ -13,7 +13,7 @@ from rrt.sharding import make_mesh
 from rrt.train import losses as losses_lib
 
 B, L, D, V = 2, 13, 8, 40
-LOSSES = ('loss', 'cross_entropy', 'distillation', 'z_loss')
+LOSSES = ('loss', 'cross_entropy', 'distillation', 'z_loss', 'hidden')
 
 
 def inputs(batch=B, length=L, d_teacher=6, seed=0):
@@ -47,7 +47,11 @@ def plain(o, hidden, head, targets, weights, teacher, caps=(None, None)):
   }[o.divergence]().sum(-1) * o.temperature**2
   ce, kd, z = ((x * weights).sum() for x in (ce, kd, z))
   loss = o.cross_entropy * ce + o.distillation * kd + o.z_loss * z
-  return losses_lib.Losses(loss, ce, kd, z)
+  hidden_gap = jnp.zeros(())
+  if o.hidden:
+    gap = jnp.sum((hidden - teacher[0]) ** 2, -1) / jnp.sum(teacher[0] ** 2, -1)
+    hidden_gap = jnp.sum(gap * weights)
+  return losses_lib.Losses(loss + o.hidden * hidden_gap, ce, kd, z, hidden_gap)
 
 
 def value_and_grads(f, objective, hidden, head, *rest):
@@ -83,6 +87,54 @@ def test_chunked_equals_plain(divergence, temperature):
     chunk_tokens=6,
   )
   assert_same(objective, inputs())
+
+
+def test_hidden_states_are_matched():
+  assert_same(losses_lib.Objective(hidden=0.7, chunk_tokens=6), inputs(d_teacher=D))
+
+
+@pytest.mark.parametrize('fields', [{'top_k': 3}, {'distillation': 0.0}], ids=str)
+def test_hidden_states_need_those_of_the_parent(fields):
+  with pytest.raises(InputError, match='hidden'):
+    losses_lib.Objective(hidden=1.0, **fields)
+
+
+def test_the_most_likely_tokens_have_no_temperature():
+  with pytest.raises(InputError, match='temperature'):
+    losses_lib.Objective(top_k=4, temperature=2.0)
+
+
+@pytest.mark.parametrize('divergence', losses_lib.DIVERGENCES)
+@pytest.mark.parametrize('k', [1, 7, V])
+def test_the_most_likely_tokens_and_all_others_as_one(divergence, k):
+  """Against the divergence of the same k + 1 probabilities, by jax's own gradients."""
+  hidden, head, targets, weights, (t_hidden, t_head) = inputs()
+  found = losses_lib.top_k(t_hidden, t_head, k, 5.0, chunk_tokens=6)
+  p = jax.nn.softmax(5.0 * jnp.tanh(t_hidden @ t_head / 5.0))
+  np.testing.assert_array_equal(found.ids_BxLxK, jnp.argsort(-p, axis=-1)[..., :k])
+
+  def plain_top_k(o, hidden, head, targets, weights, teacher):
+    def few(x):
+      x_k = jnp.take_along_axis(x, found.ids_BxLxK, -1)
+      return x_k if k == V else jnp.append(x_k, 1 - x_k.sum(-1, keepdims=True), -1)
+
+    q = jax.nn.softmax(hidden @ head)
+    logs = jnp.log(few(p)), jnp.log(few(q))
+    # Logits of so few tokens: their log-probabilities, through heads that change nothing.
+    same = jnp.eye(logs[0].shape[-1])
+    out = plain(o, logs[1], same, jnp.zeros_like(targets), weights, (logs[0], same))
+    nll = -jnp.log(jnp.take_along_axis(q, targets[..., None], -1)[..., 0])
+    ce = jnp.sum(nll * weights)
+    return out._replace(loss=o.distillation * out.distillation + ce, cross_entropy=ce)
+
+  objective = losses_lib.Objective(divergence=divergence, top_k=k, chunk_tokens=6)
+  args = hidden, head, targets, weights, found
+  got, got_grads = value_and_grads(losses_lib.losses, objective, *args)
+  want, want_grads = value_and_grads(plain_top_k, objective, *args)
+  for name in ('loss', 'cross_entropy', 'distillation'):
+    np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=2e-5, err_msg=name)
+  for g, w in zip(got_grads, want_grads):
+    np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('chunk_tokens', [1, 5, 8, 26, 1000])
@@ -214,6 +266,8 @@ def test_sharded_equals_one_device(sizes):
     ('temperature', 0.0),
     ('cross_entropy', -1.0),
     ('chunk_tokens', 0),
+    ('top_k', -1),
+    ('hidden', -0.5),
     ('z_loss', float('nan')),
   ],
 )

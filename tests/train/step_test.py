@@ -13,7 +13,7 @@ from rrt import sharding
 from rrt.errors import InputError
 from rrt.models import lm_head, transformer
 from rrt.models.count import count_params
-from rrt.train import optim, teacher
+from rrt.train import optim, placement, teacher
 from rrt.train import step as step_lib
 from rrt.train.losses import Objective
 from tests import runs
@@ -80,7 +80,7 @@ def run(steps=3, batches=None, **kwargs):
   with jax.set_mesh(mesh):
     for i in range(steps):
       b = batches[i] if batches else batch(seed=i)
-      state, metrics = step(state, own, step_lib.to_mesh(b, mesh))
+      state, metrics = step(state, own, placement.to_mesh(b, mesh))
       losses.append(float(metrics['loss']))
   return losses, jax.device_get(metrics), state
 
@@ -144,7 +144,7 @@ def test_state_keeps_its_shardings_through_a_step():
   mesh, _, state, own, step = build({'data': 2, 'fsdp': 2, 'tensor': 2})
   before = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
-    state, _ = step(state, own, step_lib.to_mesh(batch(), mesh))
+    state, _ = step(state, own, placement.to_mesh(batch(), mesh))
   assert before == jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -244,7 +244,7 @@ def test_sharing_changes_no_loss():
   losses = []
   with jax.set_mesh(mesh):
     for i in range(3):
-      state, metrics = step(state, own, step_lib.to_mesh(batch(seed=i), mesh))
+      state, metrics = step(state, own, placement.to_mesh(batch(seed=i), mesh))
       losses.append(float(metrics['loss']))
   np.testing.assert_allclose(shared, losses, rtol=1e-6)
 
@@ -269,11 +269,11 @@ def test_steps_that_are_not_finite_change_nothing():
   bad['weights'] = bad['weights'] * np.float32('nan')
   mesh, _, state, own, step = build()
   with jax.set_mesh(mesh):
-    state, _ = step(state, own, step_lib.to_mesh(batch(), mesh))
+    state, _ = step(state, own, placement.to_mesh(batch(), mesh))
     before = jax.device_get((state.params, state.opt_state))
     counts = []
     for b in (bad, bad, batch(seed=2), bad):
-      state, metrics = step(state, own, step_lib.to_mesh(b, mesh))
+      state, metrics = step(state, own, placement.to_mesh(b, mesh))
       counts.append((int(state.skipped), int(state.skipped_in_a_row)))
       if len(counts) == 2:
         after = jax.device_get((state.params, state.opt_state))
