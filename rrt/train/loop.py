@@ -215,22 +215,32 @@ class Stop:
     self.signal = number
 
   def requested(self, step: int) -> bool:
-    """Whether any process received a signal; the same on all processes."""
+    """Whether any process received a signal; the same on all processes. Call it each step.
+
+    Between processes SIGTERM is jax's: its preemption service takes the signal, and all
+    processes stop at the step that it names, one or two later.
+    """
     if jax.process_count() > 1:
-      if step % self._every:
+      if multihost_utils.reached_preemption_sync_point(step):
+        self.signal = signal.SIGTERM
+      elif step % self._every == 0:
+        votes = multihost_utils.process_allgather(np.array(self.signal))
+        self.signal = int(votes.max())
+      else:
         return False
-      votes = multihost_utils.process_allgather(np.array(self.signal))
-      self.signal = int(votes.max())
     return self.signal > 0
 
 
 def handle_stops(handler, *names: str) -> dict[int, Any]:
   """Handles these signals; returns the old handlers by number.
 
-  SIGHUP, of a terminal that is closed, stays ignored under nohup.
+  SIGHUP, of a terminal that is closed, stays ignored under nohup. Where there are
+  several processes SIGTERM stays with jax's preemption service (`Stop.requested`).
   """
   old = {}
   for name in names:
+    if name == 'SIGTERM' and jax.process_count() > 1:
+      continue
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) != signal.SIG_IGN:
       old[int(number)] = signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +69,32 @@ def test_a_tensor_group_may_span_processes(tmp_path):
   got, want = runs.losses(tmp_path / 'two'), runs.losses(tmp_path / 'one')
   assert [s for s, _ in got] == [1, 2, 3, 4]
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_process_stops_both_within_a_few_steps(tmp_path):
+  """Not only every log_every steps: a notice of 30 seconds may be shorter than those."""
+  file = runs.write_experiment(tmp_path)
+  workdir = tmp_path / 'run'
+  flags = ('--config.mesh.data=2', '--config.steps=100000', '--config.checkpoint_every=5')
+  processes = start_two(file, workdir, *flags, '--config.log_every=1000000', devices=1)
+  checkpoints = workdir / 'checkpoints'
+  end = time.monotonic() + 120
+  while not (checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())):
+    assert time.monotonic() < end and all(p.poll() is None for p in processes)
+    time.sleep(0.2)
+  processes[1].send_signal(signal.SIGTERM)
+  for process in processes:
+    runs.finish(process, 128 + signal.SIGTERM)
+  before = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  assert before < 100_000
+  # The checkpoint is whole: the run goes on from it.
+  processes = start_two(file, workdir, *flags, '--config.log_every=1', devices=1)
+  until(processes[0], workdir, before + 2)
+  for process in processes:
+    process.send_signal(signal.SIGTERM)
+  for process in processes:
+    runs.finish(process, 128 + signal.SIGTERM)
 
 
 @pytest.mark.slow
