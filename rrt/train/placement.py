@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
@@ -30,6 +33,51 @@ def param_shardings(config: ModelConfig, mesh) -> Any:
   """The sharding of each parameter of a model."""
   boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
   return sharding_lib.shardings(boxed, mesh)
+
+
+def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str, Any]:
+  """The block's parameters in the compute dtype, gathered over fsdp once for all loops.
+
+  Without it every layer is gathered in every loop, forward and backward. Gradients go
+  back to the shards they belong to, in float32. Call it inside `jax.set_mesh`.
+
+  Args:
+    config: of the model; loops of 1 or an fsdp axis of 1 leave the block as it is.
+    block: `params['block']`.
+    dtype: of the computation.
+  """
+  fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
+  if fsdp == 1 or config.loops == 1:
+    return block
+  boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))['block']
+
+  def one(box, x):
+    if not isinstance(box, nn.LogicallyPartitioned) or x.dtype != jnp.float32:
+      return x
+    stored = sharding_lib.spec(box.names, x.shape, fsdp)
+    whole = PartitionSpec(*(None if axis == 'fsdp' else axis for axis in stored))
+    return _gathered(x, stored, whole, dtype)
+
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(one, boxed, block, is_leaf=is_box)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x, stored: PartitionSpec, whole: PartitionSpec, dtype):
+  """x in another dtype and layout; its gradient keeps its own."""
+  return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
+
+
+def _gathered_fwd(x, stored, whole, dtype):
+  return _gathered(x, stored, whole, dtype), None
+
+
+def _gathered_bwd(stored, whole, dtype, _, g):
+  del whole, dtype
+  return (jax.lax.with_sharding_constraint(g.astype(jnp.float32), stored),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:

@@ -27,6 +27,7 @@ from rrt.train.recipe_fields import unknown_field
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'full')
+GATHER = ('once', 'loop')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,9 @@ class Recipe:
     data: training text.
     heldout: text to measure on.
     mesh: devices on the axes data, fsdp and tensor; -1 once for the rest.
+    gather: over fsdp the block's weights are gathered 'once' a step, and every device holds
+      the whole block (of its tensor shard) in `dtype` meanwhile; or in every 'loop', layer
+      by layer, as the layers outside the block are.
     seed: of everything random.
     log_every: steps between rows of metrics.
     checkpoint_every: steps between checkpoints.
@@ -160,6 +164,7 @@ class Recipe:
   mesh: Mapping[str, int] = dataclasses.field(
     default_factory=lambda: {'data': -1, 'fsdp': 1, 'tensor': 1}
   )
+  gather: str = 'once'
   seed: int = 0
   log_every: int = 1
   checkpoint_every: int = 100
@@ -171,6 +176,7 @@ class Recipe:
   # A run may go on with other values of these; all others make it another.
   FREE = (
     'mesh',
+    'gather',
     'log_every',
     'checkpoint_every',
     'keep',
@@ -205,6 +211,7 @@ class Recipe:
     need(0 <= self.seed < 2**32, 'seed', 'must lie in 0 to 2^32 - 1')
     need(self.dtype in DTYPES, 'dtype', f'must be one of {DTYPES}')
     need(self.remat in REMAT, 'remat', f'must be one of {REMAT}')
+    need(self.gather in GATHER, 'gather', f'must be one of {GATHER}')
     need(self.batch % self.accumulate == 0, 'accumulate', f'must divide batch={self.batch}')
     sizes = list(self.mesh.values())
     if not all(isinstance(n, int) for n in sizes):

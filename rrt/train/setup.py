@@ -98,6 +98,7 @@ def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
     dtype=jnp.dtype(recipe.dtype),
     remat=recipe.remat,
     exits=recipe.exits,
+    gather=recipe.gather,
   )
 
 

@@ -28,7 +28,7 @@ from rrt.relax.base import Aux
 from rrt.train.exit_losses import ExitObjective, exit_losses
 from rrt.train.losses import Losses, Objective, Teacher, TopK, losses, top_k
 from rrt.train.optim import paths
-from rrt.train.placement import param_shardings, place
+from rrt.train.placement import gather_block, param_shardings, place
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -72,6 +72,8 @@ class Step:
     dtype: of the computation; weights stay float32.
     remat: 'none', 'full' or 'dots'.
     exits: losses of the loops before the last.
+    gather: 'once' gathers the block over fsdp before its loops, 'loop' layer by layer
+      in every loop.
   """
 
   config: ModelConfig
@@ -86,6 +88,7 @@ class Step:
   dtype: Any = jnp.float32
   remat: str = 'none'
   exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
+  gather: str = 'once'
 
 
 def split(params: Params, trained: frozenset[str]) -> tuple[Params, Params]:
@@ -180,6 +183,8 @@ def train_step(
 
   def loss_fn(trained, micro):
     child = merge(trained, frozen)
+    if spec.gather == 'once':
+      child |= {'block': gather_block(spec.config, child['block'], spec.dtype)}
     parent = merge(teacher, {k: v for k, v in frozen.items() if k in spec.shared})
     aux = batch_losses(spec, child, parent, micro, scale)
     return aux.sums.loss, aux
