@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+import os
 from pathlib import Path
 import signal
 import sys
 import textwrap
 import time
+from typing import NoReturn
 
 from absl import flags
 import jax
@@ -28,6 +30,7 @@ from rrt.train.loop import Uptrained, handle_stops, uptrain
 from rrt.train.recipe import Recipe
 from rrt.train.recipe_fields import describe_fields
 from rrt.train.setup import check_workdir, prepare
+from rrt.train.watchdog import STATUS
 
 # ml_collections reads the process's arguments and absl's global store.
 FLAGS = command.Flags(
@@ -36,6 +39,9 @@ FLAGS = command.Flags(
   flags.FLAGS,
 )
 explain = config_error
+# In the error of a collective whose other side is gone.
+LOST = ('Gloo', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Connection', 'NCCL')
+HEARTBEAT = 30  # Seconds after which a process that is gone is noticed by the others.
 
 
 def _recipe_help() -> list[str]:
@@ -89,7 +95,12 @@ def main(argv):
   # Process 0 stands for all processes of a run.
   own = lock(workdir, 'run') if jax.process_index() == 0 else nullcontext()
   with own:
-    return convert_and_uptrain(recipe, workdir, begin)
+    try:
+      return convert_and_uptrain(recipe, workdir, begin)
+    except (RuntimeError, ValueError) as e:  # gloo raises the second.
+      if jax.process_count() == 1 or not any(word in str(e) for word in LOST):
+        raise
+      lost_process(e)
 
 
 def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
@@ -130,7 +141,7 @@ def initialize_distributed() -> None:
     if any(value is not None for value in by_hand):
       raise InputError('--coordinator, --processes and --process replace --distributed.')
     try:
-      jax.distributed.initialize()
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, RuntimeError) as e:
       raise InputError(
         f'--distributed: the environment does not name the processes ({e}); '
@@ -139,7 +150,19 @@ def initialize_distributed() -> None:
   elif any(value is not None for value in by_hand):
     if None in by_hand:
       raise InputError('--coordinator, --processes and --process must be given together.')
-    jax.distributed.initialize(*by_hand)
+    jax.distributed.initialize(*by_hand, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def lost_process(e: Exception) -> NoReturn:
+  """Ends this process after a collective failed; its exit would wait for the others."""
+  reason = str(e).strip().splitlines()[0][:200]
+  print(
+    f'error: process {jax.process_index()} cannot reach the others: {reason}. Start the same '
+    'command on all of them again: it resumes from the last checkpoint.',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(STATUS)
 
 
 def leave(number, _):

@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from rrt.errors import InputError
 from rrt.files import check_writable
 from rrt.train.optim import paths
+from rrt.train.recipe import Recipe
 from rrt.train.step import TrainState
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -277,6 +278,7 @@ def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:
     saved, now: the run's configuration and that of the resuming command.
     free: top-level fields that may differ.
   """
+  saved, now = (_completed(config, Recipe().to_dict()) for config in (saved, now))
   for name in sorted(saved.keys() | now.keys()):
     if name in free:
       continue
@@ -292,6 +294,17 @@ def check_same(workdir: Path, saved, now, free: tuple[str, ...]) -> None:
         f'config.{field}={b!r}, but the run in {workdir} was '
         f'started with {a!r}; give that value, or another --workdir.'
       )
+
+
+def _completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+  """A configuration with the defaults of fields that were not there when it was saved."""
+  found = dict(saved)
+  for name, value in defaults.items():
+    if name not in found:
+      found[name] = value
+    elif isinstance(value, dict) and isinstance(found[name], dict) and name != 'mesh':
+      found[name] = _completed(found[name], value)
+  return found
 
 
 def _difference(name, a, b):

@@ -32,10 +32,12 @@ from rrt.train import metrics as metrics_lib
 from rrt.train import placement
 from rrt.train import step as step_lib
 from rrt.train.heldout import open_heldout
+from rrt.train.profile import Profile
 from rrt.train.recipe import Recipe
 from rrt.train.setup import check, make_step, next_batch, open_data
 from rrt.train.teacher import with_teacher
 from rrt.train.teacher_cache import TeacherCache
+from rrt.train.watchdog import Watchdog
 
 
 class Uptrained(NamedTuple):
@@ -122,22 +124,42 @@ def uptrain(
   train_step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
 
   log = metrics_lib.Log(recipe, spec, workdir, step, on_row)
+  train_step = log.time.compiling(train_step)
+  watchdog = Watchdog(recipe.watchdog)
+  profile = Profile(recipe.profile, Path(workdir) if workdir else None)
   last = recipe.steps
   clock = StepClock(seconds)
-  with jax.set_mesh(mesh), checkpoints, log, Stop(recipe.log_every) as stop:
+
+  def evaluate(heldout):
+    watchdog.at(f'the evaluation after step {step}')
+    log.flush()
+    with log.time.spent('eval'):
+      nats = heldout(state.params)
+    log.heldout(step, nats)
+
+  def save():
+    watchdog.at(f'the checkpoint of step {step}')
+    log.flush()
+    with log.time.spent('save'):
+      checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
+
+  with jax.set_mesh(mesh), checkpoints, log, watchdog, profile, Stop(recipe.log_every) as stop:
     if heldout and step == 0:
-      log.heldout(0, heldout(state.params))
+      evaluate(heldout)
     while step < last and not stop.requested(step):
-      batch = next_batch(batches, recipe)
-      if batch is None:
-        log.say(f'the text is used up after {step} steps')
-        break
-      if cache:
-        batch = cache(batch, state.params, teacher)
-      else:
-        batch = placement.to_mesh(batch, mesh)
+      with log.time.spent('data'):
+        rows = next_batch(batches, recipe)
+        if rows is None:
+          log.say(f'the text is used up after {step} steps')
+          break
+        if cache:
+          batch = cache(rows, state.params, teacher)
+        else:
+          batch = placement.to_mesh(rows, mesh)
+      profile.before(step + 1)
       state, metrics = train_step(state, teacher, batch)
       step += 1
+      watchdog.at(f'step {step}')
       if seconds is not None:
         if clock.steps < 2:
           jax.block_until_ready(metrics)
@@ -146,12 +168,10 @@ def uptrain(
       # The metrics of a step are fetched when the next one is on its way.
       log.step(step, metrics, state.params)
       if heldout and (step == last or recipe.is_due(step, recipe.heldout.every)):
-        log.heldout(step, heldout(state.params))
+        evaluate(heldout)
       if recipe.is_due(step, recipe.checkpoint_every):
-        log.flush()
-        checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
-    log.flush()
-    checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
+        save()
+    save()
     params = placement.to_host(state.params, mesh)
   batches.close()
 

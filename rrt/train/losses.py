@@ -166,9 +166,10 @@ def losses(
     teacher = t_BxLxD, constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
   rest = jax.lax.stop_gradient((targets_BxL, weights_BxL, teacher))
   sums = _losses((objective, caps), hidden_BxLxD, head_DxV, rest)
-  if not objective.hidden:
+  if teacher is None or isinstance(teacher, TopK) or not objective.hidden:
     return sums
-  distance = hidden_distance(hidden_BxLxD, rest[2][0], rest[1])
+  teacher_BxLxD, weights_BxL = jax.lax.stop_gradient((teacher[0], weights_BxL))
+  distance = hidden_distance(hidden_BxLxD, teacher_BxLxD, weights_BxL)
   return sums._replace(loss=sums.loss + objective.hidden * distance, hidden=distance)
 
 

@@ -7,6 +7,8 @@ uninterrupted run. Names, the same everywhere:
 * `train/loss`, `train/cross_entropy`, `train/distillation` (nats a token),
   `train/learning_rate`, `train/grad_norm` and others of the step;
 * `eval/cross_entropy`: nats a token of the held-out text;
+* `goodput/share`: of the time so far, how much the steps had; `goodput/compile_seconds`,
+  `data`, `eval`, `save`, `lost` and `step` (`rrt.train.goodput`);
 * `throughput/tokens_per_second`, `throughput/mfu`, `throughput/total_tokens` (so far,
   padding included), `throughput/wall_time` (seconds, earlier parts of the run included);
 * `memory/peak_bytes`.
@@ -35,6 +37,7 @@ from rrt.models.count import linears
 from rrt.relax.base import count_all
 from rrt.relax.base import norms as norms_of
 from rrt.train import optim, wandb
+from rrt.train.goodput import Goodput
 from rrt.train.recipe import Recipe
 from rrt.train.tensorboard import Board
 
@@ -129,7 +132,13 @@ def revision(directory: Path) -> str:
 
 
 class Writer:
-  """Appends rows to `metrics.jsonl` and, if wanted, to TensorBoard and wandb."""
+  """Appends rows to `metrics.jsonl` and, if wanted, to TensorBoard and wandb.
+
+  Attributes:
+    path: of the file.
+    rows: those of the run so far.
+    lost: seconds of the steps whose rows were dropped.
+  """
 
   def __init__(self, directory: Path, step: int, recipe: Recipe):
     """Keeps the rows up to `step` and drops later ones.
@@ -139,6 +148,7 @@ class Writer:
     self.path = Path(directory) / 'metrics.jsonl'
     rows, damaged = _parse(self.path)
     self.rows = [r for r in rows if r['step'] <= step and step]
+    self.lost = _seconds(rows) - _seconds(self.rows)
     self._file: Any = None
     self._board: Any = None
     self._wandb: Any = None
@@ -224,8 +234,18 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
   return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
+def _seconds(rows: list[dict[str, Any]]) -> float:
+  """How long a run with these rows had taken."""
+  return next((r['throughput/wall_time'] for r in rows[::-1] if 'throughput/wall_time' in r), 0.0)
+
+
 class Log:
-  """Turns a step's metrics into a row, one step late; watches for NaNs."""
+  """Turns a step's metrics into a row, one step late; watches for NaNs.
+
+  Attributes:
+    rows: of the run so far.
+    time: where its time went.
+  """
 
   def __init__(self, recipe: Recipe, spec, workdir, start: int, on_row):
     self._recipe, self._spec, self._on_row = recipe, spec, on_row
@@ -241,8 +261,9 @@ class Log:
     if workdir is not None:
       self._writer = Writer(workdir, start, recipe)
       self.rows = self._writer.rows
-    earlier = [r['throughput/wall_time'] for r in self.rows if 'throughput/wall_time' in r]
-    self._begin = time.monotonic() - (earlier[-1] if earlier else 0.0)
+    self._begin = time.monotonic() - _seconds(self.rows)
+    lost = self._writer.lost if self._writer else 0.0
+    self.time = Goodput(self.rows[-1] if self.rows else {}, lost)
     self._progress = console.Progress(recipe.steps, 'uptrain', 'steps')
     self._progress.skip(start)
 
@@ -323,9 +344,11 @@ class Log:
     self._write(row)
 
   def _so_far(self, step: int) -> dict[str, float]:
+    wall_time = time.monotonic() - self._begin
     return {
       'throughput/total_tokens': step * self._recipe.batch * self._recipe.length,
-      'throughput/wall_time': time.monotonic() - self._begin,
+      'throughput/wall_time': wall_time,
+      **self.time.row(wall_time),
     }
 
   def _write(self, row) -> None:

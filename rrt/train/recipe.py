@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
+import math
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -23,6 +24,7 @@ from rrt.models.adapter import parse as parse_adapter
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
 from rrt.train.optim import Optimizer
+from rrt.train.profile import parse as parse_profile
 from rrt.train.recipe_fields import unknown_field
 
 DTYPES = ('float32', 'bfloat16')
@@ -141,6 +143,9 @@ class Recipe:
     checkpoint_every: steps between checkpoints.
     keep: newest checkpoints that are kept.
     max_skipped: so many non-finite steps in a row end the run.
+    watchdog: seconds after which a step, evaluation or checkpoint that has not ended is named
+      and the process ends with status 75; 0 waits for ever.
+    profile: first and last step of a window for jax's profiler, '10:15'; '' for none.
     tensorboard: write event files besides metrics.jsonl.
     wandb: the Weights & Biases project to log to; '' for none.
   """
@@ -170,6 +175,8 @@ class Recipe:
   checkpoint_every: int = 100
   keep: int = 2
   max_skipped: int = 10
+  watchdog: float = 0.0
+  profile: str = ''
   tensorboard: bool = False
   wandb: str = ''
 
@@ -181,6 +188,8 @@ class Recipe:
     'checkpoint_every',
     'keep',
     'max_skipped',
+    'watchdog',
+    'profile',
     'tensorboard',
     'wandb',
     'heldout',
@@ -213,6 +222,8 @@ class Recipe:
     need(self.remat in REMAT, 'remat', f'must be one of {REMAT}')
     need(self.gather in GATHER, 'gather', f'must be one of {GATHER}')
     need(self.batch % self.accumulate == 0, 'accumulate', f'must divide batch={self.batch}')
+    need(0 <= self.watchdog < math.inf, 'watchdog', 'must be 0 or more seconds')
+    parse_profile(self.profile)
     sizes = list(self.mesh.values())
     if not all(isinstance(n, int) for n in sizes):
       raise InputError(f'mesh={dict(self.mesh)!r}: must be numbers of devices by axis.')

@@ -276,7 +276,8 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
   )
   teacher = None
   if spec.teacher_config is not None:
-    teacher = _teacher(spec, parent, batch if spec.cached else teacher_outputs(spec, parent, batch))
+    found = batch if spec.cached else teacher_outputs(spec, parent, batch)
+    teacher = _teacher(spec, spec.teacher_config, parent, found)
   head = lm_head.kernel(spec.config, child)
   text = batch['targets'], weights_BxL
   cap = spec.config.final_softcap
@@ -301,6 +302,7 @@ def teacher_outputs(spec: Step, parent, batch) -> dict[str, jax.Array]:
   log-probabilities, [B, L, K].
   """
   config = spec.teacher_config
+  assert config is not None
   hidden_BxLxD = transformer.forward(
     config, parent, batch['tokens'], **_where(spec, batch)
   ).hidden_BxLxD
@@ -311,11 +313,11 @@ def teacher_outputs(spec: Step, parent, batch) -> dict[str, jax.Array]:
   return {'teacher_ids': found.ids_BxLxK, 'teacher_log_p': found.log_p_BxLxK}
 
 
-def _teacher(spec: Step, parent, outputs) -> Teacher:
+def _teacher(spec: Step, config: ModelConfig, parent, outputs) -> Teacher:
   """`teacher_outputs` as the losses take them, without gradients."""
   if spec.objective.top_k:
     return jax.lax.stop_gradient(TopK(outputs['teacher_ids'], outputs['teacher_log_p']))
-  head = lm_head.kernel(spec.teacher_config, parent)
+  head = lm_head.kernel(config, parent)
   return jax.lax.stop_gradient((outputs['teacher_hidden'], head))
 
 

@@ -107,7 +107,7 @@ class TeacherCache:
     new = path.with_suffix(f'.{os.getpid()}.tmp')
     try:
       with new.open('wb') as file:
-        np.savez(file, **plain)
+        np.savez(file, **plain)  # type: ignore[arg-type]
       os.replace(new, path)
     except OSError as e:
       new.unlink(missing_ok=True)

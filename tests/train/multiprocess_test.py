@@ -98,6 +98,23 @@ def test_sigterm_of_one_process_stops_both_within_a_few_steps(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_others_end_with_a_sentence_when_one_process_is_killed(tmp_path):
+  file = runs.write_experiment(tmp_path)
+  workdir = tmp_path / 'run'
+  flags = ('--config.mesh.data=2', '--config.steps=100000', '--config.log_every=1')
+  processes = start_two(file, workdir, *flags, devices=1)
+  until(processes[0], workdir, 4)
+  processes[1].send_signal(signal.SIGKILL)
+  begin = time.monotonic()
+  _, err = processes[0].communicate(timeout=90)
+  assert time.monotonic() - begin < 60
+  assert processes[0].returncode == 75, err[-3000:]
+  assert 'error: process 0 cannot reach the others' in err
+  assert 'it resumes' in err
+  processes[1].communicate()
+
+
+@pytest.mark.slow
 def test_the_text_may_end_at_different_steps(tmp_path):
   file = runs.write_experiment(tmp_path)
   flags = (
