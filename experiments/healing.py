@@ -91,19 +91,19 @@ def main(_) -> None:
   for name in lines:
     if name not in known:
       raise InputError(f'--lines names {name!r}; the lines are {"; ".join(known)}.')
-  out = Path(FLAGS.out.value)
+  out = Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   path = out / 'table.json'
   table: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
-  parent = load(FLAGS.parent.value)
+  parent = load(FLAGS.parent)
   children = {where: load(where) for where in _CHILDREN.value}
   for name in lines:
     for where, child in children.items():
-      key = f'{Path(where).parent.name}, seed {FLAGS.seeds.value[0]}'
+      key = f'{Path(where).parent.name}, seed {FLAGS.seeds[0]}'
       opens = any(r.kind == 'gain' for r in child.config.relax)
       if key in table.setdefault(name, {}) or (name in OPENING and not opens):
         continue
-      recipe = changed(known[name], table_lib.recipe(child, int(FLAGS.seeds.value[0])))
+      recipe = changed(known[name], table_lib.recipe(child, int(FLAGS.seeds[0])))
       workdir = out / Path(where).parent.name / ''.join(c if c.isalnum() else '_' for c in name)
       run = uptrain(parent, child, recipe, workdir)
       if run.stopped:

@@ -15,6 +15,7 @@ from rrt.config import ModelConfig
 from rrt.models.cache import BatchKV
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.models.relaxed import relax, relaxations_of
+from rrt.ops.flash_attention import window_sizes
 from rrt.sharding import constrain
 
 
@@ -126,5 +127,6 @@ class Attention(nn.Module):
     q_BxLxHxDh *= jnp.asarray(c.scale_q, q_BxLxHxDh.dtype)
     q_BxLxHxDh = constrain(q_BxLxHxDh, ('batch', 'length', 'act_heads', None))
     kv, attend = (kv or BatchKV()).update(k_BxLxGxDh, v_BxLxGxDh, context)
-    o_BxLxHxDh = attend(q_BxLxHxDh, window=attn_spec.window, cap=c.attn_softcap)
+    sizes = window_sizes(c.windows)
+    o_BxLxHxDh = attend(q_BxLxHxDh, window=attn_spec.window, cap=c.attn_softcap, windows=sizes)
     return o_BxLxHxDh.reshape(*x_BxLxD.shape[:2], -1), kv

@@ -6,8 +6,8 @@ makes its own. Unwritten slots lie above the row's position and are masked.
 
 Every kind of KV has one method, `update(k, v, context)`: it writes a batch's keys
 (after RoPE) and values, both [B, L, G, Dh], at `context.positions_BxL`, and
-returns itself as written and a function `attend(q_BxLxHxDh, window, cap)` over what
-the batch sees then.
+returns itself as written and a function `attend(q_BxLxHxDh, window, cap, windows)` over
+what the batch sees then; `windows` are all values that the model's windows have.
 
 B batch, L length, S slots, G kv groups, Dh head size, P prelude, N block, R loops,
 C coda.
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.ops.attention import attend, attend_causal, visible
+from rrt.ops.attention import attend, visible
+from rrt.ops.flash_attention import attend_batch
 
 
 class BatchKV(NamedTuple):
@@ -48,7 +49,7 @@ class KV(NamedTuple):
     )
     return new, functools.partial(new.attend, context=context)
 
-  def attend(self, q_BxLxHxDh, window, cap=None, *, context):
+  def attend(self, q_BxLxHxDh, window, cap=None, windows=(0,), *, context):
     """Attention over all slots up to each query's position."""
     dtype = q_BxLxHxDh.dtype
     slots_1xS = jnp.arange(self.v_BxGxSxDh.shape[2], dtype=jnp.int32)[None, :]
@@ -97,15 +98,11 @@ class HeldKV(NamedTuple):
     return new, functools.partial(_attend_batch, new.k_BxLxGxDh, new.v_BxLxGxDh, context)
 
 
-def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window, cap=None):
+def _attend_batch(k_BxLxGxDh, v_BxLxGxDh, context, q_BxLxHxDh, window, cap=None, windows=(0,)):
   """Causal attention of a batch to itself, within segments."""
-  positions_BxL = context.positions_BxL
-  mask_BxLxL = visible(positions_BxL, positions_BxL, window)
-  if context.segments_BxL is not None:
-    s = context.segments_BxL
-    mask_BxLxL &= s[:, :, None] == s[:, None, :]
-  return attend_causal(
-    q_BxLxHxDh, k_BxLxGxDh.transpose(0, 2, 3, 1), v_BxLxGxDh.swapaxes(1, 2), mask_BxLxL, cap
+  places = context.positions_BxL, context.segments_BxL
+  return attend_batch(
+    q_BxLxHxDh, k_BxLxGxDh, v_BxLxGxDh, *places, window=window, windows=windows, cap=cap
   )
 
 

@@ -193,7 +193,9 @@ def write(kv: PagedKV, k_Bx1xGxDh, v_Bx1xGxDh, position_Bx1) -> PagedKV:
   )
 
 
-def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None = None):
+def attend(
+  q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None = None, windows=(0,)
+):
   """Softmax attention of one token a row over its pages, [B, 1, H, Dh].
 
   Args:
@@ -202,6 +204,7 @@ def attend(q_Bx1xHxDh, kv: PagedKV, position_Bx1, window=None, cap: float | None
     position_Bx1: of each row's token.
     window: as in `AttnSpec`: None, a scalar, or one a row; 0 is global.
     cap: see `rrt.ops.attention.softcap`.
+    windows: for kernels of batches; not used.
   """
   B, _, H, Dh = q_Bx1xHxDh.shape
   k_PxGxDhxC, v_PxGxCxDh, k_step_PxGxC, v_step_PxGxC = kv.kv_pool

@@ -102,5 +102,5 @@ def test_a_field_that_is_new_does_not_keep_a_run_from_going_on(tmp_path):
   saved['loss'] = {k: v for k, v in now['loss'].items() if k != 'top_k'}
   checkpoint.check_same(tmp_path, saved, now, Recipe.FREE)
   now['loss']['top_k'] = 4
-  with pytest.raises(InputError, match='loss.top_k=4'):
+  with pytest.raises(InputError, match=r'loss\.top_k=4'):
     checkpoint.check_same(tmp_path, saved, now, Recipe.FREE)
