@@ -87,6 +87,14 @@ def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | No
   )
   rank = search.fill(c, closed, search.EVEN, most)
   rows['closed loops in their place'] = closed.replace(rank=rank or 0)
+  rows['deleted and refitted, closed loops added'] = deleted.replace(
+    refit='around',
+    add_loops=True,
+    prelude=start - count,
+    block=count,
+    loops=2,
+    coda=c.depth - count - start,
+  )
   if tied is not None:
     rows['mean and plain SVD'] = tied.replace(init='average')
     rows['tied and calibrated'] = tied

@@ -115,6 +115,12 @@ _FIELDS = (
     'Layers of their own that are refitted: after (the coda, and those behind a deleted '
     'layer), around (the two before it too), or none.',
   ),
+  FLAGS.rare.bool(
+    'add_loops',
+    _DEFAULT.add_loops,
+    'The loops after the first are added to the layers that --drop leaves, and start without '
+    'effect; training opens them.',
+  ),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
 _DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the weights.')
@@ -136,8 +142,8 @@ def main(_) -> None:
   if not _SOURCE.value or not _OUT.value:
     raise InputError('--source and --out are both needed; see --help.')
   fields = {flag.name: flag.value for flag in _FIELDS}
-  random = fields['init'] == 'random' or fields['relax_init'] == 'zero'
-  command.check_effect(_SEED, random, '--init=random or --relax_init=zero')
+  random = fields['init'] == 'random' or fields['relax_init'] == 'zero' or fields['add_loops']
+  command.check_effect(_SEED, random, '--init=random, --relax_init=zero or --add_loops')
   shape = [fields[name] for name in ('prelude', 'coda', 'block')]
   if fields['params'] is None and not any(f.present for f in _FIELDS if f.name in CHOSEN):
     fields['params'] = DEFAULT_PARAMS
@@ -147,7 +153,8 @@ def main(_) -> None:
     fields[name] = fields[name] or 0
   loops = fields['loops']
   if loops is None:
-    fields['loops'] = 1 if fields['drop'] and shape == [None] * 3 else _DEFAULT.loops
+    alone = fields['drop'] and shape == [None] * 3 and not fields['add_loops']
+    fields['loops'] = 1 if alone else _DEFAULT.loops
   convert = ConvertConfig().replace(**fields | {'relax': tuple(fields['relax'])})
   check_save(_OUT.value)
   check_apart(_SOURCE.value, _OUT.value)

@@ -13,6 +13,7 @@ from rrt.config import ModelConfig
 from rrt.config_checks import ORDERS, is_whole
 from rrt.convert import calibration_data, drop, rank_budget, size
 from rrt.errors import InputError
+from rrt.models.added_loops import config_with_loops
 from rrt.relax import registry
 from rrt.relax.base import Relaxation, hosts_of
 from rrt.relax.ranks import LoopRanks, parse_ranks, with_ranks
@@ -22,7 +23,7 @@ RELAX_INITS = ('fit', 'zero')
 # Fields that `params` finds values for.
 CHOSEN = (
   *('prelude', 'block', 'loops', 'coda', 'order', 'init', 'rank', 'budget', 'relax'),
-  *('relax_init', 'drop', 'refit'),
+  *('relax_init', 'drop', 'refit', 'add_loops'),
 )
 REFITS = ('after', 'around', 'none')
 
@@ -56,6 +57,11 @@ class ConvertConfig:
     drop: layers of the parent that are deleted before the rest is arranged:
       '16-19', '3,16-19', (16, 17), or 'auto:4' for the run of four whose
       deletion moves the residual stream of the calibration text least.
+    add_loops: the loops after the first stand for no layer of the parent: prelude + block
+      + coda are the layers that `drop` leaves, and the loops start closed
+      (`rrt.models.added_loops`), so that the child computes what the model without
+      them does. `relax` must close what writes to the residual stream; without any it
+      is gain:start=0,components=o+down.
     refit: which layers of their own the calibration refits: 'after' those of the
       coda and those behind a deleted layer, 'around' the two before it as well,
       'none'.
@@ -83,6 +89,7 @@ class ConvertConfig:
   weights: str = 'float'
   drop: str | tuple[int, ...] = ()
   refit: str = 'after'
+  add_loops: bool = False
   params: str | int | None = None
   layers_run: int | None = None
   calibration: str | None = None
@@ -101,6 +108,11 @@ class ConvertConfig:
         hint = f'did you mean {near[0]}?' if near else f'the fields are {", ".join(known)}.'
         raise InputError(f'{name}={changes[name]!r}: a conversion has no such field; {hint}')
     return dataclasses.replace(self, **changes)
+
+  def without_loops(self) -> ConvertConfig:
+    """The conversion to the vanilla model that `add_loops` begins with."""
+    vanilla = dict(prelude=0, block=None, loops=1, coda=0, relax=(), rank=0, alpha=None)
+    return self.replace(add_loops=False, loop_norms=False, **vanilla)
 
   def relaxations(self) -> tuple[Relaxation, ...]:
     """`relax` as objects."""
@@ -138,6 +150,8 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   if c.layers_run is not None:
     raise InputError(f'layers_run={c.layers_run!r}: has no effect without params.')
   dropped = drop.parse(c.drop, parent.depth)
+  if c.add_loops:
+    return with_added_loops(plan(parent, c.without_loops()), c)
   config = arrange(drop.config_without(parent, dropped), c)
   _check_refit(c, bool(dropped))
   rank_budget.check(c.budget, c.rank)
@@ -164,6 +178,27 @@ def with_relaxations(config: ModelConfig, convert: ConvertConfig, rank: Any) -> 
   first = tuple(r for r in further if r.leads)
   rest = tuple(r for r in further if not r.leads)
   return dataclasses.replace(config, relax=first + low_rank + rest)
+
+
+def with_added_loops(config: ModelConfig, convert: ConvertConfig) -> ModelConfig:
+  """The shape that `add_loops` makes of the vanilla model of `without_loops`.
+
+  Raises:
+    InputError: layers that do not add up, loops that do not start closed, or a field that
+      has no effect.
+  """
+  c = convert
+  for name in ('order', 'init', 'budget', 'relax_init'):
+    if getattr(c, name) != getattr(ConvertConfig(), name):
+      raise InputError(
+        f'{name}={getattr(c, name)!r}: has no effect with add_loops, whose loops stand for '
+        'no layers; leave it out.'
+      )
+  if not c.relaxations():
+    c = c.replace(relax=('gain:start=0,components=o+down',))
+  shape = (c.prelude, c.block, c.loops, c.coda)
+  looped = config_with_loops(config, *shape, c.relaxations(), c.loop_norms)
+  return with_relaxations(looped, c, c.rank)
 
 
 def _check_vanilla(parent: ModelConfig) -> None:
@@ -287,6 +322,8 @@ def is_exact(config: ModelConfig, convert: ConvertConfig) -> bool:
   """Whether a child can only compute what its parent does."""
   if convert.drop or convert.weights != 'float':
     return False
+  if convert.add_loops:
+    return True
   fits = convert.relax_init == 'fit'
   full = fits and all(
     any(r.is_exact(host) for r in config.relax if r.site == 'linear')

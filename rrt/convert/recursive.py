@@ -24,12 +24,13 @@ from rrt.convert import calibrate as calibrate_lib
 from rrt.convert import calibration_data, drop, rank_budget, search, select, size
 from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
-from rrt.convert.plan import ConvertConfig, is_exact, plan, with_relaxations
+from rrt.convert.plan import ConvertConfig, is_exact, plan, with_added_loops, with_relaxations
 from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
 from rrt.convert.rounding import round_shared
 from rrt.convert.weights import ChildWeights
 from rrt.errors import InputError
 from rrt.model import LanguageModel
+from rrt.models.added_loops import add_loops
 from rrt.models.untie import to_untied
 from rrt.ops.matmul import float32_is_float32
 from rrt.ops.quantize import dense, quantize
@@ -134,6 +135,8 @@ def _fits(config: ModelConfig, convert: ConvertConfig) -> bool:
   """Whether anything is fitted to text."""
   if convert.init != 'calibrated' or is_exact(config, convert):
     return False
+  if convert.add_loops:
+    return convert.weights != 'float' or (bool(convert.drop) and convert.refit != 'none')
   return config.loops > 1 or config.weights != 'float' or convert.refit != 'none'
 
 
@@ -147,6 +150,12 @@ def _make(
   progress: Callable[[int, int], None] | None,
 ) -> tuple[LanguageModel, Report]:
   """One child of an untied parent, and its report."""
+  if convert.add_loops:
+    vanilla, report = _make(
+      untied, convert.without_loops(), fit_BxL, held_out_BxL, seed, steps, progress
+    )
+    child = add_loops(vanilla, with_added_loops(vanilla.config, convert), seed)
+    return child, _with_loops(report, untied, child, convert)
   job = _Job(untied, plan(untied.config, convert), convert, seed, steps, progress, fit_BxL)
   weights = job.calibrated() if _fits(job.config, job.convert) else job.selected()
   config, params = weights.config, weights.to_params(untied.params)
@@ -163,6 +172,22 @@ def _make(
     report.nll_child_nats = cross_entropy(child, held_out_BxL)
     report.held_out_tokens = held_out_BxL.size - len(held_out_BxL)
   return child, report
+
+
+def _with_loops(
+  report: Report, untied: LanguageModel, child: LanguageModel, convert: ConvertConfig
+) -> Report:
+  """The report of a vanilla model, as that of the one with closed loops, which is no other."""
+  new = start_report(untied.config, child.config, convert.init)
+  return dataclasses.replace(
+    report,
+    shape=new.shape,
+    ranks=new.ranks,
+    relaxations=new.relaxations,
+    params=new.params,
+    params_counted=count_arrays(child.config, child.params),
+    kept={},
+  )
 
 
 def _search(

@@ -33,6 +33,50 @@ def cut(parent, dropped):
   return type(parent)(config, {**parent.params, 'block': {'layers': layers}})
 
 
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('drops', ['', '2-3'], ids=['whole parent', 'deleted'])
+def test_added_loops_change_nothing_at_the_start(family, drops):
+  """The child is the model without them, to a gain's multiplication by 0."""
+  parent = tiny.parent(family)
+  depth = parent.config.depth - (2 if drops else 0)
+  shape = dict(prelude=1, block=1, coda=depth - 2, loops=3)
+  relax = ('gain:start=0,components=o+down',)
+  child, report = convert(parent, drop=drops, add_loops=True, relax=relax, rank=2, **shape)
+  vanilla, _ = convert(parent, drop=drops, loops=1)
+  assert child.config.depth == depth + 2
+  assert report.shape == f'1 + 1 x 3 + {depth - 2} layers in cycle order'
+  assert report.params_counted == count_params(child.config).unique
+  np.testing.assert_allclose(
+    tiny.logits(child, TOKENS_BxL), tiny.logits(vanilla, TOKENS_BxL), atol=1e-5
+  )
+  # Unique parameters: the vanilla model's, and the relaxations with the loops' own norms.
+  plain = count_params(vanilla.config).unique
+  assert plain < report.params_counted < 1.5 * plain
+  untied = to_untied(child)
+  np.testing.assert_allclose(
+    tiny.logits(untied, TOKENS_BxL), tiny.logits(child, TOKENS_BxL), atol=1e-4
+  )
+  if not drops:
+    assert report.exact and report.identity_error < 1e-4
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    (dict(loops=1, prelude=2), 'no loop to add'),
+    (dict(prelude=1, block=2), 'are there to add loops to'),
+    (dict(prelude=1, relax=('gain',)), 'must start closed'),
+    (dict(prelude=1, relax=('gain:start=0,components=o',)), 'must start closed'),
+    (dict(prelude=1, init='average'), 'init='),
+    (dict(prelude=1, order='sequence'), 'order='),
+    (dict(prelude=1, budget=1000), 'budget='),
+  ],
+)
+def test_loops_that_cannot_be_added(fields, words):
+  with pytest.raises(InputError, match=words):
+    plan(tiny.parent('llama').config, ConvertConfig(add_loops=True, **fields))
+
+
 @pytest.mark.parametrize(
   'text, expected',
   [
