@@ -6,11 +6,11 @@ are measured; keys, values, activations and low-rank terms are left out, so a
 bound is kind to the contender.
 """
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from benchmarks import common
 from rrt.models import count
@@ -80,7 +80,8 @@ class Roof:
     add = jax.jit(jnp.sum)
     multiplied = [_best(lambda: jax.block_until_ready(chain(a))) / _CHAIN]
     read = [_best(lambda: jax.block_until_ready(add(data)))]
-    if jax.default_backend() == 'cpu':
+    torch = _torch() if jax.default_backend() == 'cpu' else None
+    if torch:
       b = torch.ones(_SIZE, _SIZE, dtype=getattr(torch, dtype))
       floats = torch.ones(_READ // 4)
       multiplied.append(_best(lambda: b @ b))
@@ -99,6 +100,15 @@ class Roof:
   def _least(self, costs: Costs, passed: float) -> float:
     read = self.width * costs.held / self.bandwidth
     return max(2 * passed / self.flops, read)
+
+
+def _torch():
+  """torch, where it is installed."""
+  with contextlib.suppress(ImportError):
+    import torch
+
+    return torch
+  return None
 
 
 def _best(run) -> float:
