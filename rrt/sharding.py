@@ -7,6 +7,7 @@ Parameters and activations name their axes differently, so that sharding
 from collections.abc import Mapping
 import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -18,6 +19,7 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor')
+WHOLE = 1 << 20  # Bytes of float32 that may be whole on every device of fsdp.
 
 RULES = (
   # Parameters.
@@ -145,26 +147,37 @@ def check_mesh(config: ModelConfig, mesh: Mesh, batch: int = 0):
       )
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...] = (), fsdp: int = 1) -> PartitionSpec:
+def spec(
+  axes: tuple[str | None, ...], shape: tuple[int, ...] = (), sizes: Mapping[str, int] | None = None
+) -> PartitionSpec:
   """The mesh axes of an array with these logical axes.
 
-  A low-rank factor whose other axis is not on fsdp has its ranks there: otherwise it
-  and its moments would be whole on every device of a tensor axis.
+  A low-rank factor whose other axis is not on fsdp has its ranks there, and any other array
+  that would be larger than `WHOLE` on every device of fsdp its last axis that they divide:
+  they and their moments would otherwise take as much memory on a pod as on one device.
 
   Args:
     axes: logical axes.
     shape: of the array, if known.
-    fsdp: devices of that axis.
+    sizes: devices by mesh axis, with a shape.
 
   Raises:
     KeyError: a name that RULES does not have.
   """
   table = dict(RULES)
-  found = [None if a is None else table[a] for a in axes]
-  if 'rank' in axes and 'fsdp' not in found and shape:
-    at = axes.index('rank')
-    if shape[at] % fsdp == 0:
-      found[at] = 'fsdp'
+  found: list[Any] = [None if a is None else table[a] for a in axes]
+  fsdp = (sizes or {}).get('fsdp', 1)
+  if not shape or fsdp == 1 or 'fsdp' in found:
+    return PartitionSpec(*found)
+  if 'rank' in axes and shape[axes.index('rank')] % fsdp == 0:
+    found[axes.index('rank')] = 'fsdp'
+    return PartitionSpec(*found)
+  parts = [(sizes or {}).get(axis, 1) if axis else 1 for axis in found]
+  if 4 * math.prod(shape) // math.prod(parts) > WHOLE:
+    for i in reversed(range(len(shape))):
+      if shape[i] % (parts[i] * fsdp) == 0:
+        found[i] = (found[i], 'fsdp') if found[i] else 'fsdp'
+        break
   return PartitionSpec(*found)
 
 
@@ -173,7 +186,7 @@ def shardings(abstract_boxed, mesh: Mesh):
 
   def place(x):
     if isinstance(x, nn.LogicallyPartitioned):
-      return NamedSharding(mesh, spec(x.names, x.value.shape, mesh.shape['fsdp']))
+      return NamedSharding(mesh, spec(x.names, x.value.shape, mesh.shape))
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree.map(

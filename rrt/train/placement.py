@@ -46,20 +46,25 @@ def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str,
     block: `params['block']`.
     dtype: of the computation.
   """
-  fsdp = jax.sharding.get_abstract_mesh().shape.get('fsdp', 1)
-  if fsdp == 1 or config.loops == 1:
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if sizes.get('fsdp', 1) == 1 or config.loops == 1:
     return block
   boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))['block']
 
   def one(box, x):
     if not isinstance(box, nn.LogicallyPartitioned) or x.dtype != jnp.float32:
       return x
-    stored = sharding_lib.spec(box.names, x.shape, fsdp)
-    whole = PartitionSpec(*(None if axis == 'fsdp' else axis for axis in stored))
+    stored = sharding_lib.spec(box.names, x.shape, sizes)
+    whole = PartitionSpec(*map(_without_fsdp, stored))
     return _gathered(x, stored, whole, dtype)
 
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return jax.tree.map(one, boxed, block, is_leaf=is_box)
+
+
+def _without_fsdp(axis):
+  """A mesh axis of an array, or several, as they are once it is gathered."""
+  return axis[0] if isinstance(axis, tuple) else None if axis == 'fsdp' else axis
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

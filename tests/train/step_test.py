@@ -105,6 +105,22 @@ def test_sharded_equals_one_device(sizes):
   assert_close(jax.device_get(state.params), jax.device_get(want.params), 2e-4)
 
 
+@pytest.mark.slow
+def test_sharded_gains_and_norms_equal_whole_ones(monkeypatch):
+  """Arrays that are whole on every device only as they are small here."""
+  monkeypatch.setattr(sharding, 'WHOLE', 0)
+  sizes = {'fsdp': 4, 'tensor': 2}
+  mesh, spec, *_ = build(sizes)
+  state = step_lib.abstract_state(spec, mesh)
+  scale = state.params['block']['layers']['attn_norm']['scale']
+  assert scale.sharding.spec[-1] == 'fsdp'
+  losses, metrics, state = run(sizes=sizes)
+  want_losses, want_metrics, want = reference()
+  np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+  assert_close(metrics, want_metrics, 1e-4)
+  assert_close(jax.device_get(state.params), jax.device_get(want.params), 2e-4)
+
+
 def test_parameters_and_moments_are_sharded():
   mesh, spec, state, _, _ = build({'fsdp': 4, 'tensor': 2})
   abstract = step_lib.abstract_state(spec, mesh)
