@@ -156,6 +156,9 @@ class Transformer(nn.Module):
       init = quantized_init(init, 'int8', axis=-1)
     init = partitioned(init, ('vocab', 'embed'), group_axis=-1)
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
+    if not isinstance(table_VxD, dict):
+      # Whole rows: from parts of rows the partitioner would make every row on every device.
+      table_VxD = constrain(table_VxD, ('vocab', None))
     x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
 

@@ -88,3 +88,18 @@ def test_the_block_is_gathered_once_for_all_loops(sizes):
   once = gathered_bytes(compiled(sizes, child))
   assert every_loop > 0.9 * untied
   assert once < 0.5 * untied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'fsdp': 4, 'tensor': 2}], ids=str
+)
+def test_nothing_is_made_whole_where_the_partitioner_finds_no_way(sizes, capfd):
+  """XLA warns of it on stderr, as it did of the embedding's rows."""
+  parent = dataclasses.replace(runs.PARENT, **WIDE)
+  child = parent.with_recursion(
+    prelude=1, block=2, loops=2, coda=1, loop_norms=True, relax=(Lora(q=8, up=8),)
+  )
+  program = compiled(sizes, child)
+  assert 'all-gather' in program
+  assert 'rematerialization' not in capfd.readouterr().err
