@@ -159,7 +159,6 @@ def uptrain(
       profile.before(step + 1)
       state, metrics = train_step(state, teacher, batch)
       step += 1
-      watchdog.at(f'step {step}')
       if seconds is not None:
         if clock.steps < 2:
           jax.block_until_ready(metrics)
@@ -167,6 +166,7 @@ def uptrain(
         log.expect(last)
       # The metrics of a step are fetched when the next one is on its way.
       log.step(step, metrics, state.params)
+      watchdog.at(f'step {step}')
       if heldout and (step == last or recipe.is_due(step, recipe.heldout.every)):
         evaluate(heldout)
       if recipe.is_due(step, recipe.checkpoint_every):

@@ -25,8 +25,9 @@ from rrt.models.init import init_params
 from rrt.ops.quantize import cast_floats
 from rrt.relax import registry
 from rrt.relax.base import Aux
+from rrt.train.divergences import TopK
 from rrt.train.exit_losses import ExitObjective, exit_losses
-from rrt.train.losses import Losses, Objective, Teacher, TopK, losses, top_k
+from rrt.train.losses import Losses, Objective, Teacher, losses, top_k
 from rrt.train.optim import paths
 from rrt.train.placement import gather_block, param_shardings, place
 
