@@ -24,7 +24,7 @@ assert rrt.__file__.startswith(DIRECTORY), rrt.__file__
 try:
   from rrt.infer.generate import Generator
   from rrt.infer.sampling import SamplingParams
-  from rrt.train import optim, placement
+  from rrt.train import optim
   from rrt.train import step as step_lib
   from rrt.train.losses import Objective
   from rrt.train.teacher import with_teacher
@@ -46,6 +46,10 @@ from rrt import sharding  # noqa: E402
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(5, 49000, (64, 512)).astype(np.int32)
+try:
+  from rrt.train.placement import to_mesh
+except ImportError:
+  to_mesh = step_lib.to_mesh
 
 
 class Work:
@@ -92,7 +96,7 @@ class Work:
 
     def run():
       with jax.set_mesh(mesh):
-        held[0], metrics = step(held[0], teacher, placement.to_mesh(batch, mesh))
+        held[0], metrics = step(held[0], teacher, to_mesh(batch, mesh))
         float(metrics['loss'])
 
     return run

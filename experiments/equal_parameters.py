@@ -87,7 +87,7 @@ def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | No
   )
   rank = search.fill(c, closed, search.EVEN, most)
   rows['closed loops in their place'] = closed.replace(rank=rank or 0)
-  rows['deleted and refitted, closed loops added'] = deleted.replace(
+  rows['closed loops added'] = deleted.replace(
     refit='around',
     add_loops=True,
     prelude=start - count,
