@@ -56,6 +56,26 @@ def test_an_exact_child_is_the_parent_after_its_export(name, flags, tmp_path):
   assert identity_error(parent, exported, tokens) < 1e-4
 
 
+@pytest.mark.slow
+def test_loops_added_to_a_whole_parent_compute_what_it_does(tmp_path):
+  child, out = tmp_path / 'child', tmp_path / 'out'
+  flags = ('--add_loops', '--prelude=1', '--coda=1', '--loops=2', '--rank=2')
+  status, printed, error = command.run(
+    'convert', f'--source={GOLDEN / "llama3"}', f'--out={child}', *flags
+  )
+  assert status == 0, error
+  figures = command.final(printed)
+  parent, made = rrt.load(GOLDEN / 'llama3'), rrt.load(child)
+  assert figures['identity_error'] < 1e-5
+  assert figures['params_counted'] == figures['params_unique'] > figures['params_parent']
+  assert made.config.depth == 2 * parent.config.depth - 2
+  status, _, error = command.run('export', f'--model={child}', f'--out={out}')
+  assert status == 0, error
+  with np.load(GOLDEN / 'llama3' / 'logits.npz') as stored:
+    tokens = stored['tokens']
+  assert identity_error(parent, rrt.load(out), tokens) < 1e-4
+
+
 def test_what_cannot_work_is_told_in_one_sentence(tmp_path):
   """A taken directory before anything is loaded; text without a tokenizer."""
   (tmp_path / 'work.txt').write_text('mine')
