@@ -50,6 +50,9 @@ FLAGS = flags.FLAGS
 _PARENT = flags.DEFINE_string('parent', 'smollm2-135m', 'A vanilla model.')
 _PARAMS = flags.DEFINE_string('params', '120.4M', 'Unique parameters of the children.')
 _DROP = flags.DEFINE_string('drop', None, 'Layers that the deleted rows leave out.')
+_ADDED = flags.DEFINE_list(
+  'added', None, 'Prelude, block and loops of the row with added loops, such as 10,2,4.'
+)
 _CALIBRATION = flags.DEFINE_string('calibration', None, 'Text to fit on.')
 _TRAIN = flags.DEFINE_string('train', None, 'Text to distil on.')
 _TEXT = flags.DEFINE_string('text', None, 'Other text, to measure on.')
@@ -87,13 +90,14 @@ def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | No
   )
   rank = search.fill(c, closed, search.EVEN, most)
   rows['closed loops in their place'] = closed.replace(rank=rank or 0)
+  prelude, block, loops = map(int, _ADDED.value or (start - count, count, 2))
   rows['closed loops added'] = deleted.replace(
     refit='around',
     add_loops=True,
-    prelude=start - count,
-    block=count,
-    loops=2,
-    coda=c.depth - count - start,
+    prelude=prelude,
+    block=block,
+    loops=loops,
+    coda=c.depth - count - prelude - block,
   )
   if tied is not None:
     rows['mean and plain SVD'] = tied.replace(init='average')
