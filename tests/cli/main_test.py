@@ -93,7 +93,7 @@ def test_flags_of_several_commands_live_side_by_side():
   [
     (
       ('convert', '--source=smollm2-135m', '--out={out}', '--seed=3'),
-      '--seed has no effect without --init=random or --relax_init=zero.',
+      '--seed has no effect without --init=random, --relax_init=zero or --add_loops.',
     ),
     (('evaluate', '--model=x', '--tasks=piqa', '--kv=exact_fill', '--text=a'), '--kv has no'),
     (('evaluate', '--model=x', '--text=a', '--shots=3'), '--shots has no effect without --tasks.'),
