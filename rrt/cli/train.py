@@ -98,7 +98,8 @@ def main(argv):
     try:
       return convert_and_uptrain(recipe, workdir, begin)
     except (RuntimeError, ValueError) as e:  # gloo raises the second.
-      if jax.process_count() == 1 or not any(word in str(e) for word in LOST):
+      lost = not isinstance(e, InputError) and any(word in str(e) for word in LOST)
+      if jax.process_count() == 1 or not lost:
         raise
       lost_process(e)
 

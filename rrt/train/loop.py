@@ -131,7 +131,8 @@ def uptrain(
   clock = StepClock(seconds)
 
   def evaluate(heldout):
-    watchdog.at(f'the evaluation after step {step}')
+    if step:  # The first step compiles, which may take longer than any other.
+      watchdog.at(f'the evaluation after step {step}')
     log.flush()
     with log.time.spent('eval'):
       nats = heldout(state.params)

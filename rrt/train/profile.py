@@ -32,8 +32,8 @@ class Profile:
     self._directory, self._on = directory, False
 
   def before(self, step: int) -> None:
-    """Call it before a step is begun, the one after the last included."""
-    if self._on and step > self._last:
+    """Call it before a step is begun; the step before it may still be running."""
+    if self._on and step > self._last + 1:
       self._stop()
     elif not self._on and self._directory and self._first <= step <= self._last:
       jax.profiler.start_trace(self._directory / 'profile')

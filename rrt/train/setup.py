@@ -25,6 +25,7 @@ from rrt.config import ModelConfig
 from rrt.convert.plan import plan, with_relaxations
 from rrt.data import pipeline
 from rrt.errors import InputError
+from rrt.files import check_writable
 from rrt.model import LanguageModel
 from rrt.models.adapter import parse, with_adapter
 from rrt.models.init import init_params
@@ -62,6 +63,16 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
         f'{child.vocab_size}: a child learns from a parent with its own '
         'vocabulary.'
       )
+  if recipe.teacher_cache:
+    if jax.process_count() > 1:
+      raise InputError(
+        f'teacher_cache={recipe.teacher_cache!r}: is for runs in one process; leave it out in '
+        f'{jax.process_count()} processes.'
+      )
+    try:
+      check_writable(recipe.teacher_cache)
+    except InputError as e:
+      raise InputError(f'teacher_cache={recipe.teacher_cache!r}: {e}') from e
   if recipe.loss.top_k > child.vocab_size:
     raise InputError(
       f'loss.top_k={recipe.loss.top_k}: the vocabulary has {child.vocab_size} tokens.'

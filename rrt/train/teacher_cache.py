@@ -32,12 +32,7 @@ READ = ('tokens', 'segment_ids', 'positions')  # What the parent sees of a batch
 
 
 class TeacherCache:
-  """A directory of the parent's predictions.
-
-  Attributes:
-    computed: batches that the parent has run on.
-    found: batches that were read instead.
-  """
+  """A directory of the parent's predictions."""
 
   def __init__(self, path: str | Path, spec: Step, parent: LanguageModel, mesh):
     """Opens or makes the directory.
@@ -46,27 +41,15 @@ class TeacherCache:
       path: shared by runs of any parent and any settings.
       spec: with the parent (`rrt.train.teacher.with_teacher`).
       parent: the model; its values are part of the files' names.
-      mesh: where batches go.
-
-    Raises:
-      InputError: several processes, or nothing can be written there.
+      mesh: where batches go; of one process.
     """
-    if jax.process_count() > 1:
-      raise InputError(
-        f'teacher_cache={str(path)!r}: is for runs in one process; leave it out in '
-        f'{jax.process_count()} processes.'
-      )
-    self.computed = self.found = 0
     self._mesh, self._k = mesh, spec.objective.top_k
     self._run = jax.jit(
       lambda params, own, batch: teacher_outputs(spec, merge(own, _shared(spec, params)), batch)
     )
     self._dtype = jnp.dtype(spec.dtype)
     self._dir = Path(path) / f'{fingerprint(parent)}_{self._kind()}'
-    try:
-      self._dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-      raise InputError(f'teacher_cache={str(path)!r}: {e.strerror}.') from e
+    self._dir.mkdir(parents=True, exist_ok=True)
 
   def __call__(self, rows: dict[str, np.ndarray], params: Params, own: Params) -> Batch:
     """A batch on the mesh, with the parent's predictions.
@@ -80,9 +63,7 @@ class TeacherCache:
     batch = to_mesh(rows, self._mesh)
     found = self._read(path, rows['tokens'].shape)
     if found is not None:
-      self.found += 1
       return batch | to_mesh(found, self._mesh)
-    self.computed += 1
     outputs = self._run(params, own, batch)
     self._write(path, {name: np.asarray(value) for name, value in outputs.items()})
     return batch | outputs
