@@ -4,7 +4,7 @@ Parameters and activations name their axes differently, so that sharding
 `embed` of the parameters over `fsdp` leaves the residual stream alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -48,12 +48,57 @@ constrain = functools.partial(
 )
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+def gather(x, axes: tuple[str | None, ...], dtype=None):
+  """An array whole over fsdp; its gradient goes back to its own shards, in float32.
+
+  A plain constraint would give the gradient the layout of the whole array: one on every
+  device that is added up over all of them, where each needs its share alone. Call it inside
+  `jax.set_mesh`; without an fsdp axis it is a cast.
+
+  Args:
+    x: float32 parameters, or others that have no gradient.
+    axes: their logical axes.
+    dtype: of the result; x's own by default.
+  """
+  dtype = x.dtype if dtype is None else dtype
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if sizes.get('fsdp', 1) == 1:
+    return x.astype(dtype)
+  stored = spec(axes, x.shape, sizes)
+  return _gathered(x, stored, PartitionSpec(*map(_without_fsdp, stored)), dtype)
+
+
+def _without_fsdp(axis):
+  """A mesh axis of an array, or several, as they are once it is gathered."""
+  return axis[0] if isinstance(axis, tuple) else None if axis == 'fsdp' else axis
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x, stored: PartitionSpec, whole: PartitionSpec, dtype):
+  return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
+
+
+def _gathered_fwd(x, stored, whole, dtype):
+  return _gathered(x, stored, whole, dtype), None
+
+
+def _gathered_bwd(stored, whole, dtype, _, g):
+  del whole, dtype
+  return (jax.lax.with_sharding_constraint(g.astype(np.float32), stored),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def make_mesh(
+  sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
   """A mesh with the axes data, fsdp and tensor.
 
   Args:
     sizes: devices by axis; absent axes are 1; one may be -1 for all remaining
       devices. None puts all devices on `data`.
+    devices: that it is made of; None for all of this machine, or machines.
 
   Raises:
     InputError: an unknown axis, or sizes that do not multiply to the number
@@ -66,7 +111,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     if size == 0 or size < -1:
       raise InputError(f'mesh.{name}={size}: must be above 0, or -1.')
   shape = [sizes.get(name, 1) for name in AXES]
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   if shape.count(-1) > 1:
     raise InputError(f'mesh={sizes}: only one axis may be -1.')
   if -1 in shape:
@@ -78,16 +124,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       f'but there are {count}; make the sizes multiply to {count}.'
     )
   # Auto axes: linen layers do not work on Explicit ones.
-  return Mesh(_arranged(tuple(shape)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(_arranged(tuple(shape), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arranged(shape: tuple[int, ...]) -> np.ndarray:
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
   """All devices as an array: neighbours on a torus close together, slices along data.
 
   Raises:
     InputError: several slices that the data axis does not divide among itself.
   """
-  devices = jax.devices()
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +23,9 @@ from rrt.models.relaxed import relax, relaxations_of
 from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.ops.quantize import quantize
 from rrt.relax.base import LINEAR_AXES, at_loop
+
+# What the remat policy 'dots' saves: the outputs of linears.
+LINEAR = 'linear'
 
 
 def rms_norm(x, gain, eps: float, unit_offset: bool):
@@ -186,6 +190,8 @@ class Linear(nn.Module):
       kernel_DxF = self.param('kernel', init, shape, jnp.float32)
     relaxed = relaxations_of(self, c, self.component, self.looped)
     y_BxLxF = relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
+    # Kept with its relaxations: apart they would be two arrays and more.
+    y_BxLxF = checkpoint_name(y_BxLxF, LINEAR)
     if self.component not in c.biases:
       return y_BxLxF
     axes: tuple[str, ...] = LINEAR_AXES[self.component][1:]

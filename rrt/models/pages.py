@@ -26,6 +26,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.models.cache import KV
 from rrt.ops.attention import softcap
+from rrt.ops.backend import backend
 
 _HIDDEN = -1e30
 
@@ -210,7 +211,7 @@ def attend(
   k_PxGxDhxC, v_PxGxCxDh, k_step_PxGxC, v_step_PxGxC = kv.kv_pool
   P, G, C, _ = v_PxGxCxDh.shape
   # Small products in bfloat16 are slower than in float32 on a CPU.
-  cpu = jax.default_backend() == 'cpu'
+  cpu = backend() == 'cpu'
   dtype = jnp.float32 if cpu else q_Bx1xHxDh.dtype
   q_BxGxMxDh = q_Bx1xHxDh.reshape(B, G, H // G, Dh).astype(dtype)
   position_B = position_Bx1[:, 0]

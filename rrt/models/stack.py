@@ -12,15 +12,14 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context
-from rrt.models.layers import Mlp, Norm
+from rrt.models.layers import LINEAR, Mlp, Norm
 from rrt.models.relaxed import AUX, relax, relaxations_of
-from rrt.ops import matmul
 from rrt.sharding import constrain
 
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names(matmul.NAME),
+  'dots': jax.checkpoint_policies.save_only_these_names(LINEAR),
 }
 
 

@@ -30,7 +30,7 @@ from rrt.models.stack import REMAT, Stack, at_index, in_form_of, unstack
 from rrt.ops.matmul import float32_is_float32
 from rrt.ops.quantize import dense, rows
 from rrt.relax.base import NO_AUX, Aux
-from rrt.sharding import constrain
+from rrt.sharding import constrain, gather
 
 
 class Output(NamedTuple):
@@ -158,7 +158,8 @@ class Transformer(nn.Module):
     table_VxD = Table(init, (c.vocab_size, c.d_model), name='embed')()
     if not isinstance(table_VxD, dict):
       # Whole rows: from parts of rows the partitioner would make every row on every device.
-      table_VxD = constrain(table_VxD, ('vocab', None))
+      # Behind the gather as well: the gradient's rows are then added up where they arise.
+      table_VxD = constrain(gather(table_VxD, ('vocab', 'embed')), ('vocab', None))
     x_BxLxD = embed(c, table_VxD, tokens_BxL, self.dtype)
     return constrain(x_BxLxD, ('batch', 'length', 'act_embed'))
 

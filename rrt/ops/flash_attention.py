@@ -23,6 +23,7 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops.attention import attend_causal, visible
+from rrt.ops.backend import backend
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
 _BLOCK = 512  # Most queries, and keys, of a tile of splash attention.
@@ -55,7 +56,7 @@ def chosen() -> str:
   asked = _choice.get() or _checked(os.environ.get('RRT_ATTENTION', 'auto'))
   if asked != 'auto':
     return asked
-  return {'tpu': 'splash', 'gpu': 'cudnn'}.get(jax.default_backend(), 'xla')
+  return {'tpu': 'splash', 'gpu': 'cudnn'}.get(backend(), 'xla')
 
 
 def attend_batch(

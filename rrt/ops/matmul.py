@@ -30,14 +30,12 @@ from typing import Any
 
 from flax import struct
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 
+from rrt.ops.backend import backend
 from rrt.ops.quantize import dense, kind_of
 
-# What the remat policy 'dots' saves.
-NAME = 'matmul'
 # Terms of one float32 sum on a CPU with precision 'highest'.
 LONGEST = 192
 # Rows of a prompt up to which a transposed kernel is the left factor.
@@ -60,6 +58,22 @@ class TransposedKernel:
     return TransposedKernel(self.kernel_FxD.astype(dtype))
 
 
+@struct.dataclass
+class GatheredKernel:
+  """A kernel that is whole on a device, and the float32 shards that its gradient goes to.
+
+  Gradients are summed over tokens, loops and devices in float32, though products have
+  the dtype of the whole kernel.
+
+  Attributes:
+    whole_DxF: what products read; no gradient reaches it.
+    stored_DxF: of the same values, sharded as the optimizer keeps them; never read.
+  """
+
+  whole_DxF: jax.Array
+  stored_DxF: jax.Array
+
+
 def transpose_named(params: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
   """Unstacked parameters with the matrices of these names transposed."""
 
@@ -73,7 +87,7 @@ def transpose_named(params: dict[str, Any], names: tuple[str, ...]) -> dict[str,
 
 def prefers_transposed() -> bool:
   """Whether small-batch matmuls are faster here with transposed kernels."""
-  return jax.default_backend() == 'cpu' and not _avx512_alone()
+  return backend() == 'cpu' and not _avx512_alone()
 
 
 def slice_columns(kernel, start, count: int):
@@ -104,13 +118,16 @@ def matmul(x_BxLxD, kernel_DxF):
   """x W in the dtype of x, [B, L, F]; differentiable once, in reverse.
 
   A `TransposedKernel` kernel takes x of any rank and is not differentiable, and codes
-  (`rrt.ops.quantize`) are constants.
+  (`rrt.ops.quantize`) are constants. Kernels' gradients are summed in their own dtype, not
+  in that of x.
   """
+  if isinstance(kernel_DxF, GatheredKernel):
+    return _matmul_gathered(x_BxLxD, kernel_DxF.whole_DxF, kernel_DxF.stored_DxF)
   if kind_of(kernel_DxF):
     kernel_DxF = dense(kernel_DxF, x_BxLxD.dtype, after=x_BxLxD)
   if isinstance(kernel_DxF, TransposedKernel):
     return _matmul_transposed(x_BxLxD, kernel_DxF.astype(x_BxLxD.dtype).kernel_FxD)
-  return checkpoint_name(_matmul(x_BxLxD, kernel_DxF), NAME)
+  return _matmul(x_BxLxD, kernel_DxF)
 
 
 def _matmul_transposed(x, kernel_FxD):
@@ -154,7 +171,7 @@ def _matmul(x_BxLxD, kernel_DxF):
 def _pieces(terms: int, dtype) -> int:
   """Into how many partial sums a product is cut."""
   exact = dtype == jnp.float32 and precision() == 'highest'
-  if not exact or jax.default_backend() != 'cpu':
+  if not exact or backend() != 'cpu':
     return 1
   return -(-terms // LONGEST)
 
@@ -165,11 +182,37 @@ def _forward(x_BxLxD, kernel_DxF):
 
 def _backward(saved, dy_BxLxF):
   x_BxLxD, kernel_DxF = saved
+  return _gradients(x_BxLxD, kernel_DxF, dy_BxLxF, kernel_DxF.dtype)
+
+
+def _gradients(x_BxLxD, kernel_DxF, dy_BxLxF, dtype):
+  """Of a product, by x in its own dtype and by the kernel in `dtype`."""
   product = jax.lax.dot_general
   with float32_is_float32(dy_BxLxF.dtype):
     dx_BxLxD = product(dy_BxLxF, kernel_DxF.astype(dy_BxLxF.dtype), (((2,), (1,)), ((), ())))
-    dkernel_DxF = product(x_BxLxD, dy_BxLxF, (((0, 1), (0, 1)), ((), ())))
-  return dx_BxLxD, dkernel_DxF.astype(kernel_DxF.dtype)
+    sums = jnp.promote_types(dtype, dy_BxLxF.dtype)
+    dkernel_DxF = product(
+      x_BxLxD, dy_BxLxF, (((0, 1), (0, 1)), ((), ())), preferred_element_type=sums
+    )
+  return dx_BxLxD, dkernel_DxF.astype(dtype)
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _matmul_gathered(x_BxLxD, whole_DxF, stored_DxF):
+  return _matmul(x_BxLxD, whole_DxF)
+
+
+def _forward_gathered(x_BxLxD, whole_DxF, stored_DxF):
+  return _matmul(x_BxLxD, whole_DxF), (x_BxLxD, whole_DxF)
+
+
+def _backward_gathered(saved, dy_BxLxF):
+  x_BxLxD, whole_DxF = saved
+  dx_BxLxD, dkernel_DxF = _gradients(x_BxLxD, whole_DxF, dy_BxLxF, jnp.float32)
+  return dx_BxLxD, None, dkernel_DxF
+
+
+_matmul_gathered.defvjp(_forward_gathered, _backward_gathered)

@@ -16,6 +16,7 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops import least_squares
+from rrt.ops.backend import backend
 from rrt.ops.matmul import (
   TransposedKernel,
   matmul,
@@ -133,7 +134,7 @@ class Lora(Relaxation):
   def prepare(self, params: Leaves, host: Host, layout: str) -> Leaves:
     if layout == 'auto':
       large = host.loops * self.width(host.name) >= _LARGE
-      layout = 'grouped' if large and jax.default_backend() != 'cpu' else 'wide'
+      layout = 'grouped' if large and backend() != 'cpu' else 'wide'
     if layout == 'grouped':
       return params
     a_DxRr, b_RrxF = widen(params['lora_a'], params['lora_b'])

@@ -148,7 +148,6 @@ def losses(
     teacher = None
   elif teacher is None:
     raise ValueError('distillation needs the hidden states or the logits of a teacher.')
-  head_DxV = constrain(head_DxV.astype(hidden_BxLxD.dtype), (None, 'vocab'))
   if teacher is not None and not isinstance(teacher, TopK):
     t_BxLxD, t_DxV = teacher
     teacher = t_BxLxD, constrain(t_DxV.astype(t_BxLxD.dtype), (None, 'vocab'))
@@ -186,8 +185,8 @@ def _losses_bwd(static, gradients, cotangents: Losses):
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None
   d_hidden, d_head, like = gradients
-  scale = lambda d: None if d is None else (g * d).astype(like.dtype)
-  return scale(d_hidden), scale(d_head), None
+  scale = lambda d, like: None if d is None else (g * d).astype(like.dtype)
+  return scale(d_hidden, like[0]), scale(d_head, like[1]), None
 
 
 def _is_primal(x: Any) -> bool:
@@ -217,13 +216,15 @@ def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
   rows in every chunk.
 
   Returns:
-    (Losses, None or (d_hidden_BxLxD, d_head_DxV, an empty array of the
-    dtype that the gradients must have)).
+    (Losses, None or (d_hidden_BxLxD, d_head_DxV in float32, two empty arrays of the
+    dtypes that the gradients must have)).
   """
   objective, (cap, teacher_cap) = static
   targets_BxL, weights_BxL, teacher = rest
   few = isinstance(teacher, TopK)
   B, L, _ = hidden_BxLxD.shape
+  like = tuple(jnp.zeros((0,), x.dtype) for x in (hidden_BxLxD, head_DxV))
+  head_DxV = constrain(head_DxV.astype(hidden_BxLxD.dtype), (None, 'vocab'))
   C = chunk_length(B, L, objective.chunk_tokens)
   S = row_shards(B)
   split = functools.partial(_split, length=C)
@@ -268,11 +269,13 @@ def _over_chunks(static, hidden_BxLxD, head_DxV, rest, wanted):
     (sums, d_head_SxDxV), d_hidden = jax.lax.scan(one, (Losses(*[zero] * 5), start), xs)
   if wanted is None:
     return sums, None
-  d_head_DxV = jnp.sum(d_head_SxDxV, axis=0) if want_head else None
+  d_head_DxV = None
+  if want_head:
+    # Summed over devices into the shards of the parameter.
+    d_head_DxV = constrain(jnp.sum(d_head_SxDxV, axis=0), ('embed', 'vocab'))
   if want_hidden:
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, d_hidden.shape[-1])
     d_hidden = d_hidden[:, :L]
-  like = jnp.zeros((0,), hidden_BxLxD.dtype)
   return sums, (d_hidden, d_head_DxV, like)
 
 

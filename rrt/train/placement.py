@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -14,6 +13,7 @@ import numpy as np
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models.init import boxed_params
+from rrt.ops.matmul import GatheredKernel
 
 
 def place(tree, shardings):
@@ -51,38 +51,14 @@ def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str,
     return block
   boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))['block']
 
-  def one(box, x):
+  def one(path, box, x):
     if not isinstance(box, nn.LogicallyPartitioned) or x.dtype != jnp.float32:
       return x
-    stored = sharding_lib.spec(box.names, x.shape, sizes)
-    whole = PartitionSpec(*map(_without_fsdp, stored))
-    return _gathered(x, stored, whole, dtype)
+    whole = sharding_lib.gather(x, box.names, dtype)
+    return GatheredKernel(jax.lax.stop_gradient(whole), x) if path[-1].key == 'kernel' else whole
 
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  return jax.tree.map(one, boxed, block, is_leaf=is_box)
-
-
-def _without_fsdp(axis):
-  """A mesh axis of an array, or several, as they are once it is gathered."""
-  return axis[0] if isinstance(axis, tuple) else None if axis == 'fsdp' else axis
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x, stored: PartitionSpec, whole: PartitionSpec, dtype):
-  """x in another dtype and layout; its gradient keeps its own."""
-  return jax.lax.with_sharding_constraint(x.astype(dtype), whole)
-
-
-def _gathered_fwd(x, stored, whole, dtype):
-  return _gathered(x, stored, whole, dtype), None
-
-
-def _gathered_bwd(stored, whole, dtype, _, g):
-  del whole, dtype
-  return (jax.lax.with_sharding_constraint(g.astype(jnp.float32), stored),)
-
-
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+  return jax.tree_util.tree_map_with_path(one, boxed, block, is_leaf=is_box)
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:

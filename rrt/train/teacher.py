@@ -8,10 +8,13 @@ conversion left unchanged are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
+from typing import Any
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
@@ -28,15 +31,34 @@ def share_teacher(
 ) -> tuple[ModelConfig, Params, frozenset[str]]:
   """Separates the parent's parameters from those shared with the child.
 
-  A vanilla parent is rearranged as prelude, block and coda of the child's
-  lengths (the same layers in the same order), so that frozen layers that the
-  conversion left unchanged can be shared.
+  It is `arranged` first, so that frozen layers that the conversion left unchanged can be
+  shared.
 
   Returns:
     The rearranged configuration of the parent, its own parameters as a flat
     dict, and the paths that it shares with the child.
   """
   _, frozen = split(child, trained)
+  parent_config, parent = arranged(parent_config, parent, child_config, frozen)
+  flat = traverse_util.flatten_dict(parent, sep='/')
+  shared = frozenset(
+    k
+    for k, v in flat.items()
+    if k in frozen
+    and v.shape == frozen[k].shape
+    and (v is frozen[k] or np.array_equal(v, frozen[k]))
+  )
+  own = {k: v for k, v in flat.items() if k not in shared}
+  return parent_config, own, shared
+
+
+def arranged(
+  parent_config: ModelConfig, parent: Params, child_config: ModelConfig, frozen: Iterable[str]
+) -> tuple[ModelConfig, Params]:
+  """A vanilla parent as prelude, block and coda of the child's lengths.
+
+  It stays as it is where none of the child's outer layers is among the `frozen` paths.
+  """
   P, C = child_config.prelude_layers, child_config.coda_layers
   plain = parent_config.loops == 1 and not (
     parent_config.prelude_layers or parent_config.coda_layers
@@ -57,16 +79,16 @@ def share_teacher(
     parent_config = dataclasses.replace(
       parent_config, prelude_layers=P, block_layers=N, coda_layers=C
     )
-  flat = traverse_util.flatten_dict(parent, sep='/')
-  shared = frozenset(
-    k
-    for k, v in flat.items()
-    if k in frozen
-    and v.shape == frozen[k].shape
-    and (v is frozen[k] or np.array_equal(v, frozen[k]))
-  )
-  own = {k: v for k, v in flat.items() if k not in shared}
-  return parent_config, own, shared
+  return parent_config, parent
+
+
+def in_dtype(path: str, x: Any, dtype: Any) -> Any:
+  """The dtype in which the parent keeps an array: matrices that of the computation.
+
+  Products and look-ups round them to it anyway, so that no figure changes.
+  """
+  matrix = path.endswith(('/kernel', '/table')) and x.dtype == jnp.float32
+  return dtype if matrix else x.dtype
 
 
 def with_teacher(spec: Step, parent, child, mesh) -> tuple[Step, Params]:
@@ -86,5 +108,6 @@ def with_teacher(spec: Step, parent, child, mesh) -> tuple[Step, Params]:
     parent.config, parent.params, child.config, child.params, spec.trained
   )
   where = traverse_util.flatten_dict(param_shardings(config, mesh), sep='/')
+  own = {k: np.asarray(v, in_dtype(k, v, spec.dtype)) for k, v in own.items()}
   own = place(own, {k: where[k] for k in own})
   return dataclasses.replace(spec, teacher_config=config, shared=shared), own
