@@ -90,9 +90,7 @@ def _gathered_bwd(stored, whole, dtype, _, g):
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def make_mesh(
-  sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh with the axes data, fsdp and tensor.
 
   Args:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / 'rrt'
 # From the lowest to the highest; a folder's files share its layer.
 LAYERS = (
   ('errors',),
-  ('files', 'tree', 'command', 'console', 'runtime'),
+  ('files', 'pieces', 'tree', 'command', 'console', 'runtime'),
   ('ops',),
   ('relax',),
   ('config', 'config_checks'),
@@ -24,6 +24,7 @@ LAYERS = (
   ('evals',),
   ('convert',),
   ('train', 'server'),
+  ('planner',),
   ('cli',),
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

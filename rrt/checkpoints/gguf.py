@@ -258,7 +258,9 @@ def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
   }
 
 
-def read_params(config: ModelConfig, tensors: Any, dtype: str, where: str) -> dict[str, Any]:
+def read_params(
+  config: ModelConfig, tensors: Any, dtype: str, where: str, lazy: bool = False
+) -> dict[str, Any]:
   """The parameters of an open GGUF file; see `reader.read_params`."""
   return reader.read_params(
     config,
@@ -268,4 +270,5 @@ def read_params(config: ModelConfig, tensors: Any, dtype: str, where: str) -> di
     style='gguf',
     ignore=lambda name: name in ('rope_freqs.weight', *_FACTORS),
     where=where,
+    lazy=lazy,
   )

@@ -165,7 +165,7 @@ def _same_values(tensors: Tensors, one: str, other: str) -> bool:
 
 
 def load_directory(
-  directory: Path, dtype: str
+  directory: Path, dtype: str, lazy: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
   """(config, parameters, special token ids) of a Hugging Face directory.
 
@@ -192,6 +192,7 @@ def load_directory(
     dtype=dtype,
     ignore=lambda name: any(part in name for part in ignored),
     where=str(directory),
+    lazy=lazy,
   )
   if fields.get('early_exit_threshold') is not None:
     ids[EXIT_THRESHOLD] = number(fields, 'early_exit_threshold', least=0)

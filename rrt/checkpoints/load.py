@@ -40,7 +40,7 @@ Source = str | Path | Sequence[str | Path]
 
 
 def load(
-  source: Source, *, dtype: str = 'float32', adapter: str | Path | None = None
+  source: Source, *, dtype: str = 'float32', adapter: str | Path | None = None, lazy: bool = False
 ) -> LanguageModel:
   """Loads a model.
 
@@ -52,6 +52,8 @@ def load(
     dtype: of the parameters of foreign checkpoints and, for native ones, what
       they are cast to: 'float32', 'bfloat16' or 'float16'.
     adapter: the directory of a task adapter of this model (`rrt.save_adapter`).
+    lazy: large weights stay on the disk as `rrt.pieces.Pieces`, which are read when they are
+      used and are never whole in memory unless asked; the files must stay.
 
   Raises:
     InputError: the source does not exist, is damaged or is not supported, or the
@@ -65,7 +67,7 @@ def load(
     raise InputError(f'dtype={dtype!r} must be one of {", ".join(reader.DTYPES)}.')
   kind, paths = _locate(source)
   read = {'native': _load_native, 'hf': _load_hf, 'gguf': _load_gguf}[kind]
-  model = read(paths, dtype)
+  model = read(paths, dtype, lazy)
   _check_vocabulary(model)
   model.meta.setdefault('source', _describe(source))
   return model if adapter is None else load_adapter(model, adapter)
@@ -208,13 +210,13 @@ def _check_finished(path: Path) -> None:
   )
 
 
-def _load_native(paths: list[Path], dtype: str) -> LanguageModel:
-  return LanguageModel(*native.read(paths[0], dtype))
+def _load_native(paths: list[Path], dtype: str, lazy: bool) -> LanguageModel:
+  return LanguageModel(*native.read(paths[0], dtype, lazy))
 
 
-def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
+def _load_hf(paths: list[Path], dtype: str, lazy: bool) -> LanguageModel:
   tokenizer = native.tokenizer_in(paths[0])
-  config, params, token_ids = hf.load_directory(paths[0], dtype)
+  config, params, token_ids = hf.load_directory(paths[0], dtype, lazy)
   threshold = token_ids.pop(hf.EXIT_THRESHOLD, None)
   meta = {'format': 'hf', 'token_ids': token_ids, 'license': card.license_of(paths[0])}
   if threshold is not None:
@@ -222,12 +224,12 @@ def _load_hf(paths: list[Path], dtype: str) -> LanguageModel:
   return LanguageModel(config, params, tokenizer, meta)
 
 
-def _load_gguf(paths: list[Path], dtype: str) -> LanguageModel:
+def _load_gguf(paths: list[Path], dtype: str, lazy: bool) -> LanguageModel:
   metadata, tensors = gguf.open_gguf(paths)
   config = gguf.config_from_gguf(metadata, tensors)
   tokenizer = Tokenizer.from_gguf(metadata)
   tokenizer.text_vocab_size  # noqa: B018  (as in `native.tokenizer_in`)
-  params = gguf.read_params(config, tensors, dtype, str(paths[0]))
+  params = gguf.read_params(config, tensors, dtype, str(paths[0]), lazy)
   meta = {'format': 'gguf', 'name': metadata.get('general.name', '')}
   meta['license'] = str(metadata.get('general.license') or '')
   return LanguageModel(config, params, tokenizer, meta)

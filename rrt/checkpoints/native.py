@@ -6,7 +6,9 @@ itself, of every tensor, and of every other file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import json
+import math
 from pathlib import Path
 from typing import Any
 import zlib
@@ -24,6 +26,7 @@ from rrt.tree import flatten, set_path
 FORMAT = 1
 MANIFEST, WEIGHTS = 'rrt.json', 'model.safetensors'
 TOKENIZER = 'tokenizer.json'
+SMALL = 1 << 18  # Entries of a tensor that is read at once, even lazily.
 # Files that commands write beside a model.
 BESIDE = (card.NAME, 'frontier.svg')
 
@@ -88,9 +91,11 @@ def read_manifest(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read(
-  directory: Path, dtype: str
+  directory: Path, dtype: str, lazy: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], Tokenizer | None, dict[str, Any]]:
   """(config, params, tokenizer, meta); verifies all checksums.
+
+  With `lazy` large tensors are `Pieces`, and of several processes each verifies its share.
 
   Raises:
     InputError: anything in the directory is damaged or missing.
@@ -99,7 +104,7 @@ def read(
   for name, crc in manifest['files_crc32'].items():
     _check_file(directory / name, crc)
   tokenizer = tokenizer_in(directory)
-  params = _read_params(directory, manifest['tensors'], dtype)
+  params = _read_params(directory, manifest['tensors'], dtype, lazy)
   _check_shapes(config, params, str(directory))
   return config, params, tokenizer, dict(manifest['meta'])
 
@@ -117,7 +122,9 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
   return tokenizer
 
 
-def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[str, Any]:
+def _read_params(
+  directory: Path, listed: dict[str, int], dtype: str, lazy: bool = False
+) -> dict[str, Any]:
   """The parameter tree in the given dtype; verifies the checksums."""
   file = safetensors.SafetensorsFile(directory / WEIGHTS)
   if set(file.infos) != set(listed):
@@ -128,14 +135,20 @@ def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[st
     )
   params: dict[str, Any] = {}
   damaged = []
-  for name, info in file.infos.items():
+  first, count = _share_of_this_process() if lazy else (0, 1)
+  for i, (name, info) in enumerate(file.infos.items()):
     stored: Any = safetensors.CODES.get(info.dtype, reader.DTYPES[dtype])
     if name.endswith('/step'):  # Of codes, whose precision it is.
       stored = np.float32
+    if lazy and math.prod(info.shape) > SMALL:
+      set_path(params, name, file.pieces(name, stored))
+      if i % count == first and _checksum(file.chunks(name)) != listed[name]:
+        damaged.append(name)
+      continue
     array = np.empty(info.shape, stored)
     crc = 0
     for start, rows in file.chunks(name):
-      crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
+      crc = _checksum([(start, rows)], crc)
       if rows.ndim:
         array[start : start + len(rows)] = rows
       else:
@@ -150,6 +163,18 @@ def _read_params(directory: Path, listed: dict[str, int], dtype: str) -> dict[st
       'again.'
     )
   return params
+
+
+def _checksum(chunks: Iterable[tuple[int, np.ndarray]], crc: int = 0) -> int:
+  for _, rows in chunks:
+    crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
+  return crc
+
+
+def _share_of_this_process() -> tuple[int, int]:
+  import jax  # Kept out of the import, as below.
+
+  return jax.process_index(), jax.process_count()
 
 
 def _crc(value: Any) -> int:

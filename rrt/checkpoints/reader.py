@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from rrt.checkpoints.safetensors import Tensors
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.families.base import Family, Row, row_shape, tensor_rows, wanted_rows
+from rrt.pieces import Pieces
 from rrt.tree import set_path
 
 DTYPES = {
@@ -69,6 +71,7 @@ def read_params(
   style: str = 'hf',
   ignore: Callable[[str], bool] = lambda name: False,
   where: str = 'the checkpoint',
+  lazy: bool = False,
 ) -> dict[str, Any]:
   """Reads a checkpoint into the tree of an untied model, or of one block that loops.
 
@@ -81,6 +84,8 @@ def read_params(
       values are stored.
     ignore: names of tensors to skip.
     where: the checkpoint's name in errors.
+    lazy: matrices are `Pieces`, read (and checked for NaN) a tensor at a time when they are
+      used.
 
   Raises:
     InputError: lists every tensor that is missing, unexpected, of a wrong
@@ -100,6 +105,13 @@ def read_params(
     raise faults.error(where)
   leaves: dict[str, np.ndarray] = {}
   tree: dict[str, Any] = {}
+  if lazy:
+    later = {job.path for job in jobs if len(job.shape) > 1}
+    for path in later:
+      own = [job for job in jobs if job.path == path]
+      read = functools.partial(_read_one, config, family, tensors, style, DTYPES[dtype], where)
+      set_path(tree, path, _in_pieces(own, DTYPES[dtype], read))
+    jobs = [job for job in jobs if job.path not in later]
   for job in jobs:
     if job.path not in leaves:
       lead = () if job.depth is None else (config.block_layers,)
@@ -112,6 +124,30 @@ def read_params(
   if faults.found:
     raise faults.error(where)
   return tree
+
+
+def _read_one(config, family, tensors, style, dtype, where, job: _Job) -> np.ndarray:
+  """One tensor as our tree has it.
+
+  Raises:
+    InputError: it is not finite.
+  """
+  found, faults = np.empty(job.shape, dtype), _Faults()
+  target = found.T if job.transposed else found
+  _read(job, target, config, family, tensors, style, faults)
+  if faults.found:
+    raise faults.error(where)
+  return found
+
+
+def _in_pieces(jobs: list[_Job], dtype: np.dtype, read: Callable[[_Job], np.ndarray]) -> Pieces:
+  """A leaf of one tensor, or of one for each layer."""
+  if jobs[0].depth is None:
+    (job,) = jobs
+    return Pieces(job.shape, dtype, lambda a, b: read(job)[a:b], job.shape[0])
+  by_depth = {job.depth: job for job in jobs}
+  layers = lambda a, b: np.stack([read(by_depth[i]) for i in range(a, b)])
+  return Pieces((len(jobs), *jobs[0].shape), dtype, layers)
 
 
 class _Faults:

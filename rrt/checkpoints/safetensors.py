@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rrt.errors import InputError
+from rrt.pieces import Pieces, pieces
 
 CHUNK = 16 << 20
 MAX_HEADER = 100 << 20
@@ -141,6 +142,23 @@ class SafetensorsFile:
         rows = np.frombuffer(data, dtype)
         yield row, rows.reshape((count,) + shape[1:] if shape else ())
 
+  def pieces(self, name: str, dtype: Any) -> Pieces:
+    """A tensor that is read from the file when it is used, in another dtype."""
+    shape, dtype_name = self.infos[name]
+    begin, stop = self._ranges[name]
+    row = (stop - begin) // shape[0]
+
+    def read(start: int, end: int) -> np.ndarray:
+      with open(self.path, 'rb') as f:
+        f.seek(self._start + begin + start * row)
+        data = f.read((end - start) * row)
+      if len(data) != (end - start) * row:
+        raise _broken(self.path, f'it ends inside {name!r}')
+      return np.frombuffer(data, ALL_DTYPES[dtype_name]).reshape(end - start, *shape[1:])
+
+    step = 1 if len(shape) > 2 else rows_per_chunk(shape, row)
+    return Pieces(shape, dtype, read, step)
+
 
 def open_all(
   paths: Sequence[Path], open_one: Callable[[Path], T], faults: Sequence[str]
@@ -187,14 +205,14 @@ class ShardedTensors:
 
 
 def write(
-  path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+  path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> dict[str, int]:
   """Writes a safetensors file and syncs it to the disk.
 
   Args:
     path: the new file.
-    tensors: arrays by name; strided views and jax arrays are copied chunk by
-      chunk, one array at a time.
+    tensors: arrays by name, or `Pieces`, which are never whole; strided views and jax
+      arrays are copied chunk by chunk, one array at a time.
     metadata: key-value strings for the header.
 
   Returns:
@@ -219,9 +237,10 @@ def write(
     f.write(text)
     for name, array in tensors.items():
       crc = 0
-      for data in _bytes(np.asarray(array)):
-        crc = zlib.crc32(data, crc)
-        f.write(data)
+      for _, rows in pieces(array):
+        for data in _bytes(rows):
+          crc = zlib.crc32(data, crc)
+          f.write(data)
       crcs[name] = crc
     f.flush()
     os.fsync(f.fileno())

@@ -22,6 +22,7 @@ from rrt.families.registry import family_of
 from rrt.files import check_replaceable, read_json, write_directory
 from rrt.model import LanguageModel
 from rrt.models.untie import to_untied
+from rrt.pieces import Pieces
 from rrt.tree import flatten
 
 SHARD_BYTES = 5_000_000_000
@@ -40,7 +41,8 @@ MODELING = 'modeling_rrt.py'
 def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, np.ndarray, Row]]:
   """(name, tensor, row of the table) of an untied model, as a checkpoint stores them.
 
-  Linears are transposed, and fused ones put together; other tensors are views.
+  Linears are transposed, and fused ones put together; other tensors are views. Of weights
+  that are `Pieces` tensors are `Pieces` too, but for fused ones.
 
   Args:
     model: untied.
@@ -52,10 +54,11 @@ def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, n
   for row in wanted_rows(config, family_of(config)):
     names = row.hf if style == 'hf' else row.gguf
     is_layer = '{}' in names
-    leaf = np.asarray(leaves[f'block/layers/{row.path}' if is_layer else row.path])
-    for depth, value in enumerate(leaf if is_layer else [leaf]):
+    leaf = leaves[f'block/layers/{row.path}' if is_layer else row.path]
+    turned = row.kind in ('linear', 'q', 'k')
+    for depth in range(len(leaf) if is_layer else 1):
       name = names.format(depth)
-      value = value.T if row.kind in ('linear', 'q', 'k') else value
+      value = _tensor(leaf, depth if is_layer else None, turned)
       if row.fused:
         index, rows = tensor_rows(config, row, style)
         parts = fused.setdefault(name, [np.empty((rows, *value.shape[1:]), value.dtype), 0])
@@ -65,6 +68,20 @@ def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, n
           continue
         value = fused.pop(name)[0]
       yield name, value, row
+
+
+def _tensor(leaf: Any, depth: int | None, turned: bool) -> Any:
+  """A leaf, or its entry of one depth, transposed if asked."""
+  if not isinstance(leaf, Pieces):
+    value = np.asarray(leaf) if depth is None else np.asarray(leaf)[depth]
+    return value.T if turned else value
+  if depth is None and not turned:
+    return leaf
+  shape = leaf.shape if depth is None else leaf.shape[1:]
+  whole = lambda: np.asarray(leaf) if depth is None else leaf[depth]
+  shape = shape[::-1] if turned else shape
+  rows = lambda a, b: (whole().T if turned else whole())[a:b]
+  return Pieces(shape, leaf.dtype, rows, shape[0])
 
 
 def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:

@@ -88,7 +88,9 @@ def main(_) -> None:
   _CHECKS[form](bare_config(load_config(_MODEL.value)))
   check_apart(_MODEL.value, _OUT.value)
   start = time.monotonic()
-  model = load(_MODEL.value, adapter=_ADAPTER.value, dtype=_DTYPE.value)
+  # Untied tensors are written one by one: no more than a layer is in memory.
+  lazy = form == 'hf' and not _ADAPTER.value
+  model = load(_MODEL.value, adapter=_ADAPTER.value, dtype=_DTYPE.value, lazy=lazy)
   if adapter_of(model.config):
     model = merge_adapter(dequantized(model))
   if is_gguf:

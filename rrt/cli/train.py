@@ -21,12 +21,13 @@ import jax
 
 from rrt import command, console
 from rrt.checkpoints.adapter import check_save_adapter, save_adapter
-from rrt.checkpoints.load import save
+from rrt.checkpoints.load import load, save
 from rrt.errors import InputError
 from rrt.files import check_writable, lock
 from rrt.models.count import count_params
 from rrt.train.config_file import config_error, define_config_flag
 from rrt.train.loop import Uptrained, handle_stops, uptrain
+from rrt.train.placement import drain
 from rrt.train.recipe import Recipe
 from rrt.train.recipe_fields import describe_fields
 from rrt.train.setup import check_workdir, prepare
@@ -114,10 +115,13 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
     name = signal.Signals(run.stopped).name
     print(f'stopped by {name} after step {run.step}, which is saved; the same command resumes it')
     return 128 + run.stopped
-  if jax.process_index() == 0:
+  if jax.process_index() != 0:
+    drain(run.model.params)
+  else:
     save(run.model, workdir / 'model')
     if recipe.adapter:
-      print(f'adapter alone: {save_adapter(run.model, workdir / "adapter")}')
+      model = load(workdir / 'model', lazy=True)
+      print(f'adapter alone: {save_adapter(model, workdir / "adapter")}')
     summarize(recipe, run, workdir, time.monotonic() - begin)
   return 0
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.quantized import dequantized
+from rrt.pieces import Pieces
 from rrt.relax import registry
 from rrt.relax.base import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
@@ -48,11 +49,12 @@ def to_untied(model: LanguageModel) -> LanguageModel:
   for path, leaf in flatten(model.params['block']['layers']).items():
     if registry.kind_of_path(path):
       continue
-    shape = leaf.shape[1 + has_loops(c, path) :]
-    stacked = np.empty((c.depth, *shape), leaf.dtype)
-    for depth, value in _values(c, model.params, path):
-      stacked[depth] = value
-    set_path(layers, path, stacked)
+    shape = (c.depth, *leaf.shape[1 + has_loops(c, path) :])
+    of_depth = functools.partial(_value, c, model.params, path)
+    rows = lambda a, b, of_depth=of_depth: np.stack([of_depth(depth) for depth in range(a, b)])
+    stacked = Pieces(shape, leaf.dtype, rows)
+    # Of a model that is read lazily each layer is made when it is used.
+    set_path(layers, path, stacked if isinstance(leaf, Pieces) else np.asarray(stacked))
   params['block'] = {'layers': layers}
   return LanguageModel(config, params, model.tokenizer, dict(model.meta))
 
@@ -93,26 +95,26 @@ def has_loops(config: ModelConfig, path: str) -> bool:
   return config.loop_norms and path.endswith(('scale', 'bias'))
 
 
-def _values(config: ModelConfig, params: dict, path: str) -> Iterator[tuple[int, np.ndarray]]:
-  """(depth, value) of one leaf of every layer that a token passes."""
+def _value(config: ModelConfig, params: dict, path: str, depth: int) -> np.ndarray:
+  """One leaf of the layer that a token passes at this depth."""
 
-  def stack(part):
+  def layer_of(part, layer):
     tree = params[part]['layers']
     for key in path.split('/'):
       tree = tree[key]
-    return np.asarray(tree)
+    return np.asarray(tree[layer])
 
   c = config
-  if c.prelude_layers:
-    yield from enumerate(stack('prelude'))
-  stacked = stack('block')
-  for (loop, layer), depth in np.ndenumerate(c.block_depths()):
-    if has_loops(c, path):
-      yield int(depth), stacked[layer, loop]
-    else:
-      yield int(depth), _merged(c, params['block'], path, stacked[layer], (loop, layer))
-  if c.coda_layers:
-    yield from enumerate(stack('coda'), c.depth - c.coda_layers)
+  behind = depth - (c.depth - c.coda_layers)
+  if depth < c.prelude_layers:
+    return layer_of('prelude', depth)
+  if behind >= 0:
+    return layer_of('coda', behind)
+  loop, layer = map(int, np.argwhere(c.block_depths() == depth)[0])
+  value = layer_of('block', layer)
+  if has_loops(c, path):
+    return value[loop]
+  return _merged(c, params['block'], path, value, (loop, layer))
 
 
 def _merged(config, block, path: str, value: np.ndarray, position) -> np.ndarray:

@@ -44,7 +44,8 @@ class Uptrained(NamedTuple):
   """The result of a run.
 
   Attributes:
-    model: the trained model, its parameters on the host.
+    model: the trained model, its parameters on the host; of several processes those of
+      `rrt.train.placement.to_host`.
     history: the rows of metrics, from step 1.
     step: number of steps taken.
     stopped: the number of the signal that ended it: SIGTERM, SIGHUP or SIGINT

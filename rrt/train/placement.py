@@ -11,22 +11,49 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from rrt import sharding as sharding_lib
+from rrt.checkpoints.safetensors import rows_per_chunk
 from rrt.config import ModelConfig
 from rrt.models.init import boxed_params
 from rrt.ops.matmul import GatheredKernel
+from rrt.pieces import Pieces, pieces
+from rrt.tree import flatten
 
 
 def place(tree, shardings):
-  """Puts arrays (numpy or jax) on the mesh with the given shardings.
+  """Copies arrays (numpy, jax or `Pieces`) to the mesh with the given shardings.
 
-  Every process must hold the same values.
+  Every process must have the same values, and makes its own shards alone: of `Pieces` it
+  holds these and one piece at a time.
   """
+  return jax.tree.map(_place_one, tree, shardings)
 
-  def one(x, s):
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, s, lambda i: x[i])
 
-  return jax.tree.map(one, tree, shardings)
+def _place_one(x, sharding):
+  indices = sharding.addressable_devices_indices_map(tuple(x.shape))
+  by_range: dict[tuple, Any] = {}  # Devices may hold the same part.
+  for index in indices.values():
+    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))
+    by_range[bounds] = np.empty([b - a for a, b in bounds], x.dtype)
+  for start, rows in pieces(x):
+    for bounds, part in by_range.items():
+      if not bounds:
+        part[...] = rows
+        continue
+      (first, last), *rest = bounds
+      a, b = max(first, start), min(last, start + len(rows))
+      if a < b:
+        inner = tuple(slice(*bound) for bound in rest)
+        part[a - first : b - first] = rows[(slice(a - start, b - start), *inner)]
+  # Never a view of numpy's memory: the train state is donated.
+  shards = [
+    jax.device_put(
+      by_range[tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))],
+      device,
+      may_alias=False,
+    )
+    for device, index in indices.items()
+  ]
+  return jax.make_array_from_single_device_arrays(tuple(x.shape), sharding, shards)
 
 
 def param_shardings(config: ModelConfig, mesh) -> Any:
@@ -70,16 +97,34 @@ def to_mesh(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
 
 
 def to_host(params: dict[str, Any], mesh) -> dict[str, Any]:
-  """Whole numpy arrays, on every process."""
+  """The arrays on the host: numpy's, or of several processes `Pieces`.
+
+  A piece is a layer, or some rows of another array. It is gathered when it is read, by all
+  processes together: each must read the same pieces in the same order (`drain`).
+  """
   everywhere = NamedSharding(mesh, PartitionSpec())
-  whole = jax.jit(lambda x: x, out_shardings=everywhere)
+  rows = jax.jit(
+    lambda x, start, count: jax.lax.dynamic_slice_in_dim(x, start, count),
+    static_argnums=2,
+    out_shardings=everywhere,
+  )
 
   def one(path, x):
     if jax.process_count() == 1:
       return np.array(x)  # A copy: numpy must not look into buffers that jax may reuse.
-    if 'layers' not in [getattr(k, 'key', None) for k in path]:
-      return np.array(whole(x))
-    # Layer by layer: no device holds more than one layer besides its share.
-    return np.stack([np.array(whole(x[i])) for i in range(x.shape[0])])
+    if not x.ndim or 4 * x.size <= sharding_lib.WHOLE:
+      return np.array(jax.jit(lambda x: x, out_shardings=everywhere)(x))
+    layers = 'layers' in [getattr(k, 'key', None) for k in path]
+    step = 1 if layers else rows_per_chunk(x.shape, 4 * x.size // x.shape[0])
+    read = lambda start, stop: np.array(rows(x, start, stop - start))
+    return Pieces(x.shape, x.dtype, read, step)
 
   return jax.tree_util.tree_map_with_path(one, params)
+
+
+def drain(params: dict[str, Any]) -> None:
+  """Takes part in the reading of `Pieces` by the process that saves them."""
+  for leaf in flatten(params).values():
+    if isinstance(leaf, Pieces):
+      for _ in pieces(leaf):
+        pass

@@ -196,15 +196,17 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
       checkpoint_lib.check_same(workdir, saved, config, Recipe.FREE)
     same = all(saved.get(k, '') == config[k] for k in (*origin, 'seed'))
 
-  parent = load(recipe.parent)
+  # One of several processes reads its own shards alone.
+  lazy = jax.process_count() > 1
+  parent = load(recipe.parent, lazy=lazy)
   kept = workdir / 'child'
   if jax.process_index() == 0:
     if not (same and kept.is_dir()):
       if recipe.child:
-        child = load(recipe.child)
+        child = load(recipe.child, lazy=lazy)
       else:
         check_all(recipe, parent, mesh)
-        child = convert(recipe, parent)
+        child = convert(recipe, load(recipe.parent) if lazy else parent)
       if recipe.adapter:
         child = with_adapter(child, recipe.adapter, recipe.seed)
       check(recipe, parent.config, child.config, mesh)
@@ -220,9 +222,9 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
         'devices': [str(d.device_kind) for d in jax.devices()],
       },
     )
-  if jax.process_count() > 1:
+  if lazy:
     multihost_utils.sync_global_devices('child')
-  return parent, load(kept)
+  return parent, load(kept, lazy=lazy)
 
 
 def convert(recipe: Recipe, parent: LanguageModel) -> LanguageModel:

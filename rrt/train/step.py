@@ -16,6 +16,7 @@ from flax import struct, traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from rrt import sharding as sharding_lib
@@ -23,6 +24,7 @@ from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.ops.quantize import cast_floats
+from rrt.pieces import cast
 from rrt.relax import registry
 from rrt.relax.base import Aux
 from rrt.train.divergences import TopK
@@ -106,6 +108,12 @@ def merge(*flat: Params) -> Params:
   return traverse_util.unflatten_dict({k: v for part in flat for k, v in part.items()}, sep='/')
 
 
+def _floats(params):
+  """Parameters as the state has them: float32, codes as they are."""
+  float32 = lambda x: cast(x, np.dtype('float32')) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  return jax.tree.map(float32, params)
+
+
 def _init(params, optimizer, trained) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
@@ -137,15 +145,21 @@ def abstract_state(spec: Step, mesh) -> TrainState:
 
 
 def init_state(spec: Step, params: Params, mesh) -> TrainState:
-  """The sharded state at step 0, by one jitted function.
+  """The sharded state at step 0.
 
-  The arrays of `params` are copied, never donated.
+  The arrays of `params` are copied, never donated. Each process makes its own shards alone.
   """
-  out = jax.tree.map(lambda x: x.sharding, abstract_state(spec, mesh))
+  abstract = abstract_state(spec, mesh)
+  out = jax.tree.map(lambda x: x.sharding, abstract)
+
+  def rest() -> TrainState:
+    # Moments do not depend on the parameters' values.
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.params)
+    return _init(zeros, spec.optimizer, spec.trained).replace(params=())
+
   with jax.set_mesh(mesh):
-    return jax.jit(lambda p: _init(p, spec.optimizer, spec.trained), out_shardings=out)(
-      place(params, out.params)
-    )
+    state = jax.jit(rest, out_shardings=out.replace(params=()))()
+    return state.replace(params=place(_floats(params), out.params))
 
 
 def jit_step(spec: Step, mesh, state_shardings):

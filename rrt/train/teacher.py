@@ -15,9 +15,9 @@ from typing import Any
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rrt.config import ModelConfig
+from rrt.pieces import cast, same
 from rrt.train.placement import param_shardings, place
 from rrt.train.step import Params, Step, split
 
@@ -41,13 +41,7 @@ def share_teacher(
   _, frozen = split(child, trained)
   parent_config, parent = arranged(parent_config, parent, child_config, frozen)
   flat = traverse_util.flatten_dict(parent, sep='/')
-  shared = frozenset(
-    k
-    for k, v in flat.items()
-    if k in frozen
-    and v.shape == frozen[k].shape
-    and (v is frozen[k] or np.array_equal(v, frozen[k]))
-  )
+  shared = frozenset(k for k, v in flat.items() if k in frozen and same(v, frozen[k]))
   own = {k: v for k, v in flat.items() if k not in shared}
   return parent_config, own, shared
 
@@ -108,6 +102,6 @@ def with_teacher(spec: Step, parent, child, mesh) -> tuple[Step, Params]:
     parent.config, parent.params, child.config, child.params, spec.trained
   )
   where = traverse_util.flatten_dict(param_shardings(config, mesh), sep='/')
-  own = {k: np.asarray(v, in_dtype(k, v, spec.dtype)) for k, v in own.items()}
+  own = {k: cast(v, in_dtype(k, v, spec.dtype)) for k, v in own.items()}
   own = place(own, {k: where[k] for k in own})
   return dataclasses.replace(spec, teacher_config=config, shared=shared), own

@@ -1,13 +1,19 @@
 """Two processes train as one does, save together and go on together."""
 
+import contextlib
+import dataclasses
+from pathlib import Path
+import re
 import signal
 import socket
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from rrt.checkpoints.load import load
+from rrt.checkpoints.load import load, save
+from rrt.models.count import count_params
 from tests import runs
 from tests.train.resume_test import until
 
@@ -51,6 +57,46 @@ def test_two_processes_equal_one(tmp_path):
   a, b = (load(tmp_path / x) for x in ('two', 'one'))
   table = lambda m: m.params['embed']['table']
   np.testing.assert_allclose(table(a), table(b), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_no_process_holds_a_whole_model(tmp_path):
+  """Loads, trains and saves models that together are larger than a process may hold."""
+  wide = dict(d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8, head_dim=64, block_layers=24)
+  parent = runs.model(dataclasses.replace(runs.PARENT, **wide), 0)
+  child = parent.config.with_recursion(prelude=0, block=12, loops=2, coda=0, loop_norms=True)
+  whole = sum(x.nbytes for x in jax.tree.leaves(parent.params))
+  whole += 4 * count_params(child).unique
+  flags = (
+    *('--config.mesh.data=1', '--config.mesh.fsdp=2', '--config.steps=1'),
+    *('--config.optimizer.train=norm', '--config.remat=full'),
+  )
+  file = runs.write_experiment(tmp_path)
+  least = _peak_bytes(start_two(file, tmp_path / 'tiny_run', *flags, devices=1))
+  save(parent, tmp_path / 'parent')
+  save(runs.model(child, 1), tmp_path / 'child')
+  most = _peak_bytes(start_two(file, tmp_path / 'run', *flags, devices=1))
+  print(most, least, whole)
+  assert most - least < 0.8 * whole
+  trained, start = (load(tmp_path / x) for x in ('run', 'child'))
+  up = lambda m: m.params['block']['layers']['mlp']['up']['kernel']
+  np.testing.assert_array_equal(up(trained), up(start))
+  norm = lambda m: m.params['final_norm']['scale']
+  assert not np.array_equal(norm(trained), norm(start))
+
+
+def _peak_bytes(processes) -> int:
+  """The most memory that one of them has of its own, files apart, until all end well."""
+  most = 0
+  while any(p.poll() is None for p in processes):
+    for p in processes:
+      with contextlib.suppress(OSError, TypeError):
+        status = Path(f'/proc/{p.pid}/status').read_text()
+        most = max(most, 1024 * int(re.search(r'RssAnon:\s*(\d+)', status)[1]))
+    time.sleep(0.02)
+  for p in processes:
+    runs.finish(p)
+  return most
 
 
 @pytest.mark.slow
