@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 import os
-from pathlib import Path
 import signal
 import sys
 import textwrap
@@ -32,6 +31,7 @@ from rrt.train.recipe import Recipe
 from rrt.train.recipe_fields import describe_fields
 from rrt.train.setup import check_workdir, prepare
 from rrt.train.watchdog import STATUS
+from rrt.train.workdir import Workdir
 
 # ml_collections reads the process's arguments and absl's global store.
 FLAGS = command.Flags(
@@ -81,15 +81,11 @@ def main(argv):
   for flag in ('config', 'workdir'):
     if not getattr(flags.FLAGS, flag):
       raise InputError(f'--{flag} is not given; see --help.')
-  if '://' in flags.FLAGS.workdir:
-    raise InputError(
-      f'--workdir={flags.FLAGS.workdir}: must be a directory of a file system that '
-      'all processes see; mount the bucket first.'
-    )
   check_overrides(sys.argv[1:])
   initialize_distributed()
   recipe = Recipe.from_dict(flags.FLAGS.config.to_dict())
-  workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
+  place = Workdir(flags.FLAGS.workdir)
+  workdir = place.files
   check_writable(workdir)
   check_workdir(workdir)
   handle_stops(leave, 'SIGTERM', 'SIGHUP')
@@ -97,7 +93,7 @@ def main(argv):
   own = lock(workdir, 'run') if jax.process_index() == 0 else nullcontext()
   with own:
     try:
-      return convert_and_uptrain(recipe, workdir, begin)
+      return convert_and_uptrain(recipe, place, begin)
     except (RuntimeError, ValueError) as e:  # gloo raises the second.
       lost = not isinstance(e, InputError) and any(word in str(e) for word in LOST)
       if jax.process_count() == 1 or not lost:
@@ -105,12 +101,13 @@ def main(argv):
       lost_process(e)
 
 
-def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
+def convert_and_uptrain(recipe: Recipe, place: Workdir, begin: float) -> int:
   """Converts, uptrains, saves and prints; returns the exit status."""
+  workdir = place.files
   if recipe.adapter:
     check_save_adapter(workdir / 'adapter')
-  parent, child = prepare(recipe, workdir)
-  run = uptrain(parent, child, recipe, workdir)
+  parent, child = prepare(recipe, place)
+  run = uptrain(parent, child, recipe, place)
   if run.stopped and run.step < recipe.steps:
     name = signal.Signals(run.stopped).name
     print(f'stopped by {name} after step {run.step}, which is saved; the same command resumes it')
@@ -122,7 +119,8 @@ def convert_and_uptrain(recipe: Recipe, workdir: Path, begin: float) -> int:
     if recipe.adapter:
       model = load(workdir / 'model', lazy=True)
       print(f'adapter alone: {save_adapter(model, workdir / "adapter")}')
-    summarize(recipe, run, workdir, time.monotonic() - begin)
+    place.publish('model', 'adapter', 'metrics.jsonl')
+    summarize(recipe, run, f'{place.name}/model', time.monotonic() - begin)
   return 0
 
 
@@ -177,7 +175,7 @@ def leave(number, _):
   sys.exit(128 + number)
 
 
-def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
+def summarize(recipe, run: Uptrained, model: str, seconds: float) -> None:
   """Prints a run's final metrics: a table and the last line of JSON."""
   count = count_params(run.model.config)
   rows = [r for r in run.history if 'train/loss' in r]
@@ -193,7 +191,7 @@ def summarize(recipe, run: Uptrained, workdir: Path, seconds: float) -> None:
   )
   console.finish(
     {
-      'model': str(workdir / 'model'),
+      'model': model,
       'steps': run.step,
       'tokens': run.step * recipe.batch * recipe.length,
       'params_unique': count.unique,

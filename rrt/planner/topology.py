@@ -128,6 +128,8 @@ def devices(topology: Topology) -> tuple[Any, ...]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+  # Compilers share no chip, so that several may run at once.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   shape = 'x'.join(map(str, topology.shape))
   more = {'num_slices': topology.slices} if topology.slices > 1 else {}
   try:

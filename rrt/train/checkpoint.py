@@ -85,6 +85,10 @@ class NoCheckpoints:
   def __exit__(self, *_):
     pass
 
+  def steps(self) -> list[int]:
+    """None."""
+    return []
+
   def save(self, *_):
     """Does nothing."""
 
@@ -92,31 +96,37 @@ class NoCheckpoints:
     """Returns None."""
 
 
-def open_checkpoints(workdir: str | Path | None, keep: int):
-  """The checkpoints of a work directory; `NoCheckpoints` without one."""
-  if workdir is None:
-    return NoCheckpoints()
-  return Checkpoints(Path(workdir) / 'checkpoints', keep)
+def open_checkpoints(directory: Any, keep: int):
+  """The checkpoints in a directory; `NoCheckpoints` without one."""
+  return Checkpoints(directory, keep) if directory else NoCheckpoints()
+
+
+def newest(*stores: Any) -> Any:
+  """The one of several that has the newest checkpoint."""
+  return max(stores, key=lambda store: max(store.steps(), default=-1))
 
 
 class Checkpoints:
   """The checkpoints of one run, `directory/STEP`."""
 
-  def __init__(self, directory: Path, keep: int):
-    """Opens the directory; creates it if needed.
+  def __init__(self, directory: Any, keep: int):
+    """Opens the directory, of the disk or of a bucket; creates it if needed.
 
     Raises:
       InputError: the directory cannot be written to.
     """
-    self.directory = Path(directory).absolute()
+    in_bucket = '://' in str(directory)
+    self.directory: Any = directory if in_bucket else Path(directory).absolute()
     # Orbax tells every save and restore at level INFO, warns of defaults, and
     # prints a traceback of each thread that failed: one sentence is ours.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-    check_writable(self.directory)
+    _check_writable(self.directory)
+    # Buckets copy no ranges between files, which OCDBT would ask for: a file an array there.
+    state = ocp.StandardCheckpointHandler(use_ocdbt=not in_bucket)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-      item_names=('state', 'run'),
+      item_handlers={'state': state, 'run': ocp.JsonCheckpointHandler()},
     )
     self._saving: int | None = None
 
@@ -260,13 +270,48 @@ class Checkpoints:
   def _unwritten(self, e: Exception) -> InputError:
     """The error of a failed write; removes partial files."""
     for left in self.directory.glob(f'{self._saving}.*'):
-      shutil.rmtree(left, ignore_errors=True)
+      if isinstance(left, Path):
+        shutil.rmtree(left, ignore_errors=True)
+      else:
+        left.rmtree(missing_ok=True)
     whole = [s for s in self.steps() if (self.directory / str(s)).is_dir()]
     kept = f'those of steps {whole} are whole' if whole else 'there is no other'
     return InputError(
       f'The checkpoint of step {self._saving} could not be written to '
       f'{self.directory}: {_first_line(e)} ({kept}). Free some space there '
       'and start the same command again.'
+    )
+
+
+def _check_writable(directory: Any) -> None:
+  if '://' not in str(directory):
+    check_writable(directory)
+    return
+  try:
+    probe = directory / f'.writable-{jax.process_index()}'
+    directory.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except Exception as e:
+    raise InputError(f'{directory} cannot be written to: {_first_line(e)}.') from e
+
+
+def check_seen_by_all(directory: Path) -> None:
+  """Raises InputError unless all processes see one directory under this name."""
+  check_writable(directory)
+  if jax.process_count() == 1:
+    return
+  mark = directory / '.seen'
+  if jax.process_index() == 0:
+    mark.write_text('')
+  multihost_utils.sync_global_devices('checkpoint directory written')
+  seen = multihost_utils.process_allgather(np.array(mark.exists()))
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not seen.all():
+    raise InputError(
+      f'local_checkpoints={directory}: process {int(np.argmin(seen))} does not see it; every '
+      'process writes its shards there, so give a directory of a shared disk.'
     )
 
 

@@ -38,6 +38,7 @@ from rrt.train.setup import check, make_step, next_batch, open_data
 from rrt.train.teacher import with_teacher
 from rrt.train.teacher_cache import TeacherCache
 from rrt.train.watchdog import Watchdog
+from rrt.train.workdir import Workdir
 
 
 class Uptrained(NamedTuple):
@@ -62,7 +63,7 @@ def uptrain(
   parent: LanguageModel | None,
   child: LanguageModel,
   recipe: Recipe | dict[str, Any],
-  workdir: str | Path | None = None,
+  workdir: str | Path | Workdir | None = None,
   on_row: Callable[[dict[str, Any]], None] | None = None,
   seconds: float | None = None,
   data: Iterable[Any] | None = None,
@@ -73,8 +74,8 @@ def uptrain(
     parent: the model to distil from; not needed with loss.distillation=0.
     child: the model to train; its arrays are not modified.
     recipe: the settings, as a `Recipe` or nested dicts of its fields.
-    workdir: directory of checkpoints and metrics, from which a run resumes; None
-      keeps the run in memory.
+    workdir: directory of checkpoints and metrics, from which a run resumes, or a bucket by
+      gs:// or s3://; None keeps the run in memory.
     on_row: called with each new row of metrics.
     seconds: time for the steps, compilation included; the time of a first step
       chooses how many follow, `recipe.steps` at most. For runs in one process.
@@ -114,8 +115,12 @@ def uptrain(
 
   # Go on from the newest checkpoint, or begin with the child as it is.
   abstract = step_lib.abstract_state(spec, mesh)
-  checkpoints = checkpoint_lib.open_checkpoints(workdir, recipe.keep)
-  restored = checkpoints.restore(abstract, recipe.to_dict(), Recipe.FREE)
+  place = Workdir(workdir) if isinstance(workdir, (str, Path)) else workdir
+  places = (place.checkpoints, place.local(recipe)) if place else (None, None)
+  checkpoints = checkpoint_lib.open_checkpoints(places[0], recipe.keep)
+  local = checkpoint_lib.open_checkpoints(places[1], 1)
+  store = checkpoint_lib.newest(checkpoints, local)
+  restored = store.restore(abstract, recipe.to_dict(), Recipe.FREE)
   if restored:
     step, state, positions = restored
     batches.set_state(positions)
@@ -124,10 +129,11 @@ def uptrain(
     state = step_lib.init_state(spec, child.params, mesh)
   train_step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, abstract))
 
-  log = metrics_lib.Log(recipe, spec, workdir, step, on_row)
+  files = place.files if place else None
+  log = metrics_lib.Log(recipe, spec, files, step, on_row)
   train_step = log.time.compiling(train_step)
   watchdog = Watchdog(recipe.watchdog)
-  profile = Profile(recipe.profile, Path(workdir) if workdir else None)
+  profile = Profile(recipe.profile, files)
   last = recipe.steps
   clock = StepClock(seconds)
 
@@ -139,13 +145,16 @@ def uptrain(
       nats = heldout(state.params)
     log.heldout(step, nats)
 
-  def save():
+  def save(store=checkpoints):
     watchdog.at(f'the checkpoint of step {step}')
     log.flush()
     with log.time.spent('save'):
-      checkpoints.save(step, state, batches.get_state(), recipe.to_dict())
+      store.save(step, state, batches.get_state(), recipe.to_dict())
+      if place:
+        place.publish('metrics.jsonl')
 
-  with jax.set_mesh(mesh), checkpoints, log, watchdog, profile, Stop(recipe.log_every) as stop:
+  stop = Stop(recipe.log_every)
+  with jax.set_mesh(mesh), checkpoints, local, log, watchdog, profile, stop:
     if heldout and step == 0:
       evaluate(heldout)
     while step < last and not stop.requested(step):
@@ -173,6 +182,8 @@ def uptrain(
         evaluate(heldout)
       if recipe.is_due(step, recipe.checkpoint_every):
         save()
+      elif recipe.local_checkpoints and step % recipe.local_every == 0:
+        save(local)
     save()
     params = placement.to_host(state.params, mesh)
   batches.close()

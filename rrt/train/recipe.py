@@ -142,6 +142,9 @@ class Recipe:
     log_every: steps between rows of metrics.
     checkpoint_every: steps between checkpoints.
     keep: newest checkpoints that are kept.
+    local_checkpoints: a second directory, on a faster disk, for one checkpoint that is saved
+      more often; a run resumes from the newer of both. '' for none.
+    local_every: steps between those.
     max_skipped: so many non-finite steps in a row end the run.
     watchdog: seconds after which a step, evaluation or checkpoint that has not ended is named
       and the process ends with status 75; 0 waits for ever.
@@ -174,6 +177,8 @@ class Recipe:
   log_every: int = 1
   checkpoint_every: int = 100
   keep: int = 2
+  local_checkpoints: str = ''
+  local_every: int = 10
   max_skipped: int = 10
   watchdog: float = 0.0
   profile: str = ''
@@ -187,6 +192,8 @@ class Recipe:
     'log_every',
     'checkpoint_every',
     'keep',
+    'local_checkpoints',
+    'local_every',
     'max_skipped',
     'watchdog',
     'profile',
@@ -214,6 +221,7 @@ class Recipe:
       'log_every',
       'checkpoint_every',
       'keep',
+      'local_every',
       'max_skipped',
     ):
       need(getattr(self, field) > 0, field, 'must be above 0')

@@ -35,6 +35,7 @@ from rrt.train import optim, tensorboard, wandb
 from rrt.train import step as step_lib
 from rrt.train.heldout import read_heldout
 from rrt.train.recipe import Recipe
+from rrt.train.workdir import Workdir
 
 
 def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) -> None:
@@ -82,6 +83,8 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
       f'loss.hidden={recipe.loss.hidden}: the parent has d_model={parent.d_model}, the child '
       f'{child.d_model}: their hidden states cannot be compared.'
     )
+  if recipe.local_checkpoints:
+    checkpoint_lib.check_seen_by_all(Path(recipe.local_checkpoints))
   sharding.row_groups(mesh, recipe.batch)
 
 
@@ -173,10 +176,10 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
     wandb.require()
 
 
-def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel]:
+def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageModel]:
   """The parent, and the child that a run starts from.
 
-  The child is kept in `workdir`/child: a run that continues must not depend
+  The child is kept in the work directory's child/: a run that continues must not depend
   on a conversion's last bits.
 
   Raises:
@@ -184,10 +187,10 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
   """
   mesh = sharding.make_mesh(recipe.mesh)
   recipe.data.spec()
+  workdir, checkpoints = place.files, place.checkpoints
+  place.fetch('config.json', 'metrics.jsonl', 'child')
   settings = workdir / 'config.json'
-  begun = (workdir / 'checkpoints').is_dir() and any(
-    p.name.isdigit() for p in (workdir / 'checkpoints').iterdir()
-  )
+  begun = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
   origin = ('parent', 'child', 'convert', 'adapter')
   config, same = recipe.to_dict(), False
   if settings.is_file():
@@ -222,8 +225,11 @@ def prepare(recipe: Recipe, workdir: Path) -> tuple[LanguageModel, LanguageModel
         'devices': [str(d.device_kind) for d in jax.devices()],
       },
     )
+    place.publish('config.json', 'child')
   if lazy:
     multihost_utils.sync_global_devices('child')
+    if jax.process_index():
+      place.fetch('child')
   return parent, load(kept, lazy=lazy)
 
 
