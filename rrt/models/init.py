@@ -1,5 +1,7 @@
 """Random parameters, and the names of their axes."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,17 @@ def boxed_params(config: ModelConfig, key):
   """Random parameters, each boxed with the names of its axes."""
   variables = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))
   return variables['params']
+
+
+@functools.cache
+def abstract_boxed(config: ModelConfig):
+  """Shapes of the parameters, each boxed with the names of its axes; do not change the tree."""
+  return jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
+
+
+def abstract_params(config: ModelConfig):
+  """Shapes and dtypes that `init_params` gives."""
+  return nn.unbox(abstract_boxed(config))
 
 
 def init_params(config: ModelConfig, key, dtype=jnp.float32):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rrt.config import ModelConfig
-from rrt.models.init import init_params
+from rrt.models.init import abstract_params
 from rrt.ops.backend import compiling_for
 from rrt.train import step as step_lib
 from rrt.train.placement import param_shardings
@@ -57,7 +57,7 @@ def train_program(
     child: its shape.
     mesh: of devices, or abstract.
   """
-  params = jax.eval_shape(lambda: init_params(child, jax.random.key(0)))
+  params = abstract_params(child)
   spec = make_step(recipe, child, params)
   teacher: dict[str, Any] = {}
   if parent is not None and recipe.loss.distillation:
@@ -85,23 +85,17 @@ def _with_teacher(spec: step_lib.Step, parent: ModelConfig, child: Any, mesh):
   Frozen outer layers count as shared with the parent: a conversion leaves them as they are.
   """
   _, frozen = step_lib.split(child, spec.trained)
-  found: list[ModelConfig] = []
-
-  def arrange(key):
-    config, tree = arranged(parent, init_params(parent, key), spec.config, frozen)
-    found.append(config)
-    return tree
-
-  flat = traverse_util.flatten_dict(jax.eval_shape(arrange, jax.random.key(0)), sep='/')
+  config, _ = arranged(parent, {'block': {}}, spec.config, frozen)
+  flat = traverse_util.flatten_dict(abstract_params(config), sep='/')
   same = lambda k, x: k in frozen and frozen[k].shape == x.shape and not k.startswith('block/')
   shared = frozenset(k for k, x in flat.items() if same(k, x))
-  where = traverse_util.flatten_dict(param_shardings(found[0], mesh), sep='/')
+  where = traverse_util.flatten_dict(param_shardings(config, mesh), sep='/')
   own = {
     k: jax.ShapeDtypeStruct(x.shape, in_dtype(k, x, spec.dtype), sharding=where[k])
     for k, x in flat.items()
     if k not in shared
   }
-  return dataclasses.replace(spec, teacher_config=found[0], shared=shared), own
+  return dataclasses.replace(spec, teacher_config=config, shared=shared), own
 
 
 def local_bytes(tree: Any) -> int:

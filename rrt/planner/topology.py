@@ -26,7 +26,6 @@ class Kind:
     memory: bytes a chip that a program can have, as published.
     reserve: bytes of it that runtime and compiler keep.
     dims: axes of its torus; 0 for a plain number of chips.
-    device: the `device_kind` that jax reports, as far as it is compared.
   """
 
   name: str
@@ -34,23 +33,21 @@ class Kind:
   memory: int
   reserve: int
   dims: int = 0
-  device: str = ''
 
 
-# TPU: what XLA's compiler has for programs of the topology (its own reserve taken off).
+# TPU: the memory that XLA's compiler names as available (libtpu 0.0.42).
 # GPU: the card's memory; contexts of CUDA, cuBLAS and cuDNN as reserve.
 KINDS = {
   k.name: k
   for k in (
-    Kind('v4', 'tpu', int(31.75 * GIB), 0, 3, 'TPU v4'),
-    Kind('v5e', 'tpu', int(15.75 * GIB), 0, 2, 'TPU v5 lite'),
-    Kind('v5p', 'tpu', int(95.74 * GIB), 0, 3, 'TPU v5'),
-    Kind('v6e', 'tpu', int(31.25 * GIB), 0, 2, 'TPU v6 lite'),
-    Kind('l4', 'gpu', 24 * 10**9, int(0.8 * GIB), device='L4'),
-    Kind('a100', 'gpu', 80 * 10**9, int(0.8 * GIB), device='A100'),
-    Kind('h100', 'gpu', 80 * 10**9, int(0.8 * GIB), device='H100'),
-    Kind('h200', 'gpu', 141 * 10**9, int(0.8 * GIB), device='H200'),
-    Kind('b200', 'gpu', 180 * 10**9, int(0.8 * GIB), device='B200'),
+    Kind('v5e', 'tpu', int(15.75 * GIB), 0, 2),
+    Kind('v5p', 'tpu', int(95.74 * GIB), 0, 3),
+    Kind('v6e', 'tpu', int(31.25 * GIB), 0, 2),
+    Kind('l4', 'gpu', 24 * 10**9, int(0.8 * GIB)),
+    Kind('a100', 'gpu', 80 * 10**9, int(0.8 * GIB)),
+    Kind('h100', 'gpu', 80 * 10**9, int(0.8 * GIB)),
+    Kind('h200', 'gpu', 141 * 10**9, int(0.8 * GIB)),
+    Kind('b200', 'gpu', 180 * 10**9, int(0.8 * GIB)),
   )
 }
 

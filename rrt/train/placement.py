@@ -13,7 +13,7 @@ import numpy as np
 from rrt import sharding as sharding_lib
 from rrt.checkpoints.safetensors import rows_per_chunk
 from rrt.config import ModelConfig
-from rrt.models.init import boxed_params
+from rrt.models.init import abstract_boxed
 from rrt.ops.matmul import GatheredKernel
 from rrt.pieces import Pieces, pieces
 from rrt.tree import flatten
@@ -58,8 +58,7 @@ def _place_one(x, sharding):
 
 def param_shardings(config: ModelConfig, mesh) -> Any:
   """The sharding of each parameter of a model."""
-  boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))
-  return sharding_lib.shardings(boxed, mesh)
+  return sharding_lib.shardings(abstract_boxed(config), mesh)
 
 
 def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str,
   sizes = jax.sharding.get_abstract_mesh().shape
   if sizes.get('fsdp', 1) == 1 or config.loops == 1:
     return block
-  boxed = jax.eval_shape(lambda: boxed_params(config, jax.random.key(0)))['block']
+  boxed = abstract_boxed(config)['block']
 
   def one(path, box, x):
     if not isinstance(box, nn.LogicallyPartitioned) or x.dtype != jnp.float32:

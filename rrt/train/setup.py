@@ -28,7 +28,7 @@ from rrt.errors import InputError
 from rrt.files import check_writable
 from rrt.model import LanguageModel
 from rrt.models.adapter import parse, with_adapter
-from rrt.models.init import init_params
+from rrt.models.init import abstract_params
 from rrt.train import checkpoint as checkpoint_lib
 from rrt.train import metrics as metrics_lib
 from rrt.train import optim, tensorboard, wandb
@@ -163,7 +163,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
   """Raises InputError for what would fail after a conversion of the parent."""
   shape = planned(recipe, parent.config)
   check(recipe, parent.config, shape, mesh)
-  params = jax.eval_shape(lambda: init_params(shape, jax.random.key(0)))
+  params = abstract_params(shape)
   trained = step_lib.trained_paths(optim.trainable(recipe.optimizer, params))
   weights, _ = step_lib.split(params, trained)
   optim.make_optimizer(recipe.optimizer, weights, recipe.steps)

@@ -22,7 +22,7 @@ import optax
 from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
-from rrt.models.init import init_params
+from rrt.models.init import abstract_params
 from rrt.ops.quantize import cast_floats
 from rrt.pieces import cast
 from rrt.relax import registry
@@ -129,7 +129,7 @@ def abstract_state(spec: Step, mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated."""
   by_path = traverse_util.flatten_dict(param_shardings(spec.config, mesh), sep='/')
   shapes = jax.eval_shape(
-    lambda: _init(init_params(spec.config, jax.random.key(0)), spec.optimizer, spec.trained)
+    lambda params: _init(params, spec.optimizer, spec.trained), abstract_params(spec.config)
   )
 
   def sharding_of(path, x):

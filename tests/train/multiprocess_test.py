@@ -21,6 +21,12 @@ pytest.importorskip('ml_collections')
 
 
 def start_two(file, workdir, *flags, devices=2):
+  return start(file, workdir, *flags, count=2, devices=devices)
+
+
+def start(file, workdir, *flags, count, devices):
+  if count == 1:
+    return [runs.start(file, workdir, *flags, devices=devices)]
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
@@ -29,27 +35,29 @@ def start_two(file, workdir, *flags, devices=2):
       file,
       workdir,
       f'--coordinator=127.0.0.1:{port}',
-      '--processes=2',
+      f'--processes={count}',
       f'--process={i}',
       *flags,
       devices=devices,
     )
-    for i in range(2)
+    for i in range(count)
   ]
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize(('count', 'then'), [(2, 2), (4, 1)])
+def test_several_processes_equal_one_and_go_on_as_others(count, then, tmp_path):
+  """Four devices of so many processes, and after a kill of others."""
   file = runs.write_experiment(tmp_path)
   flags = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8')
   runs.finish(runs.start(file, tmp_path / 'one', *flags, devices=4))
 
-  two = start_two(file, tmp_path / 'two', *flags)
-  until(two[0], tmp_path / 'two', 5)
-  for process in two:
+  several = start(file, tmp_path / 'two', *flags, count=count, devices=4 // count)
+  until(several[0], tmp_path / 'two', 5)
+  for process in several:
     process.send_signal(signal.SIGKILL)
     process.communicate()
-  for process in start_two(file, tmp_path / 'two', *flags):
+  for process in start(file, tmp_path / 'two', *flags, count=then, devices=4 // then):
     runs.finish(process)
   got, want = runs.losses(tmp_path / 'two'), runs.losses(tmp_path / 'one')
   assert [s for s, _ in got] == list(range(1, 9))
