@@ -72,6 +72,16 @@ def test_remat_changes_no_gradient(name, remat):
   jax.tree.map(close, gradient(name, remat), gradient(name, 'none'))
 
 
+def test_dots_keeps_one_array_a_linear():
+  """Its output with the relaxations: not their parts beside it."""
+  config, params, t_BxL = model('llama-cycle')
+  assert config.relax
+  run = functools.partial(forward, config, remat='dots')
+  text = str(jax.make_jaxpr(lambda p: run(p, t_BxL).hidden_BxLxD)(params))
+  stacks = bool(config.prelude_layers) + 1 + bool(config.coda_layers)
+  assert text.count('name=linear') == 7 * stacks
+
+
 @each_config
 def test_no_output_depends_on_later_tokens(name):
   config, params, t_BxL = model(name)

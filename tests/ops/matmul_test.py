@@ -129,3 +129,35 @@ def test_long_prompts_alone_are_the_left_factor(lead, left):
   transposed = matmul.TransposedKernel(jnp.ones((8, 4)))
   jaxpr = str(jax.make_jaxpr(matmul.matmul)(jnp.ones((*lead, 4)), transposed))
   assert ('optimization_barrier' in jaxpr) == left
+
+
+@pytest.mark.parametrize('gathered', [False, True])
+def test_gradients_of_float32_kernels_are_summed_in_float32(gathered):
+  """In a bfloat16 computation too: not rounded to it on the way."""
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.normal(size=(2, 40, n)), jnp.bfloat16) for n in (8, 6))
+  stored = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+  whole = stored.astype(jnp.bfloat16)
+
+  def product(stored):
+    kernel = matmul.GatheredKernel(whole, stored) if gathered else stored
+    return jnp.sum((matmul.matmul(x, kernel) * dy).astype(jnp.float32))
+
+  got = jax.grad(product)(stored)
+  wide = lambda t: np.asarray(t, np.float64).reshape(80, -1)
+  want = wide(x).T @ wide(dy)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  rounded = want.astype(jnp.bfloat16).astype(np.float64)
+  assert np.abs(rounded - want).max() > 1e-3  # What a sum in bfloat16 would be off by.
+
+
+def test_gathered_kernels_are_the_kernels():
+  rng = np.random.default_rng(0)
+  x, stored = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 8), (8, 6)))
+  of = lambda kernel: lambda x: jnp.sum(matmul.matmul(x, kernel) ** 2)
+  kernel = matmul.GatheredKernel(stored, stored)
+  for plain, gathered in zip(
+    jax.value_and_grad(of(stored))(x), jax.value_and_grad(of(kernel))(x), strict=True
+  ):
+    np.testing.assert_allclose(plain, gathered, rtol=1e-6)

@@ -224,6 +224,22 @@ def avals(jaxpr):
         yield from avals(value)
 
 
+def test_the_gradient_of_a_float32_head_is_float32():
+  """Though the computation is in bfloat16: it is summed over devices."""
+  rng = np.random.default_rng(0)
+  hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 16), (16, 32)))
+  targets = jnp.asarray(rng.integers(0, 32, (2, 8)))
+  objective = losses_lib.Objective(distillation=0.0)
+  loss = lambda head: (
+    losses_lib.losses(
+      objective, jnp.asarray(hidden, jnp.bfloat16), head, targets, jnp.ones((2, 8)) / 16
+    ).loss
+  )
+  got = jax.grad(loss)(jnp.asarray(head))
+  assert got.dtype == jnp.float32
+  assert np.any(np.asarray(got) != np.asarray(got.astype(jnp.bfloat16), np.float32))
+
+
 @pytest.mark.parametrize('chunk_tokens', [4, 512])
 def test_no_array_holds_all_logits(chunk_tokens):
   hidden, head, *rest = inputs()
