@@ -18,7 +18,9 @@ from benchmarks import pictures
 from rrt.cli import plots
 from rrt.config import ModelConfig
 from rrt.models.count import count_params
+from rrt.planner import search
 from rrt.relax.ranks import with_ranks
+from rrt.train.recipe import Recipe
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / 'benchmarks' / 'results'
@@ -127,8 +129,22 @@ SIZES = {
 }
 
 
+def training(child: ModelConfig, parent: ModelConfig) -> float:
+  """GiB a chip of 16, as the planner has it; the parent itself is trained without one."""
+  recipe = Recipe.from_dict(
+    {
+      'batch': 16,
+      'length': 2048,
+      'dtype': 'bfloat16',
+      'remat': 'full',
+      'loss': {'chunk_tokens': 16384, 'distillation': float(child is not parent)},
+    }
+  )
+  return search.analytic(recipe, parent, child, {'fsdp': 16}, True).peak / 2**30
+
+
 def shapes() -> str:
-  """Parameters, bytes of weights and of cache by shape, in closed form."""
+  """Parameters, bytes of weights, of cache and of training by shape, in closed form."""
   rows = []
   for name, (vocab, d, f, h, g, size, layers, tied) in SIZES.items():
     parent = ModelConfig(
@@ -144,7 +160,9 @@ def shapes() -> str:
     )
     cache = 2 * layers * g * size * 2 / 1024
     total = count_params(parent).unique
-    rows.append([name, f'{layers} layers, not looped', total, total * 2 / 2**30, cache, 1.0])
+    gib = training(parent, parent)
+    words = f'{layers} layers, not looped'
+    rows.append([name, words, total, total * 2 / 2**30, cache, gib, 1.0])
     quarter = round(layers / 4)
     quarter += (layers - 2 * quarter) % 2
     for prelude, loops, coda in ((quarter, 2, quarter), (0, 2, 0)):
@@ -158,9 +176,9 @@ def shapes() -> str:
       words = f'{block} layers run {loops} times'
       if prelude:
         words = f'{prelude} layers, {words}, {coda} layers'
-      rows.append(
-        [name, f'{words}; rank {rank}', unique, unique * 2 / 2**30, cache, unique / total]
-      )
+      words = f'{words}; rank {rank}'
+      gib = training(config, parent)
+      rows.append([name, words, unique, unique * 2 / 2**30, cache, gib, unique / total])
   return table(
     [
       'model',
@@ -168,6 +186,7 @@ def shapes() -> str:
       'parameters',
       'weights, GiB (bfloat16)',
       'cache, KiB a token',
+      'training, GiB a chip',
       'of the parent',
     ],
     rows,

@@ -188,7 +188,8 @@ def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageMode
   mesh = sharding.make_mesh(recipe.mesh)
   recipe.data.spec()
   workdir, checkpoints = place.files, place.checkpoints
-  place.fetch('config.json', 'metrics.jsonl', 'child')
+  first = jax.process_index() == 0
+  place.fetch('config.json', *(('metrics.jsonl', 'child') if first else ()))
   settings = workdir / 'config.json'
   begun = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
   origin = ('parent', 'child', 'convert', 'adapter')
@@ -203,7 +204,7 @@ def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageMode
   lazy = jax.process_count() > 1
   parent = load(recipe.parent, lazy=lazy)
   kept = workdir / 'child'
-  if jax.process_index() == 0:
+  if first:
     if not (same and kept.is_dir()):
       if recipe.child:
         child = load(recipe.child, lazy=lazy)
@@ -215,6 +216,7 @@ def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageMode
       check(recipe, parent.config, child.config, mesh)
       shutil.rmtree(kept, ignore_errors=True)
       save(child, kept)
+      place.publish('child')
     # Also where the child is there: until a checkpoint is, the rest may change.
     _write_json(
       settings,
@@ -225,10 +227,10 @@ def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageMode
         'devices': [str(d.device_kind) for d in jax.devices()],
       },
     )
-    place.publish('config.json', 'child')
+    place.publish('config.json')
   if lazy:
     multihost_utils.sync_global_devices('child')
-    if jax.process_index():
+    if not first:
       place.fetch('child')
   return parent, load(kept, lazy=lazy)
 
