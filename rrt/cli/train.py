@@ -120,7 +120,7 @@ def convert_and_uptrain(recipe: Recipe, place: Workdir, begin: float) -> int:
       model = load(workdir / 'model', lazy=True)
       print(f'adapter alone: {save_adapter(model, workdir / "adapter")}')
     place.publish('model', 'adapter', 'metrics.jsonl')
-    summarize(recipe, run, f'{place.name}/model', time.monotonic() - begin)
+    summarize(recipe, run, place.where('model'), time.monotonic() - begin)
   return 0
 
 

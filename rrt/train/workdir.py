@@ -67,6 +67,10 @@ class Workdir:
     name = f'rrt-{self._bucket.name}-{_mark(self.name)}-{jax.process_index()}'
     self.files = Path(tempfile.gettempdir()) / name
 
+  def where(self, name: str) -> str:
+    """A file or directory of the run, as users find it."""
+    return f'{self.name.rstrip("/")}/{name}' if self._bucket else str(self.files / name)
+
   def local(self, recipe: Recipe) -> Path | None:
     """Where this run's local checkpoints are; None where none are asked for."""
     if not recipe.local_checkpoints:
