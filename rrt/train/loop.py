@@ -115,7 +115,7 @@ def uptrain(
 
   # Go on from the newest checkpoint, or begin with the child as it is.
   abstract = step_lib.abstract_state(spec, mesh)
-  place = Workdir(workdir) if isinstance(workdir, (str, Path)) else workdir
+  place = Workdir.of(workdir) if workdir else None
   places = (place.checkpoints, place.local(recipe)) if place else (None, None)
   checkpoints = checkpoint_lib.open_checkpoints(places[0], recipe.keep)
   local = checkpoint_lib.open_checkpoints(places[1], 1)

@@ -176,7 +176,7 @@ def check_all(recipe: Recipe, parent: LanguageModel, mesh) -> None:
     wandb.require()
 
 
-def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageModel]:
+def prepare(recipe: Recipe, workdir: str | Path | Workdir) -> tuple[LanguageModel, LanguageModel]:
   """The parent, and the child that a run starts from.
 
   The child is kept in the work directory's child/: a run that continues must not depend
@@ -187,6 +187,7 @@ def prepare(recipe: Recipe, place: Workdir) -> tuple[LanguageModel, LanguageMode
   """
   mesh = sharding.make_mesh(recipe.mesh)
   recipe.data.spec()
+  place = Workdir.of(workdir)
   workdir, checkpoints = place.files, place.checkpoints
   first = jax.process_index() == 0
   place.fetch('config.json', *(('metrics.jsonl', 'child') if first else ()))

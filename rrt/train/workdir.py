@@ -67,6 +67,11 @@ class Workdir:
     name = f'rrt-{self._bucket.name}-{_mark(self.name)}-{jax.process_index()}'
     self.files = Path(tempfile.gettempdir()) / name
 
+  @classmethod
+  def of(cls, workdir: str | Path | Workdir) -> Workdir:
+    """The same, or that of a name."""
+    return workdir if isinstance(workdir, Workdir) else cls(workdir)
+
   def where(self, name: str) -> str:
     """A file or directory of the run, as users find it."""
     return f'{self.name.rstrip("/")}/{name}' if self._bucket else str(self.files / name)
