@@ -30,10 +30,14 @@ def place(tree, shardings):
 
 def _place_one(x, sharding):
   indices = sharding.addressable_devices_indices_map(tuple(x.shape))
-  by_range: dict[tuple, Any] = {}  # Devices may hold the same part.
-  for index in indices.values():
-    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))
-    by_range[bounds] = np.empty([b - a for a, b in bounds], x.dtype)
+  bounds_of = {
+    device: tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))
+    for device, index in indices.items()
+  }
+  # Devices may hold the same part.
+  by_range = {
+    bounds: np.empty([b - a for a, b in bounds], x.dtype) for bounds in set(bounds_of.values())
+  }
   for start, rows in pieces(x):
     for bounds, part in by_range.items():
       if not bounds:
@@ -46,12 +50,8 @@ def _place_one(x, sharding):
         part[a - first : b - first] = rows[(slice(a - start, b - start), *inner)]
   # Never a view of numpy's memory: the train state is donated.
   shards = [
-    jax.device_put(
-      by_range[tuple(s.indices(n)[:2] for s, n in zip(index, x.shape, strict=True))],
-      device,
-      may_alias=False,
-    )
-    for device, index in indices.items()
+    jax.device_put(by_range[bounds], device, may_alias=False)
+    for device, bounds in bounds_of.items()
   ]
   return jax.make_array_from_single_device_arrays(tuple(x.shape), sharding, shards)
 

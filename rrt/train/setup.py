@@ -83,8 +83,6 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
       f'loss.hidden={recipe.loss.hidden}: the parent has d_model={parent.d_model}, the child '
       f'{child.d_model}: their hidden states cannot be compared.'
     )
-  if recipe.local_checkpoints:
-    checkpoint_lib.check_seen_by_all(Path(recipe.local_checkpoints))
   sharding.row_groups(mesh, recipe.batch)
 
 
@@ -187,6 +185,8 @@ def prepare(recipe: Recipe, workdir: str | Path | Workdir) -> tuple[LanguageMode
   """
   mesh = sharding.make_mesh(recipe.mesh)
   recipe.data.spec()
+  if recipe.local_checkpoints:  # Here, where all processes are: it takes part of each.
+    checkpoint_lib.check_seen_by_all(Path(recipe.local_checkpoints))
   place = Workdir.of(workdir)
   workdir, checkpoints = place.files, place.checkpoints
   first = jax.process_index() == 0

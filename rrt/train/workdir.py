@@ -80,7 +80,8 @@ class Workdir:
     """Where this run's local checkpoints are; None where none are asked for."""
     if not recipe.local_checkpoints:
       return None
-    return Path(recipe.local_checkpoints).absolute() / f'{self.files.name}-{_mark(self.name)}'
+    # By a name that is the same in all processes, which `files` of a bucket is not.
+    return Path(recipe.local_checkpoints).absolute() / f'{Path(self.name).name}-{_mark(self.name)}'
 
   def fetch(self, *names: str) -> None:
     """Copies files and directories from the bucket, where it has them."""
