@@ -49,7 +49,10 @@ def start(file, workdir, *flags, count, devices):
 def test_several_processes_equal_one_and_go_on_as_others(count, then, tmp_path):
   """Four devices of so many processes, and after a kill of others."""
   file = runs.write_experiment(tmp_path)
-  flags = ('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8')
+  flags = (
+    *('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.steps=8'),
+    *(f'--config.local_checkpoints={tmp_path}/disk', '--config.local_every=2'),
+  )
   runs.finish(runs.start(file, tmp_path / 'one', *flags, devices=4))
 
   several = start(file, tmp_path / 'two', *flags, count=count, devices=4 // count)
