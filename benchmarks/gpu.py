@@ -23,6 +23,7 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks.common import best
 from rrt import command, console
 from rrt.errors import InputError
 
@@ -72,19 +73,6 @@ def model(name: str, recursive: bool = True):
   return LanguageModel(config, jax.device_get(params), None, {'name': name})
 
 
-def best(run: Callable[[], Any], repeats: int = 5) -> float:
-  """The least seconds of some runs, after one that is not timed."""
-  import jax
-
-  jax.block_until_ready(run())
-  found = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    found.append(time.perf_counter() - begin)
-  return min(found)
-
-
 def dtype() -> str:
   """Of computations; CPUs are slow in bfloat16."""
   return 'float32' if FLAGS.tiny else 'bfloat16'
@@ -106,66 +94,11 @@ def roof() -> dict[str, Any]:
   }
 
 
-def attention() -> dict[str, Any]:
-  """Forward and backward of the attention that is picked here, and of the plain one."""
-  import jax
-  import jax.numpy as jnp
+def kernel(name: str) -> dict[str, Any]:
+  """One of `benchmarks.kernels`."""
+  from benchmarks import kernels
 
-  from rrt.ops import flash_attention as flash
-
-  figures: dict[str, Any] = {'picked': flash.chosen()}
-  for length, batch in ((128, 2),) if FLAGS.tiny else ((1024, 16), (4096, 4)):
-    for heads, groups, size in ((4, 2, 16),) if FLAGS.tiny else ((32, 4, 64), (9, 3, 64)):
-      keys = jax.random.split(jax.random.key(0), 3)
-      shape = lambda h, b=batch, n=length, s=size: (b, n, h, s)
-      q, k, v = (
-        jax.random.normal(key, shape(h)).astype('bfloat16')
-        for key, h in zip(keys, (heads, groups, groups))
-      )
-      positions = jnp.tile(jnp.arange(length), (batch, 1))
-      flops = 3 * 4 * batch * heads * size * length * (length + 1) / 2
-      for kind in sorted({'xla', flash.chosen()}):
-        with flash.using(kind):
-          run = jax.jit(
-            jax.grad(
-              lambda q, k, v, p=positions: jnp.sum(
-                flash.attend_batch(q, k, v, p).astype(jnp.float32)
-              ),
-              (0, 1, 2),
-            )
-          )
-          seconds = best(lambda run=run, args=(q, k, v): run(*args))
-        figures[f'{batch} x {length}, {heads} heads of {size}, {kind}'] = {
-          'milliseconds': 1e3 * seconds,
-          'tflops': flops / seconds / 1e12,
-        }
-  return figures
-
-
-def grouped() -> dict[str, Any]:
-  """Low-rank terms of rows at mixed loops, by layout, and of one loop for all."""
-  import jax
-  import jax.numpy as jnp
-
-  from rrt.relax import lora
-
-  d, f, rank, loops = (64, 128, 4, 2) if FLAGS.tiny else (2048, 5632, 256, 2)
-  figures = {}
-  for rows in (4,) if FLAGS.tiny else (32, 256):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (rows, 1, d)).astype('bfloat16')
-    a = jax.random.normal(keys[1], (loops, d, rank)).astype('bfloat16')
-    b = jax.random.normal(keys[2], (loops, rank, f)).astype('bfloat16')
-    wide = lora.widen(a, b)
-    mixed = jnp.arange(rows) % loops
-    runs = {
-      'one loop': lambda x=x, a=a, b=b: lora.low_rank(x, a, b, 0),
-      'wide': lambda x=x, w=wide, n=mixed: lora.low_rank_wide(x, *w, n, loops),
-      'grouped': lambda x=x, a=a, b=b, n=mixed: lora.low_rank_grouped(x, a, b, n),
-    }
-    for name, run in runs.items():
-      figures[f'{rows} rows, {name}, microseconds'] = 1e6 * best(jax.jit(run), 20)
-  return figures
+  return getattr(kernels, name)(FLAGS.tiny)
 
 
 def train(name: str) -> dict[str, Any]:
@@ -389,12 +322,13 @@ def engine(name: str) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
   'roof': roof,
-  'attention': attention,
+  'attention': lambda: kernel('attention'),
   'train 135M': lambda: train('135M'),
   'train 1B': lambda: train('1B'),
   'engine 135M': lambda: engine('135M'),
   'generate 135M': lambda: generate('135M'),
-  'grouped': grouped,
+  'paged attention': lambda: kernel('paged'),
+  'grouped': lambda: kernel('grouped'),
   'engine 1B': lambda: engine('1B'),
   'generate 1B': lambda: generate('1B'),
 }

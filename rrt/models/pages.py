@@ -27,14 +27,13 @@ from rrt.config import ModelConfig
 from rrt.models.cache import KV
 from rrt.ops.attention import softcap
 from rrt.ops.backend import backend
-
-_HIDDEN = -1e30
+from rrt.ops.paged_attention import HIDDEN, LivePages, attend_pages, chosen
 
 
 class KVPool(NamedTuple):
   """Keys (after RoPE) and values of one layer, in all loops and slots.
 
-  bfloat16 is stored as the uint16 of its bits: XLA's CPU backend would copy the
+  On a CPU bfloat16 is stored as the uint16 of its bits: XLA's CPU backend would copy the
   whole bfloat16 array for every scatter into it. int8 has a step size for every token
   and group, a 127th of the largest entry.
   """
@@ -137,7 +136,8 @@ def layout_bytes(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> 
 def init_pools(config: ModelConfig, layout: CacheLayout, page: int, dtype) -> KVPools:
   """Empty pools."""
   G, Dh = config.num_kv_heads, config.head_dim
-  kept = jnp.dtype(jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype)
+  bits = jnp.dtype(dtype) == jnp.bfloat16 and backend() == 'cpu'
+  kept = jnp.dtype(jnp.uint16 if bits else dtype)
 
   def kv_pool(page_range: PageRange) -> KVPool:
     keys = jnp.zeros((page_range.pages, G, Dh, page), kept)
@@ -222,6 +222,12 @@ def attend(
     window = jnp.broadcast_to(window, (B,))
     oldest_B = jnp.maximum(position_B - window + 1, 0)
     first_B = jnp.where(window > 0, oldest_B, 0)
+  if chosen() == 'pallas' and k_PxGxDhxC.dtype != jnp.uint16:
+    begin_B = first_B // C
+    end_B = jnp.where(live_B, position_B // C + 1, begin_B)
+    pages = LivePages(jnp.where(live_B, base_B, 0), count_B, begin_B, end_B, first_B, position_B)
+    out_BxGxMxDh = attend_pages(q_BxGxMxDh, kv.kv_pool, pages, cap)
+    return out_BxGxMxDh.reshape(B, 1, H, Dh).astype(q_Bx1xHxDh.dtype)
   end = jnp.max(jnp.where(live_B, position_B // C, -1)) + 1
   begin = jnp.min(jnp.where(live_B, first_B // C, end))
 
@@ -239,7 +245,7 @@ def attend(
     if k_step_PxGxC is not None:
       att_BxGxMxC *= k_step_PxGxC[page_B][:, :, None]
     att_BxGxMxC = softcap(att_BxGxMxC, cap)
-    att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, _HIDDEN)
+    att_BxGxMxC = jnp.where(seen_BxC[:, None, None, :], att_BxGxMxC, HIDDEN)
     new_BxGxMx1 = jnp.maximum(top_BxGxMx1, jnp.max(att_BxGxMxC, -1, keepdims=True))
     att_BxGxMxC = jnp.exp(att_BxGxMxC - new_BxGxMx1)
     shrink_BxGxMx1 = jnp.exp(top_BxGxMx1 - new_BxGxMx1)
@@ -260,7 +266,7 @@ def attend(
 
   shape = (B, G, H // G)
   start = (
-    jnp.full((*shape, 1), _HIDDEN, jnp.float32),
+    jnp.full((*shape, 1), HIDDEN, jnp.float32),
     jnp.zeros((*shape, 1), jnp.float32),
     jnp.zeros((*shape, Dh), jnp.float32),
   )

@@ -19,16 +19,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from rrt import sharding as sharding_lib
 from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
 from rrt.models.init import abstract_params
 from rrt.ops.quantize import cast_floats
 from rrt.pieces import cast
-from rrt.relax import registry
 from rrt.relax.base import Aux
 from rrt.train.divergences import TopK
 from rrt.train.exit_losses import ExitObjective, exit_losses
+from rrt.train.gradients import accumulate, gradient_norms
 from rrt.train.losses import Losses, Objective, Teacher, losses, top_k
 from rrt.train.optim import paths
 from rrt.train.placement import gather_block, param_shardings, place
@@ -208,7 +207,7 @@ def train_step(
   if spec.accumulate == 1:
     (_, aux), grads = grad_fn(trained, batch)
   else:
-    aux, grads = _accumulate(grad_fn, trained, batch, spec.accumulate)
+    aux, grads = accumulate(grad_fn, trained, batch, spec.accumulate)
   sums = aux.sums
 
   norm, norms = gradient_norms(grads)
@@ -351,44 +350,6 @@ def loop_changes(h_RxBxLxD: jax.Array | None) -> jax.Array:
   h = jax.lax.stop_gradient(h_RxBxLxD).astype(jnp.float32)
   square = lambda x: jnp.sum(x**2, axis=(1, 2, 3))
   return jnp.sqrt(square(h[1:] - h[:-1]) / jnp.maximum(square(h[:-1]), 1e-30))
-
-
-def _accumulate(grad_fn, trained, batch: Batch, count: int):
-  """Sums of a batch's gradients and losses over `count` microbatches."""
-
-  def cut(x):
-    # Every count-th row: each device keeps rows of its own in all of them.
-    x = x.reshape(x.shape[0] // count, count, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0)
-
-  def one(total, micro):
-    micro = {k: sharding_lib.constrain(v, ('batch', 'length')) for k, v in micro.items()}
-    (_, aux), grads = grad_fn(trained, micro)
-    return jax.tree.map(jnp.add, total, (aux, grads)), None
-
-  micros = {k: cut(v) for k, v in batch.items()}
-  first = {k: v[0] for k, v in micros.items()}
-  shapes = jax.eval_shape(lambda t, m: grad_fn(t, m), trained, first)
-  (_, aux), grads = shapes
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (aux, grads))
-  return jax.lax.scan(one, zeros, micros)[0]
-
-
-def gradient_norms(grads: Params):
-  """The global norm of flat gradients, and one a group of parameters.
-
-  Groups: each kind of relaxation, norms (with biases), and the weights of each part (embed,
-  prelude, block, coda, head).
-  """
-  squares: dict[str, jax.Array] = {}
-  for path, g in grads.items():
-    group = registry.kind_of_path(path) or path.split('/')[0]
-    if path.endswith(('/scale', '/bias')):
-      group = 'norms'
-    square = jnp.sum(jnp.square(g.astype(jnp.float32)))
-    squares[group] = squares.get(group, 0.0) + square
-  norms = {k: jnp.sqrt(v) for k, v in squares.items()}
-  return jnp.sqrt(sum(squares.values())), norms
 
 
 def trained_paths(mask) -> frozenset[str]:

@@ -24,10 +24,11 @@ from rrt.infer.engine.engine import Engine, Request
 from rrt.infer.engine.request import empty_table
 from rrt.infer.engine.state import EMPTY, WAIT_PRELUDE, init_state
 from rrt.infer.sampling import SamplingArrays, SamplingParams
+from rrt.models import pages
 from rrt.models import params as params_lib
 from rrt.models.params import cast
 from rrt.models.stack import unstack
-from rrt.ops import matmul
+from rrt.ops import matmul, paged_attention
 from tests import runs
 from tests.infer.engine import oracle
 from tests.models.configs import CONFIGS, gemma3, llama, perturbed
@@ -93,6 +94,18 @@ def test_full_depth_equals_the_plain_decoder(name):
 def test_no_shape_of_the_engine_changes_a_token(name, options):
   engine = Engine(model(name), page=8, **options)
   assert written(engine) == expected(name)
+
+
+@pytest.mark.slow
+def test_the_kernel_over_pages_changes_no_token(monkeypatch):
+  used = []
+  record = lambda *args: used.append(1) or paged_attention.attend_pages(*args)
+  monkeypatch.setattr(pages, 'attend_pages', record)
+  with paged_attention.using('pallas'):
+    # Of no other test's shape, whose program would be taken.
+    engine = Engine(model('gemma3'), slots=5, page=8, steps=3)
+    assert written(engine) == expected('gemma3')
+  assert used
 
 
 @pytest.mark.slow
