@@ -33,6 +33,9 @@ RULES = (
   ('loops', None),
   ('rank', None),
   ('norm', None),
+  # Tables that are looked up: each device of fsdp has some columns, and keeps them.
+  ('slots', None),
+  ('values', 'fsdp'),
   # Activations.
   ('batch', ('data', 'fsdp')),
   ('length', None),

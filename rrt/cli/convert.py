@@ -5,6 +5,7 @@ run twice. --init=calibrated (the default) fits the weights to text, which may
 be any; the others are the paper's.
 """
 
+import os
 from pathlib import Path
 
 from rrt import command, console
@@ -18,6 +19,7 @@ from rrt.convert.recursive import to_recursive
 from rrt.convert.report import Report
 from rrt.convert.search import DEFAULT_PARAMS
 from rrt.errors import InputError
+from rrt.relax.memory import Memory
 
 FLAGS = command.Flags(
   'Converts a model into a relaxed recursive one.',
@@ -123,6 +125,12 @@ _FIELDS = (
   ),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
+_MEMORY = FLAGS.usual.string(
+  'memory',
+  '',
+  'A memory layer at some layers of the block: positions,keys,heads,topk,dim, such as '
+  '3,65536,4,32,576 or 1+4,16384,2,16,0 (dim 0: the width of the model).',
+)
 _DTYPE = FLAGS.usual.enum('dtype', 'float32', ['float32', 'bfloat16'], 'Dtype of the weights.')
 _SEED = FLAGS.rare.integer('seed', 0, 'Seed of random weights.')
 
@@ -135,6 +143,32 @@ def _draw(report: Report, depth: int, path: Path) -> None:
     print(f'frontier drawn in {path}')
   except InputError as e:
     console.note(f'frontier.svg was not drawn: {e}')
+
+
+def memory_of(text: str, d_model: int) -> list[Memory]:
+  """The relaxation that --memory asks for.
+
+  Raises:
+    InputError: not five fields, or a pool larger than this machine's memory.
+  """
+  if not text:
+    return []
+  words = text.split(',')
+  try:
+    positions = tuple(int(p) for p in words[0].split('+'))
+    slots, heads, topk, dim = map(int, words[1:])
+  except ValueError:
+    raise InputError(
+      f'--memory={text!r}: must be positions,keys,heads,topk,dim, such as 3,65536,4,32,576.'
+    ) from None
+  has = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  needs = 4 * slots * (dim or d_model)
+  if needs > has:
+    raise InputError(
+      f'--memory={text!r}: {slots} values of {dim} take {needs / 2**30:.1f} GiB, and this machine '
+      f'has {has / 2**30:.1f}; take fewer keys or a smaller dim.'
+    )
+  return [Memory(positions, slots, heads, topk, dim=dim)]
 
 
 def main(_) -> None:
@@ -160,6 +194,7 @@ def main(_) -> None:
   check_apart(_SOURCE.value, _OUT.value)
   # Reading the weights takes long: mistakes are reported before.
   config = load_config(_SOURCE.value)
+  convert = convert.replace(relax=(*convert.relax, *memory_of(_MEMORY.value, config.d_model)))
   if shape == [None] * 3 and convert.params is None:
     layers = config.depth - count_of(parse(convert.drop, config.depth))
     prelude, coda = recommended(layers, convert.loops)

@@ -65,9 +65,10 @@ class ChildWeights:
     for relaxation, host, described in relaxed_hosts(config):
       leaves = {}
       for name, leaf in described.items():
-        key, *own = jax.random.split(key, 1 + host.layers)
+        copies = host.layers if host.path else 1
+        key, *own = jax.random.split(key, 1 + copies)
         values = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
-        leaves[name] = values[0] if host.site == 'block' else np.stack(values)
+        leaves[name] = np.stack(values) if host.path else values[0]
       masked = relaxation.mask(leaves, host)
       self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
       if host.site == 'linear':
@@ -205,7 +206,7 @@ class ChildWeights:
     tree['block'] = {'layers': block}
     for relaxation, host, _ in relaxed_hosts(c):
       leaves = self.relax.pop((relaxation.kind, host.path))
-      part = tree['block'] if host.site == 'block' else block
+      part = block if host.path else tree['block']
       for name in list(leaves):
         path = f'{host.path}/{name}' if host.path else name
         set_path(part, path, leaves.pop(name).astype(dtype, copy=False))

@@ -5,7 +5,7 @@ B batch, L query length, D model, H heads, G kv groups, Dh head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -28,6 +28,8 @@ class Context(NamedTuple):
     cos_TxBxLxK, sin_TxBxLxK: rotary tables.
     left_BxL: bool, tokens that have left the block, whose residual stream stays
       unchanged; None for none.
+    pools: leaves of the block's pooled relaxations by kind (`rrt.relax.base`); inside the
+      block alone.
   """
 
   positions_BxL: jax.Array
@@ -35,6 +37,7 @@ class Context(NamedTuple):
   cos_TxBxLxK: jax.Array
   sin_TxBxLxK: jax.Array
   left_BxL: jax.Array | None = None
+  pools: Any = None
 
   def repeat_rows(self, times: int) -> Context:
     """The context of a batch in which each row is repeated `times` times."""

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
-from rrt.models.relaxed import relax, relaxations_of
+from rrt.models.relaxed import relax, relax_pooled, relaxations_of
+from rrt.ops.activation import activate
 from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.ops.quantize import quantize
 from rrt.relax.base import LINEAR_AXES, at_loop
@@ -225,13 +226,6 @@ def partitioned(init, axes: tuple[str, str], group_axis: int = -2):
   return boxed
 
 
-def activate(gate, activation: str):
-  """The MLP's activation function."""
-  if activation == 'silu':
-    return jax.nn.silu(gate)
-  return jax.nn.gelu(gate, approximate=activation == 'gelu_tanh')
-
-
 class Mlp(nn.Module):
   """down(act(gate(x)) * up(x)) or down(act(up(x))), and inside the block its relaxations."""
 
@@ -245,9 +239,13 @@ class Mlp(nn.Module):
     self.up, self.down = linear('up'), linear('down')
     self.relaxed = relaxations_of(self, self.config, 'mlp', self.looped)
 
-  def __call__(self, x_BxLxD, loop=0):
+  def __call__(self, x_BxLxD, loop=0, pools=None, layer=0):
+    """`pools` are the leaves of pooled relaxations by kind, `layer` is the block's layer."""
     y_BxLxD = self.down(self.hidden(x_BxLxD, loop), loop)
-    return relax(self, self.relaxed, x_BxLxD, y_BxLxD, loop)
+    y_BxLxD = relax(self, self.relaxed, x_BxLxD, y_BxLxD, loop)
+    if not pools:
+      return y_BxLxD
+    return relax_pooled(self, pools, self.config, x_BxLxD, y_BxLxD, (loop, layer))
 
   def hidden(self, x_BxLxD, loop=0):
     """The down projection's input, [B, L, F]."""

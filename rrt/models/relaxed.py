@@ -24,7 +24,7 @@ class Relaxed(NamedTuple):
 
 
 def relaxations_of(
-  module: nn.Module, config: ModelConfig, name: str, looped: bool
+  module: nn.Module, config: ModelConfig, name: str, looped: bool, pooled: bool = False
 ) -> tuple[Relaxed, ...]:
   """The relaxations of a host, their parameters created or read.
 
@@ -35,13 +35,15 @@ def relaxations_of(
     config: the model's shape.
     name: of the host: a linear's, 'mlp', 'kv' or 'block'.
     looped: whether the module belongs to the block; others have none.
+    pooled: whether to find the pooled ones, whose parameters the block itself holds.
   """
   if not looped or not config.relax:
     return ()
   found = []
   for relaxation in config.relax:
     for host in relaxation.hosts(config):
-      described = relaxation.leaves(host) if host.name == name else {}
+      here = host.name == name and relaxation.pooled == pooled
+      described = relaxation.leaves(host) if here else {}
       if not described:
         continue
       stored = own_leaves(dict(module.variables.get('params', {})), relaxation.kind)
@@ -62,6 +64,26 @@ def relax(module: nn.Module, relaxed: tuple[Relaxed, ...], x, y, loop):
   """The output y of a module for its input x, relaxed in order."""
   for relaxation, host, leaves in relaxed:
     y, aux = relaxation.apply(leaves, x, y, loop, host)
+    if aux.losses or aux.stats:
+      module.sow(AUX, relaxation.kind, aux)
+  return y
+
+
+def relax_pooled(module: nn.Module, pools: dict[str, Leaves], config: ModelConfig, x, y, place):
+  """The output y of a block layer's MLP for its input x, by the pooled relaxations.
+
+  Args:
+    module: the MLP.
+    pools: their leaves by kind.
+    config: the model's shape.
+    x, y: input and output so far.
+    place: (loop, layer).
+  """
+  for relaxation in config.relax:
+    if relaxation.kind not in pools:
+      continue
+    (host,) = relaxation.hosts(config)
+    y, aux = relaxation.apply_at(pools[relaxation.kind], x, y, *place, host)
     if aux.losses or aux.stats:
       module.sow(AUX, relaxation.kind, aux)
   return y
@@ -91,4 +113,10 @@ def collect(config: ModelConfig, sown: Any, scanned: bool) -> Aux:
     for name, value in aux.stats.items():
       flat = value.reshape(-1, *value.shape[leading:])
       stats.setdefault(f'{kind}/{name}', []).append(flat)
-  return Aux(losses, {name: jnp.mean(jnp.concatenate(parts), 0) for name, parts in stats.items()})
+  means = {name: jnp.mean(jnp.concatenate(parts), 0) for name, parts in stats.items()}
+  shown = {}
+  for relaxation in config.relax:
+    head = f'{relaxation.kind}/'
+    own = {name.removeprefix(head): v for name, v in means.items() if name.startswith(head)}
+    shown |= {head + name: v for name, v in relaxation.summarize(own).items()}
+  return Aux(losses, shown)

@@ -42,9 +42,9 @@ class Layer(nn.Module):
   def __call__(self, x_BxLxD, xs, loop, context: Context):
     """One layer in one loop.
 
-    `xs`: `(kv, attn_spec)`; `kv` is None when no cache is used.
+    `xs`: `(kv, attn_spec, layer)`; `kv` is None when no cache is used.
     """
-    kv, attn_spec = xs
+    kv, attn_spec, layer = xs
     before_BxLxD = read_BxLxD = x_BxLxD
     y_BxLxD = self.attn_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
     y_BxLxD, kv = self.attn(y_BxLxD, kv, attn_spec, loop, context)
@@ -52,7 +52,7 @@ class Layer(nn.Module):
     if not self.config.parallel:
       read_BxLxD = x_BxLxD
     y_BxLxD = self.mlp_norm(read_BxLxD, loop) if self.config.pre_norms else read_BxLxD
-    y_BxLxD = self.mlp(y_BxLxD, loop)
+    y_BxLxD = self.mlp(y_BxLxD, loop, context.pools, layer)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
     if context.left_BxL is not None:
       left_BxLx1 = context.left_BxL[:, :, None]
@@ -76,12 +76,12 @@ class RepeatedLayer(Layer):
   repeats: int = 1
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
-    """`xs`: `(kvs, attn_specs)` by loop; `loop` is unused."""
-    kvs, attn_specs = xs
+    """`xs`: `(kvs, attn_specs, layer)`, the first two by loop; `loop` is unused."""
+    kvs, attn_specs, layer = xs
     new = []
     for r in range(self.repeats):
       kv, attn_spec = at_index(kvs, r), at_index(attn_specs, r)
-      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, attn_spec), r, context)
+      x_BxLxD, kv = super().__call__(x_BxLxD, (kv, attn_spec, layer), r, context)
       new.append(kv)
     return x_BxLxD, in_form_of(kvs, new)
 
@@ -125,6 +125,8 @@ class Stack(nn.Module):
     """The body of the scan over loops; `xs`: `(kvs, attn_specs, loop)` by layer."""
     kvs, attn_specs, loop = xs
     start_BxLxD = x_BxLxD
+    pooled = relaxations_of(self, self.config, 'mlp', self.looped, pooled=True)
+    inside = context._replace(pools={r.relaxation.kind: r.leaves for r in pooled})
     layer: Any = Layer
     more: dict[str, Any] = {}
     if self.repeats:
@@ -140,12 +142,12 @@ class Stack(nn.Module):
         length=self.count,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )(self.config, self.looped, name='layers', **more)
-      x_BxLxD, kvs = layers(x_BxLxD, (kvs, attn_specs), loop, context)
+      x_BxLxD, kvs = layers(x_BxLxD, (kvs, attn_specs, jnp.arange(self.count)), loop, inside)
     else:
       new = []
       for i in range(self.count):
         one = layer(self.config, self.looped, name=f'layers_{i}', **more)
-        x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(attn_specs, i)), loop, context)
+        x_BxLxD, kv = one(x_BxLxD, (at_index(kvs, i), at_index(attn_specs, i), i), loop, inside)
         new.append(kv)
       kvs = in_form_of(kvs, new)
     relaxed = relaxations_of(self, self.config, 'block', self.looped)

@@ -11,6 +11,8 @@ _HOMES = {
   'Adapter': 'rrt.relax.adapter',
   'Gain': 'rrt.relax.gain',
   'Lora': 'rrt.relax.lora',
+  'Memory': 'rrt.relax.memory',
+  'Peer': 'rrt.relax.peer',
   'Relaxation': 'rrt.relax.base',
   'register': 'rrt.relax.registry',
 }

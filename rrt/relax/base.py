@@ -122,6 +122,10 @@ class Relaxation:
     decay: whether weight decay applies; not where zero is not neutral.
     matrices: whether its leaves are matrices in their last two axes, which Muon may
       orthogonalise.
+    pooled: whether its leaves are stored once beside the block's layers, for all of
+      them, and `apply_at` takes the place of `apply`; of the site 'mlp' alone.
+    rates: multipliers of the learning rate for some leaves, where no rule of the
+      optimizer's names them.
   """
 
   kind: ClassVar[str]
@@ -130,6 +134,8 @@ class Relaxation:
   unmergeable: ClassVar[str] = ''
   decay: ClassVar[bool] = True
   matrices: ClassVar[bool] = False
+  pooled: ClassVar[bool] = False
+  rates: ClassVar[Mapping[str, float]] = {}
 
   @property
   def leads(self) -> bool:
@@ -145,7 +151,8 @@ class Relaxation:
 
   def hosts(self, config) -> tuple[Host, ...]:
     """All hosts of its site in a `ModelConfig`."""
-    return hosts_of(config, self.site)
+    found = hosts_of(config, self.site)
+    return tuple(host._replace(path='') for host in found) if self.pooled else found
 
   def leaves(self, host: Host) -> dict[str, Leaf]:
     """The parameters on a host; {} leaves the host alone."""
@@ -168,6 +175,20 @@ class Relaxation:
       (y, Aux), y of the same shape and dtype.
     """
     raise NotImplementedError
+
+  def apply_at(self, params: Leaves, x, y, loop, layer, host: Host):
+    """`apply` of a pooled relaxation.
+
+    Args:
+      params: its leaves, of all layers.
+      x, y, loop, host: as for `apply`.
+      layer: of the block; an int, or an int scalar where layers are scanned.
+    """
+    raise NotImplementedError
+
+  def summarize(self, stats: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """What the metrics show of the statistics, averaged over all positions."""
+    return stats
 
   def mask(self, params: Leaves, host: Host) -> Leaves:
     """The leaves of all layers with padding set to zero; [N, ...] each.
@@ -216,7 +237,8 @@ class Relaxation:
 
   def count(self, host: Host) -> int:
     """Unique parameters on a host, in all layers, padding left out."""
-    return host.layers * sum(int(np.prod(leaf.shape)) for leaf in self.leaves(host).values())
+    copies = 1 if self.pooled else host.layers
+    return copies * sum(int(np.prod(leaf.shape)) for leaf in self.leaves(host).values())
 
   def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
     """The shared weight that goes best with this relaxation, or None.
@@ -309,7 +331,7 @@ def subtree(block: dict[str, Any], host: Host) -> dict[str, Any]:
     block: `params['block']`, stacked, or the tree of one layer.
     host: where.
   """
-  tree = block if host.site == 'block' else block.get('layers', block)
+  tree = block.get('layers', block) if host.path else block
   for key in host.path.split('/') if host.path else ():
     tree = tree[key]
   return tree
@@ -335,7 +357,7 @@ def prepare_all(config, params, layout: str = 'auto'):
   for relaxation, host, _ in relaxed_hosts(config):
     block = params['block']
     layers = [f'layers_{n}' for n in range(config.block_layers)]
-    for part in [block] if host.site == 'block' else [block[n] for n in layers]:
+    for part in [block[n] for n in layers] if host.path else [block]:
       tree = subtree(part, host)
       leaves = own_leaves(tree, relaxation.kind)
       for name in leaves:

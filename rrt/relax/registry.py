@@ -21,6 +21,8 @@ KINDS: dict[str, str | type[Relaxation]] = {
   'lora': 'rrt.relax.lora:Lora',
   'gain': 'rrt.relax.gain:Gain',
   'adapter': 'rrt.relax.adapter:Adapter',
+  'memory': 'rrt.relax.memory:Memory',
+  'peer': 'rrt.relax.peer:Peer',
 }
 # Names in a block layer that leaves must not take.
 _TAKEN = set('kernel scale bias table attn mlp layers q k v o gate up down'.split())

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rrt.errors import InputError
@@ -22,7 +23,7 @@ from rrt.ops.quantize import KINDS
 from rrt.relax import registry
 
 SCHEDULES = ('cosine', 'linear', 'constant')
-METHODS = ('adamw', 'muon')
+METHODS = ('adamw', 'muon', 'adamw_rows')
 # Ends of the paths of quantized matrices.
 CODES = ('/step', *(f'/{kind}' for kind in KINDS))
 # What `train` may be besides a pattern.
@@ -39,7 +40,8 @@ class Optimizer:
     method: 'adamw', or 'muon': matrices are updated by their orthogonalised
       momentum (Jordan et al., 2024), scaled to the size of AdamW's updates
       (arXiv 2502.16982), so that rates carry over; embedding, head, gains and
-      biases keep AdamW.
+      biases keep AdamW. 'adamw_rows' keeps one second moment for all of a row's entries:
+      for tables of memory layers, half of whose moments it saves.
     learning_rate: the peak.
     warmup_steps: of linear warm-up; the last of them has the peak.
     schedule: after the warm-up: 'cosine' or 'linear' down to `final_rate`,
@@ -49,7 +51,9 @@ class Optimizer:
     clip: global L2 norm to clip gradients to; 0 does not clip.
     rules: (pattern, {field: value}) pairs; the first whose pattern matches a path
       overrides these fields for it: any above but `train` and `clip`, and
-      'multiplier' (of the learning rate).
+      'multiplier' (of the learning rate). A rule with a weight decay decays all it
+      matches. Values of memory layers have a multiplier of 10 where no rule names them
+      (`rrt.relax.base.Relaxation.rates`).
   """
 
   train: str = 'all'
@@ -204,28 +208,77 @@ def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransforma
         f'optimizer.rules: {pattern!r} is in the path of no trained '
         f'parameter; paths look like {_examples(params)}.'
       )
-  label = lambda path: next((p for p, _ in o.rules if re.search(p, path)), 'default')
-  settings = {'default': o} | {p: o.override(fields) for p, fields in reversed(o.rules)}
+  rules = (*o.rules, *_rates(jax.tree.leaves(names)))
+  label = lambda path: next((p for p, _ in rules if re.search(p, path)), 'default')
+  settings = {'default': o} | {p: o.override(fields) for p, fields in reversed(rules)}
+  decays = {p for p, fields in o.rules if 'weight_decay' in fields}
   labels = jax.tree.map(label, names)
   used = set(jax.tree.leaves(labels))
-  make = {'adamw': _adamw, 'muon': _muon}
+  make = {'adamw': _adamw, 'muon': _muon, 'adamw_rows': _adamw_rows}
   return optax.partition(
-    {p: make[s.method](s, steps) for p, s in settings.items() if p in used}, labels
+    {p: make[s.method](s, steps, p in decays) for p, s in settings.items() if p in used}, labels
   )
 
 
-def _adamw(o: Optimizer, steps: int) -> optax.GradientTransformation:
+def _rates(names: list[str]):
+  """Rules of the relaxations' own: leaves that need another rate than the model."""
+  for name in names:
+    kind, leaf = registry.kind_of_path(name), name.rsplit('/', 1)[-1]
+    if kind is not None and leaf in registry.class_of(kind).rates:
+      yield rf'(^|/){leaf}$', {'multiplier': registry.class_of(kind).rates[leaf]}
+
+
+def _adamw(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformation:
   return optax.adamw(
     schedule(o, steps),
     b1=o.beta1,
     b2=o.beta2,
     eps=o.eps,
     weight_decay=o.weight_decay,
-    mask=lambda tree: jax.tree.map(is_decayed, paths(tree)),
+    mask=lambda tree: jax.tree.map(lambda path: decays or is_decayed(path), paths(tree)),
   )
 
 
-def _muon(o: Optimizer, steps: int) -> optax.GradientTransformation:
+class RowMoments(NamedTuple):
+  """Moments of `adamw_rows`: [..., D] and [..., 1]."""
+
+  count: jax.Array
+  mean: Any
+  square: Any
+
+
+def _adamw_rows(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformation:
+  """AdamW whose second moment is the mean over a row, as in Adafactor's rows."""
+  tiny = lambda p: jnp.zeros((*p.shape[:-1], 1), p.dtype)
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return RowMoments(jnp.zeros((), jnp.int32), zeros, jax.tree.map(tiny, params))
+
+  def update(grads, state, params=None):
+    del params
+    count = state.count + 1
+    square_of = lambda g: jnp.mean(g**2, -1, keepdims=True)
+    mean = optax.tree.update_moment(grads, state.mean, o.beta1, 1)
+    square = jax.tree.map(
+      lambda v, g: o.beta2 * v + (1 - o.beta2) * square_of(g), state.square, grads
+    )
+    unbiased = optax.tree.bias_correction(mean, o.beta1, count)
+    scale = optax.tree.bias_correction(square, o.beta2, count)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + o.eps), unbiased, scale)
+    return updates, RowMoments(count, mean, square)
+
+  mask = lambda tree: jax.tree.map(lambda path: decays or is_decayed(path), paths(tree))
+  return optax.chain(
+    optax.GradientTransformation(init, update),
+    optax.add_decayed_weights(o.weight_decay, mask),
+    optax.scale_by_learning_rate(schedule(o, steps)),
+  )
+
+
+def _muon(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformation:
+  del decays
+
   def dimensions(params):
     """Matrices in the last two axes, layers and loops before them; None for others."""
     matrix = optax.contrib.MuonDimensionNumbers(-2, -1)

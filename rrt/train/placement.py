@@ -80,6 +80,8 @@ def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str,
   def one(path, box, x):
     if not isinstance(box, nn.LogicallyPartitioned) or x.dtype != jnp.float32:
       return x
+    if 'values' in box.names:  # Looked up by columns; see `rrt.ops.embedding_bag`.
+      return x
     whole = sharding_lib.gather(x, box.names, dtype)
     return GatheredKernel(jax.lax.stop_gradient(whole), x) if path[-1].key == 'kernel' else whole
 

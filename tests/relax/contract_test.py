@@ -26,6 +26,8 @@ from rrt.relax.adapter import Adapter
 from rrt.relax.base import LAYOUTS, SITES, own_leaves, prepare_all, relaxed_hosts, subtree
 from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
+from rrt.relax.memory import Memory
+from rrt.relax.peer import Peer
 from rrt.tree import flatten
 from tests import runs
 from tests.models.configs import gemma3, llama, perturbed, tokens
@@ -46,7 +48,14 @@ RELAX = {
   'task adapter by loop': (Adapter(2, by_loop=True, components='all'), _RANKS, Gain()),
   'kvgain': (KvGain(),),
   'skip': (Skip(),),
-  'all': (_RANKS, Gain(('o', 'v')), Shift(), Bottleneck(), KvGain(), Skip()),
+  'memory': (Memory((1,), 9, heads=2, topk=3, key_dim=6, dim=5),),
+  'memory, two layers': (
+    _RANKS,
+    Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False),
+  ),
+  'peer': (Peer((1,), 9, heads=2, topk=3, key_dim=4),),
+  'peer, memory': (Memory((1,), 9, 1, 4), Peer((0,), 4, 2, 3, activation='silu', gated=True)),
+  'all': (_RANKS, Gain(('o', 'v')), Shift(), Bottleneck(), Memory((1,), 9, 2, 3), KvGain(), Skip()),
   'crowd': (Crowd(),),
 }
 INDEPENDENT = [n for n, relax in RELAX.items() if all(r.row_independent for r in relax)]
