@@ -131,6 +131,8 @@ class Stack(nn.Module):
     more: dict[str, Any] = {}
     if self.repeats:
       layer, more = RepeatedLayer, {'repeats': self.repeats}
+    if pooled and self.remat == 'none':  # Keeps all, but not a pool once a layer, as a scan would.
+      layer = nn.remat(layer, prevent_cse=False, policy=jax.checkpoint_policies.everything_saveable)
     if self.remat != 'none':
       layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
     if self.scan:

@@ -156,11 +156,16 @@ class Lookup(Relaxation):
         return y, self.aux(jnp.zeros((self.slots,)), host)
       return self.read(params, x, y, loop, self.positions.index(layer), host)
     positions_M = jnp.asarray(self.positions)
-    return jax.lax.cond(
-      jnp.any(positions_M == layer),
-      lambda: self.read(params, x, y, loop, jnp.argmax(positions_M == layer), host),
-      lambda: (y, self.aux(jnp.zeros((self.slots,)), host)),
-    )
+
+    def here(params, x, y, loop, layer):
+      return jax.lax.cond(
+        jnp.any(positions_M == layer),
+        lambda: self.read(params, x, y, loop, jnp.argmax(positions_M == layer), host),
+        lambda: (y, self.aux(jnp.zeros((self.slots,)), host)),
+      )
+
+    # What a branch keeps for the backward pass a scan would stack by layer, the pool with it.
+    return jax.checkpoint(here, prevent_cse=False)(params, x, y, loop, layer)
 
   def read(self, params: Leaves, x, y, loop, m, host: Host):
     """(the MLP's output y with what is found, Aux), at one of `positions`."""
