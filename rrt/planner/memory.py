@@ -26,13 +26,15 @@ from rrt.train.losses import chunk_length
 
 # Arrays of the size of a chunk's logits in float32, without and for a parent; float32 copies
 # of the trained parameters in the backward pass, and more of them where they are gathered;
-# arrays [B, L, D] of partial products where a tensor axis splits a layer that is computed again.
+# arrays [B, L, D] of partial products where a tensor axis splits a layer that is computed again;
+# further gradients of the tables of memory layers (from one program).
 FACTORS = {
   'logits': 1.93,
   'parent_logits': 0.84,
   'gradients': 1.3,
   'gathered': 0.93,
   'tensor': 27.9,
+  'pools': 4.0,
 }
 # How much more remat='none' keeps than the outputs of linears.
 _ALL = 2.6
@@ -101,6 +103,7 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
     'kept for the backward pass': kept_layers + again,
     'block, gathered': block,
     'gradients': gradients * (f['gradients'] + f['gathered'] * (fsdp > 1)) + summed,
+    'pools': f['pools'] * _pools(program),
     'partial products': partial,
   }
   phase, made = max(
@@ -176,6 +179,15 @@ def _tiled(shape: tuple[int, ...]) -> tuple[int, ...]:
   *lead, a, b = shape
   # Either of the last two axes may be the one of 128.
   return (*lead, *min((up(a, 8), up(b, 128)), (up(a, 128), up(b, 8)), key=math.prod))
+
+
+def _pools(program: TrainProgram) -> int:
+  """Bytes of the trained tables that memory layers look up, on one device."""
+  kinds = {r.kind: tuple(r.rates) for r in program.spec.config.relax if r.pooled}
+  block = program.state.params['block']
+  tables = [block[name] for names in kinds.values() for name in names if name in block]
+  paths = {f'block/{name}' for names in kinds.values() for name in names}
+  return local_bytes(tables) if paths & program.spec.trained else 0
 
 
 def _linear_width(config: ModelConfig) -> int:

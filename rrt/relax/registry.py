@@ -67,6 +67,12 @@ def kind_of_path(path: str) -> str | None:
   return next((k for k in KINDS if leaf == k or leaf.startswith(f'{k}_')), None)
 
 
+def tables() -> list[str]:
+  """Names of the tables that pooled relaxations look up."""
+  classes = [class_of(kind) for kind in list(KINDS)]
+  return [name for cls in classes if cls.pooled for name in cls.rates]
+
+
 def to_json(relaxation: Relaxation) -> dict[str, Any]:
   """Plain values, `from_json` reverses it."""
   return {'kind': relaxation.kind} | dataclasses.asdict(relaxation)

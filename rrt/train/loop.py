@@ -35,6 +35,7 @@ from rrt.train.heldout import open_heldout
 from rrt.train.profile import Profile
 from rrt.train.recipe import Recipe
 from rrt.train.setup import check, make_step, next_batch, open_data
+from rrt.train.slots import trained_rows
 from rrt.train.teacher import with_teacher
 from rrt.train.teacher_cache import TeacherCache
 from rrt.train.watchdog import Watchdog
@@ -105,7 +106,9 @@ def uptrain(
     parent.tokenizer.check_same_ids(child.tokenizer)
   batches = open_data(recipe, child.tokenizer, child.config.vocab_size, mesh, data)
 
-  spec = make_step(recipe, child.config, child.params)
+  place = Workdir.of(workdir) if workdir else None
+  rows = trained_rows(recipe, child, batches, place) if recipe.train_only else None
+  spec = make_step(recipe, child.config, child.params, rows)
   heldout = open_heldout(recipe, spec, child.tokenizer, mesh)
   spec, teacher = with_teacher(spec, parent, child, mesh)
   cache = None
@@ -115,7 +118,6 @@ def uptrain(
 
   # Go on from the newest checkpoint, or begin with the child as it is.
   abstract = step_lib.abstract_state(spec, mesh)
-  place = Workdir.of(workdir) if workdir else None
   places = (place.checkpoints, place.local(recipe)) if place else (None, None)
   checkpoints = checkpoint_lib.open_checkpoints(places[0], recipe.keep)
   local = checkpoint_lib.open_checkpoints(places[1], 1)

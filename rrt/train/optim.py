@@ -27,7 +27,7 @@ METHODS = ('adamw', 'muon', 'adamw_rows')
 # Ends of the paths of quantized matrices.
 CODES = ('/step', *(f'/{kind}' for kind in KINDS))
 # What `train` may be besides a pattern.
-TRAIN = ('all', 'relaxations')
+TRAIN = ('all', 'relaxations', 'tables')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Optimizer:
   """The optimizer: warm-up, a schedule, clipping, and rules by path.
 
   Attributes:
-    train: 'all' (as in the paper), 'relaxations' (and norms), or a pattern of
-      paths; other parameters are frozen, without moments or gradients.
+    train: 'all' (as in the paper), 'relaxations' (and norms), 'tables' (the values of
+      memory layers, the experts of PEER), or a pattern of paths; other parameters are frozen, without moments or gradients.
     method: 'adamw', or 'muon': matrices are updated by their orthogonalised
       momentum (Jordan et al., 2024), scaled to the size of AdamW's updates
       (arXiv 2502.16982), so that rates carry over; embedding, head, gains and
@@ -133,6 +133,8 @@ def pattern_of(train: str) -> str:
   """The pattern that `Optimizer.train` stands for."""
   if train == 'relaxations':
     return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$'
+  if train == 'tables':
+    return rf'(^|/)({"|".join(registry.tables())})$'
   return '' if train == 'all' else train
 
 
@@ -188,7 +190,9 @@ def schedule(o: Optimizer, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [top])
 
 
-def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+  o: Optimizer, params, steps: int, rows: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
   """The gradient transformation for a tree of trained parameters.
 
   Frozen ones are cut out before (`rrt.train.step`): they have no moments.
@@ -197,6 +201,7 @@ def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransforma
     o: the settings.
     params: the trained parameters, arrays or shapes.
     steps: of the whole run, for the schedules.
+    rows: by path bool [N, 1]: which rows of a table are trained; others stay as they are.
 
   Raises:
     InputError: a rule's pattern is in no path.
@@ -215,9 +220,20 @@ def make_optimizer(o: Optimizer, params, steps: int) -> optax.GradientTransforma
   labels = jax.tree.map(label, names)
   used = set(jax.tree.leaves(labels))
   make = {'adamw': _adamw, 'muon': _muon, 'adamw_rows': _adamw_rows}
-  return optax.partition(
+  found = optax.partition(
     {p: make[s.method](s, steps, p in decays) for p, s in settings.items() if p in used}, labels
   )
+  if not rows:
+    return found
+
+  def of_rows(tree, _=None):
+    return jax.tree.map(
+      lambda g, path: jnp.where(rows[path], g, 0) if path in rows else g, tree, names
+    )
+
+  # Behind the update too: weight decay moves rows without a gradient.
+  mask = optax.stateless(of_rows)
+  return optax.chain(mask, found, mask)
 
 
 def _rates(names: list[str]):

@@ -26,6 +26,7 @@ from rrt.train.losses import Objective
 from rrt.train.optim import Optimizer
 from rrt.train.profile import parse as parse_profile
 from rrt.train.recipe_fields import unknown_field
+from rrt.train.slots import SlotChoice
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'dots', 'full')
@@ -132,6 +133,9 @@ class Recipe:
       same rows (`rrt.train.teacher_cache`); '' runs the parent in every step.
     exits: losses of the loops before the last, so that tokens can leave.
     optimizer: the optimizer.
+    train_only: 'memory' for sparse memory fine-tuning: of memory layers the slots of `slots`
+      alone are trained; '' for what the optimizer's `train` says.
+    slots: which these are.
     data: training text.
     heldout: text to measure on.
     mesh: devices on the axes data, fsdp and tensor; -1 once for the rest.
@@ -167,6 +171,8 @@ class Recipe:
   teacher_cache: str = ''
   exits: ExitObjective = dataclasses.field(default_factory=ExitObjective)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  train_only: str = ''
+  slots: SlotChoice = dataclasses.field(default_factory=SlotChoice)
   data: Data = dataclasses.field(default_factory=Data)
   heldout: Heldout = dataclasses.field(default_factory=Heldout)
   mesh: Mapping[str, int] = dataclasses.field(
@@ -213,6 +219,10 @@ class Recipe:
       if self.optimizer.train == 'all':
         only = dataclasses.replace(self.optimizer, train='adapter')
         object.__setattr__(self, 'optimizer', only)
+    need(self.train_only in ('', 'memory'), 'train_only', "must be 'memory', or ''")
+    if self.train_only and self.optimizer.train == 'all':
+      only = dataclasses.replace(self.optimizer, train='tables')
+      object.__setattr__(self, 'optimizer', only)
     for field in (
       'steps',
       'batch',

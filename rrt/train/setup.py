@@ -6,6 +6,7 @@ or a training of days.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -86,13 +87,16 @@ def check(recipe: Recipe, parent: ModelConfig | None, child: ModelConfig, mesh) 
   sharding.row_groups(mesh, recipe.batch)
 
 
-def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
+def make_step(
+  recipe: Recipe, config: ModelConfig, params, rows: Mapping[str, Any] | None = None
+) -> step_lib.Step:
   """The train step of a recipe, without a teacher.
 
   Args:
     recipe: the settings.
     config: the child.
     params: its parameters, arrays or shapes.
+    rows: see `optim.make_optimizer`.
 
   Raises:
     InputError: a pattern of the optimizer that is in no path.
@@ -103,7 +107,7 @@ def make_step(recipe: Recipe, config: ModelConfig, params) -> step_lib.Step:
   return step_lib.Step(
     config=config,
     objective=recipe.loss,
-    optimizer=optim.make_optimizer(o, weights, recipe.steps),
+    optimizer=optim.make_optimizer(o, weights, recipe.steps, rows),
     trained=trained,
     clip=o.clip,
     accumulate=recipe.accumulate,
