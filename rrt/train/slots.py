@@ -116,6 +116,7 @@ def stored(path: Path | None, compute) -> dict[str, np.ndarray]:
   for kind, chosen_N in found.items():
     console.note(f'{kind}: {int(chosen_N.sum())} of {len(chosen_N)} slots are trained')
   if path is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix('.tmp')
     with open(new, 'wb') as file:
       np.savez(file, **found)

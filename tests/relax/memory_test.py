@@ -160,7 +160,7 @@ def test_usage_is_summarised_over_loops_and_positions():
 def test_bad_fields_are_refused(fields, sentence):
   with pytest.raises(InputError, match=sentence):
     llama(relax=(Memory(**{'positions': (1,), 'slots': 64, 'topk': 4} | fields),))
-  with pytest.raises(InputError, match="peer.activation='relu'"):
+  with pytest.raises(InputError, match=r"peer\.activation='relu'"):
     llama(relax=(Peer((1,), 64, 1, 4, activation='relu'),))
 
 
