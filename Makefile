@@ -68,8 +68,10 @@ docs: .venv/docs
 wheel: .venv/test
 	$(BIN)/python -m build --quiet --wheel
 
+# A thread of torch's a worker.
 parity: .venv/parity
-	$(BIN)/python -m pytest -m "parity and not manual" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -m "parity and not manual" $(ARGS)
 
 clean:
 	rm -rf .venv demo site dist build docs/generated

@@ -222,17 +222,23 @@ LIBTPU = os.environ.get('RRT_TEST_LIBTPU', '')
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU, reason='no libtpu; make test installs it')
 @pytest.mark.parametrize(
-  ('config', 'block', 'rank', 'topology'),
-  [(TINYLLAMA, 11, 256, 'v5e:4x4'), (LLAMA_8B, 16, 512, 'v5p:2x2x4')],
-  ids=['tinyllama 11x2', '8B 16x2'],
+  ('config', 'block', 'rank', 'topology', 'relax'),
+  [
+    (TINYLLAMA, 11, 256, 'v5e:4x4', ()),
+    (LLAMA_8B, 16, 512, 'v5p:2x2x4', ()),
+    # A pool of 2^20 values of 2,048.
+    (TINYLLAMA, 11, 64, 'v5e:4x4', ('memory:positions=5,slots=1048576,heads=4,topk=32',)),
+  ],
+  ids=['tinyllama 11x2', '8B 16x2', 'memory'],
 )
-def test_a_step_compiled_for_tpus(config, block, rank, topology, tmp_path):
+def test_a_step_compiled_for_tpus(config, block, rank, topology, relax, tmp_path):
   """One row of 2,048 tokens a chip fits, as the closed form says, and nothing is made whole."""
   found = run_plan(
     *FLAGS[:-1],
     f'--config.parent={write_config(tmp_path / "parent", config)}',
     f'--config.convert.block={block}',
     f'--config.convert.rank={rank}',
+    f'--config.convert.relax={relax!r}',
     f'--topology={topology}',
     '--mesh=fsdp=16',
     '--compile',

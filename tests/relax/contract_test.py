@@ -53,7 +53,6 @@ RELAX = {
     _RANKS,
     Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False),
   ),
-  'peer': (Peer((1,), 9, heads=2, topk=3, key_dim=4),),
   'peer, memory': (Memory((1,), 9, 1, 4), Peer((0,), 4, 2, 3, activation='silu', gated=True)),
   'all': (_RANKS, Gain(('o', 'v')), Shift(), Bottleneck(), Memory((1,), 9, 2, 3), KvGain(), Skip()),
   'crowd': (Crowd(),),
