@@ -79,11 +79,12 @@ def relax_pooled(module: nn.Module, pools: dict[str, Leaves], config: ModelConfi
     x, y: input and output so far.
     place: (loop, layer).
   """
+  loop, layer = place
   for relaxation in config.relax:
     if relaxation.kind not in pools:
       continue
     (host,) = relaxation.hosts(config)
-    y, aux = relaxation.apply_at(pools[relaxation.kind], x, y, *place, host)
+    y, aux = relaxation.apply_at(pools[relaxation.kind], x, y, loop, layer, host)
     if aux.losses or aux.stats:
       module.sow(AUX, relaxation.kind, aux)
   return y
@@ -114,7 +115,7 @@ def collect(config: ModelConfig, sown: Any, scanned: bool) -> Aux:
       flat = value.reshape(-1, *value.shape[leading:])
       stats.setdefault(f'{kind}/{name}', []).append(flat)
   means = {name: jnp.mean(jnp.concatenate(parts), 0) for name, parts in stats.items()}
-  shown = {}
+  shown: dict[str, jax.Array] = {}
   for relaxation in config.relax:
     head = f'{relaxation.kind}/'
     own = {name.removeprefix(head): v for name, v in means.items() if name.startswith(head)}

@@ -37,13 +37,13 @@ class LivePages(NamedTuple):
 
   Attributes:
     base: first page of the row in the pool.
-    count: pages of the row, used cyclically.
+    pages: how many the row has there, used cyclically.
     begin, end: logical pages that are read, `end` excluded; equal for a dead row.
     first, last: positions that are visible, both included.
   """
 
   base: jax.Array
-  count: jax.Array
+  pages: jax.Array
   begin: jax.Array
   end: jax.Array
   first: jax.Array

@@ -47,7 +47,7 @@ def nearest(query_TxHx2xK, keys_2xHxnxK, k: int):
   """
   form = 'thsk,shnk->sthn'
   score_2xTxHxn = jnp.einsum(form, query_TxHx2xK, keys_2xHxnxK, preferred_element_type=jnp.float32)
-  return nearest_by_score(*score_2xTxHxn, k=k)
+  return nearest_by_score(score_2xTxHxn[0], score_2xTxHxn[1], k)
 
 
 def nearest_by_score(first_TxHxn, second_TxHxn, k: int):

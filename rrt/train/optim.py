@@ -258,7 +258,7 @@ def _adamw(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformati
 class RowMoments(NamedTuple):
   """Moments of `adamw_rows`: [..., D] and [..., 1]."""
 
-  count: jax.Array
+  steps: jax.Array
   mean: Any
   square: Any
 
@@ -273,7 +273,7 @@ def _adamw_rows(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransfo
 
   def update(grads, state, params=None):
     del params
-    count = state.count + 1
+    count = state.steps + 1
     square_of = lambda g: jnp.mean(g**2, -1, keepdims=True)
     mean = optax.tree.update_moment(grads, state.mean, o.beta1, 1)
     square = jax.tree.map(

@@ -127,7 +127,7 @@ def stored(path: Path | None, compute) -> dict[str, np.ndarray]:
 def row_masks(config: ModelConfig, chosen: dict[str, np.ndarray], params: Any):
   """The trained rows of each table, by its path: bool [N, 1]."""
   flat = traverse_util.flatten_dict(params, sep='/')
-  masks = {}
+  masks: dict[str, np.ndarray] = {}
   for kind, chosen_N in chosen.items():
     relaxation = next(r for r in config.relax if r.kind == kind)
     masks |= {f'block/{name}': chosen_N[:, None] for name in relaxation.rates}
