@@ -1,7 +1,8 @@
-"""A Pallas kernel of `rrt.ops.embedding_bag`: rows come from HBM by asynchronous copies.
+"""Pallas kernels of `rrt.ops.embedding_bag`.
 
-The indices of a few tokens are prefetched into scalar memory; while one row is added up, the
-next ones are on their way. For TPUs; on GPUs XLA's gather is used.
+On TPUs rows come from HBM by asynchronous copies: the indices of a few tokens are prefetched into
+scalar memory, and while one row is added up the next ones are on their way. On GPUs (Triton)
+a program adds up the rows of one token; no GPU has run it yet, so that it is not chosen by itself.
 
 T tokens, J rows a token, N rows of the table, D columns.
 """
@@ -70,3 +71,36 @@ def sum_rows(values_NxD, index_TxJ, weight_TxJ, interpret: bool = False):
     interpret=interpret,
   )
   return kernel(index_TxJ, weight_TxJ, values_NxD)[:T]
+
+
+def sum_rows_gpu(values_NxD, index_TxJ, weight_TxJ, interpret: bool = False):
+  """`sum_rows` for GPUs: a program a token, columns padded to a power of two."""
+  from jax.experimental.pallas import triton
+
+  (T, J), D = index_TxJ.shape, values_NxD.shape[1]
+  wide = pl.next_power_of_2(D)
+  pad = pl.next_power_of_2(J) - J
+
+  def body(index, weight, values, out):
+    inside = jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1) < D
+    all_columns = pl.ds(0, wide)
+
+    def add(j, y):
+      row = triton.load(values.at[pl.ds(index[0, j], 1), all_columns], mask=inside, other=0.0)
+      return y + weight[0, j] * row.astype(jnp.float32)
+
+    y = jax.lax.fori_loop(0, J, add, jnp.zeros((1, wide), jnp.float32))
+    triton.store(out.at[pl.ds(0, 1), all_columns], y.astype(out.dtype), mask=inside)
+
+  of_token = pl.BlockSpec((1, J + pad), lambda t: (t, 0))
+  kernel = pl.pallas_call(
+    body,
+    out_shape=jax.ShapeDtypeStruct((T, D), values_NxD.dtype),
+    grid=(T,),
+    in_specs=[of_token, of_token, pl.BlockSpec(values_NxD.shape, lambda t: (0, 0))],
+    out_specs=pl.BlockSpec((1, D), lambda t: (t, 0)),
+    compiler_params=triton.CompilerParams(num_warps=4),
+    interpret=interpret,
+  )
+  widen = lambda x: jnp.pad(x, ((0, 0), (0, pad)))
+  return kernel(widen(index_TxJ), widen(weight_TxJ.astype(jnp.float32)), values_NxD)

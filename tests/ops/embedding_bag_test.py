@@ -11,7 +11,7 @@ import pytest
 
 from rrt import sharding
 from rrt.ops import embedding_bag
-from rrt.ops.embedding_bag_kernel import sum_rows
+from rrt.ops.embedding_bag_kernel import sum_rows, sum_rows_gpu
 from tests.command import environment
 
 LIBTPU = os.environ.get('RRT_TEST_LIBTPU', '')
@@ -74,18 +74,27 @@ def test_forward_and_backward_hold_no_gathered_rows():
   assert memory.temp_size_in_bytes < 8 * T * D
 
 
+@pytest.mark.parametrize('kernel', [sum_rows, sum_rows_gpu])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize(('T', 'J'), [(20, 6), (8, 16), (3, 1)])
-def test_the_kernel_equals_the_loop(dtype, T, J):
-  values, index, weight, _ = example(T, J, D=128)
+@pytest.mark.parametrize(('T', 'J', 'D'), [(20, 6, 128), (8, 16, 24), (3, 1, 128)])
+def test_a_kernel_equals_the_loop(kernel, dtype, T, J, D):
+  values, index, weight, _ = example(T, J, D=D)
   if J == 1:
     index, weight = index[:, :1], weight[:, :1]
   values = values.astype(dtype)
-  got = sum_rows(values, index, weight, interpret=True)
+  got = kernel(values, index, weight, interpret=True)
   want = embedding_bag.bag(values, index, weight)
   np.testing.assert_allclose(
     got.astype(jnp.float32), want.astype(jnp.float32), atol=1e-5 if dtype == 'float32' else 0.05
   )
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_gpu_kernel_lowers_to_triton(dtype):
+  of = jax.ShapeDtypeStruct
+  args = of((64, 576), dtype), of((16, 12), 'int32'), of((16, 12), 'float32')
+  lowered = jax.jit(sum_rows_gpu).trace(*args).lower(lowering_platforms=('cuda',))
+  assert '__gpu$xla.gpu.triton' in lowered.as_text()
 
 
 @pytest.mark.parametrize('sizes', [{'fsdp': 8}, {'data': 2, 'fsdp': 4}, {'data': 2, 'fsdp': 2}])
