@@ -143,8 +143,8 @@ class Lookup(Relaxation):
     keys_2xHxnxK = leaf('keys').astype(jnp.float32)
     if self.qk_norm:
       gain_2x2xK = leaf('norms')
-      q_TxHx2xK = _rms_norm(q_TxHx2xK) * gain_2x2xK[0][None, None]
-      keys_2xHxnxK = _rms_norm(keys_2xHxnxK) * gain_2x2xK[1][:, None, None]
+      q_TxHx2xK = rms_norm(q_TxHx2xK) * gain_2x2xK[0][None, None]
+      keys_2xHxnxK = rms_norm(keys_2xHxnxK) * gain_2x2xK[1][:, None, None]
       q_TxHx2xK *= leaf('temperature') * K**-0.5
     index, score = product_keys.nearest(q_TxHx2xK, keys_2xHxnxK, self.topk)
     weight_TxHxk = jax.nn.softmax(score, -1)
@@ -200,5 +200,6 @@ def _uniform(limit: float):
   return lambda key, shape, dtype=jnp.float32: draw(key, shape, dtype) - limit
 
 
-def _rms_norm(x):
+def rms_norm(x):
+  """x over the root mean square of its last axis."""
   return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)

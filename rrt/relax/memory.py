@@ -21,7 +21,7 @@ from rrt.errors import InputError
 from rrt.ops import embedding_bag
 from rrt.ops.matmul import matmul
 from rrt.relax.base import Host, Leaf, Leaves
-from rrt.relax.lookup import Lookup
+from rrt.relax.lookup import Lookup, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Memory(Lookup):
   Attributes:
     dim: V, size of a value; 0 for the model's width.
     gated: with W1 and W2; else the value size is the model's width.
+    value_norm: y is divided by its root mean square. Not in the paper: the mean of many small
+      random values is so small that W2, which starts at zero, would get next to no gradient.
   """
 
   kind: ClassVar[str] = 'memory'
@@ -39,6 +41,7 @@ class Memory(Lookup):
 
   dim: int = 0
   gated: bool = True
+  value_norm: bool = True
 
   def width(self, host: Host) -> int:
     """V."""
@@ -74,6 +77,8 @@ class Memory(Lookup):
     value_TxV = embedding_bag.bag(
       params['memory_values'], flat(found.index_BxLxJ), flat(found.weight_BxLxJ)
     )
+    if self.value_norm:
+      value_TxV = rms_norm(value_TxV.astype(jnp.float32))
     value_BxLxV = value_TxV.reshape(B, L, -1).astype(x.dtype)
     leaf = lambda name: params[f'memory_{name}'][m].astype(x.dtype)
     if self.gated:

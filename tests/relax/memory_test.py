@@ -36,9 +36,10 @@ def host_of(relaxation, config):
 
 
 @each_model
-def test_a_memory_layer_is_its_formula(name):
+@pytest.mark.parametrize('value_norm', [False, True])
+def test_a_memory_layer_is_its_formula(name, value_norm):
   """Queries, softmax of each head, gated sum of values: written down once more with loops."""
-  memory = Memory((1,), 16, heads=2, topk=3, key_dim=6, dim=5)
+  memory = Memory((1,), 16, heads=2, topk=3, key_dim=6, dim=5, value_norm=value_norm)
   c = MODELS[name](relax=(memory,))
   p = own_leaves(perturbed(c)['block'], 'memory')
   host = host_of(memory, c)
@@ -55,6 +56,7 @@ def test_a_memory_layer_is_its_formula(name):
         best = np.argsort(-score)[:3]
         weight = np.exp(score[best] - score[best].max())
         value += (weight / weight.sum()) @ np.asarray(p['memory_values'])[best]
+      value /= np.sqrt((value**2).mean()) if value_norm else 1.0
       value *= np.asarray(jax.nn.silu(x[b, t] @ p['memory_gate'][0]))
       want = y[b, t] + value @ p['memory_out'][0]
       np.testing.assert_allclose(got[b, t], want, atol=1e-5)
