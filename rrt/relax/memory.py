@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from rrt.errors import InputError
 from rrt.ops import embedding_bag
