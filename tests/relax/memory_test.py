@@ -56,7 +56,7 @@ def test_a_memory_layer_is_its_formula(name, value_norm):
         best = np.argsort(-score)[:3]
         weight = np.exp(score[best] - score[best].max())
         value += (weight / weight.sum()) @ np.asarray(p['memory_values'])[best]
-      value /= np.sqrt((value**2).mean()) if value_norm else 1.0
+      value /= np.sqrt((value**2).mean() + 1e-6) if value_norm else 1.0
       value *= np.asarray(jax.nn.silu(x[b, t] @ p['memory_gate'][0]))
       want = y[b, t] + value @ p['memory_out'][0]
       np.testing.assert_allclose(got[b, t], want, atol=1e-5)
