@@ -144,9 +144,14 @@ def trained_rows(recipe: Any, child: LanguageModel, batches: Any, place: Any):
     place: the run's `Workdir`, or None.
 
   Raises:
-    InputError: the model has no memory layer, or the background cannot be read.
+    InputError: the model has no memory layer, the background cannot be read, or there are
+      several processes.
   """
   choice = recipe.slots
+  if jax.process_count() > 1:
+    raise InputError(
+      f"train_only='memory': is for runs in one process, and there are {jax.process_count()}."
+    )
 
   def compute():
     start, rows, tokens = batches.get_state(), [], 0
@@ -164,5 +169,13 @@ def trained_rows(recipe: Any, child: LanguageModel, batches: Any, place: Any):
     )
     return choose(child, choice, np.concatenate(rows), background_BxL)
 
-  path = place.files / 'slots.npz' if place else None
-  return row_masks(child.config, stored(path, compute), child.params)
+  if place is None:
+    return row_masks(child.config, stored(None, compute), child.params)
+  place.fetch('slots.npz')
+  kept = place.files / 'slots.npz'
+  begun = place.checkpoints.is_dir() and any(p.name.isdigit() for p in place.checkpoints.iterdir())
+  if not begun:  # Until a checkpoint is there, the settings may change.
+    kept.unlink(missing_ok=True)
+  chosen = stored(kept, compute)
+  place.publish('slots.npz')
+  return row_masks(child.config, chosen, child.params)

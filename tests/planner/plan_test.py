@@ -224,7 +224,7 @@ LIBTPU = os.environ.get('RRT_TEST_LIBTPU', '')
 @pytest.mark.parametrize(
   ('config', 'block', 'rank', 'topology', 'relax'),
   [
-    (TINYLLAMA, 11, 256, 'v5e:4x4', ()),
+    pytest.param(TINYLLAMA, 11, 256, 'v5e:4x4', (), marks=pytest.mark.manual),
     (LLAMA_8B, 16, 512, 'v5p:2x2x4', ()),
     # A pool of 2^20 values of 2,048.
     (TINYLLAMA, 11, 64, 'v5e:4x4', ('memory:positions=5,slots=1048576,heads=4,topk=32',)),
