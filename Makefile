@@ -68,9 +68,9 @@ docs: .venv/docs
 wheel: .venv/test
 	$(BIN)/python -m build --quiet --wheel
 
-# A thread of torch's a worker.
+# A thread of torch a worker; files whole, since transformers keeps one copy of remote code.
 parity: .venv/parity
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 	  -m "parity and not manual" $(ARGS)
 
 clean:
