@@ -171,6 +171,11 @@ class Lookup(Relaxation):
     """(the MLP's output y with what is found, Aux), at one of `positions`."""
     raise NotImplementedError
 
+  def joined(self, y, out_BxLxD):
+    """The MLP's output with the layer's beside it, or in its place."""
+    out_BxLxD = out_BxLxD.astype(y.dtype)
+    return out_BxLxD if self.instead else y + out_BxLxD
+
   def aux(self, usage_N, host: Host):
     """How often each slot was taken, so that the mean over layers is that over `positions`."""
     return Aux({}, {'usage': usage_N * (host.layers / len(self.positions))})

@@ -87,5 +87,4 @@ class Memory(Lookup):
       out_BxLxD = matmul(value_BxLxV, leaf('out'))
     else:
       out_BxLxD = value_BxLxV * leaf('out')[None, None]
-    y = out_BxLxD.astype(y.dtype) if self.instead else y + out_BxLxD.astype(y.dtype)
-    return y, self.aux(self.usage(found), host)
+    return self.joined(y, out_BxLxD), self.aux(self.usage(found), host)

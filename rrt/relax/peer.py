@@ -72,8 +72,7 @@ class Peer(Lookup):
       hidden_TxJ *= embedding_bag.dots(table('up'), index_TxJ, x_TxD)
     weight_TxJ = self.topk * found.weight_BxLxJ.reshape(B * L, J) * hidden_TxJ
     out_BxLxD = embedding_bag.bag(table('down'), index_TxJ, weight_TxJ).reshape(x.shape)
-    y = out_BxLxD.astype(y.dtype) if self.instead else y + out_BxLxD.astype(y.dtype)
-    return y, self.aux(self.usage(found), host)
+    return self.joined(y, out_BxLxD), self.aux(self.usage(found), host)
 
 
 def upcycled(peer: Peer, leaves: Leaves, mlp: dict[str, np.ndarray]) -> Leaves:

@@ -244,6 +244,11 @@ def _rates(names: list[str]):
       yield rf'(^|/){leaf}$', {'multiplier': registry.class_of(kind).rates[leaf]}
 
 
+def _decayed(everything: bool):
+  """A mask for optax: which parameters weight decay applies to."""
+  return lambda tree: jax.tree.map(lambda path: everything or is_decayed(path), paths(tree))
+
+
 def _adamw(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformation:
   return optax.adamw(
     schedule(o, steps),
@@ -251,7 +256,7 @@ def _adamw(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransformati
     b2=o.beta2,
     eps=o.eps,
     weight_decay=o.weight_decay,
-    mask=lambda tree: jax.tree.map(lambda path: decays or is_decayed(path), paths(tree)),
+    mask=_decayed(decays),
   )
 
 
@@ -284,10 +289,9 @@ def _adamw_rows(o: Optimizer, steps: int, decays: bool) -> optax.GradientTransfo
     updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + o.eps), unbiased, scale)
     return updates, RowMoments(count, mean, square)
 
-  mask = lambda tree: jax.tree.map(lambda path: decays or is_decayed(path), paths(tree))
   return optax.chain(
     optax.GradientTransformation(init, update),
-    optax.add_decayed_weights(o.weight_decay, mask),
+    optax.add_decayed_weights(o.weight_decay, _decayed(decays)),
     optax.scale_by_learning_rate(schedule(o, steps)),
   )
 
