@@ -22,7 +22,6 @@ RESULT
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from absl import flags
 
 from experiments import base
+from experiments.measured import decode_speed
 from rrt import command, console
 from rrt.checkpoints.load import load, save
 from rrt.checkpoints.native import is_native
@@ -39,8 +39,6 @@ from rrt.convert.plan import ConvertConfig
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 from rrt.evals import perplexity
-from rrt.infer.generate import Generator
-from rrt.infer.sampling import SamplingParams
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
 from rrt.train.loop import uptrain
@@ -124,18 +122,6 @@ def recipe(model: LanguageModel, seed: int) -> Recipe:
   return Recipe.from_dict(c.to_dict())
 
 
-def speed(model: LanguageModel, rows: int) -> float:
-  """Tokens a second of greedy decoding: `rows` sequences, 32 + 64 tokens."""
-  generator = Generator(model)
-  params = SamplingParams(max_new_tokens=64, ignore_eos=True)
-  prompts = [list(range(5 + i, 37 + i)) for i in range(rows)]
-  generator.complete(prompts, params)
-  before = dataclasses.replace(generator.clock)
-  generator.complete(prompts, params)
-  seconds = generator.clock.decode_seconds - before.decode_seconds
-  return (generator.clock.decode_tokens - before.decode_tokens) / seconds
-
-
 def nats(model: LanguageModel) -> float:
   """Cross-entropy of the first 8,192 tokens of --text, rows of 1,024."""
   text = perplexity.read_text(_TEXT.value, 8192)
@@ -180,7 +166,7 @@ def main(_) -> None:
     once('relaxations', lambda start=start: [r.kind for r in start.config.relax])
     once('nats_start', lambda start=start: nats(start))
     for rows in (1, 32) if _SPEED.value else ():
-      once(f'tokens_per_second_{rows}', lambda start=start, rows=rows: speed(start, rows))
+      once(f'tokens_per_second_{rows}', lambda start=start, rows=rows: decode_speed(start, rows))
     for seed in map(int, _SEEDS.value):
       trained = f'{_STEPS.value}_steps_seed_{seed}'
       if f'nats_{trained}' in row and not _TASK_DATA.value:

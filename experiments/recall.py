@@ -4,7 +4,8 @@ Pairs of a key (two tokens) and a value (one token) are drawn at random: there i
 generalise, the model has to store them. Both models see the same batches.
 
 COMMAND
-  python -m experiments.recall --pairs=4096 --steps=100 --learning_rate=4e-3
+  python -m experiments.recall --pairs=4096 --steps=60 --every=5
+  Each model is trained at every rate of --learning_rates; the table has its best.
 
 HARDWARE
   Two CPU cores, minutes.
@@ -37,10 +38,12 @@ from rrt.train.losses import Objective
 
 FLAGS = flags.FLAGS
 _PAIRS = flags.DEFINE_integer('pairs', 4096, 'Pairs to learn.')
-_STEPS = flags.DEFINE_integer('steps', 100, 'Training steps.')
+_STEPS = flags.DEFINE_integer('steps', 60, 'Training steps.')
 _BATCH = flags.DEFINE_integer('batch', 512, 'Pairs of a step.')
-_EVERY = flags.DEFINE_integer('every', 20, 'Steps between two measurements.')
-_RATE = flags.DEFINE_float('learning_rate', 4e-3, 'Of AdamW; values have ten times as much.')
+_EVERY = flags.DEFINE_integer('every', 5, 'Steps between two measurements.')
+_RATES = flags.DEFINE_list(
+  'learning_rates', ['2e-3', '4e-3', '8e-3'], 'Of AdamW; values have ten times as much.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of pairs and weights.')
 _OUT = flags.DEFINE_string('out', None, 'JSON file for the figures.')
 _SYMBOLS = 256
@@ -145,19 +148,22 @@ def main(_) -> None:
   data = pairs(_PAIRS.value, _SEED.value)
   found: dict[str, Any] = {}
   for name, config in models().items():
-    recall = train(
-      config,
-      data,
-      steps=_STEPS.value,
-      batch=min(_BATCH.value, len(data)),
-      every=_EVERY.value,
-      learning_rate=_RATE.value,
-      seed=_SEED.value,
-    )
-    found[name] = {'parameters': count_params(config).unique, 'recall': recall}
-    print(f'{name}: {found[name]}', flush=True)
-  steps = list(next(iter(found.values()))['recall'])
-  rows = [[i, *(f['recall'][i] for f in found.values())] for i in steps]
+    found[name] = {'parameters': count_params(config).unique, 'recall': {}}
+    for rate in _RATES.value:
+      recall = train(
+        config,
+        data,
+        steps=_STEPS.value,
+        batch=min(_BATCH.value, len(data)),
+        every=_EVERY.value,
+        learning_rate=float(rate),
+        seed=_SEED.value,
+      )
+      found[name]['recall'][rate] = recall
+      print(f'{name}, {rate}: {recall}', flush=True)
+  first = next(iter(found['memory']['recall'].values()))
+  best = lambda model, i: max(recall[i] for recall in model['recall'].values())
+  rows = [[i, *(best(model, i) for model in found.values())] for i in first]
   console.table(rows, ['step', *found])
   figures = {'pairs': len(data), 'seed': _SEED.value, 'models': found}
   if _OUT.value:

@@ -17,7 +17,7 @@ from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.relax import registry
 from rrt.relax.adapter import Adapter, into_low_rank
-from rrt.relax.base import hosts_of, own_leaves, relaxed_hosts, subtree
+from rrt.relax.base import Relaxation, hosts_of, own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten
 
 
@@ -50,17 +50,31 @@ def with_adapter(model: LanguageModel, adapter: Adapter | str, seed: int = 0) ->
   """
   if isinstance(adapter, str):
     adapter = parse(adapter)
-  model = without_adapter(model)
-  config = dataclasses.replace(model.config, relax=(adapter, *model.config.relax))
+  return with_relaxation(without_adapter(model), adapter, seed)
+
+
+def with_relaxation(model: LanguageModel, added: Relaxation, seed: int = 0) -> LanguageModel:
+  """A model with one more relaxation, as initialised: it has no effect yet.
+
+  Args:
+    model: without one of this kind.
+    added: the relaxation; it comes before those that the model has.
+    seed: of its parameters.
+
+  Raises:
+    InputError: a relaxation that does not fit the model.
+  """
+  config = dataclasses.replace(model.config, relax=(added, *model.config.relax))
   params = _copied(model.params)
   key = jax.random.key(seed)
   for relaxation, host, leaves in relaxed_hosts(config):
-    if relaxation is not adapter:
+    if relaxation is not added:
       continue
     tree = subtree(params['block'], host)
     for name, leaf in leaves.items():
-      key, *own = jax.random.split(key, 1 + host.layers)
-      tree[name] = np.stack([np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own])
+      key, *own = jax.random.split(key, 1 + (host.layers if host.path else 1))
+      drawn = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
+      tree[name] = np.stack(drawn) if host.path else drawn[0]
   return dataclasses.replace(model, config=config, params=params)
 
 

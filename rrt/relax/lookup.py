@@ -49,6 +49,7 @@ class Lookup(Relaxation):
     query_rank: r of the query's low-rank term by loop; 0 for none.
     qk_norm: RMSNorm of both halves of queries and keys, with gains and a learned temperature.
     instead: the MLP's own output is left out at these layers; its weights stay.
+    loops: in which loops they look up; () for all.
   """
 
   site: ClassVar[str] = 'mlp'
@@ -63,6 +64,7 @@ class Lookup(Relaxation):
   query_rank: int = 0
   qk_norm: bool = False
   instead: bool = False
+  loops: tuple[int, ...] = ()
 
   @property
   def half(self) -> int:
@@ -96,6 +98,11 @@ class Lookup(Relaxation):
       raise InputError(
         f'{self.kind}.positions={self.positions!r}: must be layers of the block, each once, from '
         f'0 to {layers - 1}.'
+      )
+    if not isinstance(self.loops, tuple) or not all(r in range(hosts[0].loops) for r in self.loops):
+      raise InputError(
+        f'{self.kind}.loops={self.loops!r}: must be loops, counted from 0 to {hosts[0].loops - 1}, '
+        'or nothing for all.'
       )
 
   def leaves(self, host: Host) -> dict[str, Leaf]:
@@ -154,18 +161,29 @@ class Lookup(Relaxation):
     if isinstance(layer, int):
       if layer not in self.positions:
         return y, self.aux(jnp.zeros((self.slots,)), host)
-      return self.read(params, x, y, loop, self.positions.index(layer), host)
+      return self._read_in(params, x, y, loop, self.positions.index(layer), host)
     positions_M = jnp.asarray(self.positions)
 
     def here(params, x, y, loop, layer):
       return jax.lax.cond(
         jnp.any(positions_M == layer),
-        lambda: self.read(params, x, y, loop, jnp.argmax(positions_M == layer), host),
+        lambda: self._read_in(params, x, y, loop, jnp.argmax(positions_M == layer), host),
         lambda: (y, self.aux(jnp.zeros((self.slots,)), host)),
       )
 
     # What a branch keeps for the backward pass a scan would stack by layer, the pool with it.
     return jax.checkpoint(here, prevent_cse=False)(params, x, y, loop, layer)
+
+  def _read_in(self, params: Leaves, x, y, loop, m, host: Host):
+    """`read`, in `loops` alone."""
+    read = lambda: self.read(params, x, y, loop, m, host)
+    if not self.loops:
+      return read()
+    in_loops = jnp.any(jnp.asarray(self.loops) == jnp.expand_dims(loop, -1), -1)
+    if jnp.ndim(loop):  # Rows at several loops.
+      relaxed, aux = read()
+      return jnp.where(in_loops[:, None, None], relaxed, y), aux
+    return jax.lax.cond(in_loops, read, lambda: (y, self.aux(jnp.zeros((self.slots,)), host)))
 
   def read(self, params: Leaves, x, y, loop, m, host: Host):
     """(the MLP's output y with what is found, Aux), at one of `positions`."""

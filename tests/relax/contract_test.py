@@ -49,6 +49,7 @@ RELAX = {
   'kvgain': (KvGain(),),
   'skip': (Skip(),),
   'memory': (Memory((1,), 9, heads=2, topk=3, key_dim=6, dim=5),),
+  'memory in one loop': (Memory((1,), 9, heads=2, topk=3, loops=(0,)),),
   'memory, two layers': (
     _RANKS,
     Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False),
