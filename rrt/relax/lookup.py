@@ -126,7 +126,7 @@ class Lookup(Relaxation):
     return {f'{kind}_{name}': leaf for name, leaf in found.items()}
 
   def _sizes(self, host: Host):
-    M, R = len(self.positions), host.loops
+    M, R = len(self.positions), len(self.loops or range(host.loops))
     return M, R, host.d_in, self.heads, self.half, self.size(host)
 
   def find(self, params: Leaves, x_BxLxD, loop, m, host: Host) -> Found:
@@ -142,6 +142,9 @@ class Lookup(Relaxation):
     *_, H, _, K = self._sizes(host)
     B, L, _ = x_BxLxD.shape
     leaf = lambda name: params[f'{self.kind}_{name}'][m]
+    if self.loops:  # As indices into the terms that differ by loop.
+      index_R = [self.loops.index(r) if r in self.loops else 0 for r in range(host.loops)]
+      loop = jnp.asarray(index_R)[loop]
     q_BxLxQ = matmul(x_BxLxD, leaf('query').astype(x_BxLxD.dtype)).astype(jnp.float32)
     q_BxLxQ += at_loop(leaf('bias'), loop, 3)
     if self.query_rank:
@@ -179,7 +182,7 @@ class Lookup(Relaxation):
     read = lambda: self.read(params, x, y, loop, m, host)
     if not self.loops:
       return read()
-    in_loops = jnp.any(jnp.asarray(self.loops) == jnp.expand_dims(loop, -1), -1)
+    in_loops = jnp.isin(loop, jnp.asarray(self.loops))
     if jnp.ndim(loop):  # Rows at several loops.
       relaxed, aux = read()
       return jnp.where(in_loops[:, None, None], relaxed, y), aux
