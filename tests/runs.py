@@ -18,8 +18,8 @@ from rrt.config import ModelConfig
 from rrt.data.tokenizer import Tokenizer
 from rrt.model import LanguageModel
 from rrt.models.init import init_params
-from rrt.relax.base import mask_all
 from rrt.relax.lora import Lora
+from rrt.relax.trees import mask_all
 
 PARENT = ModelConfig(
   family='llama',

@@ -25,7 +25,7 @@ from rrt.models.layers import rope_frequencies
 from rrt.models.quantized import dequantized
 from rrt.models.untie import check_mergeable
 from rrt.relax import registry
-from rrt.relax.base import own_leaves, relaxed_hosts, subtree
+from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten
 
 _CODE = Path(__file__).parent / 'remote' / save_hf.MODELING

@@ -11,7 +11,8 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.models.count import count_params, norm_leaves
 from rrt.models.untie import check_mergeable, untied_config
-from rrt.relax.base import hosts_of, relaxed_hosts
+from rrt.relax.base import hosts_of
+from rrt.relax.trees import relaxed_hosts
 
 # Bytes of 32 weights in a GGUF file.
 _BLOCK = {'f32': 128, 'f16': 64, 'bf16': 64, 'q8_0': 34, 'q4_0': 18}

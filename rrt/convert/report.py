@@ -15,8 +15,8 @@ from rrt.model import LanguageModel
 from rrt.model import count_arrays as count_leaves
 from rrt.models import lm_head, transformer
 from rrt.models.count import ParamCount, count_params
-from rrt.relax.base import padding
 from rrt.relax.ranks import LOW_RANK, ranks_of
+from rrt.relax.trees import padding
 
 
 @dataclasses.dataclass

@@ -16,7 +16,8 @@ from rrt.convert.plan import source_layers
 from rrt.models.quantized import host as host_arrays
 from rrt.models.quantized import quantize_params
 from rrt.ops.quantize import dense, quantize
-from rrt.relax.base import Leaves, hosts_of, relaxed_hosts, subtree
+from rrt.relax.base import Leaves, hosts_of
+from rrt.relax.trees import relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 VECTORS = ('scale', 'bias')  # Leaves that a loop may have of its own.

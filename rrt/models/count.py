@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from rrt.config import ModelConfig
-from rrt.relax.base import count_all
+from rrt.relax.trees import count_all
 
 
 class ParamCount(NamedTuple):

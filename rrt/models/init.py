@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rrt.config import ModelConfig
 from rrt.models.transformer import Transformer
 from rrt.ops.quantize import cast_floats
-from rrt.relax.base import mask_all
+from rrt.relax.trees import mask_all
 
 
 def boxed_params(config: ModelConfig, key):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.relax.base import Aux, Host, Leaves, Relaxation, own_leaves
+from rrt.relax.base import Aux, Host, Leaves, Relaxation
+from rrt.relax.trees import own_leaves
 
 # The collection into which modules put what relaxations return as `Aux`.
 AUX = 'aux'

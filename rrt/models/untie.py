@@ -14,7 +14,7 @@ from rrt.model import LanguageModel
 from rrt.models.quantized import dequantized
 from rrt.pieces import Pieces
 from rrt.relax import registry
-from rrt.relax.base import own_leaves, relaxed_hosts, subtree
+from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops.matmul import matmul
-from rrt.relax.base import LINEAR_AXES, NO_AUX, Host, Leaf, Leaves, Relaxation, own_leaves, subtree
+from rrt.relax.base import LINEAR_AXES, NO_AUX, Host, Leaf, Leaves, Relaxation
 from rrt.relax.lora import Lora, low_rank
+from rrt.relax.trees import own_leaves, subtree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,8 @@ from rrt import console
 from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.models.count import linears
-from rrt.relax.base import count_all
-from rrt.relax.base import norms as norms_of
+from rrt.relax.trees import count_all
+from rrt.relax.trees import norms as norms_of
 from rrt.train import optim, wandb
 from rrt.train.goodput import Goodput
 from rrt.train.recipe import Recipe

@@ -6,8 +6,8 @@ import numpy as np
 
 from rrt.config import ModelConfig, Rope
 from rrt.models.init import init_params
-from rrt.relax.base import mask_all
 from rrt.relax.lora import Lora
+from rrt.relax.trees import mask_all
 
 _SIZES = dict(vocab_size=53, d_model=24, d_ff=40, max_context=64)
 _HEADS = dict(num_heads=4, num_kv_heads=2, head_dim=6)

@@ -23,11 +23,12 @@ from rrt.models.init import init_params
 from rrt.models.stack import unstack
 from rrt.models.untie import to_untied
 from rrt.relax.adapter import Adapter
-from rrt.relax.base import LAYOUTS, SITES, own_leaves, prepare_all, relaxed_hosts, subtree
+from rrt.relax.base import LAYOUTS, SITES
 from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer
+from rrt.relax.trees import own_leaves, prepare_all, relaxed_hosts, subtree
 from rrt.tree import flatten
 from tests import runs
 from tests.models.configs import gemma3, llama, perturbed, tokens

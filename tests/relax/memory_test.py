@@ -17,9 +17,9 @@ from rrt.models import transformer
 from rrt.models.count import count_params
 from rrt.models.init import abstract_params, init_params
 from rrt.ops.activation import activate
-from rrt.relax.base import own_leaves
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer, upcycled
+from rrt.relax.trees import own_leaves
 from tests.models.configs import gemma3, llama, perturbed, tokens
 
 MODELS = {'llama': llama, 'gemma3': gemma3}

@@ -31,7 +31,7 @@ def experiment(tmp_path_factory):
 def held(config, params):
   """Numbers in a tree, the padding of rank tables left out."""
   ones = jax.tree.map(lambda x: np.ones(x.shape), params)
-  from rrt.relax.base import mask_all
+  from rrt.relax.trees import mask_all
 
   return sum(int(x.sum()) for x in jax.tree.leaves(mask_all(config, ones)))
 

@@ -38,7 +38,7 @@ from rrt.infer.engine.step import call
 from rrt.infer.sampling import SamplingParams
 from rrt.models.params import cast, transpose_kernels
 from rrt.models.stack import unstack
-from rrt.relax.base import prepare_all
+from rrt.relax.trees import prepare_all
 
 if TYPE_CHECKING:
   from rrt.model import LanguageModel
