@@ -20,7 +20,7 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.convert import permute
 from rrt.models.attention import Attention, AttnSpec, Context
-from rrt.models.layers import Mlp, Norm
+from rrt.models.layers import HERE, Mlp, Norm
 from rrt.models.transformer import make_context
 from rrt.relax.base import part_of
 
@@ -116,7 +116,7 @@ def _mixed(config: ModelConfig, attn, x_BxLxD, attn_spec: AttnSpec, context: Con
   """What the output projection reads."""
   module = Attention(config)
   params = {'params': attn}
-  return module.apply(params, x_BxLxD, None, attn_spec, 0, context, method='mixed')[0]
+  return module.apply(params, x_BxLxD, None, attn_spec, HERE, context, method='mixed')[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

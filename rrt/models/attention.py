@@ -16,6 +16,7 @@ from rrt.models.cache import BatchKV
 from rrt.models.layers import Linear, Norm, apply_rope
 from rrt.models.relaxed import relax, relaxations_of
 from rrt.ops.flash_attention import window_sizes
+from rrt.relax.base import Place
 from rrt.sharding import constrain
 
 
@@ -30,6 +31,8 @@ class Context(NamedTuple):
       unchanged; None for none.
     pools: leaves of the block's pooled relaxations by kind (`rrt.relax.base`); inside the
       block alone.
+    real_BxL: bool, tokens that are no padding; None for all.
+    key: for noise in relaxations; None for none.
   """
 
   positions_BxL: jax.Array
@@ -38,6 +41,8 @@ class Context(NamedTuple):
   sin_TxBxLxK: jax.Array
   left_BxL: jax.Array | None = None
   pools: Any = None
+  real_BxL: jax.Array | None = None
+  key: jax.Array | None = None
 
   def repeat_rows(self, times: int) -> Context:
     """The context of a batch in which each row is repeated `times` times."""
@@ -88,9 +93,9 @@ class Attention(nn.Module):
       self.q_norm = Norm(c, sizes['attn/q_norm'], looped)
       self.k_norm = Norm(c, sizes['attn/k_norm'], looped)
 
-  def __call__(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
-    o_BxLxE, kv = self.mixed(x_BxLxD, kv, attn_spec, loop, context)
-    return self.o(o_BxLxE, loop), kv
+  def __call__(self, x_BxLxD, kv, attn_spec: AttnSpec, place: Place, context: Context):
+    o_BxLxE, kv = self.mixed(x_BxLxD, kv, attn_spec, place, context)
+    return self.o(o_BxLxE, place), kv
 
   def heads(self, y_BxLxE):
     """[B, L, heads, Dh]."""
@@ -102,28 +107,28 @@ class Attention(nn.Module):
       return norm(y_BxLxHxDh, loop)
     return self.heads(norm(y_BxLxHxDh.reshape(*y_BxLxHxDh.shape[:2], -1), loop))
 
-  def keys_values(self, x_BxLxD, attn_spec: AttnSpec, loop, context: Context):
+  def keys_values(self, x_BxLxD, attn_spec: AttnSpec, place: Place, context: Context):
     """Keys after RoPE, and values, both [B, L, G, Dh]."""
-    kv = self.heads(self.k(x_BxLxD, loop)), self.heads(self.v(x_BxLxD, loop))
-    k_BxLxGxDh, v_BxLxGxDh = relax(self, self.relaxed, x_BxLxD, kv, loop)
+    kv = self.heads(self.k(x_BxLxD, place)), self.heads(self.v(x_BxLxD, place))
+    k_BxLxGxDh, v_BxLxGxDh = relax(self, self.relaxed, x_BxLxD, kv, place)
     if self.config.qk_norm:
-      k_BxLxGxDh = self.qk_normed(self.k_norm, k_BxLxGxDh, loop)
+      k_BxLxGxDh = self.qk_normed(self.k_norm, k_BxLxGxDh, place.loop)
     cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
     sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     return apply_rope(k_BxLxGxDh, cos, sin), v_BxLxGxDh
 
-  def write_kv(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
+  def write_kv(self, x_BxLxD, kv, attn_spec: AttnSpec, place: Place, context: Context):
     """Writes keys and values of x to the cache, without attention."""
-    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, place, context)
     return kv.update(k_BxLxGxDh, v_BxLxGxDh, context)[0]
 
-  def mixed(self, x_BxLxD, kv, attn_spec: AttnSpec, loop, context: Context):
+  def mixed(self, x_BxLxD, kv, attn_spec: AttnSpec, place: Place, context: Context):
     """The output projection's input [B, L, H * Dh], and the written cache."""
     c = self.config
-    q_BxLxHxDh = self.heads(self.q(x_BxLxD, loop))
-    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, loop, context)
+    q_BxLxHxDh = self.heads(self.q(x_BxLxD, place))
+    k_BxLxGxDh, v_BxLxGxDh = self.keys_values(x_BxLxD, attn_spec, place, context)
     if c.qk_norm:
-      q_BxLxHxDh = self.qk_normed(self.q_norm, q_BxLxHxDh, loop)
+      q_BxLxHxDh = self.qk_normed(self.q_norm, q_BxLxHxDh, place.loop)
     cos = pick_rope(context.cos_TxBxLxK, attn_spec.rope)
     sin = pick_rope(context.sin_TxBxLxK, attn_spec.rope)
     q_BxLxHxDh = apply_rope(q_BxLxHxDh, cos, sin)

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
-from rrt.models.relaxed import relax, relax_pooled, relaxations_of
+from rrt.models.relaxed import pooled_of, relax, relaxations_of
 from rrt.ops.activation import activate
 from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.ops.quantize import quantize
-from rrt.relax.base import LINEAR_AXES, at_loop
+from rrt.relax.base import LINEAR_AXES, Place, at_loop
 
 # What the remat policy 'dots' saves: the outputs of linears.
 LINEAR = 'linear'
+# Outside the block, where loops make no difference.
+HERE = Place()
 
 
 def rms_norm(x, gain, eps: float, unit_offset: bool):
@@ -174,7 +176,7 @@ class Linear(nn.Module):
   looped: bool = False
 
   @nn.compact
-  def __call__(self, x_BxLxD, loop=0):
+  def __call__(self, x_BxLxD, place: Place = HERE):
     c = self.config
     shape = c.shapes()[self.component]
     scaled = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -190,7 +192,7 @@ class Linear(nn.Module):
       init = partitioned(scaled, LINEAR_AXES[self.component])
       kernel_DxF = self.param('kernel', init, shape, jnp.float32)
     relaxed = relaxations_of(self, c, self.component, self.looped)
-    y_BxLxF = relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), loop)
+    y_BxLxF = relax(self, relaxed, x_BxLxD, matmul(x_BxLxD, kernel_DxF), place)
     # Kept with its relaxations: apart they would be two arrays and more.
     y_BxLxF = checkpoint_name(y_BxLxF, LINEAR)
     if self.component not in c.biases:
@@ -201,7 +203,7 @@ class Linear(nn.Module):
       size, axes = (c.loops, *size), ('loops', *axes)
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes)
     bias: Any = self.param('bias', zeros, size, jnp.float32)
-    bias = at_loop(bias, loop, y_BxLxF.ndim) if len(size) == 2 else bias[None, None]
+    bias = at_loop(bias, place.loop, y_BxLxF.ndim) if len(size) == 2 else bias[None, None]
     return y_BxLxF + bias.astype(y_BxLxF.dtype)
 
 
@@ -239,17 +241,15 @@ class Mlp(nn.Module):
     self.up, self.down = linear('up'), linear('down')
     self.relaxed = relaxations_of(self, self.config, 'mlp', self.looped)
 
-  def __call__(self, x_BxLxD, loop=0, pools=None, layer=0):
-    """`pools` are the leaves of pooled relaxations by kind, `layer` is the block's layer."""
-    y_BxLxD = self.down(self.hidden(x_BxLxD, loop), loop)
-    y_BxLxD = relax(self, self.relaxed, x_BxLxD, y_BxLxD, loop)
-    if not pools:
-      return y_BxLxD
-    return relax_pooled(self, pools, self.config, x_BxLxD, y_BxLxD, (loop, layer))
+  def __call__(self, x_BxLxD, place: Place = HERE, pools=None):
+    """`pools` are the leaves of pooled relaxations by kind."""
+    y_BxLxD = self.down(self.hidden(x_BxLxD, place), place)
+    relaxed = (*self.relaxed, *pooled_of(self.config, pools))
+    return relax(self, relaxed, x_BxLxD, y_BxLxD, place)
 
-  def hidden(self, x_BxLxD, loop=0):
+  def hidden(self, x_BxLxD, place: Place = HERE):
     """The down projection's input, [B, L, F]."""
     if not self.config.gated:
-      return activate(self.up(x_BxLxD, loop), self.config.activation)
-    gate_BxLxF = activate(self.gate(x_BxLxD, loop), self.config.activation)
-    return gate_BxLxF * self.up(x_BxLxD, loop)
+      return activate(self.up(x_BxLxD, place), self.config.activation)
+    gate_BxLxF = activate(self.gate(x_BxLxD, place), self.config.activation)
+    return gate_BxLxF * self.up(x_BxLxD, place)

@@ -18,6 +18,7 @@ from rrt.models.layers import Norm
 from rrt.models.stack import Stack, unstack
 from rrt.models.transformer import attn_specs, embed
 from rrt.ops.matmul import float32_is_float32
+from rrt.relax.base import Place
 
 
 def run_prelude(config: ModelConfig, params, tokens_BxL, context, kvs, dtype, scan: bool = False):
@@ -139,9 +140,16 @@ def fill_pass(config: ModelConfig, params, x_BxLxD, loop, context, kvs):
         y_BxLxD = norm.apply({'params': of_layer['attn_norm']}, x_BxLxD, loop)
       attn_spec = AttnSpec(*(None if t is None else t[n] for t in all_specs))
       attention: nn.Module = Attention(config, looped=True)
+      place = Place(loop, n)
       new.append(
         attention.apply(
-          {'params': of_layer['attn']}, y_BxLxD, kvs[n], attn_spec, loop, context, method='write_kv'
+          {'params': of_layer['attn']},
+          y_BxLxD,
+          kvs[n],
+          attn_spec,
+          place,
+          context,
+          method='write_kv',
         )
       )
   return tuple(new)

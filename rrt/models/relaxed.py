@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.relax.base import Aux, Host, Leaves, Relaxation
-from rrt.relax.trees import own_leaves
+from rrt.relax.base import NO_AUX, Aux, Host, Leaves, Place, Relaxation
+from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 
 # The collection into which modules put what relaxations return as `Aux`.
 AUX = 'aux'
@@ -61,38 +62,26 @@ def relaxations_of(
   return tuple(found)
 
 
-def relax(module: nn.Module, relaxed: tuple[Relaxed, ...], x, y, loop):
+def pooled_of(config: ModelConfig, pools: dict[str, Leaves] | None) -> tuple[Relaxed, ...]:
+  """The pooled relaxations of an MLP, by their leaves."""
+  return tuple(
+    Relaxed(r, r.hosts(config)[0], pools[r.kind]) for r in config.relax if pools and r.kind in pools
+  )
+
+
+def relax(module: nn.Module, relaxed: Iterable[Relaxed], x, y, place: Place):
   """The output y of a module for its input x, relaxed in order."""
   for relaxation, host, leaves in relaxed:
-    y, aux = relaxation.apply(leaves, x, y, loop, host)
-    if aux.losses or aux.stats:
-      module.sow(AUX, relaxation.kind, aux)
-  return y
-
-
-def relax_pooled(module: nn.Module, pools: dict[str, Leaves], config: ModelConfig, x, y, place):
-  """The output y of a block layer's MLP for its input x, by the pooled relaxations.
-
-  Args:
-    module: the MLP.
-    pools: their leaves by kind.
-    config: the model's shape.
-    x, y: input and output so far.
-    place: (loop, layer).
-  """
-  loop, layer = place
-  for relaxation in config.relax:
-    if relaxation.kind not in pools:
-      continue
-    (host,) = relaxation.hosts(config)
-    y, aux = relaxation.apply_at(pools[relaxation.kind], x, y, loop, layer, host)
-    if aux.losses or aux.stats:
+    y, aux = relaxation.apply_at(leaves, x, y, place, host)
+    if aux != NO_AUX:
       module.sow(AUX, relaxation.kind, aux)
   return y
 
 
 def collect(config: ModelConfig, sown: Any, scanned: bool) -> Aux:
   """One `Aux` of all that modules have sown: losses added up, stats averaged.
+
+  Its routes are those of each host by `route_key`, averaged over the loops, [N, ...].
 
   Args:
     config: the model's shape.
@@ -115,10 +104,60 @@ def collect(config: ModelConfig, sown: Any, scanned: bool) -> Aux:
     for name, value in aux.stats.items():
       flat = value.reshape(-1, *value.shape[leading:])
       stats.setdefault(f'{kind}/{name}', []).append(flat)
+  routes = _routes(config, sown, scanned)
+  for relaxation, host, _ in relaxed_hosts(config):
+    found = relaxation.balance(routes.get(route_key(relaxation, host), {}), host)
+    for name, value in found.losses.items():
+      key = f'{relaxation.kind}/{name}'
+      losses[key] = losses.get(key, jnp.zeros(())) + value
+    for name, value in found.stats.items():
+      stats.setdefault(f'{relaxation.kind}/{name}', []).append(value[None])
   means = {name: jnp.mean(jnp.concatenate(parts), 0) for name, parts in stats.items()}
   shown: dict[str, jax.Array] = {}
   for relaxation in config.relax:
     head = f'{relaxation.kind}/'
     own = {name.removeprefix(head): v for name, v in means.items() if name.startswith(head)}
     shown |= {head + name: v for name, v in relaxation.summarize(own).items()}
-  return Aux(losses, shown)
+  return Aux(losses, shown, routes)
+
+
+def route_key(relaxation: Relaxation, host: Host) -> str:
+  """The name of a host's routes."""
+  return f'{host.path}/{relaxation.kind}'
+
+
+def _routes(config: ModelConfig, sown: Any, scanned: bool) -> dict[str, dict[str, jax.Array]]:
+  """The routes of each host, averaged over its loops, [N, ...]."""
+  found: dict[str, dict[str, list[list[jax.Array]]]] = {}
+  is_aux = lambda x: isinstance(x, Aux)
+  for path, aux in jax.tree_util.tree_flatten_with_path(sown, is_leaf=is_aux)[0]:
+    _, layer, *rest = [k.key for k in path if hasattr(k, 'key')]  # 'block', 'layers', 'attn'...
+    for name, value in aux.routes.items():
+      of_host = found.setdefault('/'.join(rest), {})
+      by_layer = of_host.setdefault(name, [[] for _ in range(config.block_layers)])
+      if scanned and config.order == 'cycle':
+        value = jnp.mean(value, 0)
+      for n in range(config.block_layers):
+        if scanned:
+          by_layer[n].append(value[n])
+        elif layer == f'layers_{n}':
+          by_layer[n].append(value)
+  mean = lambda by_layer: jnp.stack([sum(each) / len(each) for each in by_layer])
+  return {key: {name: mean(v) for name, v in host.items()} for key, host in found.items()}
+
+
+def after_step(config: ModelConfig, params: Any, routes: Any) -> Any:
+  """Parameters whose states are those after a training step.
+
+  Args:
+    config: the model's shape.
+    params: nested, after the optimizer's update.
+    routes: of the step's batch, from `collect`.
+  """
+  params = jax.tree.map(lambda p: p, params)  # New dicts, the same arrays.
+  for relaxation, host, _ in relaxed_hosts(config):
+    if relaxation.states:
+      tree = subtree(params['block'], host)
+      own = own_leaves(tree, relaxation.kind)
+      tree.update(relaxation.after_step(own, routes.get(route_key(relaxation, host), {}), host))
+  return params

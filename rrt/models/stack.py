@@ -14,6 +14,7 @@ from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context
 from rrt.models.layers import LINEAR, Mlp, Norm
 from rrt.models.relaxed import AUX, relax, relaxations_of
+from rrt.relax.base import Place
 from rrt.sharding import constrain
 
 REMAT = {
@@ -47,12 +48,13 @@ class Layer(nn.Module):
     kv, attn_spec, layer = xs
     before_BxLxD = read_BxLxD = x_BxLxD
     y_BxLxD = self.attn_norm(x_BxLxD, loop) if self.config.pre_norms else x_BxLxD
-    y_BxLxD, kv = self.attn(y_BxLxD, kv, attn_spec, loop, context)
+    place = Place(loop, layer, context.real_BxL, context.key)
+    y_BxLxD, kv = self.attn(y_BxLxD, kv, attn_spec, place, context)
     x_BxLxD += self.attn_post(y_BxLxD, loop)
     if not self.config.parallel:
       read_BxLxD = x_BxLxD
     y_BxLxD = self.mlp_norm(read_BxLxD, loop) if self.config.pre_norms else read_BxLxD
-    y_BxLxD = self.mlp(y_BxLxD, loop, context.pools, layer)
+    y_BxLxD = self.mlp(y_BxLxD, place, context.pools)
     x_BxLxD += self.mlp_post(y_BxLxD, loop)
     if context.left_BxL is not None:
       left_BxLx1 = context.left_BxL[:, :, None]
@@ -153,7 +155,7 @@ class Stack(nn.Module):
         new.append(kv)
       kvs = in_form_of(kvs, new)
     relaxed = relaxations_of(self, self.config, 'block', self.looped)
-    y_BxLxD = relax(self, relaxed, start_BxLxD, x_BxLxD, loop)
+    y_BxLxD = relax(self, relaxed, start_BxLxD, x_BxLxD, Place(loop))
     if self.looped and self.config.end_norm:
       y_BxLxD = Norm(self.config, self.config.d_model, name='end_norm')(y_BxLxD)
     if y_BxLxD is not x_BxLxD and context.left_BxL is not None:

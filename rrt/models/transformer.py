@@ -79,6 +79,7 @@ class Transformer(nn.Module):
     loops: int | None = None,
     return_loops: bool = False,
     return_exits: bool = False,
+    key=None,
   ) -> Output:
     """Runs tokens through all layers; see `forward`."""
     c = self.config
@@ -90,7 +91,7 @@ class Transformer(nn.Module):
     if self.remat not in REMAT:
       raise InputError(f'remat={self.remat!r}: must be one of {tuple(REMAT)}.')
     slots = cache.slots if cache else 0
-    context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL, slots)
+    context = make_context(c, tokens_BxL, positions_BxL, segment_ids_BxL, slots)._replace(key=key)
     x_BxLxD = self.embed(tokens_BxL)
     prelude, block, coda = cache or Cache(None, None, None)
     shallow, looped, deep = attn_specs(c)
@@ -241,7 +242,8 @@ def make_context(
   if positions_BxL is None:
     positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1])[None, :], tokens_BxL.shape)
   cos, sin = rope_tables(config, positions_BxL, length)
-  return Context(positions_BxL, segments_BxL, cos, sin)
+  real_BxL = None if segments_BxL is None else segments_BxL > 0
+  return Context(positions_BxL, segments_BxL, cos, sin, real_BxL=real_BxL)
 
 
 def attn_specs(config: ModelConfig) -> tuple[AttnSpec, AttnSpec, AttnSpec]:
@@ -277,6 +279,7 @@ def forward(
   return_loops: bool = False,
   return_exits: bool = False,
   return_aux: bool = False,
+  key=None,
   dtype=jnp.float32,
   remat: str = 'none',
   scan: bool = True,
@@ -289,13 +292,14 @@ def forward(
     tokens_BxL: int token ids.
     positions_BxL: of each token in its document; 0.. by default. With a
       cache, the slots the tokens are written to.
-    segment_ids_BxL: tokens attend within equal ids only.
+    segment_ids_BxL: tokens attend within equal ids only; 0 is padding.
     cache: from `init_cache`; attention then reads it instead of the batch.
     loops: how many loops to run, 1..R; None for all.
     return_loops: also return the block's output after each loop.
     return_exits: also return what the head would read, had all tokens left
       after each loop; takes no cache.
     return_aux: also return what the relaxations return besides their outputs.
+    key: for the noise of relaxations that have some in training; None for none.
     dtype: of the computation.
     remat: 'none', 'full' or 'dots'.
     scan: scan over layers and loops, or unroll them.
@@ -310,7 +314,8 @@ def forward(
   if not scan:
     params = unstack(params)
   model: Any = Transformer(config, dtype, remat, scan)
-  inputs = (tokens_BxL, positions_BxL, segment_ids_BxL, cache, loops, return_loops, return_exits)
+  where = (tokens_BxL, positions_BxL, segment_ids_BxL, cache)
+  inputs = (*where, loops, return_loops, return_exits, key)
   with float32_is_float32(dtype):
     if not return_aux:
       return model.apply({'params': params}, *inputs)

@@ -61,6 +61,22 @@ class Host(NamedTuple):
   layers: int
 
 
+class Place(NamedTuple):
+  """Where in a forward pass a host is.
+
+  Attributes:
+    loop: int scalar, or int [B] with one loop a row. Both give a row the same result.
+    layer: of the block; an int, or an int scalar where layers are scanned.
+    real_BxL: bool, tokens that are no padding; None for all.
+    key: for noise in training, the same in all hosts; None for none.
+  """
+
+  loop: Any = 0
+  layer: Any = 0
+  real_BxL: jax.Array | None = None
+  key: jax.Array | None = None
+
+
 class Leaf(NamedTuple):
   """One array of parameters of a relaxation, without the layers axis.
 
@@ -83,10 +99,13 @@ class Aux(NamedTuple):
     losses: name -> float32 scalar, added to the training loss, summed over
       all positions; a coefficient is the relaxation's own to apply.
     stats: name -> array, for the metrics, averaged over all positions.
+    routes: name -> array, averaged over the loops of each host and layer, for `balance` and
+      `after_step`.
   """
 
   losses: Mapping[str, jax.Array] = {}
   stats: Mapping[str, jax.Array] = {}
+  routes: Mapping[str, Any] = {}
 
 
 NO_AUX = Aux()
@@ -122,7 +141,8 @@ class Relaxation:
     matrices: whether its leaves are matrices in their last two axes, which Muon may
       orthogonalise.
     pooled: whether its leaves are stored once beside the block's layers, for all of
-      them, and `apply_at` takes the place of `apply`; of the site 'mlp' alone.
+      them; of the site 'mlp' alone.
+    states: leaves without gradients, which `after_step` changes.
     rates: multipliers of the learning rate for some leaves, where no rule of the
       optimizer's names them.
   """
@@ -134,6 +154,7 @@ class Relaxation:
   decay: ClassVar[bool] = True
   matrices: ClassVar[bool] = False
   pooled: ClassVar[bool] = False
+  states: ClassVar[tuple[str, ...]] = ()
   rates: ClassVar[Mapping[str, float]] = {}
 
   @property
@@ -175,15 +196,34 @@ class Relaxation:
     """
     raise NotImplementedError
 
-  def apply_at(self, params: Leaves, x, y, loop, layer, host: Host):
-    """`apply` of a pooled relaxation.
+  def apply_at(self, params: Leaves, x, y, place: Place, host: Host):
+    """`apply` with all that is known of the place, for those that need more than the loop.
 
     Args:
-      params: its leaves, of all layers.
-      x, y, loop, host: as for `apply`.
-      layer: of the block; an int, or an int scalar where layers are scanned.
+      params: the leaves; of a pooled relaxation, of all layers.
+      x, y, host: as for `apply`.
+      place: loop, layer, real tokens, a key for noise.
     """
-    raise NotImplementedError
+    return self.apply(params, x, y, place.loop, host)
+
+  def balance(self, routes: Mapping[str, jax.Array], host: Host) -> Aux:
+    """Losses and statistics of a host that depend on all loops together.
+
+    Args:
+      routes: what `apply_at` returned as such, averaged over the loops, [N, ...].
+      host: where.
+    """
+    return NO_AUX
+
+  def after_step(self, params: Leaves, routes: Mapping[str, jax.Array], host: Host) -> Leaves:
+    """New values of the leaves in `states`, after a training step.
+
+    Args:
+      params: the leaves of all layers, [N, ...].
+      routes: as for `balance`, of the step's batch.
+      host: where.
+    """
+    return {}
 
   def summarize(self, stats: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
     """What the metrics show of the statistics, averaged over all positions."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops import product_keys
 from rrt.ops.matmul import matmul
-from rrt.relax.base import Aux, Host, Leaf, Leaves, Relaxation, at_loop
+from rrt.relax.base import Aux, Host, Leaf, Leaves, Place, Relaxation, at_loop
 from rrt.relax.lora import low_rank
 
 
@@ -160,7 +160,8 @@ class Lookup(Relaxation):
     weight_TxHxk = jax.nn.softmax(score, -1)
     return Found(index.reshape(B, L, -1), weight_TxHxk.reshape(B, L, -1))
 
-  def apply_at(self, params: Leaves, x, y, loop, layer, host: Host):
+  def apply_at(self, params: Leaves, x, y, place: Place, host: Host):
+    loop, layer = place.loop, place.layer
     if isinstance(layer, int):
       if layer not in self.positions:
         return y, self.aux(jnp.zeros((self.slots,)), host)

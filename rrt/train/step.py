@@ -22,6 +22,7 @@ import optax
 from rrt.config import ModelConfig
 from rrt.models import lm_head, transformer
 from rrt.models.init import abstract_params
+from rrt.models.relaxed import after_step
 from rrt.ops.quantize import cast_floats
 from rrt.pieces import cast
 from rrt.relax.base import Aux
@@ -200,7 +201,7 @@ def train_step(
     if spec.gather == 'once':
       child |= {'block': gather_block(spec.config, child['block'], spec.dtype)}
     parent = merge(teacher, {k: v for k, v in frozen.items() if k in spec.shared})
-    aux = batch_losses(spec, child, parent, micro, scale)
+    aux = batch_losses(spec, child, parent, micro, scale, noise_key(state.step, micro))
     return aux.sums.loss, aux
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -219,10 +220,11 @@ def train_step(
 
   good = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
   keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(good, x, y), a, b)
+  moved = after_step(spec.config, merge(new, frozen), aux.relax.routes)
   bad = 1 - good.astype(jnp.int32)
   after = state.replace(
     step=state.step + 1,
-    params=merge(keep(new, trained), frozen),
+    params=keep(moved, state.params),
     opt_state=keep(opt_state, state.opt_state),
     skipped=state.skipped + bad,
     skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
@@ -266,7 +268,13 @@ class BatchLosses(NamedTuple):
   relax: Aux
 
 
-def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
+def noise_key(step, batch):
+  """A key of a step's own, and of a microbatch's by its tokens."""
+  key = jax.random.fold_in(jax.random.key(0), step)
+  return jax.random.fold_in(key, jnp.sum(batch['tokens'], dtype=jnp.uint32))
+
+
+def batch_losses(spec: Step, child, parent, batch, scale, key=None) -> BatchLosses:
   """Losses of one (micro)batch.
 
   Args:
@@ -274,6 +282,7 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     child, parent: parameters.
     batch: tokens, targets, segment_ids, positions and weights, all [B, L].
     scale: of the weights: 1 / tokens of the whole batch.
+    key: for the noise of relaxations; None for none.
   """
   weights_BxL = batch['weights'] * scale
   many = spec.config.loops > 1 and spec.config.order == 'cycle'
@@ -285,6 +294,7 @@ def batch_losses(spec: Step, child, parent, batch, scale) -> BatchLosses:
     return_loops=many,
     return_exits=early,
     return_aux=bool(spec.config.relax),
+    key=key,
     remat=spec.remat,
     **_where(spec, batch),
   )

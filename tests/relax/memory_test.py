@@ -17,6 +17,7 @@ from rrt.models import transformer
 from rrt.models.count import count_params
 from rrt.models.init import abstract_params, init_params
 from rrt.ops.activation import activate
+from rrt.relax.base import Place
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer, upcycled
 from rrt.relax.trees import own_leaves
@@ -46,7 +47,7 @@ def test_a_memory_layer_is_its_formula(name, value_norm):
   rng = np.random.default_rng(0)
   x, y = (rng.normal(size=(2, 4, c.d_model)).astype(np.float32) for _ in range(2))
   for loop in range(c.loops):
-    got, _ = memory.apply_at(p, jnp.asarray(x), jnp.asarray(y), loop, 1, host)
+    got, _ = memory.apply_at(p, jnp.asarray(x), jnp.asarray(y), Place(loop, 1), host)
     for b, t in np.ndindex(2, 4):
       q = (x[b, t] @ p['memory_query'][0] + p['memory_bias'][0, loop]).reshape(2, 2, 3)
       value = np.zeros(5)
@@ -60,7 +61,7 @@ def test_a_memory_layer_is_its_formula(name, value_norm):
       value *= np.asarray(jax.nn.silu(x[b, t] @ p['memory_gate'][0]))
       want = y[b, t] + value @ p['memory_out'][0]
       np.testing.assert_allclose(got[b, t], want, atol=1e-5)
-    elsewhere, _ = memory.apply_at(p, jnp.asarray(x), jnp.asarray(y), loop, 0, host)
+    elsewhere, _ = memory.apply_at(p, jnp.asarray(x), jnp.asarray(y), Place(loop, 0), host)
     np.testing.assert_array_equal(elsewhere, y)
 
 
@@ -87,7 +88,7 @@ def test_peer_with_all_units_is_the_mlp(name):
   one = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, c.d_model)), jnp.float32)
   moved = dict(own) | {'peer_experts_down': 2 * own['peer_experts_down']}
   host = host_of(peer, with_peer)
-  double, _ = peer.apply_at(moved, one, one, 0, 1, host)
+  double, _ = peer.apply_at(moved, one, one, Place(0, 1), host)
   first = activate(one[0, 0] @ kernels['gate' if gated else 'up'], c.activation)
   hidden_F = first * (one[0, 0] @ kernels['up']) if gated else first
   np.testing.assert_allclose(double[0, 0], 2 * hidden_F @ kernels['down'], atol=1e-4)
