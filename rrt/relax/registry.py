@@ -23,6 +23,7 @@ KINDS: dict[str, str | type[Relaxation]] = {
   'adapter': 'rrt.relax.adapter:Adapter',
   'memory': 'rrt.relax.memory:Memory',
   'peer': 'rrt.relax.peer:Peer',
+  'experts': 'rrt.relax.experts:Experts',
 }
 # Names in a block layer that leaves must not take.
 _TAKEN = set('kernel scale bias table attn mlp layers q k v o gate up down'.split())
@@ -71,6 +72,11 @@ def tables() -> list[str]:
   """Names of the tables that pooled relaxations look up."""
   classes = [class_of(kind) for kind in list(KINDS)]
   return [name for cls in classes if cls.pooled for name in cls.rates]
+
+
+def states() -> set[str]:
+  """Names of leaves that no gradient trains."""
+  return {name for kind in list(KINDS) for name in class_of(kind).states}
 
 
 def to_json(relaxation: Relaxation) -> dict[str, Any]:

@@ -153,7 +153,9 @@ def trainable(o: Optimizer, params) -> Any:
     InputError: the pattern is in no path.
   """
   pattern = pattern_of(o.train)
-  chosen = jax.tree.map(lambda p: re.search(pattern, p) is not None, paths(params))
+  states = registry.states()
+  wanted = lambda p: re.search(pattern, p) is not None and p.rsplit('/', 1)[-1] not in states
+  chosen = jax.tree.map(wanted, paths(params))
   for path in jax.tree.leaves(jax.tree.map(lambda p, yes: p * yes, paths(params), chosen)):
     if path.endswith(CODES):
       raise InputError(

@@ -24,6 +24,7 @@ from rrt.models.stack import unstack
 from rrt.models.untie import to_untied
 from rrt.relax.adapter import Adapter
 from rrt.relax.base import LAYOUTS, SITES
+from rrt.relax.experts import Experts
 from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
 from rrt.relax.memory import Memory
@@ -56,6 +57,13 @@ RELAX = {
     Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False),
   ),
   'peer, memory': (Memory((1,), 9, 1, 4), Peer((0,), 4, 2, 3, activation='silu', gated=True)),
+  'experts': (Experts(6, q=2, gate=1, down=3),),
+  'experts, loop prior annealed': (
+    Experts(6, topk=4, score='sigmoid', balance_by='bias', anneal=4, noise=True, o=2, up=1),
+    Gain(),
+  ),
+  'experts by token': (Experts(3, topk=2, by='token', normalise='all', v=2, gate=2),),
+  'experts by loop': (Experts(6, by='loop', q=2, down=2),),
   'all': (_RANKS, Gain(('o', 'v')), Shift(), Bottleneck(), Memory((1,), 9, 2, 3), KvGain(), Skip()),
   'crowd': (Crowd(),),
 }
@@ -289,7 +297,7 @@ def test_trains(name):
   batch = {
     'tokens': ids,
     'targets': np.roll(ids, -1, 1),
-    'segment_ids': zero,
+    'segment_ids': zero + 1,
     'positions': zero + np.arange(8)[None],
     'weights': np.ones(ids.shape, np.float32),
   }
@@ -301,7 +309,8 @@ def test_trains(name):
     state, metrics = step(state, {}, placement.to_mesh(batch, mesh))
   after = jax.tree.map(np.asarray, state.params)
   total = float(metrics['cross_entropy'])
-  total += sum(float(v) for k, v in metrics.items() if k == 'relax/bottleneck/size')
+  added = {'relax/bottleneck/size', 'relax/experts/z', 'relax/experts/switch'}
+  total += sum(float(v) for k, v in metrics.items() if k in added)
   np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
   for relaxation, host, leaves in relaxed_hosts(c):
     assert float(metrics[f'grad_norm/{relaxation.kind}']) > 0

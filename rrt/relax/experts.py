@@ -1,0 +1,144 @@
+"""LoRA experts: low-rank terms that all loops share, chosen by token and loop.
+
+    y = x W + sum_e gate_e(x, loop) x A_e B_e
+
+Per-loop LoRA is the mixture whose router is the loop's number. At the start it is that: a loop's
+own experts are the columns of its LoRA, each with a gate of 1.
+
+B batch, L length, I inputs, O outputs, N layers, R loops, E experts, r rank of an expert,
+s = E r / R columns of a loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.ops import least_squares
+from rrt.ops.matmul import matmul, prefers_transposed, transpose_named
+from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Place
+from rrt.relax.lora import Lora, low_rank, widen
+from rrt.relax.routed import Routed
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Routed):
+  """LoRA experts on some of the block's seven linears; see `Routed` for the router's fields.
+
+  Attributes:
+    q, k, v, o, gate, up, down: rank of one expert; 0 leaves the linear without experts.
+  """
+
+  kind: ClassVar[str] = 'experts'
+  site: ClassVar[str] = 'linear'
+  unmergeable: ClassVar[str] = 'each token chooses its experts'
+  states: ClassVar[tuple[str, ...]] = ('experts_balance', 'experts_temperature')
+
+  q: int = 0
+  k: int = 0
+  v: int = 0
+  o: int = 0
+  gate: int = 0
+  up: int = 0
+  down: int = 0
+
+  @property
+  def _components(self) -> tuple[str, ...]:
+    return tuple(name for name in LINEAR_AXES if getattr(self, name))
+
+  def lora(self, host: Host) -> Lora:
+    """The per-loop LoRA that a host starts as."""
+    return Lora(**{host.name: getattr(self, host.name) * self.own(host)})
+
+  def check(self, hosts: tuple[Host, ...]) -> None:
+    super().check(hosts)
+    for name in LINEAR_AXES:
+      rank = getattr(self, name)
+      if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise InputError(f'experts.{name}={rank!r}: must be a whole number, 0 or more.')
+    if not self._components:
+      raise InputError('experts: no linear has a rank; give one, such as experts:gate=8,up=8.')
+    for host in hosts:
+      if getattr(self, host.name):
+        most = min(host.d_in, host.d_out)
+        if getattr(self, host.name) * self.own(host) > most:
+          raise InputError(
+            f'experts.{host.name}={getattr(self, host.name)}: times {self.own(host)} experts a '
+            f'loop it must be at most {most}, the smaller side of the matrix.'
+          )
+
+  def leaves(self, host: Host) -> dict[str, Leaf]:
+    if not getattr(self, host.name):
+      return {}
+    terms = self.lora(host).leaves(host)
+    return {_own(name): leaf for name, leaf in terms.items()} | self.router_leaves(host)
+
+  def sites(self, host: Host) -> int:
+    return len(self._components)
+
+  def apply_at(self, params: Leaves, x, y, place: Place, host: Host):
+    wide = 'experts_a_wide' in params
+    if self.by == 'loop' and not wide:
+      return y + low_rank(x, params['experts_a'], params['experts_b'], place.loop), NO_AUX
+    chosen = self.choose(params, x, place, host)
+    if wide:  # From `prepare`.
+      a_IxEr, b_ErxO = params['experts_a_wide'], params['experts_b_wide']
+    else:
+      a_IxEr, b_ErxO = widen(params['experts_a'], params['experts_b'])
+    a_IxEr, b_ErxO = a_IxEr.astype(x.dtype), b_ErxO.astype(x.dtype)
+    gate_BxLxEr = jnp.repeat(chosen.gate_BxLxE, getattr(self, host.name), axis=-1)
+    inner_BxLxEr = matmul(x, a_IxEr) * gate_BxLxEr.astype(x.dtype)
+    return y + matmul(inner_BxLxEr, b_ErxO), chosen.aux
+
+  def prepare(self, params: Leaves, host: Host, layout: str) -> Leaves:
+    found = {k: v for k, v in params.items() if k not in ('experts_a', 'experts_b')}
+    a_IxEr, b_ErxO = widen(params['experts_a'], params['experts_b'])
+    wide: dict[str, Any] = {'experts_a_wide': a_IxEr, 'experts_b_wide': b_ErxO}
+    return found | (transpose_named(wide, tuple(wide)) if prefers_transposed() else wide)
+
+  def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
+    return self.lora(host).tie(cs_RxIxI, ws_RxIxO, layer, host)
+
+  def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
+    """The loop's own experts as its LoRA: of its singular directions the first r, and so on."""
+    fitted = self.lora(host).fit(base_IxO, target_IxO, c_IxI, position, host)
+    return Fitted({_own(k): v for k, v in fitted.leaves.items()}, fitted.merged_IxO)
+
+  def is_exact(self, host: Host) -> bool:
+    return self.lora(host).is_exact(host)
+
+  def square_norm(self, params: Leaves, host: Host):
+    terms = {f'lora_{n}': params[f'experts_{n}'] for n in ('a', 'b')}
+    return self.lora(host).square_norm(terms, host)
+
+
+def _own(name: str) -> str:
+  """'lora_a' as 'experts_a'."""
+  return name.replace('lora_', 'experts_')
+
+
+def uniform(experts: Experts, leaves: Leaves, host: Host) -> Leaves:
+  """The leaves with all experts merged into one that every token takes, in every loop.
+
+  Each loop then has the same product: the mean over its own number of experts of all of them.
+
+  Args:
+    experts: the relaxation.
+    leaves: of all layers, [N, ...].
+    host: where.
+  """
+  found = dict(leaves)
+  a_NxRxIxs, b_NxRxsxO = (np.asarray(leaves[f'experts_{n}'], np.float32) for n in ('a', 'b'))
+  R, width = a_NxRxIxs.shape[1], a_NxRxIxs.shape[-1]
+  for n in range(a_NxRxIxs.shape[0]):
+    mean_IxO = np.einsum('ris,rso->io', a_NxRxIxs[n], b_NxRxsxO[n]) / R
+    a_Ixs, b_sxO, _ = least_squares.truncated_svd(mean_IxO, width)
+    for leaf, value in (('experts_a', a_Ixs), ('experts_b', b_sxO)):
+      merged = np.array(found[leaf])
+      merged[n] = np.asarray(value)[None]
+      found[leaf] = merged
+  return found
