@@ -10,10 +10,7 @@ B batch, L length, H heads, G kv groups, Dh head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import contextlib
-import contextvars
 import functools
-import os
 from typing import Any, Literal
 
 import jax
@@ -21,42 +18,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from rrt.errors import InputError
 from rrt.ops.attention import attend_causal, visible
 from rrt.ops.backend import backend
+from rrt.ops.choice import Choice
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
 _BLOCK = 512  # Most queries, and keys, of a tile of splash attention.
 _LANES = 128  # What its tiles are multiples of.
-_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar('attention', default=None)
-
-
-@contextlib.contextmanager
-def using(implementation: str):
-  """Programs traced inside use this implementation, 'splash' compiled for TPUs even on a CPU.
-
-  Raises:
-    InputError: there is no such implementation.
-  """
-  token = _choice.set(_checked(implementation))
-  try:
-    yield
-  finally:
-    _choice.reset(token)
-
-
-def _checked(implementation: str) -> str:
-  if implementation not in IMPLEMENTATIONS:
-    raise InputError(f'attention={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}.')
-  return implementation
-
-
-def chosen() -> str:
-  """What `using` or RRT_ATTENTION asks for, else the backend's own."""
-  asked = _choice.get() or _checked(os.environ.get('RRT_ATTENTION', 'auto'))
-  if asked != 'auto':
-    return asked
-  return {'tpu': 'splash', 'gpu': 'cudnn'}.get(backend(), 'xla')
+CHOICE = Choice(
+  'attention',
+  'RRT_ATTENTION',
+  IMPLEMENTATIONS,
+  lambda: {'tpu': 'splash', 'gpu': 'cudnn'}.get(backend(), 'xla'),
+)
+using, chosen = CHOICE.using, CHOICE.chosen
 
 
 def attend_batch(

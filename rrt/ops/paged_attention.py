@@ -13,23 +13,25 @@ B rows, G kv groups, M queries a group, Dh head size, P pages, C positions of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import contextlib
-import contextvars
 import functools
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rrt.errors import InputError
 from rrt.ops.attention import softcap
 from rrt.ops.backend import backend
+from rrt.ops.choice import Choice
 
 IMPLEMENTATIONS = ('auto', 'xla', 'pallas')
 HIDDEN = -1e30
-_choice: contextvars.ContextVar[str | None] = contextvars.ContextVar('pages', default=None)
+CHOICE = Choice(
+  'paged attention',
+  'RRT_PAGED_ATTENTION',
+  IMPLEMENTATIONS,
+  lambda: 'pallas' if backend() == 'tpu' else 'xla',
+)
+using, chosen = CHOICE.using, CHOICE.chosen
 
 
 class LivePages(NamedTuple):
@@ -48,36 +50,6 @@ class LivePages(NamedTuple):
   end: jax.Array
   first: jax.Array
   last: jax.Array
-
-
-@contextlib.contextmanager
-def using(implementation: str) -> Iterator[None]:
-  """Programs traced inside use this implementation.
-
-  Raises:
-    InputError: there is no such implementation.
-  """
-  token = _choice.set(_checked(implementation))
-  try:
-    yield
-  finally:
-    _choice.reset(token)
-
-
-def _checked(implementation: str) -> str:
-  if implementation not in IMPLEMENTATIONS:
-    raise InputError(
-      f'paged attention={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}.'
-    )
-  return implementation
-
-
-def chosen() -> str:
-  """'xla' or 'pallas': what `using` or RRT_PAGED_ATTENTION asks for, else the backend's own."""
-  asked = _choice.get() or _checked(os.environ.get('RRT_PAGED_ATTENTION', 'auto'))
-  if asked != 'auto':
-    return asked
-  return 'pallas' if backend() == 'tpu' else 'xla'
 
 
 def attend_pages(q_BxGxMxDh, pool, live: LivePages, cap: float | None = None):
