@@ -17,6 +17,7 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import least_squares
 from rrt.ops.backend import backend
+from rrt.ops.grouped_matmul import grouped_matmul
 from rrt.ops.matmul import (
   TransposedKernel,
   matmul,
@@ -234,8 +235,8 @@ def low_rank_grouped(x_BxLxD, a_RxDxr, b_RxrxF, loop_B, scale=1.0):
   rows_R = L * jnp.sum(loop_B[:, None] == jnp.arange(R)[None, :], 0)
   sizes_R = rows_R.astype(jnp.int32)
   x_NxD = x_BxLxD[order_B].reshape(B * L, D)
-  xa_Nxr = jax.lax.ragged_dot(x_NxD, a_RxDxr.astype(dtype), sizes_R)
-  y_NxF = jax.lax.ragged_dot(xa_Nxr, b_RxrxF.astype(dtype), sizes_R)
+  xa_Nxr = grouped_matmul(x_NxD, a_RxDxr.astype(dtype), sizes_R)
+  y_NxF = grouped_matmul(xa_Nxr, b_RxrxF.astype(dtype), sizes_R)
   back_B = jnp.argsort(order_B, stable=True)
   return _scaled(y_NxF.reshape(B, L, -1)[back_B], scale)
 
