@@ -327,6 +327,7 @@ def is_exact(config: ModelConfig, convert: ConvertConfig) -> bool:
   fits = convert.relax_init == 'fit'
   full = fits and all(
     any(r.is_exact(host) for r in config.relax if r.site == 'linear')
+    or any(all(r.adopts(host.name, n) for n in range(host.layers)) for r in config.relax)
     for host in hosts_of(config, 'linear')
   )
   if config.loops == 1:

@@ -163,6 +163,16 @@ class ChildWeights:
       The shared weight with the relaxations merged in, [I, O] float32.
     """
     loop, layer = position
+    for relaxation in self.config.relax if self._fits else ():
+      if relaxation.adopts(name, layer):
+        if loop == 0:
+          self.shared[name][layer] = target_IxO
+        else:
+          (site,) = relaxation.hosts(self.config)
+          own = self.relax[relaxation.kind, site.path]
+          relaxation.adopt(own, name, position, np.asarray(target_IxO))
+        self.kept[name][position] = 1.0
+        return target_IxO
     host, shared_IxO = self.hosts[name], self.shared[name][layer]
     merged_IxO = shared_IxO if c_IxI is None else jnp.asarray(shared_IxO)
     lacks = bool(np.any(np.asarray(target_IxO) != shared_IxO))

@@ -243,8 +243,11 @@ class Mlp(nn.Module):
 
   def __call__(self, x_BxLxD, place: Place = HERE, pools=None):
     """`pools` are the leaves of pooled relaxations by kind."""
-    y_BxLxD = self.down(self.hidden(x_BxLxD, place), place)
     relaxed = (*self.relaxed, *pooled_of(self.config, pools))
+    h_BxLxF = self.hidden(x_BxLxD, place)
+    for relaxation, host, leaves in relaxed:
+      h_BxLxF = relaxation.apply_hidden(leaves, x_BxLxD, h_BxLxF, place, host)
+    y_BxLxD = self.down(h_BxLxF, place)
     return relax(self, relaxed, x_BxLxD, y_BxLxD, place)
 
   def hidden(self, x_BxLxD, place: Place = HERE):

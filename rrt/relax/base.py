@@ -49,6 +49,7 @@ class Host(NamedTuple):
       heads.
     axes: logical axes of inputs and outputs.
     loops, layers: R and N; N is 1 for the block itself.
+    units, activation, gated: of the model's MLP, for the site 'mlp'.
   """
 
   site: str
@@ -59,6 +60,9 @@ class Host(NamedTuple):
   axes: tuple[str, str]
   loops: int
   layers: int
+  units: int = 0
+  activation: str = ''
+  gated: bool = False
 
 
 class Place(NamedTuple):
@@ -206,6 +210,29 @@ class Relaxation:
     """
     return self.apply(params, x, y, place.loop, host)
 
+  def apply_hidden(self, params: Leaves, x, h, place: Place, host: Host):
+    """The MLP's hidden units h, [B, L, F], relaxed before its down projection; site 'mlp' alone.
+
+    Args:
+      params, x, place, host: as for `apply_at`.
+      h: of the shared MLP.
+    """
+    return h
+
+  def adopts(self, name: str, layer: int) -> bool:
+    """Whether a conversion leaves the parent's weights of a linear to it, by `adopt`."""
+    return False
+
+  def adopt(self, params: Leaves, name: str, position, target_IxO) -> None:
+    """Takes over the parent's weight for a loop after the first; the shared one is the first's.
+
+    Args:
+      params: the leaves as numpy arrays, which are written to.
+      name: of the linear.
+      position: (loop, layer).
+      target_IxO: the weight.
+    """
+
   def balance(self, routes: Mapping[str, jax.Array], host: Host) -> Aux:
     """Losses and statistics of a host that depend on all loops together.
 
@@ -338,7 +365,8 @@ def hosts_of(config, site: str) -> tuple[Host, ...]:
     )
   both = ('embed', 'embed')
   if site == 'mlp':
-    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, *counts),)
+    mlp = c.d_ff, c.activation, c.gated
+    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, *counts, *mlp),)
   if site == 'kv':
     return (Host(site, site, 'attn', c.d_model, kv, ('embed', 'kv'), *counts),)
   return (Host(site, site, '', c.d_model, c.d_model, both, c.loops, 1),)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops import product_keys
 from rrt.ops.matmul import matmul
-from rrt.relax.base import Aux, Host, Leaf, Leaves, Place, Relaxation, at_loop
+from rrt.relax.base import Aux, Host, Leaf, Leaves, Place, at_loop
 from rrt.relax.lora import low_rank
+from rrt.relax.positioned import Positioned
 
 
 class Found(NamedTuple):
@@ -34,14 +35,13 @@ class Found(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup(Relaxation):
+class Lookup(Positioned):
   """A product-key lookup at some layers of the block, into one pool for all of them and all loops.
 
   Queries and keys belong to a layer; a query differs by loop by a bias, and by a low-rank
   term if asked.
 
   Attributes:
-    positions: layers of the block that look up, counted from 0.
     slots: N, a square.
     heads: H, each with keys of its own.
     topk: k, slots a head.
@@ -52,11 +52,8 @@ class Lookup(Relaxation):
     loops: in which loops they look up; () for all.
   """
 
-  site: ClassVar[str] = 'mlp'
-  pooled: ClassVar[bool] = True
   decay: ClassVar[bool] = False
 
-  positions: tuple[int, ...] = (0,)
   slots: int = 65536
   heads: int = 4
   topk: int = 32
@@ -92,13 +89,7 @@ class Lookup(Relaxation):
       )
     if self.key_dim % 2:
       raise InputError(f'{self.kind}.key_dim={self.key_dim}: must be even, for two halves.')
-    layers = hosts[0].layers
-    known = isinstance(self.positions, tuple) and len(set(self.positions)) == len(self.positions)
-    if not known or not self.positions or not all(p in range(layers) for p in self.positions):
-      raise InputError(
-        f'{self.kind}.positions={self.positions!r}: must be layers of the block, each once, from '
-        f'0 to {layers - 1}.'
-      )
+    super().check(hosts)
     if not isinstance(self.loops, tuple) or not all(r in range(hosts[0].loops) for r in self.loops):
       raise InputError(
         f'{self.kind}.loops={self.loops!r}: must be loops, counted from 0 to {hosts[0].loops - 1}, '
@@ -160,36 +151,20 @@ class Lookup(Relaxation):
     weight_TxHxk = jax.nn.softmax(score, -1)
     return Found(index.reshape(B, L, -1), weight_TxHxk.reshape(B, L, -1))
 
-  def apply_at(self, params: Leaves, x, y, place: Place, host: Host):
-    loop, layer = place.loop, place.layer
-    if isinstance(layer, int):
-      if layer not in self.positions:
-        return y, self.aux(jnp.zeros((self.slots,)), host)
-      return self._read_in(params, x, y, loop, self.positions.index(layer), host)
-    positions_M = jnp.asarray(self.positions)
-
-    def here(params, x, y, loop, layer):
-      return jax.lax.cond(
-        jnp.any(positions_M == layer),
-        lambda: self._read_in(params, x, y, loop, jnp.argmax(positions_M == layer), host),
-        lambda: (y, self.aux(jnp.zeros((self.slots,)), host)),
-      )
-
-    # What a branch keeps for the backward pass a scan would stack by layer, the pool with it.
-    return jax.checkpoint(here, prevent_cse=False)(params, x, y, loop, layer)
-
-  def _read_in(self, params: Leaves, x, y, loop, m, host: Host):
-    """`read`, in `loops` alone."""
-    read = lambda: self.read(params, x, y, loop, m, host)
+  def read(self, params: Leaves, x, y, place: Place, m, host: Host):
+    look = lambda: self.look(params, x, y, place.loop, m, host)
     if not self.loops:
-      return read()
-    in_loops = jnp.isin(loop, jnp.asarray(self.loops))
-    if jnp.ndim(loop):  # Rows at several loops.
-      relaxed, aux = read()
+      return look()
+    in_loops = jnp.isin(place.loop, jnp.asarray(self.loops))
+    if jnp.ndim(place.loop):  # Rows at several loops.
+      relaxed, aux = look()
       return jnp.where(in_loops[:, None, None], relaxed, y), aux
-    return jax.lax.cond(in_loops, read, lambda: (y, self.aux(jnp.zeros((self.slots,)), host)))
+    return jax.lax.cond(in_loops, look, lambda: (y, self.nothing(host)))
 
-  def read(self, params: Leaves, x, y, loop, m, host: Host):
+  def nothing(self, host: Host) -> Aux:
+    return self.aux(jnp.zeros((self.slots,)), host)
+
+  def look(self, params: Leaves, x, y, loop, m, host: Host):
     """(the MLP's output y with what is found, Aux), at one of `positions`."""
     raise NotImplementedError
 

@@ -71,7 +71,7 @@ class Memory(Lookup):
       found['memory_out'] = Leaf((M, D), (None, 'norm'), zeros)
     return found
 
-  def read(self, params: Leaves, x, y, loop, m, host: Host):
+  def look(self, params: Leaves, x, y, loop, m, host: Host):
     found = self.find(params, x, loop, m, host)
     B, L, J = found.index_BxLxJ.shape
     flat = lambda z: z.reshape(B * L, J)

@@ -62,7 +62,7 @@ class Peer(Lookup):
     found['peer_experts_down'] = table(nn.initializers.zeros)
     return found
 
-  def read(self, params: Leaves, x, y, loop, m, host: Host):
+  def look(self, params: Leaves, x, y, loop, m, host: Host):
     found = self.find(params, x, loop, m, host)
     B, L, J = found.index_BxLxJ.shape
     index_TxJ, x_TxD = found.index_BxLxJ.reshape(B * L, J), x.reshape(B * L, -1)
