@@ -32,6 +32,7 @@ RULES = (
   ('layers', None),
   ('loops', None),
   ('rank', None),
+  ('expert', None),
   ('norm', None),
   # Tables that are looked up: each device of fsdp has some columns, and keeps them.
   ('slots', None),

@@ -123,7 +123,7 @@ def collect(config: ModelConfig, sown: Any, scanned: bool) -> Aux:
 
 def route_key(relaxation: Relaxation, host: Host) -> str:
   """The name of a host's routes."""
-  return f'{host.path}/{relaxation.kind}'
+  return f'{"mlp" if relaxation.pooled else host.path}/{relaxation.kind}'
 
 
 def _routes(config: ModelConfig, sown: Any, scanned: bool) -> dict[str, dict[str, jax.Array]]:

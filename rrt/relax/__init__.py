@@ -9,10 +9,13 @@ import importlib
 
 _HOMES = {
   'Adapter': 'rrt.relax.adapter',
+  'Bank': 'rrt.relax.bank',
+  'Experts': 'rrt.relax.experts',
   'Gain': 'rrt.relax.gain',
   'Lora': 'rrt.relax.lora',
   'Memory': 'rrt.relax.memory',
   'Peer': 'rrt.relax.peer',
+  'Pool': 'rrt.relax.bank',
   'Relaxation': 'rrt.relax.base',
   'register': 'rrt.relax.registry',
 }

@@ -36,7 +36,7 @@ class Experts(Routed):
   kind: ClassVar[str] = 'experts'
   site: ClassVar[str] = 'linear'
   unmergeable: ClassVar[str] = 'each token chooses its experts'
-  states: ClassVar[tuple[str, ...]] = ('experts_balance', 'experts_temperature')
+  states: ClassVar[tuple[str, ...]] = ('experts_balance', 'experts_start', 'experts_temperature')
 
   q: int = 0
   k: int = 0

@@ -159,9 +159,9 @@ class Lookup(Positioned):
     if jnp.ndim(place.loop):  # Rows at several loops.
       relaxed, aux = look()
       return jnp.where(in_loops[:, None, None], relaxed, y), aux
-    return jax.lax.cond(in_loops, look, lambda: (y, self.nothing(host)))
+    return jax.lax.cond(in_loops, look, lambda: (y, self.nothing(place, host)))
 
-  def nothing(self, host: Host) -> Aux:
+  def nothing(self, place: Place, host: Host) -> Aux:
     return self.aux(jnp.zeros((self.slots,)), host)
 
   def look(self, params: Leaves, x, y, loop, m, host: Host):

@@ -41,7 +41,7 @@ class Positioned(Relaxation):
     """(the MLP's output y relaxed, Aux) at position m, an int or int scalar."""
     raise NotImplementedError
 
-  def nothing(self, host: Host) -> Aux:
+  def nothing(self, place: Place, host: Host) -> Aux:
     """What `read` returns beside y, for a layer that is no position: zeros."""
     raise NotImplementedError
 
@@ -50,7 +50,7 @@ class Positioned(Relaxation):
       place.layer,
       (params, x, y, place),
       lambda m, params, x, y, place: self.read(params, x, y, place, m, host),
-      lambda params, x, y, place: (y, self.nothing(host)),
+      lambda params, x, y, place: (y, self.nothing(place, host)),
     )
 
   def at_position(self, layer, args: tuple[Any, ...], here, elsewhere):

@@ -24,6 +24,8 @@ KINDS: dict[str, str | type[Relaxation]] = {
   'memory': 'rrt.relax.memory:Memory',
   'peer': 'rrt.relax.peer:Peer',
   'experts': 'rrt.relax.experts:Experts',
+  'bank': 'rrt.relax.bank:Bank',
+  'pool': 'rrt.relax.bank:Pool',
 }
 # Names in a block layer that leaves must not take.
 _TAKEN = set('kernel scale bias table attn mlp layers q k v o gate up down'.split())

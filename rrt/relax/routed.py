@@ -89,18 +89,27 @@ class Routed(Relaxation):
       return self.own(host)
     return self.count_experts(host) if self.topk < 0 else self.topk
 
+  def group(self, host: Host):
+    """The loop that each expert belongs to at the start, [E]."""
+    return jnp.arange(self.count_experts(host)) // self.own(host)
+
   def check(self, hosts: tuple[Host, ...]) -> None:
+    R = hosts[0].loops
+    if not isinstance(self.experts, int) or self.experts < 0 or self.experts % R:
+      raise InputError(
+        f'{self.kind}.experts={self.experts!r}: must be a multiple of the {R} loops, or 0 for one '
+        'a loop.'
+      )
+    self.check_router(hosts)
+
+  def check_router(self, hosts: tuple[Host, ...]) -> None:
+    """Raises InputError for a field of the router's that cannot work."""
+
     def need(ok, name, why):
       if not ok:
         raise InputError(f'{self.kind}.{name}={getattr(self, name)!r}: {why}.')
 
     whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
-    R = hosts[0].loops
-    need(
-      whole(self.experts) and self.experts >= 0 and self.experts % R == 0,
-      'experts',
-      f'must be a multiple of the {R} loops, or 0 for one a loop',
-    )
     E = self.count_experts(hosts[0])
     need(
       whole(self.topk) and -1 <= self.topk <= E,
@@ -133,18 +142,15 @@ class Routed(Relaxation):
       if self.balance_by == 'bias':
         found['balance'] = Leaf((E,), (None,), zeros)
     if self.by == 'both':
+      start = lambda key, shape, dtype=jnp.float32: self.start(host).astype(dtype)
+      found['start' if self.anneal else 'prior'] = Leaf((R, E), ('loops', None), start)
       if self.anneal:
         found['temperature'] = Leaf((1,), (None,), nn.initializers.ones)
-      else:
-        start = lambda key, shape, dtype=jnp.float32: self._prior(host).astype(dtype)
-        found['prior'] = Leaf((R, E), ('loops', None), start)
     return {f'{self.kind}_{name}': leaf for name, leaf in found.items()}
 
-  def _prior(self, host: Host):
-    """The prior at the start, [R, E]: expert e belongs to loop e // (E / R)."""
-    E = self.count_experts(host)
-    group_E = jnp.arange(E) // self.own(host)
-    own_RxE = group_E[None] == jnp.arange(host.loops)[:, None]
+  def start(self, host: Host):
+    """The prior at the start, [R, E]."""
+    own_RxE = self.group(host)[None] == jnp.arange(host.loops)[:, None]
     return self.prior * own_RxE.astype(jnp.float32)
 
   def choose(self, params: Leaves, x_BxLxD, place: Place, host: Host) -> Chosen:
@@ -171,9 +177,10 @@ class Routed(Relaxation):
           key = jax.random.fold_in(key, own)
         logits_TxE = routing.noisy(logits_TxE, spread_TxE, key)
     if self.by != 'token':
-      prior_RxE = leaf('prior') if f'{self.kind}_prior' in params else self._prior(host)
-      if f'{self.kind}_temperature' in params:
-        prior_RxE *= leaf('temperature')[None]
+      if self.by == 'loop':
+        prior_RxE = self.start(host)
+      else:
+        prior_RxE = leaf('start') * leaf('temperature')[None] if self.anneal else leaf('prior')
       prior_BxLxE = jnp.broadcast_to(at_loop(prior_RxE, place.loop, 3), (B, L, E))
       logits_TxE += prior_BxLxE.reshape(-1, E)
     bias_E = leaf('balance') if f'{self.kind}_balance' in params else None

@@ -104,7 +104,7 @@ def test_balance_is_pooled_over_the_loops():
   for _, host, _ in relaxed_hosts(c):
     tree = subtree(p['block'], host)
     tree['experts_router'] = jnp.zeros_like(tree['experts_router'])
-    tree['experts_prior'] = jnp.broadcast_to(c.relax[0]._prior(host), tree['experts_prior'].shape)
+    tree['experts_prior'] = jnp.broadcast_to(c.relax[0].start(host), tree['experts_prior'].shape)
   _, aux = logits(c, p, return_aux=True)
   np.testing.assert_allclose(aux.losses['experts/switch'], 0.5, rtol=1e-4)
   np.testing.assert_allclose(aux.stats['experts/usage'], np.full(6, 1 / 6), atol=1e-5)

@@ -1,0 +1,196 @@
+"""Banks of the parent's own MLPs: whole ones, or cut into segments of hidden units.
+
+    y = sum_e gate_e(x, loop) down_e (act(gate_e x) * up_e x)
+
+An MLP is a sum over its hidden units, so that the segments of a loop's own MLP, each with a gate
+of 1, are that MLP: the child starts as its parent. The first loop's segments are the shared MLP's
+units, which are always computed; the bank holds those of the other loops.
+
+`Bank` has whole MLPs (M = 1), one a token. `Pool` has fine-grained segments and sigmoid scores, in
+the manner of DeepSeekMoE (arXiv 2401.06066).
+
+B batch, L length, T = B L tokens, D model, F hidden units, S = F / M units of a segment, P
+positions, R loops, E experts, X = E - M of them in the bank, k experts a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from flax import linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from rrt.errors import InputError
+from rrt.ops.activation import activate
+from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
+from rrt.relax.base import Aux, Host, Leaf, Leaves, Place
+from rrt.relax.positioned import Positioned
+from rrt.relax.routed import Chosen, Routed
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank(Routed, Positioned):
+  """The MLPs of all loops at some layers of the block; see `Routed` for the router's fields.
+
+  Attributes:
+    positions: layers of the block, counted from 0.
+    segments: M, parts of an MLP; must divide its hidden units.
+    always: so many of the first loop's segments are taken by every token, in every loop.
+    experts: E, segments of all loops together; 0 for R M. Fewer come from `rrt.convert.banks`.
+  """
+
+  kind: ClassVar[str] = 'bank'
+  unmergeable: ClassVar[str] = 'each token chooses its experts'
+  states: ClassVar[tuple[str, ...]] = ('bank_balance', 'bank_start', 'bank_temperature')
+
+  segments: int = 1
+  always: int = 0
+
+  def total(self, host: Host) -> int:
+    """E."""
+    return self.experts or host.loops * self.segments
+
+  def count_experts(self, host: Host) -> int:
+    return self.total(host) - self.always
+
+  def own(self, host: Host) -> int:
+    return self.segments - self.always
+
+  def group(self, host: Host):
+    return (jnp.arange(self.total(host)) // self.segments)[self.always :]
+
+  def hosts(self, config) -> tuple[Host, ...]:
+    biased = set(config.biases) & {'gate', 'up', 'down'}
+    if biased or config.weights != 'float':
+      what = 'biases in MLPs' if biased else f'weights={config.weights!r}'
+      raise InputError(f'{self.kind}: a bank of MLPs does not go with {what}.')
+    return super().hosts(config)
+
+  def check(self, hosts: tuple[Host, ...]) -> None:
+    Positioned.check(self, hosts)
+    (host,) = hosts
+    M = self.segments
+    if not isinstance(M, int) or M < 1 or host.units % M:
+      raise InputError(
+        f'{self.kind}.segments={M!r}: must divide the {host.units} hidden units of an MLP.'
+      )
+    E = self.total(host)
+    if not isinstance(E, int) or not M <= E <= host.loops * M:
+      raise InputError(
+        f'{self.kind}.experts={self.experts!r}: must lie between {M}, the segments of the shared '
+        f'MLP, and {host.loops * M}.'
+      )
+    if not isinstance(self.always, int) or not 0 <= self.always < M:
+      raise InputError(
+        f'{self.kind}.always={self.always!r}: must be 0 or more, below segments={M}.'
+      )
+    self.check_router(hosts)
+
+  def leaves(self, host: Host) -> dict[str, Leaf]:
+    P, X = len(self.positions), self.total(host) - self.segments
+    D, S = host.d_in, host.units // self.segments
+    normal = nn.initializers.normal
+    into, out = (None, 'expert', 'embed', 'mlp'), (None, 'expert', 'mlp', 'embed')
+    found = {f'{self.kind}_up': Leaf((P, X, D, S), into, normal(D**-0.5))}
+    if host.gated:
+      found[f'{self.kind}_gate'] = Leaf((P, X, D, S), into, normal(D**-0.5))
+    found[f'{self.kind}_down'] = Leaf((P, X, S, D), out, normal(host.units**-0.5))
+    return found | {
+      name: Leaf((P, *leaf.shape), (None, *leaf.axes), _repeated(leaf.init))
+      for name, leaf in self.router_leaves(host).items()
+    }
+
+  def start(self, host: Host):
+    """Until `adopt` opens them, all loops have the first's segments: the shared MLP."""
+    first_E = (self.group(host) == 0).astype(jnp.float32)
+    return self.prior * jnp.broadcast_to(first_E[None], (host.loops, len(first_E)))
+
+  def adopts(self, name: str, layer: int) -> bool:
+    return name in ('gate', 'up', 'down') and layer in self.positions
+
+  def adopt(self, params: Leaves, name: str, position, target_IxO) -> None:
+    loop, layer = position
+    M, m = self.segments, self.positions.index(layer)
+    # [I, M S] or [M S, O], as [M, I, S] or [M, S, O].
+    if name == 'down':
+      parts = target_IxO.reshape(M, -1, target_IxO.shape[1])
+    else:
+      parts = target_IxO.reshape(target_IxO.shape[0], M, -1).swapaxes(0, 1)
+    params[f'{self.kind}_{name}'][m, (loop - 1) * M : loop * M] = parts
+    for prior in (f'{self.kind}_prior', f'{self.kind}_start'):
+      if prior in params:
+        experts_E = np.arange(params[prior].shape[-1]) + self.always
+        params[prior][m, loop] = self.prior * (experts_E // M == loop)
+
+  def choose_at(self, params: Leaves, x, place: Place, m, host: Host) -> Chosen:
+    """`choose` at position m, experts counted with those that every token takes."""
+    router = self.router_leaves(host)
+    chosen = self.choose({name: params[name][m] for name in router}, x, place, host)
+    gate_BxLxE = jnp.pad(chosen.gate_BxLxE, ((0, 0), (0, 0), (self.always, 0)), constant_values=1.0)
+    return chosen._replace(gate_BxLxE=gate_BxLxE, index_BxLxk=chosen.index_BxLxk + self.always)
+
+  def apply_hidden(self, params: Leaves, x, h, place: Place, host: Host):
+    def gated(m, params, x, h, place):
+      gate_BxLxM = self.choose_at(params, x, place, m, host).gate_BxLxE[..., : self.segments]
+      gate_BxLxF = jnp.repeat(gate_BxLxM, host.units // self.segments, axis=-1)
+      return h * gate_BxLxF.astype(h.dtype)
+
+    args = (params, x, h, place)
+    return self.at_position(place.layer, args, gated, lambda params, x, h, place: h)
+
+  def read(self, params: Leaves, x, y, place: Place, m, host: Host):
+    chosen = self.choose_at(params, x, place, m, host)
+    B, L, D = x.shape
+    M, X = self.segments, self.total(host) - self.segments
+    if not X:
+      return y, chosen.aux
+    leaf = lambda name: params[f'{self.kind}_{name}'][m].astype(x.dtype)
+    index_TxK = chosen.index_BxLxk.reshape(B * L, -1)
+    k = index_TxK.shape[1]
+    # The shared MLP's segments come behind all groups, where products are zero.
+    expert_N = jnp.where(index_TxK < M, X, index_TxK - M).reshape(-1)
+    order_N, sizes_E = sorted_by(expert_N, X + 1)
+    x_NxD = x.reshape(B * L, D)[order_N // k]
+    product = lambda rows, name: grouped_matmul(rows, leaf(name), sizes_E[:X])
+    h_NxS = activate(product(x_NxD, 'gate' if host.gated else 'up'), host.activation)
+    if host.gated:
+      h_NxS *= product(x_NxD, 'up')
+    weight_N = chosen.weight_BxLxk.reshape(-1)[order_N].astype(x.dtype)
+    out_NxD = product(h_NxS, 'down') * weight_N[:, None]
+    out_TxD = jnp.zeros((B * L, D), x.dtype).at[order_N // k].add(out_NxD)
+    return y + out_TxD.reshape(B, L, D), chosen.aux
+
+  def nothing(self, place: Place, host: Host) -> Aux:
+    if self.by == 'loop' or jnp.ndim(place.loop):
+      return Aux()
+    E, R = self.count_experts(host), host.loops
+    zeros = {'load': jnp.zeros((R, E)), 'prob': jnp.zeros((E,)), 'z': jnp.zeros(())}
+    return Aux(routes=zeros)
+
+  def balance(self, routes, host: Host) -> Aux:
+    return super().balance(self._at_positions(routes), host)
+
+  def after_step(self, params: Leaves, routes, host: Host) -> Leaves:
+    return super().after_step(params, self._at_positions(routes), host)
+
+  def _at_positions(self, routes):
+    return {name: value[jnp.asarray(self.positions)] for name, value in routes.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool(Bank):
+  """A `Bank` of fine-grained segments, chosen by sigmoid scores."""
+
+  kind: ClassVar[str] = 'pool'
+  states: ClassVar[tuple[str, ...]] = ('pool_balance', 'pool_start', 'pool_temperature')
+
+  segments: int = 8
+  score: str = 'sigmoid'
+  balance_by: str = 'bias'
+
+
+def _repeated(init):
+  """An initializer of one position's array, for all positions."""
+  return lambda key, shape, dtype=jnp.float32: jnp.broadcast_to(init(key, shape[1:], dtype), shape)
