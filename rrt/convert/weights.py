@@ -171,7 +171,8 @@ class ChildWeights:
           (site,) = relaxation.hosts(self.config)
           own = self.relax[relaxation.kind, site.path]
           relaxation.adopt(own, name, position, np.asarray(target_IxO))
-        self.kept[name][position] = 1.0
+        if name in self.kept:
+          self.kept[name][position] = 1.0
         return target_IxO
     host, shared_IxO = self.hosts[name], self.shared[name][layer]
     merged_IxO = shared_IxO if c_IxI is None else jnp.asarray(shared_IxO)
