@@ -60,7 +60,7 @@ _ROWS = flags.DEFINE_list('rows', None, 'Names of the rows to make; all by defau
 _TABLE = flags.DEFINE_enum('table', 'parameters', ['parameters', 'flops'], 'What all rows share.')
 _TRAINED = flags.DEFINE_integer('trained', 10_000_000, 'Trained parameters of --table=parameters.')
 _SLOTS = flags.DEFINE_integer('slots', 16384, 'Of the memory that --table=flops goes by.')
-_EPOCHS = flags.DEFINE_integer('epochs', 20, 'Passes over the sentences.')
+_EPOCHS = flags.DEFINE_integer('epochs', 12, 'Passes over the sentences.')
 _BATCH = flags.DEFINE_integer('batch', 4, 'Rows of 128 tokens of a step.')
 _RATE = flags.DEFINE_float('learning_rate', 5e-4, 'The peak; see RATES.')
 _TEXT = flags.DEFINE_string('text', None, 'Other text: what is forgotten.')
@@ -70,7 +70,7 @@ _TOP = flags.DEFINE_integer('top', 1000, 'Slots of the sparse rows.')
 _SPEED = flags.DEFINE_bool('speed', False, 'Measure decoding; the machine must be idle.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of models, table.json and facts.svg.')
 # Of the learning rate, by kind; tables have ten times as much again.
-RATES = {'memory': 4.0, 'peer': 4.0}
+RATES = {'memory': 4.0, 'peer': 4.0, 'wider': 4.0}
 # The rows that go on from a trained row, with a fourth as many facts of another world.
 THEN = {
   'new facts in top slots': ('memory in all loops', 'memory'),

@@ -217,7 +217,8 @@ def fit_layer(
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
         ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
-        target_IxO = _fit_position(weights, name, position, cs_RxIxI, ws_RxIxO, steps)
+        args = weights, name, position, cs_RxIxI, ws_RxIxO, steps
+        target_IxO = _fit_position(*args, _inputs(weights, name, xs))
       else:
         target_IxO = weights.round_own(depth, name, target_IxO)
       set_kernel(layer, name, target_IxO)
@@ -297,7 +298,18 @@ def _helps(activations: LayerActivations, old_BxLxD, new_BxLxD, goal_BxLxD) -> b
   return gain > 0
 
 
-def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, steps):
+def _inputs(weights: ChildWeights, name: str, xs):
+  """Inputs to fit on and to check on, [T, I] each, for relaxations that need them."""
+  if not any(r.fits_inputs for r in weights.config.relax if r.leaves(weights.hosts[name])):
+    return None
+  flat = lambda some: jnp.concatenate([jnp.asarray(x).reshape(-1, x.shape[-1]) for x in some])
+  last = len(xs) - 1
+  checked = [x for i, x in enumerate(xs) if _is_checked(i, last)]
+  fitted = [x for i, x in enumerate(xs) if not _is_checked(i, last)]
+  return (flat(fitted), flat(checked)) if fitted and checked else None
+
+
+def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, steps, inputs=None):
   """Fits one linear at a position towards ws[0]; at its first loop W' as well."""
   r, n = position
   if r == 0:
@@ -309,4 +321,4 @@ def _fit_position(weights: ChildWeights, name, position, cs_RxIxI, ws_RxIxO, ste
     weights.shared[name][n] = shared_IxO
     if weights.config.weights != 'float':
       round_shared(weights, name, n, cs_RxIxI, ws_RxIxO)
-  return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0]))
+  return jnp.asarray(weights.fit(name, position, ws_RxIxO[0], cs_RxIxI[0], inputs))

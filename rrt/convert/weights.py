@@ -150,7 +150,7 @@ class ChildWeights:
       self.norms[f'{host.path}/bias'][position[1]][position[0]] = 0
     return jnp.asarray(self.fit(name, position, np.zeros((host.d_in, host.d_out)), c_IxI))
 
-  def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None):
+  def fit(self, name: str, position: tuple[int, int], target_IxO, c_IxI=None, inputs=None):
     """Fits the relaxations of one linear at one position, in their order.
 
     Args:
@@ -158,6 +158,7 @@ class ChildWeights:
       position: (loop, layer).
       target_IxO: the weight to stand for.
       c_IxI: covariance of the inputs; None for the identity.
+      inputs: (those to fit on, those to check on), [T, I] each; None for none.
 
     Returns:
       The shared weight with the relaxations merged in, [I, O] float32.
@@ -182,8 +183,11 @@ class ChildWeights:
         continue
       fitted = relaxation.fit(merged_IxO, target_IxO, c_IxI, position, host)
       if fitted is not None:
+        own = self.relax[relaxation.kind, host.path]
         for leaf, value in fitted.leaves.items():
-          self.relax[relaxation.kind, host.path][leaf][layer, loop] = value
+          own[leaf][layer, loop] = value
+        if inputs is not None:
+          relaxation.fit_inputs(own, inputs, merged_IxO, target_IxO, position, host)
         merged_IxO = fitted.merged_IxO
     if name in self.kept:
       kept = energy(target_IxO - merged_IxO, c_IxI) / max(

@@ -162,6 +162,11 @@ class Relaxation:
   rates: ClassVar[Mapping[str, float]] = {}
 
   @property
+  def fits_inputs(self) -> bool:
+    """Whether `fit_inputs` does anything."""
+    return False
+
+  @property
   def leads(self) -> bool:
     """Whether a conversion puts it in front of the low-rank term."""
     return False
@@ -333,6 +338,15 @@ class Relaxation:
       host: where.
     """
     return None
+
+  def fit_inputs(self, params: Leaves, inputs, base_IxO, target_IxO, position, host: Host) -> None:
+    """Fits what needs the inputs themselves, not their covariance alone; called after `fit`.
+
+    Args:
+      params: the leaves of all layers as numpy arrays, which are written to.
+      inputs: (those to fit on, others on which it must beat `fit`), [T, I] each.
+      base_IxO, target_IxO, position, host: as for `fit`.
+    """
 
   def is_exact(self, host: Host) -> bool:
     """Whether `fit` reaches any target at every position."""

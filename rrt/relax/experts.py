@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.ops import least_squares
+from rrt.ops import clusters, least_squares
 from rrt.ops.matmul import matmul, prefers_transposed, transpose_named
 from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Place
 from rrt.relax.lora import Lora, low_rank, widen
@@ -31,6 +31,8 @@ class Experts(Routed):
 
   Attributes:
     q, k, v, o, gate, up, down: rank of one expert; 0 leaves the linear without experts.
+    clusters: with topk=1, a conversion clusters the calibration text by what the shared weight
+      gets wrong and fits an expert and the router to each cluster (`rrt.ops.clusters`).
   """
 
   kind: ClassVar[str] = 'experts'
@@ -45,6 +47,7 @@ class Experts(Routed):
   gate: int = 0
   up: int = 0
   down: int = 0
+  clusters: bool = False
 
   @property
   def _components(self) -> tuple[str, ...]:
@@ -54,6 +57,10 @@ class Experts(Routed):
     """The per-loop LoRA that a host starts as."""
     return Lora(**{host.name: getattr(self, host.name) * self.own(host)})
 
+  def active(self, host: Host) -> Lora:
+    """The part of it that a token takes at the start."""
+    return Lora(**{host.name: getattr(self, host.name) * min(self.taken(host), self.own(host))})
+
   def check(self, hosts: tuple[Host, ...]) -> None:
     super().check(hosts)
     for name in LINEAR_AXES:
@@ -62,6 +69,13 @@ class Experts(Routed):
         raise InputError(f'experts.{name}={rank!r}: must be a whole number, 0 or more.')
     if not self._components:
       raise InputError('experts: no linear has a rank; give one, such as experts:gate=8,up=8.')
+    fits = self.by == 'both' and self.topk == 1 and self.own(hosts[0]) > 1
+    if self.clusters and (not fits or self.anneal or self.balance_by == 'bias'):
+      raise InputError(
+        'experts.clusters=True: needs two experts a loop or more of which a token takes one '
+        '(topk=1), by=both, a learned prior (anneal=0), and balance_by other than bias. Where a '
+        'token takes all experts of its loop, plain LoRA is the best start there is.'
+      )
     for host in hosts:
       if getattr(self, host.name):
         most = min(host.d_in, host.d_out)
@@ -101,15 +115,42 @@ class Experts(Routed):
     return found | (transpose_named(wide, tuple(wide)) if prefers_transposed() else wide)
 
   def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
-    return self.lora(host).tie(cs_RxIxI, ws_RxIxO, layer, host)
+    return self.active(host).tie(cs_RxIxI, ws_RxIxO, layer, host)
 
   def fit(self, base_IxO, target_IxO, c_IxI, position, host: Host) -> Fitted:
     """The loop's own experts as its LoRA: of its singular directions the first r, and so on."""
     fitted = self.lora(host).fit(base_IxO, target_IxO, c_IxI, position, host)
-    return Fitted({_own(k): v for k, v in fitted.leaves.items()}, fitted.merged_IxO)
+    part = self.active(host)
+    merged_IxO = fitted.merged_IxO
+    if part != self.lora(host):
+      merged_IxO = part.fit(base_IxO, target_IxO, c_IxI, position, host).merged_IxO
+    return Fitted({_own(k): v for k, v in fitted.leaves.items()}, merged_IxO)
+
+  @property
+  def fits_inputs(self) -> bool:
+    return self.clusters
+
+  def fit_inputs(self, params: Leaves, inputs, base_IxO, target_IxO, position, host: Host) -> None:
+    """Experts of clusters of tokens, where they beat LoRA of one expert's rank; else copies of it."""
+    fit_TxI, checked_TxI = inputs
+    (loop, layer), C, r = position, self.own(host), getattr(self, host.name)
+    rest_IxO = jnp.asarray(target_IxO - base_IxO)
+    c_IxI = least_squares.damp(fit_TxI.T @ fit_TxI / len(fit_TxI), 1e-2)
+    a_Ixr, b_rxO, _ = least_squares.low_rank(c_IxI, rest_IxO, r, r)
+    found = clusters.fit(fit_TxI, rest_IxO, C, r)
+    own = slice(loop * C, loop * C + C)
+    if clusters.improves(found, checked_TxI, rest_IxO, a_Ixr @ b_rxO):
+      a_Ixs, b_sxO = np.concatenate(found.a_CxIxr, 1), np.concatenate(found.b_CxrxO, 0)
+      params['experts_router'][layer][:, own] = found.router_IxC
+      # The other loops' experts are out of reach of any input.
+      params['experts_prior'][layer, loop, own] = 100.0 + np.asarray(found.bias_C)
+    else:  # The first directions of what `fit` found are the best of their number.
+      a_Ixs = np.tile(params['experts_a'][layer, loop][:, :r], (1, C))
+      b_sxO = np.tile(params['experts_b'][layer, loop][:r], (C, 1))
+    params['experts_a'][layer, loop], params['experts_b'][layer, loop] = a_Ixs, b_sxO
 
   def is_exact(self, host: Host) -> bool:
-    return self.lora(host).is_exact(host)
+    return self.active(host).is_exact(host)
 
   def square_norm(self, params: Leaves, host: Host):
     terms = {f'lora_{n}': params[f'experts_{n}'] for n in ('a', 'b')}

@@ -187,7 +187,7 @@ class Routed(Relaxation):
     k = self.taken(host)
     routes = routing.route(logits_TxE, k, self.score, self.normalise, bias_E)
     # So that the loop's own experts begin with a gate of 1.
-    scale = 1 / jax.nn.sigmoid(self.prior) if self.normalise == 'none' else self.own(host)
+    scale = 1 / jax.nn.sigmoid(self.prior) if self.normalise == 'none' else min(k, self.own(host))
     routes = routes._replace(gate_Txk=routes.gate_Txk * scale)
     aux = NO_AUX
     if not jnp.ndim(place.loop) and self.by != 'loop':

@@ -13,6 +13,7 @@ from rrt.errors import InputError
 from rrt.models import lm_head, transformer
 from rrt.models.count import count_params
 from rrt.models.relaxed import after_step, route_key
+from rrt.ops import clusters
 from rrt.relax.base import Place
 from rrt.relax.experts import Experts, uniform
 from rrt.relax.lora import Lora
@@ -230,3 +231,30 @@ def test_counts():
 def test_refusals(fields, message):
   with pytest.raises(InputError, match=message):
     config(**fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('helps', [False, True])
+def test_clusters_fall_back_to_lora_of_an_experts_rank(helps, monkeypatch):
+  """Position by position; with clusters a token takes one of its loop's experts, by its input."""
+  monkeypatch.setattr(clusters, 'improves', lambda *_: helps)
+  text = list(np.random.default_rng(0).integers(0, runs.PARENT.vocab_size, 4096))
+  made = {}
+  for name, relax in (
+    ('clusters', 'experts:experts=4,topk=1,clusters=true,up=2,down=2,q=2'),
+    ('lora', 'lora:up=2,down=2,q=2'),
+  ):
+    made[name], _ = to_recursive(
+      runs.parent(), prelude=1, coda=1, init='calibrated', rank=0, relax=(relax,), calibration=text
+    )
+  got, aux = logits(made['clusters'].config, made['clusters'].params, return_aux=True)
+  want, _ = logits(made['lora'].config, made['lora'].params)
+  assert np.allclose(got, want, atol=1e-4) != helps
+  # The first of a loop's experts alone, or both.
+  used = np.asarray(aux.stats['experts/usage']) > 0
+  assert list(used) == ([True] * 4 if helps else [True, False, True, False])
+
+
+def test_clusters_are_for_one_expert_a_token():
+  with pytest.raises(InputError, match=r'topk=1.*plain LoRA is the best start'):
+    config(experts=6, q=2, clusters=True)
