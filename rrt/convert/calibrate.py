@@ -300,7 +300,7 @@ def _helps(activations: LayerActivations, old_BxLxD, new_BxLxD, goal_BxLxD) -> b
 
 def _inputs(weights: ChildWeights, name: str, xs):
   """Inputs to fit on and to check on, [T, I] each, for relaxations that need them."""
-  if not any(r.fits_inputs for r in weights.config.relax if r.leaves(weights.hosts[name])):
+  if not any(r.fits_inputs and r.leaves(weights.hosts[name]) for r in weights.config.relax):
     return None
   flat = lambda some: jnp.concatenate([jnp.asarray(x).reshape(-1, x.shape[-1]) for x in some])
   last = len(xs) - 1

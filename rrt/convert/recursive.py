@@ -20,12 +20,19 @@ import numpy as np
 
 from rrt import console
 from rrt.config import ModelConfig
+from rrt.convert import banks, calibration_data, drop, rank_budget, search, select, size
 from rrt.convert import calibrate as calibrate_lib
-from rrt.convert import calibration_data, drop, rank_budget, search, select, size
 from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_added_loops, with_relaxations
-from rrt.convert.report import Report, count_arrays, cross_entropy, identity_error, start_report
+from rrt.convert.report import (
+  Report,
+  count_arrays,
+  cross_entropy,
+  identity_error,
+  remade,
+  start_report,
+)
 from rrt.convert.rounding import round_shared
 from rrt.convert.weights import ChildWeights
 from rrt.errors import InputError
@@ -155,8 +162,23 @@ def _make(
       untied, convert.without_loops(), fit_BxL, held_out_BxL, seed, steps, progress
     )
     child = add_loops(vanilla, with_added_loops(vanilla.config, convert), seed)
-    return child, _with_loops(report, untied, child, convert)
-  job = _Job(untied, plan(untied.config, convert), convert, seed, steps, progress, fit_BxL)
+    return child, remade(report, untied.config, child, convert.init, kept={})
+  config, few = plan(untied.config, convert), banks.wanted(convert.relaxations())
+  if few:  # All are made, and the likest merged.
+    whole, report = _make(
+      untied,
+      convert.replace(relax=banks.whole(convert.relaxations())),
+      fit_BxL,
+      held_out_BxL,
+      seed,
+      steps,
+      progress,
+    )
+    child = banks.reduced(whole, few, fit_BxL if fit_BxL.size else None)
+    nats = cross_entropy(child, held_out_BxL) if held_out_BxL.size else None
+    changes = dict(exact=False, nll_child_nats=nats)
+    return child, remade(report, untied.config, child, convert.init, **changes)
+  job = _Job(untied, config, convert, seed, steps, progress, fit_BxL)
   weights = job.calibrated() if _fits(job.config, job.convert) else job.selected()
   config, params = weights.config, weights.to_params(untied.params)
   report = start_report(untied.config, config, convert.init)
@@ -172,22 +194,6 @@ def _make(
     report.nll_child_nats = cross_entropy(child, held_out_BxL)
     report.held_out_tokens = held_out_BxL.size - len(held_out_BxL)
   return child, report
-
-
-def _with_loops(
-  report: Report, untied: LanguageModel, child: LanguageModel, convert: ConvertConfig
-) -> Report:
-  """The report of a vanilla model, as that of the one with closed loops, which is no other."""
-  new = start_report(untied.config, child.config, convert.init)
-  return dataclasses.replace(
-    report,
-    shape=new.shape,
-    ranks=new.ranks,
-    relaxations=new.relaxations,
-    params=new.params,
-    params_counted=count_arrays(child.config, child.params),
-    kept={},
-  )
 
 
 def _search(

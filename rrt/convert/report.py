@@ -149,6 +149,22 @@ def start_report(parent: ModelConfig, child: ModelConfig, init: str) -> Report:
   )
 
 
+def remade(
+  report: Report, parent: ModelConfig, child: LanguageModel, init: str, **changes: Any
+) -> Report:
+  """The report of a child as that of another one that was made of it."""
+  new = start_report(parent, child.config, init)
+  return dataclasses.replace(
+    report,
+    shape=new.shape,
+    ranks=new.ranks,
+    relaxations=new.relaxations,
+    params=new.params,
+    params_counted=count_arrays(child.config, child.params),
+    **changes,
+  )
+
+
 def _ranks(config: ModelConfig) -> dict[str, Any]:
   ranks: dict[str, Any] = {}
   for name, table_RxN in ranks_of(config).items():

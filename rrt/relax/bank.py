@@ -108,7 +108,7 @@ class Bank(Routed, Positioned):
     return self.prior * jnp.broadcast_to(first_E[None], (host.loops, len(first_E)))
 
   def adopts(self, name: str, layer: int) -> bool:
-    return name in ('gate', 'up', 'down') and layer in self.positions
+    return not self.experts and name in ('gate', 'up', 'down') and layer in self.positions
 
   def adopt(self, params: Leaves, name: str, position, target_IxO) -> None:
     loop, layer = position
