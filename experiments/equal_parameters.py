@@ -171,7 +171,7 @@ def main(_) -> None:
       trained = f'{_STEPS.value}_steps_seed_{seed}'
       if f'nats_{trained}' in row and not _TASK_DATA.value:
         continue
-      workdir = out / _folder(name) / trained
+      workdir = out / folder(name) / trained
       run = uptrain(parent, start, recipe(start, seed), workdir)
       if run.stopped:
         raise SystemExit(128 + run.stopped)
@@ -182,7 +182,8 @@ def main(_) -> None:
   console.finish(table)
 
 
-def _folder(name: str) -> str:
+def folder(name: str) -> str:
+  """A row's directory."""
   return ''.join(ch if ch.isalnum() else '_' for ch in name)
 
 
@@ -190,7 +191,7 @@ def _start(
   name: str, convert: ConvertConfig | None, parent: LanguageModel, out: Path
 ) -> LanguageModel:
   """The child before training, made once."""
-  where = out / _folder(name) / 'start'
+  where = out / folder(name) / 'start'
   if convert is None:
     return parent
   if is_native(where):
