@@ -17,8 +17,10 @@ import numpy as np
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
+from rrt.ops.mesh_axes import ROWS, row_count
+from rrt.relax.trees import relaxed_hosts
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'expert', 'tensor')
 _AUTO = (AxisType.Auto,) * len(AXES)
 WHOLE = 1 << 20  # Bytes of float32 that may be whole on every device of fsdp.
 
@@ -32,13 +34,13 @@ RULES = (
   ('layers', None),
   ('loops', None),
   ('rank', None),
-  ('expert', None),
+  ('expert', 'expert'),
   ('norm', None),
   # Tables that are looked up: each device of fsdp has some columns, and keeps them.
   ('slots', None),
   ('values', 'fsdp'),
   # Activations.
-  ('batch', ('data', 'fsdp')),
+  ('batch', ROWS),
   ('length', None),
   ('act_embed', None),
   ('act_heads', 'tensor'),
@@ -96,7 +98,7 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh with the axes data, fsdp and tensor.
+  """A mesh with the axes data, fsdp, expert and tensor; rows are split over the first three.
 
   Args:
     sizes: devices by axis; absent axes are 1; one may be -1 for all remaining
@@ -166,13 +168,13 @@ def row_groups(mesh: Mesh, batch: int | None = None) -> tuple[int, int]:
 
   Args:
     mesh: of all processes.
-    batch: rows of the global batch; by default one for each device of data and fsdp.
+    batch: rows of the global batch; by default one for each device that has rows of its own.
 
   Raises:
     InputError: a batch whose rows no process can feed in one piece.
   """
-  count = mesh.shape['data'] * mesh.shape['fsdp']
-  rows, total = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))), batch or count
+  count = row_count(mesh.shape)
+  rows, total = NamedSharding(mesh, PartitionSpec(ROWS)), batch or count
   held = [s or (slice(None),) for s in rows.addressable_devices_indices_map((total,)).values()]
   parts = sorted({(s[0].start or 0, total if s[0].stop is None else s[0].stop) for s in held})
   size = sum(stop - start for start, stop in parts)
@@ -188,18 +190,32 @@ def row_groups(mesh: Mesh, batch: int | None = None) -> tuple[int, int]:
 def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh, batch: int = 0):
   """Raises InputError if a mesh axis does not divide the dimension that it shards."""
   tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
-  rows = mesh.shape['data'] * fsdp
+  rows, experts = row_count(mesh.shape), mesh.shape.get('expert', 1)
   for axis, size, field, value in (
     ('tensor', tensor, 'num_heads', config.num_heads),
     ('tensor', tensor, 'num_kv_heads', config.num_kv_heads),
     ('tensor', tensor, 'd_ff', config.d_ff),
     ('tensor', tensor, 'vocab_size', config.vocab_size),
     ('fsdp', fsdp, 'd_model', config.d_model),
-    ('data * fsdp', rows, 'batch', batch),
+    (' * '.join(ROWS), rows, 'batch', batch),
   ):
     if value % size:
       raise InputError(
         f'mesh axis {axis}={size} does not divide {field}={value}; choose a size that does.'
+      )
+  sharded = [
+    leaf.shape[leaf.axes.index('expert')]
+    for _, _, leaves in relaxed_hosts(config)
+    for leaf in leaves.values()
+    if 'expert' in leaf.axes
+  ]
+  if experts > 1 and not sharded:
+    raise InputError(f'mesh.expert={experts}: the model has no experts to split; leave it at 1.')
+  for count in sharded:
+    if count % experts:
+      raise InputError(
+        f'mesh axis expert={experts} does not divide the {count} experts of the bank; choose a '
+        'size that does.'
       )
 
 

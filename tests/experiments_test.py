@@ -106,9 +106,9 @@ def test_builds(name):
     assert child.depth == parent.depth
     assert (child.loops > 1) == (name != 'baseline_parent')
   mesh = jax.make_mesh(
-    (1, 1, 1),
-    ('data', 'fsdp', 'tensor'),
-    (jax.sharding.AxisType.Auto,) * 3,
+    (1,) * 4,
+    ('data', 'fsdp', 'expert', 'tensor'),
+    (jax.sharding.AxisType.Auto,) * 4,
     devices=jax.devices()[:1],
   )
   setup.check(recipe, parent, child, mesh)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from rrt.ops.backend import backend
+from rrt.ops.mesh_axes import row_axes
 
 # Tokens that are worked on at a time: one row each is held, and their sums stay in a cache.
 _SLAB = 256
@@ -58,8 +59,7 @@ def _by_columns(local, is_bag: bool, values_NxD, index_TxJ, other):
   group = sizes.get('fsdp', 1)
   if group == 1:
     return local(values_NxD, index_TxJ, other)
-  rows = tuple(axis for axis in ('data', 'fsdp') if axis in sizes)
-  of_token = PartitionSpec(rows, None)
+  of_token = PartitionSpec(row_axes(), None)
   gather = functools.partial(jax.lax.all_gather, axis_name='fsdp', axis=0, tiled=True)
 
   def run(values, index, other):

@@ -21,6 +21,7 @@ import numpy as np
 from rrt.ops.attention import attend_causal, visible
 from rrt.ops.backend import backend
 from rrt.ops.choice import Choice
+from rrt.ops.mesh_axes import row_axes
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'cudnn')
 _BLOCK = 512  # Most queries, and keys, of a tile of splash attention.
@@ -126,7 +127,7 @@ def splash(
     segments_BxL = jnp.zeros(q_BxLxHxDh.shape[:2], jnp.int32)
   sizes = jax.sharding.get_abstract_mesh().shape
   if max(sizes.values(), default=1) > 1:
-    rows = tuple(axis for axis in ('data', 'fsdp') if axis in sizes)
+    rows = row_axes()
     heads = 'tensor' if 'tensor' in sizes else None
     spec = PartitionSpec(rows, None, heads, None)
     run = jax.shard_map(

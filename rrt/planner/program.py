@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rrt.config import ModelConfig
 from rrt.models.init import abstract_params
 from rrt.ops.backend import compiling_for
+from rrt.ops.mesh_axes import ROWS
 from rrt.train import step as step_lib
 from rrt.train.placement import param_shardings
 from rrt.train.recipe import Recipe
@@ -62,7 +63,7 @@ def train_program(
   teacher: dict[str, Any] = {}
   if parent is not None and recipe.loss.distillation:
     spec, teacher = _with_teacher(spec, parent, params, mesh)
-  rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  rows = NamedSharding(mesh, PartitionSpec(ROWS))
   of = lambda dtype: jax.ShapeDtypeStruct((recipe.batch, recipe.length), dtype, sharding=rows)
   names = ('tokens', 'targets', 'segment_ids', 'positions')
   batch = {name: of(jnp.int32) for name in names} | {'weights': of(jnp.float32)}

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
+from rrt.ops import expert_parallel
 from rrt.ops.activation import activate
 from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
 from rrt.relax.base import Aux, Host, Leaf, Leaves, Place
@@ -39,6 +40,8 @@ class Bank(Routed, Positioned):
     segments: M, parts of an MLP; must divide its hidden units.
     always: so many of the first loop's segments are taken by every token, in every loop.
     experts: E, segments of all loops together; 0 for R M. Fewer come from `rrt.convert.banks`.
+    capacity: in training an expert takes so many times an even load of a device's choices, and
+      drops the rest; 0 drops nothing. Decoding never does.
   """
 
   kind: ClassVar[str] = 'bank'
@@ -47,6 +50,7 @@ class Bank(Routed, Positioned):
 
   segments: int = 1
   always: int = 0
+  capacity: float = 0.0
 
   def total(self, host: Host) -> int:
     """E."""
@@ -86,6 +90,8 @@ class Bank(Routed, Positioned):
       raise InputError(
         f'{self.kind}.always={self.always!r}: must be 0 or more, below segments={M}.'
       )
+    if not isinstance(self.capacity, (int, float)) or not 0 <= self.capacity < 1e6:
+      raise InputError(f'{self.kind}.capacity={self.capacity!r}: must be 0 or more.')
     self.check_router(hosts)
 
   def leaves(self, host: Host) -> dict[str, Leaf]:
@@ -147,30 +153,58 @@ class Bank(Routed, Positioned):
     if not X:
       return y, chosen.aux
     leaf = lambda name: params[f'{self.kind}_{name}'][m].astype(x.dtype)
+    # The shared MLP's segments count as none.
     index_TxK = chosen.index_BxLxk.reshape(B * L, -1)
-    k = index_TxK.shape[1]
-    # The shared MLP's segments come behind all groups, where products are zero.
-    expert_N = jnp.where(index_TxK < M, X, index_TxK - M).reshape(-1)
-    order_N, sizes_E = sorted_by(expert_N, X + 1)
-    x_NxD = x.reshape(B * L, D)[order_N // k]
-    product = lambda rows, name: grouped_matmul(rows, leaf(name), sizes_E[:X])
-    h_NxS = activate(product(x_NxD, 'gate' if host.gated else 'up'), host.activation)
+    index_TxK = jnp.where(index_TxK < M, X, index_TxK - M)
+    weight_TxK = chosen.weight_BxLxk.reshape(B * L, -1)
+    kernels = {name: leaf(name) for name in ('gate', 'up', 'down') if name != 'gate' or host.gated}
+    tokens = x.reshape(B * L, D), index_TxK, weight_TxK
+    # Decoding drops nothing.
+    capacity = self.capacity if place.key is not None else 0.0
+    if expert_parallel.devices() == 1 and not capacity:
+      grouped = lambda kernels, x, index, weight: self._grouped(kernels, x, index, weight, host)
+      out_TxD, dropped = expert_parallel.by_rows(grouped, kernels, *tokens), jnp.zeros(())
+    else:
+      run = lambda kernels, x: self._mlps(kernels, x, jnp.matmul, host)
+      out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
+    aux = chosen.aux
+    if aux.routes:
+      aux = aux._replace(routes={**aux.routes, 'dropped': dropped})
+    return y + out_TxD.reshape(B, L, D), aux
+
+  def _grouped(self, kernels: Leaves, x_TxD, index_TxK, weight_TxK, host: Host):
+    """The bank's part for each token, its choices sorted by expert: nothing is dropped."""
+    X, k = kernels['up'].shape[0], index_TxK.shape[1]
+    order_N, sizes_E = sorted_by(index_TxK.reshape(-1), X + 1)
+    # Choices of none come behind all groups, where products are zero.
+    product = lambda kernel, rows: grouped_matmul(rows, kernel, sizes_E[:X])
+    token_N = order_N // k
+    out_NxD = self._mlps(kernels, x_TxD[token_N], lambda rows, w: product(w, rows), host)
+    weight_N = weight_TxK.reshape(-1)[order_N].astype(x_TxD.dtype)
+    return jnp.zeros_like(x_TxD).at[token_N].add(out_NxD * weight_N[:, None])
+
+  def _mlps(self, kernels: Leaves, x, product, host: Host):
+    """Gated or plain MLPs of several experts, by a product of their own."""
+    hidden = activate(product(x, kernels['gate' if host.gated else 'up']), host.activation)
     if host.gated:
-      h_NxS *= product(x_NxD, 'up')
-    weight_N = chosen.weight_BxLxk.reshape(-1)[order_N].astype(x.dtype)
-    out_NxD = product(h_NxS, 'down') * weight_N[:, None]
-    out_TxD = jnp.zeros((B * L, D), x.dtype).at[order_N // k].add(out_NxD)
-    return y + out_TxD.reshape(B, L, D), chosen.aux
+      hidden *= product(x, kernels['up'])
+    return product(hidden, kernels['down'])
 
   def nothing(self, place: Place, host: Host) -> Aux:
     if self.by == 'loop' or jnp.ndim(place.loop):
       return Aux()
     E, R = self.count_experts(host), host.loops
     zeros = {'load': jnp.zeros((R, E)), 'prob': jnp.zeros((E,)), 'z': jnp.zeros(())}
+    if self.total(host) > self.segments:
+      zeros['dropped'] = jnp.zeros(())
     return Aux(routes=zeros)
 
   def balance(self, routes, host: Host) -> Aux:
-    return super().balance(self._at_positions(routes), host)
+    routes = self._at_positions(routes)
+    found = super().balance(routes, host)
+    if 'dropped' in routes:
+      found = found._replace(stats={**found.stats, 'dropped': jnp.mean(routes['dropped'])})
+    return found
 
   def after_step(self, params: Leaves, routes, host: Host) -> Leaves:
     return super().after_step(params, self._at_positions(routes), host)

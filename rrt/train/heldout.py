@@ -14,6 +14,7 @@ from rrt.data import pipeline
 from rrt.data.sources import Source
 from rrt.data.stream import DataSpec
 from rrt.errors import InputError
+from rrt.ops.mesh_axes import row_count
 from rrt.sharding import row_groups
 from rrt.train.exit_losses import ExitObjective
 from rrt.train.losses import Objective
@@ -73,10 +74,10 @@ def read_heldout(recipe: Recipe, config: ModelConfig, tokenizer, mesh) -> list[p
       'that the model was made for.'
     )
   B = h.batch or recipe.batch
-  split = mesh.shape['data'] * mesh.shape['fsdp']
+  split = row_count(mesh.shape)
   if B % split:
     raise InputError(
-      f'heldout.batch={B}: must be a multiple of {split}, the devices on the axes data and fsdp.'
+      f'heldout.batch={B}: must be a multiple of {split}, the devices on the axes data, fsdp and expert.'
     )
   if h.format == 'chat':
     return _conversations(recipe, config, tokenizer, B, context)

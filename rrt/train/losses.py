@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops.attention import softcap
 from rrt.ops.matmul import float32_is_float32
+from rrt.ops.mesh_axes import row_count
 from rrt.sharding import constrain
 from rrt.train.divergences import DIVERGENCES, TopK, divergence, top_k_divergence
 
@@ -205,7 +206,7 @@ def chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
 def row_shards(batch: int) -> int:
   """S: over how many devices the mesh in use splits the rows of a batch."""
   sizes = jax.sharding.get_abstract_mesh().shape
-  count = sizes.get('data', 1) * sizes.get('fsdp', 1)
+  count = row_count(sizes)
   return count if batch % count == 0 else 1
 
 

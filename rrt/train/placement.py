@@ -15,6 +15,7 @@ from rrt.checkpoints.safetensors import rows_per_chunk
 from rrt.config import ModelConfig
 from rrt.models.init import abstract_boxed
 from rrt.ops.matmul import GatheredKernel
+from rrt.ops.mesh_axes import ROWS
 from rrt.pieces import Pieces, pieces
 from rrt.tree import flatten
 
@@ -90,8 +91,8 @@ def gather_block(config: ModelConfig, block: dict[str, Any], dtype) -> dict[str,
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-  """The rows of all processes as global arrays, split over data and fsdp."""
-  rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  """The rows of all processes as global arrays, split over data, fsdp and expert."""
+  rows = NamedSharding(mesh, PartitionSpec(ROWS))
   _, parts = sharding_lib.row_groups(mesh)
   whole = lambda v: (v.shape[0] * parts, *v.shape[1:])
   return {k: jax.make_array_from_process_local_data(rows, v, whole(v)) for k, v in batch.items()}

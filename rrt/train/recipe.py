@@ -138,7 +138,8 @@ class Recipe:
     slots: which these are.
     data: training text.
     heldout: text to measure on.
-    mesh: devices on the axes data, fsdp and tensor; -1 once for the rest.
+    mesh: devices on the axes data, fsdp, expert (of banks of MLPs) and tensor; -1 once for the
+      rest.
     gather: over fsdp the block's weights are gathered 'once' a step, and every device holds
       the whole block (of its tensor shard) in `dtype` meanwhile; or in every 'loop', layer
       by layer, as the layers outside the block are.
@@ -176,7 +177,7 @@ class Recipe:
   data: Data = dataclasses.field(default_factory=Data)
   heldout: Heldout = dataclasses.field(default_factory=Heldout)
   mesh: Mapping[str, int] = dataclasses.field(
-    default_factory=lambda: {'data': -1, 'fsdp': 1, 'tensor': 1}
+    default_factory=lambda: {'data': -1, 'fsdp': 1, 'expert': 1, 'tensor': 1}
   )
   gather: str = 'once'
   seed: int = 0

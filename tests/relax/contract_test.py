@@ -282,9 +282,9 @@ def test_trains(name):
   c, p = config(name), params(name)
   o = optim.Optimizer(learning_rate=1e-2, weight_decay=0.5, clip=0.0)
   mesh = jax.make_mesh(
-    (1, 1, 1),
-    ('data', 'fsdp', 'tensor'),
-    (jax.sharding.AxisType.Auto,) * 3,
+    (1,) * 4,
+    ('data', 'fsdp', 'expert', 'tensor'),
+    (jax.sharding.AxisType.Auto,) * 4,
     devices=jax.devices()[:1],
   )
   trained = step_lib.trained_paths(optim.trainable(o, p))

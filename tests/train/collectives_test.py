@@ -11,6 +11,7 @@ import pytest
 
 from rrt import sharding
 from rrt.models.init import init_params
+from rrt.ops.mesh_axes import ROWS
 from rrt.relax.lora import Lora
 from rrt.train import optim
 from rrt.train import step as step_lib
@@ -38,7 +39,7 @@ def compiled(sizes, config, gather='once', dtype='float32') -> str:
   )
   state = step_lib.abstract_state(spec, mesh)
   step = step_lib.jit_step(spec, mesh, jax.tree.map(lambda x: x.sharding, state))
-  rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  rows = NamedSharding(mesh, PartitionSpec(ROWS))
   ints, floats = (jax.ShapeDtypeStruct((16, 32), d, sharding=rows) for d in ('int32', 'float32'))
   names = ('tokens', 'targets', 'segment_ids', 'positions')
   batch = {name: ints for name in names} | {'weights': floats}

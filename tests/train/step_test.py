@@ -32,7 +32,7 @@ def make_mesh(sizes):
   if sizes != ONE:
     return sharding.make_mesh(sizes)
   return jax.make_mesh(
-    (1, 1, 1), sharding.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    (1,) * 4, sharding.AXES, (jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[:1]
   )
 
 

@@ -1,0 +1,119 @@
+"""Tokens to their experts and back: on one device, or over the mesh axis `expert`.
+
+Each device of `expert` holds some of the experts and some of the rows. Tokens travel in slots, as
+many an expert as its capacity; those beyond it are dropped and counted. The exchange is an
+all-to-all of slots filled up with zeros, which runs on every backend.
+
+T tokens, D model, K choices a token, E experts, C slots of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rrt.ops.mesh_axes import row_axes, row_count
+
+
+def devices() -> int:
+  """On the axis `expert` of the mesh in use."""
+  return jax.sharding.get_abstract_mesh().shape.get('expert', 1)
+
+
+def slots(tokens: int, choices: int, experts: int, capacity: float) -> int:
+  """C, for the tokens of one device.
+
+  Args:
+    tokens, choices, experts: T, K and E.
+    capacity: multiple of an even load; 0 for as many slots as no choice can overflow.
+  """
+  if not capacity:
+    return tokens
+  return min(tokens, math.ceil(capacity * tokens * choices / experts))
+
+
+def apply(
+  run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK, capacity: float = 0.0
+):
+  """The weighted sum of the experts' outputs, and the share of choices that was dropped.
+
+  Args:
+    run: (kernels, [E, N, D]) -> [E, N, D], each expert of its own slots.
+    kernels: tree of arrays with a leading axis of experts, [E, ...].
+    x_TxD: tokens.
+    index_TxK: int32 experts; E and above for none.
+    weight_TxK: of each choice.
+    capacity: as for `slots`.
+  """
+  if devices() == 1:
+    return _local(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, lambda x: x, lambda x: x)
+  rows = row_axes()
+  of_token = PartitionSpec(rows, None)
+  there = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
+  back = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=1, concat_axis=0, tiled=True)
+
+  def on_device(kernels, x, index, weight):
+    out, dropped = _local(run, kernels, x, index, weight, capacity, there, back)
+    return out, jax.lax.pmean(dropped, rows)
+
+  of_expert = jax.tree.map(lambda k: PartitionSpec('expert', *(None,) * (k.ndim - 1)), kernels)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if x_TxD.shape[0] % row_count(sizes):
+    raise ValueError(f'{x_TxD.shape[0]} tokens do not split over {dict(sizes)}.')
+  return jax.shard_map(
+    on_device,
+    in_specs=(of_expert, of_token, of_token, of_token),
+    out_specs=(of_token, PartitionSpec()),
+    check_vma=False,
+  )(kernels, x_TxD, index_TxK, weight_TxK)
+
+
+def by_rows(run: Callable[..., Any], kernels: Any, *tokens):
+  """run(kernels, *tokens) on each device's own rows: sorting must not cross devices.
+
+  Args:
+    run: from kernels and arrays of tokens, [T, ...], to [T, D].
+    kernels: whole on every device.
+    *tokens: split over the rows of the mesh in use.
+  """
+  count = row_count(jax.sharding.get_abstract_mesh().shape)
+  if count == 1 or tokens[0].shape[0] % count:
+    return run(kernels, *tokens)
+  of_token = PartitionSpec(row_axes(), None)
+  return jax.shard_map(
+    run,
+    in_specs=(PartitionSpec(), *(of_token for _ in tokens)),
+    out_specs=of_token,
+    check_vma=False,
+  )(kernels, *tokens)
+
+
+def _local(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
+  """`apply` on one device's tokens; `there` and `back` exchange slots, [E, C, D]."""
+  (T, D), K = x_TxD.shape, index_TxK.shape[1]
+  E = jax.tree.leaves(kernels)[0].shape[0] * devices()
+  C = slots(T, K, E, capacity)
+  expert_N = index_TxK.reshape(-1)
+  slot_N, fits_N = _slots_of(expert_N, E, C)
+  token_N = jnp.arange(T * K) // K
+  # What has no slot goes to one behind the last, which is dropped.
+  place_N = jnp.where(fits_N, expert_N * C + slot_N, E * C)
+  sent = jnp.zeros((E * C, D), x_TxD.dtype).at[place_N].set(x_TxD[token_N], mode='drop')
+  out = back(run(kernels, there(sent.reshape(E, C, D)))).reshape(E * C, D)
+  weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0).astype(x_TxD.dtype)
+  got_NxD = out[jnp.minimum(place_N, E * C - 1)] * weight_N[:, None]
+  wanted = expert_N < E
+  dropped = 1.0 - jnp.sum(fits_N) / jnp.maximum(jnp.sum(wanted), 1)
+  return jnp.sum(got_NxD.reshape(T, K, D), 1), dropped
+
+
+def _slots_of(expert_N, experts: int, capacity: int):
+  """(the slot of each choice among its expert's, whether there is one): first come, first served."""
+  own_NxE = jax.nn.one_hot(expert_N, experts, dtype=jnp.int32)
+  slot_N = jnp.sum((jnp.cumsum(own_NxE, 0) - 1) * own_NxE, -1)
+  return slot_N, (expert_N < experts) & (slot_N < capacity)

@@ -1,0 +1,110 @@
+"""Training with experts: on meshes as on one device, with the metrics of the router."""
+
+import jax
+import numpy as np
+import pytest
+
+from rrt import sharding
+from rrt.errors import InputError
+from rrt.models.init import init_params
+from rrt.relax.bank import Bank, Pool
+from rrt.relax.experts import Experts
+from rrt.relax.lora import Lora
+from rrt.train import optim, placement
+from rrt.train import step as step_lib
+from rrt.train.losses import Objective
+from tests.models.configs import llama
+
+POOL = Pool(positions=(0, 1), segments=4, topk=6, prior=1.0)
+RELAX = {
+  'experts': (Experts(6, topk=3, prior=1.0, q=2, gate=2, down=2),),
+  'pool': (Lora(q=2, o=2), POOL),
+}
+
+
+def config(relax):
+  return llama(
+    relax=relax, num_heads=4, num_kv_heads=4, head_dim=8, vocab_size=64, d_model=32, d_ff=64,
+    prelude_layers=0, coda_layers=0,
+  )  # fmt: skip
+
+
+def trained(c, sizes, steps=2):
+  """(losses, parameters) after some steps of SGD-like updates on one batch."""
+  params = init_params(c, jax.random.key(0))
+  o = optim.Optimizer(learning_rate=1e-3, clip=0.0, eps=1e-3)
+  paths = step_lib.trained_paths(optim.trainable(o, params))
+  spec = step_lib.Step(
+    config=c,
+    objective=Objective(cross_entropy=1.0, distillation=0.0),
+    optimizer=optim.make_optimizer(o, step_lib.split(params, paths)[0], 10),
+    trained=paths,
+    clip=0.0,
+  )
+  count = int(np.prod([n for n in sizes.values()])) if sizes else 1
+  mesh = sharding.make_mesh(sizes or {'data': 1}, jax.devices()[:count])
+  sharding.check_mesh(c, mesh, 8)
+  state = step_lib.init_state(spec, params, mesh)
+  where = jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(spec, mesh))
+  step = step_lib.jit_step(spec, mesh, where)
+  ids = np.random.default_rng(0).integers(0, 64, (8, 8)).astype(np.int32)
+  batch = {
+    'tokens': ids,
+    'targets': np.roll(ids, -1, 1),
+    'segment_ids': np.ones_like(ids),
+    'positions': np.zeros_like(ids) + np.arange(8, dtype=np.int32)[None],
+    'weights': np.ones(ids.shape, np.float32),
+  }
+  losses = []
+  with jax.set_mesh(mesh):
+    for _ in range(steps):
+      state, metrics = step(state, {}, placement.to_mesh(batch, mesh))
+      losses.append({k: float(v) for k, v in metrics.items()})
+  return losses, jax.tree.map(np.asarray, state.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'sizes'),
+  [
+    ('pool', {'data': 2, 'fsdp': 2, 'expert': 2}),
+    ('pool', {'expert': 4, 'tensor': 2}),
+    ('pool', {'data': 2, 'fsdp': 4}),
+    ('experts', {'data': 2, 'fsdp': 2, 'tensor': 2}),
+  ],
+  ids=str,
+)
+def test_a_mesh_trains_as_one_device(name, sizes):
+  c = config(RELAX[name])
+  want, params = trained(c, {})
+  got, sharded = trained(c, sizes)
+  for a, b in zip(got, want, strict=True):
+    for key in b:
+      np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded, params)
+
+
+def test_metrics_of_the_router():
+  found, params = trained(config(RELAX['pool']), {}, steps=1)
+  names = {k.removeprefix('relax/pool/') for k in found[0] if k.startswith('relax/pool/')}
+  usage = {f'usage/{e}' for e in range(12)}
+  shown = {'z', 'largest_load', 'entropy', 'loop_information', 'dropped'}
+  assert names == usage | shown
+  np.testing.assert_allclose(sum(found[0][f'relax/pool/{u}'] for u in usage), 1.0, rtol=1e-5)
+  assert found[0]['relax/pool/dropped'] == 0.0
+  # The bias moved by its rate, the optimizer has no moments for it.
+  np.testing.assert_allclose(np.abs(params['block']['pool_balance']).max(), 0.001, rtol=1e-4)
+
+
+def test_a_capacity_drops_in_training_and_counts():
+  capped = Pool(positions=(0, 1), segments=4, topk=6, prior=1.0, capacity=0.5)
+  found, _ = trained(config((Lora(q=2, o=2), capped)), {}, steps=1)
+  assert found[0]['relax/pool/dropped'] > 0.05
+
+
+def test_meshes_that_experts_do_not_split_over():
+  mesh = sharding.make_mesh({'expert': 8})
+  with pytest.raises(InputError, match=r'expert=8 does not divide the 2 experts of the bank'):
+    sharding.check_mesh(config((Bank(positions=(0,)),)), mesh, 8)
+  with pytest.raises(InputError, match=r'mesh.expert=8: the model has no experts to split'):
+    sharding.check_mesh(config((Lora(q=2),)), mesh, 8)
