@@ -1,5 +1,10 @@
 """Training with experts: on meshes as on one device, with the metrics of the router."""
 
+import os
+from pathlib import Path
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -13,8 +18,10 @@ from rrt.relax.lora import Lora
 from rrt.train import optim, placement
 from rrt.train import step as step_lib
 from rrt.train.losses import Objective
+from tests.command import environment
 from tests.models.configs import llama
 
+LIBTPU = os.environ.get('RRT_TEST_LIBTPU', '')
 POOL = Pool(positions=(0, 1), segments=4, topk=6, prior=1.0)
 RELAX = {
   'experts': (Experts(6, topk=3, prior=1.0, q=2, gate=2, down=2),),
@@ -108,3 +115,50 @@ def test_meshes_that_experts_do_not_split_over():
     sharding.check_mesh(config((Bank(positions=(0,)),)), mesh, 8)
   with pytest.raises(InputError, match=r'mesh.expert=8: the model has no experts to split'):
     sharding.check_mesh(config((Lora(q=2),)), mesh, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LIBTPU, reason='no libtpu; make test installs it')
+def test_steps_with_experts_compile_for_tpus():
+  """In a process of its own: libtpu is loaded once, by its path."""
+  code = """
+import dataclasses
+import jax
+from rrt import sharding
+from rrt.planner import topology
+from rrt.planner.program import train_program
+from rrt.relax.bank import Bank
+from rrt.relax.lora import Lora
+from rrt.train.recipe import Recipe
+from tests.models.configs import llama
+
+child = llama(
+  relax=(Lora(q=8, o=8), Bank(positions=(0, 1), capacity=1.5, topk=2, experts=3)),
+  prelude_layers=0, coda_layers=0, d_model=256, d_ff=512, num_heads=4, num_kv_heads=4,
+  head_dim=64, vocab_size=512, max_context=512,
+)
+recipe = Recipe.from_dict({
+  'batch': 8, 'length': 256, 'dtype': 'bfloat16', 'remat': 'full',
+  'loss': {'cross_entropy': 1.0, 'distillation': 0.0},
+})
+for sizes, relax, words in (
+  ({'expert': 2, 'fsdp': 2}, child.relax, 'all-to-all'),
+  ({'fsdp': 4}, (Lora(q=8, o=8), Bank(positions=(0, 1))), 'tpu_custom_call'),
+):
+  config = dataclasses.replace(child, relax=relax)
+  mesh = sharding.make_mesh(sizes, topology.devices(topology.parse('v5e:2x2')))
+  program = train_program(recipe, None, config, mesh)
+  with jax.set_mesh(mesh):
+    compiled = program.lower('tpu').compile()
+  assert words in compiled.as_text(), sizes
+print('compiled')
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=Path(__file__).parent.parent.parent,
+    env=environment() | {'TPU_LIBRARY_PATH': os.path.abspath(LIBTPU)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.endswith('compiled\n'), done.stderr[-3000:]
