@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from benchmarks.common import best
 from rrt.models import pages
 from rrt.ops import flash_attention as flash
-from rrt.ops import paged_attention
+from rrt.ops import grouped_matmul, paged_attention
+from rrt.ops.backend import backend
 from rrt.relax import lora
 
 
@@ -66,6 +67,40 @@ def grouped(tiny: bool) -> dict[str, Any]:
     }
     for name, run in runs.items():
       figures[f'{rows} rows, {name}, microseconds'] = 1e6 * best(jax.jit(run), 20)
+  return figures | _experts(tiny)
+
+
+def _experts(tiny: bool) -> dict[str, Any]:
+  """Products of rows with the matrix of their own expert, forward and backward."""
+  figures: dict[str, Any] = {'picked for experts': grouped_matmul.chosen()}
+  sizes = (64, 64, 4, 32) if tiny else (2048, 1024, 16, 4096) if backend() != 'cpu' else None
+  d, f, experts, rows = sizes or (576, 1536, 8, 1024)
+  keys = jax.random.split(jax.random.key(0), 3)
+  dtype = 'float32' if backend() == 'cpu' else 'bfloat16'
+  x = jax.random.normal(keys[0], (rows, d)).astype(dtype)
+  w = jax.random.normal(keys[1], (experts, d, f)).astype(dtype)
+  index = jax.random.randint(keys[2], (rows,), 0, experts)
+  _, sizes_E = grouped_matmul.sorted_by(index, experts)
+  kinds = {'dense', 'ragged_dot', 'tiles', grouped_matmul.chosen()}
+  for kind in sorted(kinds):
+    with grouped_matmul.using(kind):
+      run = jax.jit(
+        jax.grad(
+          lambda x, w: jnp.sum(grouped_matmul.grouped_matmul(x, w, sizes_E).astype(jnp.float32)),
+          (0, 1),
+        )
+      )
+      seconds = best(lambda run=run: run(x, w))
+    figures[f'{rows} rows, {experts} experts of {d} x {f}, {kind}'] = {
+      'milliseconds': 1e3 * seconds,
+      'tflops': 6 * rows * d * f / seconds / 1e12,
+    }
+  one = jax.jit(jax.grad(lambda x, w: jnp.sum((x @ w).astype(jnp.float32)), (0, 1)))
+  seconds = best(lambda: one(x, w[0]))
+  figures[f'{rows} rows, one matrix of {d} x {f}'] = {
+    'milliseconds': 1e3 * seconds,
+    'tflops': 6 * rows * d * f / seconds / 1e12,
+  }
   return figures
 
 

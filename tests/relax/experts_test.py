@@ -14,6 +14,7 @@ from rrt.models import lm_head, transformer
 from rrt.models.count import count_params
 from rrt.models.relaxed import after_step, route_key
 from rrt.ops import clusters
+from rrt.relax import experts as experts_lib
 from rrt.relax.base import Place
 from rrt.relax.experts import Experts, uniform
 from rrt.relax.lora import Lora
@@ -258,3 +259,19 @@ def test_clusters_fall_back_to_lora_of_an_experts_rank(helps, monkeypatch):
 def test_clusters_are_for_one_expert_a_token():
   with pytest.raises(InputError, match=r'topk=1.*plain LoRA is the best start'):
     config(experts=6, q=2, clusters=True)
+
+
+def test_sorting_tokens_by_expert_equals_the_dense_product(monkeypatch):
+  c = config(experts=24, topk=2, normalise='all', prior=0.5, q=2, down=1)
+  p = perturbed(c)
+
+  def found():
+    loss = lambda p: jnp.sum(logits(c, p)[0] ** 2)
+    return logits(c, p)[0], jax.grad(loss)(p)
+
+  host = c.relax[0].hosts(c)[0]
+  assert not c.relax[0].is_grouped(host)
+  want = found()
+  monkeypatch.setattr(experts_lib, '_LARGE', 1)
+  assert c.relax[0].is_grouped(host)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-4), found(), want)
