@@ -83,8 +83,8 @@ class EngineConfig:
       `dtype`, which is the fastest on a CPU; None rounds nothing.
     relax_layout: of per-loop factors, for rows at several loops. 'wide'
       computes the products of all loops and masks the others, with dense
-      matmuls; 'grouped' sorts the rows by loop (`jax.lax.ragged_dot`, on a CPU
-      a dense product a loop); 'auto' leaves it to the relaxation.
+      matmuls; 'grouped' sorts the rows by loop (`rrt.ops.grouped_matmul`); 'auto'
+      leaves it to the relaxation.
     penalties: whether requests may ask for penalties, for which the tokens of
       each slot are counted.
     masks: whether requests may bias and restrict their tokens (`logit_bias`,
