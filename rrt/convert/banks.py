@@ -21,9 +21,11 @@ from rrt.convert.permute import match_units
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models import transformer
+from rrt.models.adapter import with_relaxation
 from rrt.models.relaxed import route_key
 from rrt.relax.bank import Bank
 from rrt.relax.base import Host, Relaxation
+from rrt.relax.trees import relaxed_hosts
 
 HOW = ('merge', 'prune')
 
@@ -110,6 +112,51 @@ def reduced(
   dtype = {name: np.asarray(block[name]).dtype for name in names}
   block |= {name: np.stack(stacked[name]).astype(dtype[name]) for name in names}
   return dataclasses.replace(model, config=config, params=params)
+
+
+def upcycled(
+  model: LanguageModel,
+  positions: tuple[int, ...],
+  experts: int,
+  topk: int = 2,
+  noise: float = 0.0,
+  seed: int = 0,
+) -> LanguageModel:
+  """A model with copies of the shared MLP as experts (sparse upcycling, arXiv 2212.05055).
+
+  The weights of a token's experts add up to 1, so that without noise it computes what it did.
+
+  Args:
+    model: without a bank.
+    positions: layers of the block.
+    experts: E, the shared MLP included.
+    topk: experts a token.
+    noise: of the copies, in standard deviations of each matrix.
+    seed: of the noise and of the router, which is normal with 0.02.
+
+  Raises:
+    InputError: positions or numbers that cannot work, or an MLP with terms that differ by loop.
+  """
+  for relaxation, host, _ in relaxed_hosts(model.config):
+    if host.name in ('gate', 'up', 'down'):
+      raise InputError(
+        f'The MLPs have {relaxation.kind!r}, which copies would lack; convert without it there.'
+      )
+  bank = Bank(positions=positions, experts=experts, topk=topk, by='token')
+  child = with_relaxation(model, bank, seed)
+  rng, mlp = np.random.default_rng(seed), child.params['block']['layers']['mlp']
+  params = jax.tree.map(lambda p: p, child.params)
+  block = params['block']
+  for part in ('gate', 'up', 'down'):
+    if part in mlp:
+      shared = np.stack([np.asarray(mlp[part]['kernel'][p], np.float32) for p in positions])
+      copies = np.repeat(shared[:, None], experts - 1, 1)
+      spread = noise * shared.std((1, 2))[:, None, None, None]
+      copies = copies + spread * rng.normal(size=copies.shape).astype(np.float32)
+      block[f'bank_{part}'] = copies.astype(np.asarray(mlp[part]['kernel']).dtype)
+  router = np.asarray(block['bank_router'])
+  block['bank_router'] = rng.normal(0, 0.02, router.shape).astype(router.dtype)
+  return dataclasses.replace(child, params=params)
 
 
 @dataclasses.dataclass

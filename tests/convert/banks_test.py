@@ -112,11 +112,26 @@ def test_a_conversion_merges_to_the_experts_that_are_asked_for():
   assert report.params.unique == count_params(small.config).unique
 
 
+@pytest.mark.parametrize('topk', [1, 2])
+def test_copies_compute_what_the_shared_mlp_does(topk):
+  few = dict(loops=2, init='average', rank=0, relax=('lora:q=2,o=2',))
+  dense, _ = to_recursive(parent(False), **few)
+  sparse = banks.upcycled(dense, (0, 1), 5, topk)
+  np.testing.assert_allclose(logits(sparse), logits(dense), atol=1e-4)
+  noisy = banks.upcycled(dense, (0, 1), 5, topk, noise=0.1)
+  assert np.abs(logits(noisy) - logits(dense)).max() > 1e-3
+  used = banks.usage(sparse, np.asarray(tokens(dense.config, 4, 12)))
+  assert (used > 0).sum() > 2 * topk
+
+
 def test_refusals():
   whole = child(False, 'pool')
   with pytest.raises(InputError, match=r'experts=3: must lie between 4.*and 8'):
     banks.reduced(whole, 3)
   with pytest.raises(InputError, match="how='drop': must be one of merge, prune"):
     banks.reduced(whole, 6, how='drop')
+  whole, _ = to_recursive(parent(False), loops=2, init='average', rank=2)
+  with pytest.raises(InputError, match="The MLPs have 'lora'"):
+    banks.upcycled(whole, (0,), 4)
   with pytest.raises(InputError, match='has no bank'):
     banks.reduced(parent(False), 1)

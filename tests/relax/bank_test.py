@@ -156,7 +156,7 @@ def test_counts(shape, relax, want):
     (Bank(positions=(2,)), r'bank.positions=\(2,\): must be layers of the block'),
     (Pool(segments=7), r'pool.segments=7: must divide the 40 hidden units'),
     (Pool(segments=4, always=4), r'pool.always=4: must be 0 or more, below segments=4'),
-    (Pool(segments=4, experts=13), r'pool.experts=13: must lie between 4.*and 12'),
+    (Pool(segments=4, experts=3), r'pool.experts=3: must be 4 or more'),
     (Pool(segments=4, topk=13), r'pool.topk=13: must lie in 1 to 12'),
   ],
 )
