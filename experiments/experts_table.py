@@ -52,6 +52,7 @@ FLAGS = flags.FLAGS
 _ARRANGEMENT = flags.DEFINE_list('arrangement', ['8', '2', '8'], 'Prelude, loops and coda.')
 _RANK = flags.DEFINE_integer('rank', 64, 'Of the per-loop LoRA that sets the size.')
 _EACH = flags.DEFINE_integer('experts_a_loop', 2, 'Experts that each loop begins with.')
+ONE = 'LoRA of one expert'
 UNIFORM = 'experts merged uniformly'  # Made of the trained experts by loop.
 
 
@@ -97,6 +98,8 @@ def children(parent: LanguageModel) -> dict[str, ConvertConfig]:
   )
   return {
     'LoRA by loop': base.replace(rank=_RANK.value),
+    # What a token computes of the clusters' experts, not of the same size.
+    ONE: base.replace(rank=r),
     'experts by loop': base.replace(relax=(Experts(E, by='loop', **even(r)),)),
     'experts by token': routed(by='token', topk=_EACH.value),
     'experts by both': routed(),
