@@ -38,7 +38,8 @@ class Bank(Routed, Positioned):
   Attributes:
     positions: layers of the block, counted from 0.
     segments: M, parts of an MLP; must divide its hidden units.
-    always: so many of the first loop's segments are taken by every token, in every loop.
+    always: so many of the first loop's segments are taken by every token, in every loop; the
+      others begin without as many of their own.
     experts: E, segments of all loops together; 0 for R M. Fewer come from `rrt.convert.banks`.
     capacity: in training an expert takes so many times an even load of a device's choices, and
       drops the rest; 0 drops nothing. Decoding never does.
@@ -89,6 +90,8 @@ class Bank(Routed, Positioned):
       raise InputError(
         f'{self.kind}.always={self.always!r}: must be 0 or more, below segments={M}.'
       )
+    if self.by == 'loop':
+      raise InputError(f"{self.kind}.by='loop': tokens choose here; take 'both' or 'token'.")
     if not isinstance(self.capacity, (int, float)) or not 0 <= self.capacity < 1e6:
       raise InputError(f'{self.kind}.capacity={self.capacity!r}: must be 0 or more.')
     self.check_router(hosts)

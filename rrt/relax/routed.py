@@ -57,7 +57,7 @@ class Routed(Relaxation):
     prior: of the loop's own experts, in logits, at the start.
     anneal: training steps over which the prior goes to zero; 0 leaves it to be learned.
     noise: learned noise in training (noisy top-k).
-    balance: 'none', 'switch' (auxiliary loss) or 'bias' (loss-free).
+    balance_by: 'none', 'switch' (auxiliary loss) or 'bias' (loss-free).
     aux_loss, z_loss: coefficients of the auxiliary loss and the router's z-loss.
     bias_rate: step of the loss-free bias.
   """
