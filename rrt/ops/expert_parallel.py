@@ -2,9 +2,10 @@
 
 Each device of `expert` holds some of the experts and some of the rows. Tokens travel in slots, as
 many an expert as its capacity; those beyond it are dropped and counted. The exchange is an
-all-to-all of slots filled up with zeros, which runs on every backend.
+all-to-all of slots filled up with zeros, which runs on every backend, or by `RRT_EXPERT_EXCHANGE` a
+ragged one of the tokens alone, for TPUs and GPUs: XLA has none for CPUs.
 
-T tokens, D model, K choices a token, E experts, C slots of an expert.
+T tokens, D model, K choices a token, E experts, C slots of an expert, P devices of the axis.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from rrt.ops.choice import Choice
+from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
 from rrt.ops.mesh_axes import row_axes, row_count
+
+CHOICE = Choice(
+  'expert exchange', 'RRT_EXPERT_EXCHANGE', ('auto', 'padded', 'ragged'), lambda: 'padded'
+)
+using, chosen = CHOICE.using, CHOICE.chosen
 
 
 def devices() -> int:
@@ -43,7 +51,8 @@ def apply(
   """The weighted sum of the experts' outputs, and the share of choices that was dropped.
 
   Args:
-    run: (kernels, [E, N, D]) -> [E, N, D], each expert of its own slots.
+    run: (kernels, rows, product) -> rows; product(rows, w) multiplies each expert's rows by its own
+      matrix of w, [E, I, O].
     kernels: tree of arrays with a leading axis of experts, [E, ...].
     x_TxD: tokens.
     index_TxK: int32 experts; E and above for none.
@@ -51,14 +60,17 @@ def apply(
     capacity: as for `slots`.
   """
   if devices() == 1:
-    return _local(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, lambda x: x, lambda x: x)
+    return _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, lambda x: x, lambda x: x)
   rows = row_axes()
   of_token = PartitionSpec(rows, None)
   there = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
   back = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=1, concat_axis=0, tiled=True)
 
   def on_device(kernels, x, index, weight):
-    out, dropped = _local(run, kernels, x, index, weight, capacity, there, back)
+    if chosen() == 'ragged':
+      out, dropped = _ragged(run, kernels, x, index, weight, capacity)
+    else:
+      out, dropped = _padded(run, kernels, x, index, weight, capacity, there, back)
     return out, jax.lax.pmean(dropped, rows)
 
   of_expert = jax.tree.map(lambda k: PartitionSpec('expert', *(None,) * (k.ndim - 1)), kernels)
@@ -93,7 +105,7 @@ def by_rows(run: Callable[..., Any], kernels: Any, *tokens):
   )(kernels, *tokens)
 
 
-def _local(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
+def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
   """`apply` on one device's tokens; `there` and `back` exchange slots, [E, C, D]."""
   (T, D), K = x_TxD.shape, index_TxK.shape[1]
   E = jax.tree.leaves(kernels)[0].shape[0] * devices()
@@ -104,12 +116,60 @@ def _local(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
   # What has no slot goes to one behind the last, which is dropped.
   place_N = jnp.where(fits_N, expert_N * C + slot_N, E * C)
   sent = jnp.zeros((E * C, D), x_TxD.dtype).at[place_N].set(x_TxD[token_N], mode='drop')
-  out = back(run(kernels, there(sent.reshape(E, C, D)))).reshape(E * C, D)
+  out = back(run(kernels, there(sent.reshape(E, C, D)), jnp.matmul)).reshape(E * C, D)
   weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0).astype(x_TxD.dtype)
   got_NxD = out[jnp.minimum(place_N, E * C - 1)] * weight_N[:, None]
   wanted = expert_N < E
   dropped = 1.0 - jnp.sum(fits_N) / jnp.maximum(jnp.sum(wanted), 1)
   return jnp.sum(got_NxD.reshape(T, K, D), 1), dropped
+
+
+def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
+  """`apply` on one device's tokens; only those that have a slot travel.
+
+  A device receives its experts' tokens by expert, those of one expert by device: the order in
+  which they are multiplied.
+  """
+  (T, D), K, P = x_TxD.shape, index_TxK.shape[1], devices()
+  own = jax.tree.leaves(kernels)[0].shape[0]
+  E = own * P
+  C = slots(T, K, E, capacity)
+  expert_N = index_TxK.reshape(-1)
+  _, fits_N = _slots_of(expert_N, E, C)
+  order_N, sizes = sorted_by(jnp.where(fits_N, expert_N, E), E + 1)
+  token_N = order_N // K
+  exclusive = lambda x, axis: jnp.cumsum(x, axis) - x
+  counts_PxE = jax.lax.all_gather(sizes[:E], 'expert')
+  me = jax.lax.axis_index('expert')
+  mine = lambda x_PxE: jax.lax.dynamic_slice_in_dim(x_PxE, me * own, own, 1).reshape(-1)
+  total_E = jnp.sum(counts_PxE, 0)
+  base_E = exclusive(total_E.reshape(P, own), 1).reshape(E)
+  at_PxE = base_E[None] + exclusive(counts_PxE, 0)  # In the receiver's rows.
+  from_PxE = exclusive(counts_PxE, 1)  # In the sender's.
+  rows = min(own * P * C, T * K * P)
+  got_NxD = jax.lax.ragged_all_to_all(
+    x_TxD[token_N],
+    jnp.zeros((rows, D), x_TxD.dtype),
+    from_PxE[me],
+    counts_PxE[me],
+    at_PxE[me],
+    mine(counts_PxE),
+    axis_name='expert',
+  )
+  sizes_own = jax.lax.dynamic_slice_in_dim(total_E, me * own, own)
+  out_NxD = run(kernels, got_NxD, lambda rows, w: grouped_matmul(rows, w, sizes_own))
+  out_NxD = jax.lax.ragged_all_to_all(
+    out_NxD,
+    jnp.zeros((T * K, D), x_TxD.dtype),
+    mine(at_PxE),
+    mine(counts_PxE),
+    mine(from_PxE),
+    counts_PxE[me],
+    axis_name='expert',
+  )
+  weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0)[order_N].astype(x_TxD.dtype)
+  out_TxD = jnp.zeros_like(x_TxD).at[token_N].add(out_NxD * weight_N[:, None])
+  return out_TxD, 1.0 - jnp.sum(fits_N) / jnp.maximum(jnp.sum(expert_N < E), 1)
 
 
 def _slots_of(expert_N, experts: int, capacity: int):

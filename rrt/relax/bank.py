@@ -167,7 +167,7 @@ class Bank(Routed, Positioned):
       grouped = lambda kernels, x, index, weight: self._grouped(kernels, x, index, weight, host)
       out_TxD, dropped = expert_parallel.by_rows(grouped, kernels, *tokens), jnp.zeros(())
     else:
-      run = lambda kernels, x: self._mlps(kernels, x, jnp.matmul, host)
+      run = lambda kernels, x, product: self._mlps(kernels, x, product, host)
       out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
     aux = chosen.aux
     if aux.routes:

@@ -125,6 +125,7 @@ def test_steps_with_experts_compile_for_tpus():
 import dataclasses
 import jax
 from rrt import sharding
+from rrt.ops import expert_parallel
 from rrt.planner import topology
 from rrt.planner.program import train_program
 from rrt.relax.bank import Bank
@@ -141,14 +142,15 @@ recipe = Recipe.from_dict({
   'batch': 8, 'length': 256, 'dtype': 'bfloat16', 'remat': 'full',
   'loss': {'cross_entropy': 1.0, 'distillation': 0.0},
 })
-for sizes, relax, words in (
-  ({'expert': 2, 'fsdp': 2}, child.relax, 'all-to-all'),
-  ({'fsdp': 4}, (Lora(q=8, o=8), Bank(positions=(0, 1))), 'tpu_custom_call'),
+for sizes, exchange, relax, words in (
+  ({'expert': 2, 'fsdp': 2}, 'padded', child.relax, 'all-to-all'),
+  ({'expert': 4}, 'ragged', (Lora(q=8, o=8), Bank(positions=(0, 1), topk=2, experts=5)), 'ragged-all-to-all'),
+  ({'fsdp': 4}, 'padded', (Lora(q=8, o=8), Bank(positions=(0, 1))), 'tpu_custom_call'),
 ):
   config = dataclasses.replace(child, relax=relax)
   mesh = sharding.make_mesh(sizes, topology.devices(topology.parse('v5e:2x2')))
   program = train_program(recipe, None, config, mesh)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), expert_parallel.using(exchange):
     compiled = program.lower('tpu').compile()
   assert words in compiled.as_text(), sizes
 print('compiled')
