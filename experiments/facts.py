@@ -45,7 +45,8 @@ from rrt.model import LanguageModel
 from rrt.models.adapter import with_relaxation
 from rrt.ops.matmul import matmul
 from rrt.relax.adapter import Adapter
-from rrt.relax.base import NO_AUX, Leaf, Relaxation
+from rrt.relax.base import LINEAR_AXES, NO_AUX, Leaf, Relaxation
+from rrt.relax.experts import Experts
 from rrt.relax.lookup import Lookup
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer
@@ -151,6 +152,7 @@ def rows(config: ModelConfig) -> dict[str, Relaxation]:
   families: dict[str, tuple[Callable[[int], Relaxation], int]] = {
     'wider MLP': (lambda n: Wider(n), 1),
     'LoRA': (lambda n: Adapter(rank=n, components=('all',), by_loop=loops > 1), 1),
+    'LoRA experts': (lambda n: Experts(2 * loops, **dict.fromkeys(LINEAR_AXES, n)), 1),
     'PEER': (peer, least),
     'memory in one loop': (memory, least),
     'memory in all loops': (shared, least),

@@ -54,12 +54,9 @@ RELAX = {
   'memory': (Memory((1,), 9, heads=2, topk=3, key_dim=6, dim=5),),
   'memory, two layers': (
     _RANKS,
-    Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False),
+    Memory((0, 1), 9, 2, 4, key_dim=4, query_rank=2, qk_norm=True, gated=False, loops=(0, 2)),
   ),
-  'peer, memory': (
-    Memory((1,), 9, 1, 4, loops=(0,)),
-    Peer((0,), 4, 2, 3, activation='silu', gated=True),
-  ),
+  'peer, memory': (Memory((1,), 9, 1, 4), Peer((0,), 4, 2, 3, activation='silu', gated=True)),
   'experts': (Experts(6, topk=4, normalise='all', q=2, gate=1, down=3),),
   'experts, loop prior annealed': (
     Experts(6, topk=4, score='sigmoid', balance_by='bias', anneal=4, noise=True, o=2, up=1),
