@@ -331,14 +331,18 @@ def _draw(table: dict[str, Any], out: Path) -> None:
   pyplot = plots.open_pyplot()
   figure, all_axes = pyplot.subplots(1, 2, figsize=(10, 4))
   titles = {'recall': 'recall in a wording not trained on', 'nats': 'nats on other text'}
+  every: set[int] = set()
   for axes, (key, title) in zip(all_axes, titles.items(), strict=True):
-    for name, row in table.items():
+    for i, (name, row) in enumerate(table.items()):
       counts = sorted({int(k.split()[0]) for k in row if k != 'size'})
+      every |= set(counts)
       values = [_mean(row, f'{n} facts,', key) for n in counts]
       points = [(n, v) for n, v in zip(counts, values, strict=True) if v is not None]
       if points:
-        axes.plot(*zip(*points, strict=True), 'o-', label=name)
+        axes.plot(*zip(*points, strict=True), 'o-', label=name, color=f'C{i}')
     axes.set(xscale='log', xlabel='facts', title=title)
+    axes.set_xticks(sorted(every), [str(n) for n in sorted(every)])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
   all_axes[1].axhline(table['the child']['size']['nats'], ls='--', color='k', label='before')
   all_axes[0].set_ylim(0, 1)
