@@ -75,7 +75,9 @@ def _own(x_TxI, router_IxC, bias_C):
 
 
 def k_means(points_TxO, clusters: int, rounds: int = 20, seed: int = 0):
-  """The cluster of each point, int [T], by their main directions."""
+  """The cluster of each point, int [T], by direction: how far from zero it lies does not count."""
+  length_Tx1 = jnp.linalg.norm(points_TxO, axis=-1, keepdims=True)
+  points_TxO = points_TxO / jnp.maximum(length_Tx1, 1e-30)
   _, _, right_KxO = jnp.linalg.svd(points_TxO[: 4 * points_TxO.shape[1]], full_matrices=False)
   points_TxK = points_TxO @ right_KxO[:_DIRECTIONS].T
   keys_C = jax.random.split(jax.random.key(seed), clusters)
@@ -124,7 +126,15 @@ def logistic_regression(x_TxI, label_T, classes: int, steps: int = 200, decay: f
 
 
 def improves(found: Clustered, x_TxI, rest_IxO, plain_IxO) -> bool:
-  """Whether the mixture's outputs are nearer to x rest than x plain is, by a hundredth."""
+  """Whether the mixture's outputs are nearer to x rest than x plain is, by a hundredth.
+
+  In sum, and for the mean token relative to its own size: a few tokens of huge activations
+  outweigh all others in the sum.
+  """
   want_TxO = x_TxI @ rest_IxO
-  gap = lambda y_TxO: jnp.sum((y_TxO - want_TxO) ** 2)
-  return bool(gap(found(x_TxI)) < 0.99 * gap(x_TxI @ plain_IxO))
+  size_T = jnp.maximum(jnp.sum(want_TxO**2, -1), 1e-30)
+  mine_T, plain_T = (
+    jnp.sum((y_TxO - want_TxO) ** 2, -1) for y_TxO in (found(x_TxI), x_TxI @ plain_IxO)
+  )
+  better = lambda a, b: bool(jnp.sum(a) < 0.99 * jnp.sum(b))
+  return better(mine_T, plain_T) and better(mine_T / size_T, plain_T / size_T)
