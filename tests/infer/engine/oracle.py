@@ -17,6 +17,7 @@ from rrt.models.layers import Norm
 from rrt.models.lm_head import greedy_token, logits
 from rrt.models.stack import unstack
 from rrt.models.transformer import forward, make_context
+from rrt.relax.base import Place
 
 
 def _jit(function, *static):
@@ -127,9 +128,9 @@ def _projected(config, params, x, loop, context, kvs):
   for n, kv in enumerate(kvs):
     layer = params['block'][f'layers_{n}']
     y = Norm(config, config.d_model, looped=True).apply({'params': layer['attn_norm']}, x, loop)
-    place = passes.AttnSpec(*(None if t is None else t[n] for t in (window, rope)))
+    attn_spec = passes.AttnSpec(*(None if t is None else t[n] for t in (window, rope)))
     _, kv = Attention(config, looped=True).apply(
-      {'params': layer['attn']}, y, kv, place, loop, context
+      {'params': layer['attn']}, y, kv, attn_spec, Place(loop, n), context
     )
     new.append(kv)
   return tuple(new)
