@@ -17,7 +17,7 @@ from rrt.models.quantized import host as host_arrays
 from rrt.models.quantized import quantize_params
 from rrt.ops.quantize import dense, quantize
 from rrt.relax.base import Leaves, hosts_of
-from rrt.relax.trees import relaxed_hosts, subtree
+from rrt.relax.trees import initial, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 VECTORS = ('scale', 'bias')  # Leaves that a loop may have of its own.
@@ -64,12 +64,7 @@ class ChildWeights:
     self.relax: dict[tuple[str, str], Leaves] = {}
     key = jax.random.key(seed)
     for relaxation, host, described in relaxed_hosts(config):
-      leaves = {}
-      for name, leaf in described.items():
-        copies = host.layers if host.path else 1
-        key, *own = jax.random.split(key, 1 + copies)
-        values = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
-        leaves[name] = np.stack(values) if host.path else values[0]
+      leaves, key = initial(described, host, key)
       masked = relaxation.mask(leaves, host)
       self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
       if host.site == 'linear':

@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
@@ -18,7 +17,7 @@ from rrt.model import LanguageModel
 from rrt.relax import registry
 from rrt.relax.adapter import Adapter, into_low_rank
 from rrt.relax.base import Relaxation, hosts_of
-from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
+from rrt.relax.trees import initial, own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten
 
 
@@ -71,11 +70,8 @@ def with_relaxation(model: LanguageModel, added: Relaxation, seed: int = 0) -> L
   for relaxation, host, leaves in relaxed_hosts(config):
     if relaxation is not added:
       continue
-    tree = subtree(params['block'], host)
-    for name, leaf in leaves.items():
-      key, *own = jax.random.split(key, 1 + (host.layers if host.path else 1))
-      drawn = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
-      tree[name] = np.stack(drawn) if host.path else drawn[0]
+    own, key = initial(leaves, host, key)
+    subtree(params['block'], host).update(own)
   return dataclasses.replace(model, config=config, params=params)
 
 

@@ -59,6 +59,8 @@ def apply(
     weight_TxK: of each choice.
     capacity: as for `slots`.
   """
+  if devices() == 1 and not capacity:
+    return dropless(run, kernels, x_TxD, index_TxK, weight_TxK), jnp.zeros(())
   if devices() == 1:
     return _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, lambda x: x, lambda x: x)
   rows = row_axes()
@@ -85,24 +87,32 @@ def apply(
   )(kernels, x_TxD, index_TxK, weight_TxK)
 
 
-def by_rows(run: Callable[..., Any], kernels: Any, *tokens):
-  """run(kernels, *tokens) on each device's own rows: sorting must not cross devices.
+def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK):
+  """`apply` with all experts on every device: choices sorted by expert, nothing dropped.
 
-  Args:
-    run: from kernels and arrays of tokens, [T, ...], to [T, D].
-    kernels: whole on every device.
-    *tokens: split over the rows of the mesh in use.
+  Every device of a mesh sorts its own rows: sorting must not cross devices.
   """
+  E, K = jax.tree.leaves(kernels)[0].shape[0], index_TxK.shape[1]
+
+  def on_rows(kernels, x_TxD, index_TxK, weight_TxK):
+    # Choices of no expert come behind all groups, where products are zero.
+    order_N, sizes = sorted_by(jnp.minimum(index_TxK, E).reshape(-1), E + 1)
+    token_N = order_N // K
+    out_NxO = run(kernels, x_TxD[token_N], lambda rows, w: grouped_matmul(rows, w, sizes[:E]))
+    weight_N = weight_TxK.reshape(-1)[order_N].astype(out_NxO.dtype)
+    zeros_TxO = jnp.zeros((x_TxD.shape[0], out_NxO.shape[1]), out_NxO.dtype)
+    return zeros_TxO.at[token_N].add(out_NxO * weight_N[:, None])
+
   count = row_count(jax.sharding.get_abstract_mesh().shape)
-  if count == 1 or tokens[0].shape[0] % count:
-    return run(kernels, *tokens)
+  if count == 1 or x_TxD.shape[0] % count:
+    return on_rows(kernels, x_TxD, index_TxK, weight_TxK)
   of_token = PartitionSpec(row_axes(), None)
   return jax.shard_map(
-    run,
-    in_specs=(PartitionSpec(), *(of_token for _ in tokens)),
+    on_rows,
+    in_specs=(PartitionSpec(), of_token, of_token, of_token),
     out_specs=of_token,
     check_vma=False,
-  )(kernels, *tokens)
+  )(kernels, x_TxD, index_TxK, weight_TxK)
 
 
 def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):

@@ -25,7 +25,6 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import expert_parallel
 from rrt.ops.activation import activate
-from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
 from rrt.relax.base import Aux, Host, Leaf, Leaves, Place
 from rrt.relax.positioned import Positioned
 from rrt.relax.routed import Chosen, Routed
@@ -163,27 +162,12 @@ class Bank(Routed, Positioned):
     tokens = x.reshape(B * L, D), index_TxK, weight_TxK
     # Decoding drops nothing.
     capacity = self.capacity if place.key is not None else 0.0
-    if expert_parallel.devices() == 1 and not capacity:
-      grouped = lambda kernels, x, index, weight: self._grouped(kernels, x, index, weight, host)
-      out_TxD, dropped = expert_parallel.by_rows(grouped, kernels, *tokens), jnp.zeros(())
-    else:
-      run = lambda kernels, x, product: self._mlps(kernels, x, product, host)
-      out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
+    run = lambda kernels, x, product: self._mlps(kernels, x, product, host)
+    out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
     aux = chosen.aux
     if aux.routes:
       aux = aux._replace(routes={**aux.routes, 'dropped': dropped})
     return y + out_TxD.reshape(B, L, D), aux
-
-  def _grouped(self, kernels: Leaves, x_TxD, index_TxK, weight_TxK, host: Host):
-    """The bank's part for each token, its choices sorted by expert: nothing is dropped."""
-    X, k = kernels['up'].shape[0], index_TxK.shape[1]
-    order_N, sizes_E = sorted_by(index_TxK.reshape(-1), X + 1)
-    # Choices of none come behind all groups, where products are zero.
-    product = lambda kernel, rows: grouped_matmul(rows, kernel, sizes_E[:X])
-    token_N = order_N // k
-    out_NxD = self._mlps(kernels, x_TxD[token_N], lambda rows, w: product(w, rows), host)
-    weight_N = weight_TxK.reshape(-1)[order_N].astype(x_TxD.dtype)
-    return jnp.zeros_like(x_TxD).at[token_N].add(out_NxD * weight_N[:, None])
 
   def _mlps(self, kernels: Leaves, x, product, host: Host):
     """Gated or plain MLPs of several experts, by a product of their own."""

@@ -19,7 +19,6 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops import clusters, expert_parallel, least_squares
-from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
 from rrt.ops.matmul import matmul, prefers_transposed, transpose_named
 from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Place
 from rrt.relax.lora import Lora, low_rank, widen
@@ -122,25 +121,16 @@ class Experts(Routed):
 
   def _grouped(self, a_IxEr, b_ErxO, x_BxLxI, chosen: Chosen, host: Host):
     """The experts' part, choices sorted by expert."""
-    E, (B, L, size), k = self.count_experts(host), x_BxLxI.shape, chosen.index_BxLxk.shape[-1]
+    E, (B, L, size) = self.count_experts(host), x_BxLxI.shape
     factors = (
       jnp.moveaxis(a_IxEr.reshape(size, E, -1), 1, 0),
       b_ErxO.reshape(E, -1, b_ErxO.shape[-1]),
     )
 
-    def run(factors, x_TxI, index_Txk, weight_Txk):
-      order_N, sizes_E = sorted_by(index_Txk.reshape(-1), E)
-      token_N = order_N // k
-      out_NxO = x_TxI[token_N]
-      for factor in factors:
-        out_NxO = grouped_matmul(out_NxO, factor, sizes_E)
-      out_NxO *= weight_Txk.reshape(-1)[order_N].astype(out_NxO.dtype)[:, None]
-      zeros_TxO = jnp.zeros((x_TxI.shape[0], out_NxO.shape[1]), out_NxO.dtype)
-      return zeros_TxO.at[token_N].add(out_NxO)
-
+    run = lambda factors, rows, product: product(product(rows, factors[0]), factors[1])
     flat = lambda t: t.reshape(B * L, -1)
     tokens = flat(x_BxLxI), flat(chosen.index_BxLxk), flat(chosen.weight_BxLxk)
-    return expert_parallel.by_rows(run, factors, *tokens).reshape(B, L, -1)
+    return expert_parallel.dropless(run, factors, *tokens).reshape(B, L, -1)
 
   def prepare(self, params: Leaves, host: Host, layout: str) -> Leaves:
     found = {k: v for k, v in params.items() if k not in ('experts_a', 'experts_b')}

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rrt.relax.base import Host, Leaves, Relaxation
+from rrt.relax.base import Host, Leaf, Leaves, Relaxation
 
 
 def relaxed_hosts(config):
@@ -38,6 +39,16 @@ def subtree(block: dict[str, Any], host: Host) -> dict[str, Any]:
 def own_leaves(tree: dict[str, Any], kind: str) -> Leaves:
   """The leaves of one kind among the parameters of a host."""
   return {k: v for k, v in tree.items() if (k == kind or k.startswith(f'{kind}_'))}
+
+
+def initial(described: dict[str, Leaf], host: Host, key) -> tuple[Leaves, jax.Array]:
+  """Initial leaves of a host as numpy arrays, [N, ...] in a layer; and the key for what follows."""
+  found = {}
+  for name, leaf in described.items():
+    key, *own = jax.random.split(key, 1 + (host.layers if host.path else 1))
+    drawn = [np.asarray(leaf.init(k, leaf.shape, jnp.float32)) for k in own]
+    found[name] = np.stack(drawn) if host.path else drawn[0]
+  return found, key
 
 
 def mask_all(config, params):
