@@ -169,7 +169,8 @@ def main(_) -> None:
       run = uptrain(parent, child, table_lib.recipe(child, seed), workdir)
       if run.stopped:
         raise SystemExit(128 + run.stopped)
-      rates = sorted(r['throughput/tokens_per_second'] for r in run.history[1:])
+      speed = 'throughput/tokens_per_second'
+      rates = sorted(r[speed] for r in run.history[1:] if speed in r)
       figures = {f'nats_{key}': table_lib.nats(run.model), f'routing_{key}': routing(run.history)}
       keep(name, figures | {'train_speed': rates[len(rates) // 2]})
       if name == 'experts by loop':

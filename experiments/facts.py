@@ -45,8 +45,9 @@ from rrt.model import LanguageModel
 from rrt.models.adapter import with_relaxation
 from rrt.ops.matmul import matmul
 from rrt.relax.adapter import Adapter
-from rrt.relax.base import LINEAR_AXES, NO_AUX, Leaf, Relaxation
+from rrt.relax.base import NO_AUX, Leaf, Relaxation
 from rrt.relax.experts import Experts
+from rrt.relax.hosts import LINEAR_AXES
 from rrt.relax.lookup import Lookup
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer

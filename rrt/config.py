@@ -17,6 +17,7 @@ import numpy as np
 from rrt.config_checks import BY_LENGTH, check
 from rrt.errors import InputError
 from rrt.relax import registry
+from rrt.relax.hosts import MLP
 
 if TYPE_CHECKING:
   from rrt.relax.base import Relaxation
@@ -72,7 +73,7 @@ class ModelConfig:
     family: which checkpoint family it came from, one of `FAMILIES`.
     vocab_size: V.
     d_model: D, the width of the residual stream.
-    d_ff: F, the hidden width of the gated MLP.
+    d_ff: F, the hidden width of the gated MLP, or of one of its experts.
     num_heads: H, query heads.
     num_kv_heads: G, key and value heads; divides `num_heads`.
     head_dim: Dh, even.
@@ -93,6 +94,11 @@ class ModelConfig:
     norm: 'rms', or 'layer' with a mean and a bias (Pythia).
     parallel: attention and MLP both read the layer's input (Pythia).
     gated: the MLP is down(act(gate) * up); otherwise down(act(up)).
+    num_experts: E, MLPs of each layer, among which a router chooses for each token
+      (Mixtral, Qwen3-MoE, Grok-1); 0 for one MLP without a router.
+    experts_per_token: k, how many a token takes.
+    norm_topk: the chosen experts' gates sum to 1; otherwise softmax probabilities
+      among all experts are left as they are (Grok-1).
     activation: 'silu', 'gelu' or its approximation 'gelu_tanh'.
     biases: the linears with a bias ('q' to 'down'); inside the block it differs by
       loop where norm gains do.
@@ -139,6 +145,9 @@ class ModelConfig:
   norm: str = 'rms'
   parallel: bool = False
   gated: bool = True
+  num_experts: int = 0
+  experts_per_token: int = 0
+  norm_topk: bool = True
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
   attn_softcap: float | None = None
@@ -196,7 +205,7 @@ class ModelConfig:
     return found
 
   def shapes(self) -> dict[str, tuple[int, int]]:
-    """(in, out) of a layer's linears: seven, or six without a gate."""
+    """(in, out) of a layer's linears: seven, or six without a gate; of one expert each."""
     d, f = self.d_model, self.d_ff
     q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
     gate = {'gate': (d, f)} if self.gated else {}
@@ -209,6 +218,10 @@ class ModelConfig:
       'up': (d, f),
       'down': (f, d),
     }
+
+  def copies(self, name: str) -> int:
+    """How many of a linear a layer has: one, or as many as experts."""
+    return self.num_experts if self.num_experts and name in MLP else 1
 
   def depth_of(self, loop: int, layer: int) -> int:
     """The depth at which the block runs `layer` in `loop`."""

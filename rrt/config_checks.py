@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from rrt.errors import InputError
+from rrt.relax.hosts import MLP
 
 if TYPE_CHECKING:
   from rrt.config import ModelConfig, Rope
@@ -15,11 +17,12 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
 NORMS = ('rms', 'layer')
 FAMILIES = (
   *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
-  *('phi3', 'olmo2', 'gpt_neox', 'ouro'),
+  *('phi3', 'olmo2', 'gpt_neox', 'ouro', 'mixtral', 'qwen3_moe', 'grok1'),
 )
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope', 'none')
 # Kinds whose frequencies depend on the length of the text.
 BY_LENGTH = ('dynamic', 'longrope')
+MAY_BE_ZERO = ('prelude_layers', 'coda_layers', 'num_experts', 'experts_per_token')
 WEIGHTS = ('float', 'int8', 'int4', 'nf4')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -75,7 +78,7 @@ def check(c: ModelConfig) -> None:
   for f in dataclasses.fields(c):  # Types are the words of the annotations.
     value = getattr(c, f.name)
     if f.type == 'int':
-      least = int(f.name not in ('prelude_layers', 'coda_layers'))
+      least = int(f.name not in MAY_BE_ZERO)
       size = 'above 0' if least else 'of 0 or more'
       need(is_whole(value, least), f.name, f'must be a whole number {size}')
     elif f.type == 'bool':
@@ -95,6 +98,7 @@ def check(c: ModelConfig) -> None:
     'weights',
     'two codes share a byte, for which d_model, d_ff and heads must be even',
   )
+  _check_experts(c, need)
   need(c.activation in ACTIVATIONS, 'activation', f'must be one of {ACTIVATIONS}')
   need(
     set(c.biases) <= {*c.shapes()} and len({*c.biases}) == len(c.biases),
@@ -142,6 +146,20 @@ def check(c: ModelConfig) -> None:
   _check_relax(c)
 
 
+def _check_experts(c: ModelConfig, need: Callable[[bool, str, str], None]) -> None:
+  E = c.num_experts
+  need(E != 1, 'num_experts', 'must be 2 or more, or 0 for one MLP without a router')
+  need(
+    1 <= c.experts_per_token <= E if E else not c.experts_per_token,
+    'experts_per_token',
+    f'must lie in 1 to num_experts={E}' if E else 'has no effect without num_experts',
+  )
+  need(E > 0 or c.norm_topk, 'norm_topk', 'has no effect without num_experts')
+  need(not E or c.weights == 'float', 'weights', 'experts are not quantized by this version')
+  need(not E or not c.parallel, 'parallel', 'no model with experts has it')
+  need(not E or not {*c.biases} & {*MLP}, 'biases', 'experts have none')
+
+
 def _check_relax(c: ModelConfig) -> None:
   """Raises InputError for relaxations that are invalid, alone or together."""
   kinds = [r.kind for r in c.relax]
@@ -153,4 +171,11 @@ def _check_relax(c: ModelConfig) -> None:
         f'relax: {relaxation.kind!r} relaxes a whole pass through the block, which '
         f'the {c.order} order does not have; take order=cycle.'
       )
-    relaxation.check(relaxation.hosts(c))
+    hosts = relaxation.hosts(c)
+    relaxation.check(hosts)
+    for host in hosts:
+      if host.experts and not relaxation.of_experts and relaxation.leaves(host):
+        raise InputError(
+          f'relax: {relaxation.kind!r} on {host.name}, of which a layer has one an expert: give it '
+          'linears of attention alone.'
+        )

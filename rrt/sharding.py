@@ -209,12 +209,13 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh, batch: int = 0):
     for leaf in leaves.values()
     if 'expert' in leaf.axes
   ]
+  sharded += [config.num_experts] * (config.num_experts > 0)
   if experts > 1 and not sharded:
     raise InputError(f'mesh.expert={experts}: the model has no experts to split; leave it at 1.')
   for count in sharded:
     if count % experts:
       raise InputError(
-        f'mesh axis expert={experts} does not divide the {count} experts of the bank; choose a '
+        f'mesh axis expert={experts} does not divide the {count} experts of a layer; choose a '
         'size that does.'
       )
 

@@ -194,6 +194,10 @@ def load_directory(
     where=str(directory),
     lazy=lazy,
   )
+  if family.scaled:
+    factor = number(fields, family.scaled, 1.0)
+    gain = params['final_norm']['scale']
+    params['final_norm']['scale'] = (gain * np.float32(factor)).astype(gain.dtype)
   if fields.get('early_exit_threshold') is not None:
     ids[EXIT_THRESHOLD] = number(fields, 'early_exit_threshold', least=0)
   return config, params, ids

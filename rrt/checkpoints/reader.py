@@ -40,7 +40,7 @@ class _Job:
   name: str
   row: Row
   path: str
-  depth: int | None  # Index into the stacked leaf.
+  depth: Any  # Index into the stacked leaf: None, a layer, or (layer, expert).
   shape: tuple[int, ...]  # As our tree has it.
 
   @property
@@ -58,7 +58,11 @@ def _jobs(config: ModelConfig, family: Family, style: str) -> list[_Job]:
       continue
     path = f'block/layers/{row.path}'
     for depth in range(config.block_layers):
-      jobs.append(_Job(names.format(depth), row, path, depth, shape))
+      if '{e}' not in names:
+        jobs.append(_Job(names.format(depth), row, path, depth, shape))
+        continue
+      for e in range(config.num_experts):
+        jobs.append(_Job(names.format(depth, e=e), row, path, (depth, e), shape))
   return jobs
 
 
@@ -114,7 +118,9 @@ def read_params(
     jobs = [job for job in jobs if job.path not in later]
   for job in jobs:
     if job.path not in leaves:
-      lead = () if job.depth is None else (config.block_layers,)
+      lead: tuple[int, ...] = () if job.depth is None else (config.block_layers,)
+      if isinstance(job.depth, tuple):
+        lead = (config.block_layers, config.num_experts)
       leaves[job.path] = np.empty(lead + job.shape, DTYPES[dtype])
       set_path(tree, job.path, leaves[job.path])
     leaf = leaves[job.path]
@@ -141,13 +147,18 @@ def _read_one(config, family, tensors, style, dtype, where, job: _Job) -> np.nda
 
 
 def _in_pieces(jobs: list[_Job], dtype: np.dtype, read: Callable[[_Job], np.ndarray]) -> Pieces:
-  """A leaf of one tensor, or of one for each layer."""
+  """A leaf of one tensor, or of one for each layer, or each expert of a layer."""
   if jobs[0].depth is None:
     (job,) = jobs
     return Pieces(job.shape, dtype, lambda a, b: read(job)[a:b], job.shape[0])
   by_depth = {job.depth: job for job in jobs}
-  layers = lambda a, b: np.stack([read(by_depth[i]) for i in range(a, b)])
-  return Pieces((len(jobs), *jobs[0].shape), dtype, layers)
+  if not isinstance(jobs[0].depth, tuple):
+    layers = lambda a, b: np.stack([read(by_depth[i]) for i in range(a, b)])
+    return Pieces((len(jobs), *jobs[0].shape), dtype, layers)
+  depth, experts = (n + 1 for n in max(by_depth))
+  of_layer = lambda i: np.stack([read(by_depth[i, e]) for e in range(experts)])
+  layers = lambda a, b: np.stack([of_layer(i) for i in range(a, b)])
+  return Pieces((depth, experts, *jobs[0].shape), dtype, layers)
 
 
 class _Faults:

@@ -7,7 +7,8 @@ model of the family, for tests against transformers and for other software.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, n
     is_layer = '{}' in names
     leaf = leaves[f'block/layers/{row.path}' if is_layer else row.path]
     turned = row.kind in ('linear', 'q', 'k')
+    if '{e}' in names:
+      # Experts of a layer follow each other: it is read once.
+      layer = functools.lru_cache(maxsize=1)(lambda depth, leaf=leaf: np.asarray(leaf[depth]))
+      for depth, e in np.ndindex(leaf.shape[:2]):
+        value = _expert(leaf, functools.partial(layer, depth), e)
+        yield names.format(depth, e=e), value, row
+      continue
     for depth in range(len(leaf) if is_layer else 1):
       name = names.format(depth)
       value = _tensor(leaf, depth if is_layer else None, turned)
@@ -68,6 +76,14 @@ def tensors_of(model: LanguageModel, style: str = 'hf') -> Iterator[tuple[str, n
           continue
         value = fused.pop(name)[0]
       yield name, value, row
+
+
+def _expert(leaf: Any, layer: Callable[[], np.ndarray], expert: int) -> Any:
+  """One expert's matrix of a layer's, transposed."""
+  if not isinstance(leaf, Pieces):
+    return layer()[expert].T
+  shape = leaf.shape[:1:-1]
+  return Pieces(shape, leaf.dtype, lambda a, b: layer()[expert].T[a:b], shape[0])
 
 
 def _tensor(leaf: Any, depth: int | None, turned: bool) -> Any:

@@ -27,7 +27,7 @@ from rrt.models.adapter import merge_adapter
 from rrt.models.quantized import dequantized
 from rrt.models.untie import has_loops, untied_config
 from rrt.relax import registry
-from rrt.relax.base import hosts_of
+from rrt.relax.hosts import hosts_of
 from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 

@@ -11,7 +11,7 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.models.count import count_params, norm_leaves
 from rrt.models.untie import check_mergeable, untied_config
-from rrt.relax.base import hosts_of
+from rrt.relax.hosts import hosts_of
 from rrt.relax.trees import relaxed_hosts
 
 # Bytes of 32 weights in a GGUF file.

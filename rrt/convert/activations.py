@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
-from rrt.convert import permute
+from rrt.convert import experts, permute
 from rrt.models.attention import Attention, AttnSpec, Context
+from rrt.models.experts import ExpertMlp
 from rrt.models.layers import HERE, Mlp, Norm
 from rrt.models.transformer import make_context
-from rrt.relax.base import part_of
+from rrt.relax.hosts import part_of
 
 # Where linears read: inputs in the order in which a layer makes them.
 SITES = {
@@ -37,9 +38,10 @@ ALIGN_CHUNKS = 2  # How many serve to compare hidden units.
 
 
 def sites(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-  """`SITES` of a model, whose MLP may have no gate."""
-  has = config.shapes()
-  return {site: tuple(n for n in names if n in has) for site, names in SITES.items()}
+  """`SITES` of a model, whose MLP may have no gate, or experts (`rrt.convert.experts`)."""
+  has = {name for name in config.shapes() if config.copies(name) == 1}
+  found = {site: tuple(n for n in names if n in has) for site, names in SITES.items()}
+  return {site: names for site, names in found.items() if names}
 
 
 class Stream(NamedTuple):
@@ -75,8 +77,11 @@ def with_norms(config: ModelConfig, layer, norms):
     )
     weak_D = jnp.abs(new_D) <= 1e-3 * jnp.sqrt(jnp.mean(new_D**2))
     ratio_D = jnp.where(weak_D, 1.0, old_D / jnp.where(weak_D, 1.0, new_D))
-    for name in sites(config)[f'{part}_in']:
-      set_kernel(new, name, jnp.asarray(ratio_D)[:, None] * layer[part][name]['kernel'])
+    for name in SITES[f'{part}_in']:
+      leaf = 'kernels' if config.copies(name) > 1 else 'kernel'
+      if name in config.shapes():
+        rescaled = jnp.asarray(ratio_D)[:, None] * layer[part][name][leaf]
+        new[part][name] = {**new[part][name], leaf: rescaled}
   return new
 
 
@@ -121,14 +126,16 @@ def _mixed(config: ModelConfig, attn, x_BxLxD, attn_spec: AttnSpec, context: Con
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: ModelConfig, mlp, x_BxLxD):
-  """What the down projection reads."""
+  """What the down projection reads; of experts their weighted sum, [B, L, D]."""
+  if config.num_experts:
+    return ExpertMlp(config).apply({'params': mlp}, x_BxLxD)
   return Mlp(config).apply({'params': mlp}, x_BxLxD, method='hidden')
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add(config: ModelConfig, post, kernel_IxD, bias_1x1xD, x_BxLxI, h_BxLxD):
-  """The residual stream after a linear (and its post-norm) wrote to it."""
-  y_BxLxD = x_BxLxI @ kernel_IxD + bias_1x1xD
+  """The residual stream after a linear (and its post-norm) wrote to it; None for the identity."""
+  y_BxLxD = x_BxLxI if kernel_IxD is None else x_BxLxI @ kernel_IxD + bias_1x1xD
   if post is not None:
     y_BxLxD = _norm(config, post, y_BxLxD)
   return h_BxLxD + y_BxLxD
@@ -180,12 +187,12 @@ class LayerActivations:
     config: the parent's, untied.
     chunks: slices of rows that are in memory together.
     orders: depth -> (order, signs) of the hidden units of its MLP, where
-      they were lined up with another layer's.
+      they were lined up with another layer's; with experts their order before these.
   """
 
   def __init__(self, config: ModelConfig, layers: Callable[[int], Any], tokens_BxL):
     self.config, self._layers = config, layers
-    self.orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    self.orders: dict[int, tuple[np.ndarray, ...]] = {}
     rows, length = tokens_BxL.shape
     step = max(1, min(CHUNK_TOKENS // length, rows // CHECKED))
     self.chunks = [slice(i, i + step) for i in range(0, rows, step)]
@@ -196,7 +203,8 @@ class LayerActivations:
     """The parent's layer tree at a depth, its hidden units lined up."""
     layer = self._layers(depth)
     if depth in self.orders:
-      layer = {**layer, 'mlp': permute.reorder(layer['mlp'], *self.orders[depth])}
+      reorder = experts.reorder if self.config.num_experts else permute.reorder
+      layer = {**layer, 'mlp': reorder(layer['mlp'], *self.orders[depth])}
     return layer
 
   def context(self, rows: slice) -> Context:
@@ -227,7 +235,9 @@ class LayerActivations:
     """The residual stream after attention or the MLP wrote to it."""
     part, component = ('attn', 'o') if site == 'attn_out' else ('mlp', 'down')
     post = layer.get(f'{part}_post_norm')
-    kernel_IxD = layer[part][component]['kernel']
+    kernel_IxD = None
+    if self.config.copies(component) == 1:
+      kernel_IxD = layer[part][component]['kernel']
     return _add(self.config, post, kernel_IxD, bias_of(layer, component), x_BxLxI, h_BxLxD)
 
   def step(self, depth: int, layer, start_BxLxD: np.ndarray) -> Stream:
@@ -273,6 +283,13 @@ class LayerActivations:
     others = [depth for depth in others if depth not in self.orders]
     if not others:
       return
+    if self.config.num_experts:
+      few = self.chunks[:ALIGN_CHUNKS]
+      seen = lambda depth: self.experts(self.layer(depth), streams[depth], depth, few)
+      one = seen(first)
+      for depth in others:
+        self.orders[depth] = experts.match(self.config, one, seen(depth))
+      return
 
     def look(depth):
       layer, tokens = self.layer(depth), 0
@@ -290,6 +307,18 @@ class LayerActivations:
     for depth in others:
       other, c2_IxI, power2_F = look(depth)
       self.orders[depth] = permute.match_units(mlp, other, c_IxI + c2_IxI, power_F, power2_F)
+
+  def experts(self, layer, stream: Stream, depth: int, chunks: list[slice] | None = None):
+    """A layer's experts on its inputs, of all chunks of rows or of some."""
+    xs = [self.inputs('mlp_in', layer, depth, r, stream) for r in chunks or self.chunks]
+    x_TxD = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in xs])
+    return experts.look(self.config, layer['mlp'], x_TxD)
+
+  def write_mlp(self, layer, depth: int, stream: Stream) -> None:
+    """Fills the stream behind the MLP."""
+    for rows in self.chunks:
+      x_BxLxI = self.inputs('mlp_out', layer, depth, rows, stream)
+      stream.end[rows] = self.write('mlp_out', layer, x_BxLxI, stream.middle[rows])
 
 
 @jax.jit

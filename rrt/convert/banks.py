@@ -24,7 +24,8 @@ from rrt.models import transformer
 from rrt.models.adapter import with_relaxation
 from rrt.models.relaxed import route_key
 from rrt.relax.bank import Bank
-from rrt.relax.base import Host, Relaxation
+from rrt.relax.base import Relaxation
+from rrt.relax.hosts import Host
 from rrt.relax.trees import relaxed_hosts
 
 HOW = ('merge', 'prune')

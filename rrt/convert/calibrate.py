@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig
+from rrt.convert import experts
 from rrt.convert.activations import (
   CHECKED,
   SITES,
@@ -186,7 +187,7 @@ def fit_layer(
     depths = [child.depth_of(r, position[1]) for r in range(1, R)]
     if steps.permute_units:
       activations.align(depth, depths, streams)
-    weights.take_biases(position[1], [activations.layer(d) for d in (depth, *depths)])
+    weights.take_vectors(position[1], [activations.layer(d) for d in (depth, *depths)])
     later = {d: with_norms(c, activations.layer(d), norms(d)) for d in depths}
   parent = activations.layer(depth)
   layer = with_norms(c, parent, norms(depth))
@@ -231,7 +232,36 @@ def fit_layer(
         if not _helps(activations, old, new, goal):
           set_kernel(layer, names[0], weights.leave_out(names[0], position, c_IxI))
           new[:] = old
+  if c.num_experts:
+    if position is not None:
+      tied = {depth: (source, seen)} | {d: (other, streams[d]) for d, other in later.items()}
+      looks = [activations.experts(*at, d) for d, at in tied.items()]
+      _fit_experts(c, weights, layer, looks, position, steps)
+    write_experts = lambda: activations.write_mlp(layer, depth, stream)
+    write_experts()
+    if position is not None and weights.is_closed('down', position):
+      if not _helps(activations, stream.middle, stream.end, streams[depth].end):
+        _leave_out_experts(c, weights, layer, position)
+        write_experts()
   return layer, stream.end
+
+
+def _fit_experts(c: ModelConfig, weights: ChildWeights, layer, looks, position, steps) -> None:
+  """Fits the experts of a layer at a position; see `rrt.convert.experts`."""
+  r, n = position
+  at = lambda e: (r, n * c.num_experts + e)
+  fit_one = lambda name, e, cs, ws: _fit_position(weights, name, at(e), cs, ws, steps)
+  experts.fit(c, layer, looks, steps.ridge, fit_one)
+
+
+def _leave_out_experts(c: ModelConfig, weights: ChildWeights, layer, position) -> None:
+  """Makes closed experts write nothing."""
+  r, n = position
+  down = layer['mlp']['down']
+  zeros = [
+    weights.leave_out('down', (r, n * c.num_experts + e), None) for e in range(c.num_experts)
+  ]
+  layer['mlp']['down'] = {**down, 'kernels': jnp.stack(zeros)}
 
 
 def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):

@@ -15,7 +15,8 @@ from rrt.convert import calibration_data, drop, rank_budget, size
 from rrt.errors import InputError
 from rrt.models.added_loops import config_with_loops
 from rrt.relax import registry
-from rrt.relax.base import Relaxation, hosts_of
+from rrt.relax.base import Relaxation
+from rrt.relax.hosts import hosts_of
 from rrt.relax.ranks import LoopRanks, parse_ranks, with_ranks
 
 INITS = ('calibrated', 'stepwise', 'average', 'lower', 'upper', 'random')
@@ -145,6 +146,8 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   if c.relax_init not in RELAX_INITS:
     raise InputError(f'relax_init={c.relax_init!r}: must be one of {", ".join(RELAX_INITS)}.')
   _check_vanilla(parent)
+  if parent.num_experts and c.budget is not None:
+    raise InputError(f'budget={c.budget}: is not for parents with experts; give rank.')
   if c.params is not None:
     return _stand_in(parent, c)
   if c.layers_run is not None:

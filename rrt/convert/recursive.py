@@ -315,7 +315,7 @@ class _Job:
     if c.weights != 'float':
       for name, host in weights.hosts.items():
         for n in range(c.block_layers):
-          at = lambda r, n=n, path=host.path: select.kernel_at(layers, path, c.depth_of(r, n))
+          at = lambda r, n=n, host=host: select.kernel_at(layers, host, c.depth_of(r, n))
           round_shared(weights, name, n, None, np.stack([at(r) for r in range(c.loops)]))
     select.fit_relaxations(weights, layers, count)
     return weights

@@ -14,15 +14,15 @@ import numpy as np
 from rrt.config import ModelConfig
 from rrt.convert.plan import source_layers
 from rrt.convert.weights import ChildWeights
-from rrt.relax.base import hosts_of
+from rrt.relax.hosts import Host, hosts_of
 
 
-def kernel_at(layers: Any, host_path: str, depth: int) -> np.ndarray:
-  """A linear of the parent at a depth, float32 [I, O]."""
+def kernel_at(layers: Any, host: Host, depth: int) -> np.ndarray:
+  """A linear of the parent at a depth, float32 [I, O], or those of its experts, [E, I, O]."""
   tree = layers
-  for key in host_path.split('/'):
+  for key in host.path.split('/'):
     tree = tree[key]
-  return np.asarray(tree['kernel'][depth], np.float32)
+  return np.asarray(tree[host.leaf][depth], np.float32)
 
 
 def select_shared(
@@ -44,15 +44,16 @@ def select_shared(
   shared = {}
   for host in hosts_of(config, 'linear'):
     shape = host.d_in, host.d_out
-    kernels = np.zeros((config.block_layers, *shape), np.float32)
+    kernels = np.zeros((host.layers, *shape), np.float32)
     for n in range(config.block_layers):
+      own = host.instances(n)
       if init == 'random':
-        kernels[n] = random.normal(0, shape[0] ** -0.5, shape)
+        kernels[own] = random.normal(0, shape[0] ** -0.5, kernels[own].shape)
       elif init in ('stepwise', 'lower', 'upper'):
-        kernels[n] = kernel_at(layers, host.path, int(source_layers(config, init)[n]))
+        kernels[own] = kernel_at(layers, host, int(source_layers(config, init)[n]))
       else:
-        parents = [kernel_at(layers, host.path, int(d)) for d in depths_RxN[:, n]]
-        kernels[n] = np.mean(parents, axis=0)
+        parents = [kernel_at(layers, host, int(d)) for d in depths_RxN[:, n]]
+        kernels[own] = np.mean(parents, axis=0)
       count(1)
     shared[host.name] = kernels
   return shared
@@ -71,7 +72,7 @@ def spectra(
   for host in hosts_of(config, 'linear'):
     values = np.zeros((R, N, min(host.d_in, host.d_out)))
     for r, n in np.ndindex(R, N):
-      weight_IxO = kernel_at(layers, host.path, config.depth_of(r, n))
+      weight_IxO = kernel_at(layers, host, config.depth_of(r, n))
       sigma_K = jnp.linalg.svd(weight_IxO - shared[host.name][n], compute_uv=False)
       size = np.linalg.norm(weight_IxO)
       values[r, n] = np.asarray(sigma_K) / (size if size > 0 else 1.0)
@@ -91,5 +92,8 @@ def fit_relaxations(weights: ChildWeights, layers: Any, count: Callable[[int], N
   config = weights.config
   for name, host in weights.hosts.items():
     for r, n in np.ndindex(config.loops, config.block_layers):
-      weights.fit(name, (r, n), kernel_at(layers, host.path, config.depth_of(r, n)))
+      target = kernel_at(layers, host, config.depth_of(r, n))
+      for e in range(host.experts or 1):
+        one, index = (target[e], n * host.experts + e) if host.experts else (target, n)
+        weights.fit(name, (r, index), one)
       count(1)

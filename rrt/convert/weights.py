@@ -15,12 +15,13 @@ from rrt.config import ModelConfig
 from rrt.convert.plan import source_layers
 from rrt.models.quantized import host as host_arrays
 from rrt.models.quantized import quantize_params
+from rrt.models.untie import VECTORS
 from rrt.ops.quantize import dense, quantize
-from rrt.relax.base import Leaves, hosts_of
-from rrt.relax.trees import initial, relaxed_hosts, subtree
+from rrt.relax.base import Leaves
+from rrt.relax.hosts import hosts_of
+from rrt.relax.trees import by_layer, initial, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
-VECTORS = ('scale', 'bias')  # Leaves that a loop may have of its own.
 TINY = 1e-30  # The least divisor of sizes that may be zero.
 
 
@@ -29,10 +30,10 @@ class ChildWeights:
 
   Attributes:
     config: the child's.
-    shared: component -> [N, I, O].
+    shared: component -> [N, I, O]; of a model with experts N counts those (`Host`).
     relax: (kind, path of the host) -> leaves, [N, ...] each, from their
       initial values.
-    norms: gains and biases of the block by path: [N, R, D] per loop, else [N, D].
+    norms: gains, biases and routers of the block by path: [N, R, ...] per loop, else [N, ...].
     own: depth -> layer tree of the prelude's and the coda's refitted layers.
     own_codes: depth -> linear -> its rounded weight, while that layer is fitted.
     codes: component -> block layer -> the rounded shared weight, where weights are
@@ -55,9 +56,9 @@ class ChildWeights:
     """
     self.config, self._layers, self._fits = config, layers, fits
     self.hosts = {host.name: host for host in hosts_of(config, 'linear')}
-    R, N = config.loops, config.block_layers
+    R = config.loops
     self.shared = {
-      name: np.zeros((N, h.d_in, h.d_out), np.float32) for name, h in self.hosts.items()
+      name: np.zeros((h.layers, h.d_in, h.d_out), np.float32) for name, h in self.hosts.items()
     }
     self.codes: dict[str, dict[int, Any]] = {name: {} for name in self.hosts}
     self.kept: dict[str, np.ndarray] = {}
@@ -68,7 +69,7 @@ class ChildWeights:
       masked = relaxation.mask(leaves, host)
       self.relax[relaxation.kind, host.path] = {k: np.array(v) for k, v in masked.items()}
       if host.site == 'linear':
-        self.kept[host.name] = np.zeros((R, N))
+        self.kept[host.name] = np.zeros((R, host.layers))
     self.own: dict[int, Any] = {}
     self.own_codes: dict[int, dict[str, Any]] = {}
     self.drift: list[float] = []
@@ -89,17 +90,21 @@ class ChildWeights:
       set_path(tree, path, jnp.asarray(gain))
     return tree
 
-  def take_biases(self, layer: int, trees: list[Any]) -> None:
-    """Takes a block layer's biases from the layers that it stands for.
+  def take_vectors(self, layer: int, trees: list[Any]) -> None:
+    """Takes a block layer's biases and router from the layers that it stands for.
 
     Args:
       layer: of the block.
-      trees: of each loop, hidden units aligned as the shared weights have them.
+      trees: of each loop, experts and hidden units aligned as the shared weights have them.
     """
     for name in self.config.biases:
       host, own = self.hosts[name], self.config.loop_norms
       biases_RxO = np.stack([np.asarray(subtree(tree, host)['bias']) for tree in trees])
       self.norms[f'{host.path}/bias'][layer] = biases_RxO if own else biases_RxO.mean(0)
+    if self.config.num_experts:
+      router_RxDxE = np.stack([np.asarray(tree['mlp']['router']['weights']) for tree in trees])
+      own = self.config.loop_norms
+      self.norms['mlp/router/weights'][layer] = router_RxDxE if own else router_RxDxE.mean(0)
 
   def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
     """The shared weight that a relaxation asks for, or None."""
@@ -114,7 +119,7 @@ class ChildWeights:
   def keep(self, position: tuple[int, int], layer: Any) -> None:
     """Takes the shared weights of a block layer as a layer tree has them."""
     for name, host in self.hosts.items():
-      self.shared[name][position[1]] = subtree(layer, host)['kernel']
+      self.shared[name][host.instances(position[1])] = subtree(layer, host)[host.leaf]
 
   def round(self, name: str, layer: int) -> Any:
     """Rounds a shared weight, if the child's weights are quantized; its codes."""
@@ -209,14 +214,17 @@ class ChildWeights:
     for path, gains in self.norms.items():
       set_path(block, path, gains.astype(dtype, copy=False))
     for name in list(self.shared):
-      leaf = self.shared.pop(name).astype(dtype, copy=False)
+      leaf: Any = self.shared.pop(name).astype(dtype, copy=False)
       codes = self.codes.pop(name)
       if codes:
         leaf = jax.tree.map(lambda *t: np.stack(t), *(codes[n] for n in range(c.block_layers)))
-      set_path(block, f'{self.hosts[name].path}/kernel', leaf)
+      host = self.hosts[name]
+      if host.experts:
+        leaf = leaf.reshape(-1, host.experts, *leaf.shape[1:])
+      set_path(block, f'{host.path}/{host.leaf}', leaf)
     tree['block'] = {'layers': block}
     for relaxation, host, _ in relaxed_hosts(c):
-      leaves = self.relax.pop((relaxation.kind, host.path))
+      leaves = by_layer(self.relax.pop((relaxation.kind, host.path)), host)
       part = block if host.path else tree['block']
       for name in list(leaves):
         path = f'{host.path}/{name}' if host.path else name
@@ -243,7 +251,7 @@ class ChildWeights:
 
 
 def _norms(config: ModelConfig, layers: Any, init: str) -> dict[str, np.ndarray]:
-  """Gains and biases by path; tied ones as `init` takes the weights, or means."""
+  """Gains, biases and routers by path; tied ones as `init` takes the weights, or means."""
   depths_NxR = config.block_depths().T
   gains = {}
   for path, leaf in flatten(layers).items():

@@ -17,8 +17,9 @@ class Row:
 
   Attributes:
     path: of the leaf in the parameter tree; of a layer if the names have a `{}`.
-    hf: Hugging Face's name, with `{}` for the depth.
-    gguf: llama.cpp's name.
+    hf: Hugging Face's name, with `{}` for the depth, and `{e}` for the expert where each
+      has a tensor.
+    gguf: llama.cpp's name; '' for families that are not read from its files.
     kind: 'table', 'gain' and 'bias' are stored unchanged, 'linear' is transposed;
       'q' and 'k' are linears, 'q_bias' and 'k_bias' biases, whose rows are
       interleaved in Llama's GGUF files.
@@ -50,6 +51,8 @@ class Family:
     gguf_permuted: whether GGUF files interleave q and k rows (llama.cpp's RoPE
       pairs).
     gguf_gain_offset: constant that GGUF files add to norm gains.
+    scaled: field of config.json by which logits are multiplied; the final norm's gain takes
+      it up.
     own_code: published with Python code of its own (`auto_map`), which transformers
       lacks; other families with such code are refused.
   """
@@ -62,11 +65,12 @@ class Family:
   to_hf: Callable[[ModelConfig], dict[str, Any]]
   gguf_permuted: bool = False
   gguf_gain_offset: float = 0.0
+  scaled: str = ''
   own_code: bool = False
 
 
 def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
-  """Shape of a row's leaf in the parameter tree, without the layers axis."""
+  """Shape of a row's leaf in the parameter tree, without the axes of layers and experts."""
   parts = path.split('/')
   if parts[-1] == 'table':
     return (config.vocab_size, config.d_model)
@@ -74,7 +78,9 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
     return (config.d_model, config.vocab_size)
   if parts[0] == 'exit_gate':
     return (config.d_model, 1) if parts[-1] == 'kernel' else (1,)
-  if parts[-1] == 'kernel':
+  if parts[-2] == 'router':
+    return (config.d_model, config.num_experts)
+  if parts[-1] in ('kernel', 'kernels'):
     return config.shapes()[parts[-2]]
   norm = parts[-2].endswith('_norm')
   if parts[-1] == 'bias' and not norm:

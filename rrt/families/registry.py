@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rrt.config import ModelConfig
 from rrt.errors import InputError
-from rrt.families import gemma, gpt_neox, llama, olmo2, ouro, phi, qwen, smollm3
+from rrt.families import gemma, gpt_neox, grok, llama, mixtral, olmo2, ouro, phi, qwen, smollm3
 from rrt.families.base import Family
 
 # Models that are asked for, and why they do not fit.
@@ -28,6 +28,9 @@ def families() -> tuple[Family, ...]:
     olmo2.FAMILY,
     gpt_neox.FAMILY,
     ouro.FAMILY,
+    mixtral.MIXTRAL,
+    mixtral.QWEN3_MOE,
+    grok.FAMILY,
   )
 
 

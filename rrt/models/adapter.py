@@ -16,7 +16,8 @@ from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.relax import registry
 from rrt.relax.adapter import Adapter, into_low_rank
-from rrt.relax.base import Relaxation, hosts_of
+from rrt.relax.base import Relaxation
+from rrt.relax.hosts import hosts_of
 from rrt.relax.trees import initial, own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten
 

@@ -24,8 +24,8 @@ class ParamCount(NamedTuple):
 
 
 def linears(config: ModelConfig) -> int:
-  """Weights of one layer's seven linears."""
-  return sum(a * b for a, b in config.shapes().values())
+  """Weights of one layer's seven linears, of all experts."""
+  return sum(a * b * config.copies(name) for name, (a, b) in config.shapes().items())
 
 
 def norm_leaves(config: ModelConfig) -> int:
@@ -34,10 +34,10 @@ def norm_leaves(config: ModelConfig) -> int:
 
 
 def vectors(config: ModelConfig) -> int:
-  """Gains of one layer's norms, and biases of its linears."""
+  """What loops may have of their own: norm gains, biases of linears, the router."""
   gains = sum(config.norm_sizes().values()) * norm_leaves(config)
   biases = sum(config.shapes()[name][1] for name in config.biases)
-  return gains + biases
+  return gains + biases + config.d_model * config.num_experts
 
 
 def count_params(config: ModelConfig) -> ParamCount:

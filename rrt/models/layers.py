@@ -23,7 +23,8 @@ from rrt.models.relaxed import pooled_of, relax, relaxations_of
 from rrt.ops.activation import activate
 from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.ops.quantize import quantize
-from rrt.relax.base import LINEAR_AXES, Place, at_loop
+from rrt.relax.base import Place
+from rrt.relax.hosts import LINEAR_AXES, at_loop
 
 # What the remat policy 'dots' saves: the outputs of linears.
 LINEAR = 'linear'

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rrt.config import ModelConfig
-from rrt.relax.base import NO_AUX, Aux, Host, Leaves, Place, Relaxation
+from rrt.relax.base import NO_AUX, Aux, Leaf, Leaves, Place, Relaxation
+from rrt.relax.hosts import Host
 from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 
 # The collection into which modules put what relaxations return as `Aux`.
@@ -52,14 +53,26 @@ def relaxations_of(
       if stored and stored.keys() != described.keys():  # Laid out by `prepare`.
         leaves: dict[str, Any] = stored
       else:
-        leaves = {
-          leaf: module.param(
-            leaf, nn.with_logical_partitioning(d.init, d.axes), d.shape, jnp.float32
-          )
-          for leaf, d in described.items()
-        }
+        leaves = {leaf: _param(module, leaf, d, host.experts) for leaf, d in described.items()}
       found.append(Relaxed(relaxation, host, leaves))
   return tuple(found)
+
+
+def _param(module: nn.Module, name: str, leaf: Leaf, experts: int):
+  """A leaf as a parameter of a module, one for each expert where the host has them."""
+  shape, axes, init = leaf
+  if experts:
+    shape, axes, init = (experts, *shape), ('expert', *axes), per_expert(init)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+def per_expert(init):
+  """An initializer of one expert's array, for all of them."""
+
+  def of_all(key, shape, dtype=jnp.float32):
+    return jax.vmap(lambda key: init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+  return of_all
 
 
 def pooled_of(config: ModelConfig, pools: dict[str, Leaves] | None) -> tuple[Relaxed, ...]:

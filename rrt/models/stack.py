@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rrt.config import ModelConfig
 from rrt.models.attention import Attention, Context
+from rrt.models.experts import ExpertMlp
 from rrt.models.layers import LINEAR, Mlp, Norm
 from rrt.models.relaxed import AUX, relax, relaxations_of
 from rrt.relax.base import Place
@@ -38,7 +39,7 @@ class Layer(nn.Module):
     if c.post_norms:
       self.attn_post_norm, self.mlp_post_norm = norm(), norm()
     self.attn = Attention(c, self.looped)
-    self.mlp = Mlp(c, self.looped)
+    self.mlp = (ExpertMlp if c.num_experts else Mlp)(c, self.looped)
 
   def __call__(self, x_BxLxD, xs, loop, context: Context):
     """One layer in one loop.

@@ -14,7 +14,7 @@ from rrt.model import LanguageModel
 from rrt.models.quantized import dequantized
 from rrt.pieces import Pieces
 from rrt.relax import registry
-from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
+from rrt.relax.trees import by_expert, own_leaves, relaxed_hosts, subtree
 from rrt.tree import flatten, set_path
 
 
@@ -90,9 +90,13 @@ def check_mergeable(config: ModelConfig) -> None:
       )
 
 
+# Leaves that a loop may have of its own.
+VECTORS = ('scale', 'bias', 'router/weights')
+
+
 def has_loops(config: ModelConfig, path: str) -> bool:
-  """Whether a leaf of a block layer has a loops axis: norms and biases may."""
-  return config.loop_norms and path.endswith(('scale', 'bias'))
+  """Whether a leaf of a block layer has a loops axis: norms, biases and routers may."""
+  return config.loop_norms and path.endswith(VECTORS)
 
 
 def _value(config: ModelConfig, params: dict, path: str, depth: int) -> np.ndarray:
@@ -120,10 +124,16 @@ def _value(config: ModelConfig, params: dict, path: str, depth: int) -> np.ndarr
 def _merged(config, block, path: str, value: np.ndarray, position) -> np.ndarray:
   """A block leaf at one position, with what relaxes it merged in."""
   parent, _, leaf = path.rpartition('/')
-  if leaf != 'kernel':
-    return value
+  loop, layer = position
   for relaxation, host, _ in relaxed_hosts(config):
-    if host.path == parent:
-      leaves = own_leaves(subtree(block, host), relaxation.kind)
+    if host.path != parent or host.leaf != leaf:
+      continue
+    leaves = own_leaves(subtree(block, host), relaxation.kind)
+    if not host.experts:
       value = relaxation.merge(value, leaves, position, host)
+      continue
+    leaves, first = by_expert(leaves, host), layer * host.experts
+    value = np.stack(
+      [relaxation.merge(w, leaves, (loop, first + e), host) for e, w in enumerate(value)]
+    )
   return value

@@ -126,12 +126,13 @@ def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
   # What has no slot goes to one behind the last, which is dropped.
   place_N = jnp.where(fits_N, expert_N * C + slot_N, E * C)
   sent = jnp.zeros((E * C, D), x_TxD.dtype).at[place_N].set(x_TxD[token_N], mode='drop')
-  out = back(run(kernels, there(sent.reshape(E, C, D)), jnp.matmul)).reshape(E * C, D)
+  got = back(run(kernels, there(sent.reshape(E, C, D)), jnp.matmul))
+  out = got.reshape(E * C, got.shape[-1])
   weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0).astype(x_TxD.dtype)
   got_NxD = out[jnp.minimum(place_N, E * C - 1)] * weight_N[:, None]
   wanted = expert_N < E
   dropped = 1.0 - jnp.sum(fits_N) / jnp.maximum(jnp.sum(wanted), 1)
-  return jnp.sum(got_NxD.reshape(T, K, D), 1), dropped
+  return jnp.sum(got_NxD.reshape(T, K, out.shape[-1]), 1), dropped
 
 
 def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
@@ -170,7 +171,7 @@ def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
   out_NxD = run(kernels, got_NxD, lambda rows, w: grouped_matmul(rows, w, sizes_own))
   out_NxD = jax.lax.ragged_all_to_all(
     out_NxD,
-    jnp.zeros((T * K, D), x_TxD.dtype),
+    jnp.zeros((T * K, out_NxD.shape[1]), x_TxD.dtype),
     mine(at_PxE),
     mine(counts_PxE),
     mine(from_PxE),
@@ -178,7 +179,8 @@ def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
     axis_name='expert',
   )
   weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0)[order_N].astype(x_TxD.dtype)
-  out_TxD = jnp.zeros_like(x_TxD).at[token_N].add(out_NxD * weight_N[:, None])
+  zeros_TxO = jnp.zeros((T, out_NxD.shape[1]), x_TxD.dtype)
+  out_TxD = zeros_TxO.at[token_N].add(out_NxD * weight_N[:, None])
   return out_TxD, 1.0 - jnp.sum(fits_N) / jnp.maximum(jnp.sum(expert_N < E), 1)
 
 

@@ -105,10 +105,10 @@ _tiles.defvjp(_tiles_forward, _tiles_backward)
 def _tiling(sizes_E, rows: int):
   """(place of each row among the tiles' rows, or -1; group of each tile).
 
-  There are C = rows / T + E tiles of T rows, enough for any sizes.
+  There are C = rows / T + E tiles of T rows, enough for any sizes, and no more than rows.
   """
   E, T = sizes_E.shape[0], min(_TILE, max(rows, 1))
-  C = rows // T + E
+  C = max(min(rows // T + E, rows), 1)
   tiles_E = (sizes_E + T - 1) // T
   first_E = jnp.cumsum(tiles_E) - tiles_E
   group_N = groups_of(sizes_E, rows)

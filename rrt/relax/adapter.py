@@ -18,7 +18,8 @@ import numpy as np
 
 from rrt.errors import InputError
 from rrt.ops.matmul import matmul
-from rrt.relax.base import LINEAR_AXES, NO_AUX, Host, Leaf, Leaves, Relaxation
+from rrt.relax.base import NO_AUX, Leaf, Leaves, Relaxation
+from rrt.relax.hosts import LINEAR_AXES, Host
 from rrt.relax.lora import Lora, low_rank
 from rrt.relax.trees import own_leaves, subtree
 
@@ -145,7 +146,7 @@ def into_low_rank(adapter: Adapter, config, block) -> tuple[tuple[Relaxation, ..
       if terms:  # Its scale goes into the factor.
         found[host.path] = terms | {'lora_b': np.asarray(terms['lora_b']) * old.scale(host.name)}
       continue
-    table_RxN = old.table(host.name, host.loops, host.layers)
+    table_RxN = old.ranks(host)
     r, dtype = own['adapter_a'].shape[-1], np.asarray(own['adapter_a']).dtype
     width = int(table_RxN.max()) + r
     a = np.zeros((host.layers, host.loops, host.d_in, width), dtype)

@@ -25,7 +25,8 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import expert_parallel
 from rrt.ops.activation import activate
-from rrt.relax.base import Aux, Host, Leaf, Leaves, Place
+from rrt.relax.base import Aux, Leaf, Leaves, Place
+from rrt.relax.hosts import Host
 from rrt.relax.positioned import Positioned
 from rrt.relax.routed import Chosen, Routed
 
@@ -67,8 +68,10 @@ class Bank(Routed, Positioned):
 
   def hosts(self, config) -> tuple[Host, ...]:
     biased = set(config.biases) & {'gate', 'up', 'down'}
-    if biased or config.weights != 'float':
+    if biased or config.weights != 'float' or config.num_experts:
       what = 'biases in MLPs' if biased else f'weights={config.weights!r}'
+      if config.num_experts:
+        what = 'a parent that has experts of its own'
       raise InputError(f'{self.kind}: a bank of MLPs does not go with {what}.')
     return super().hosts(config)
 

@@ -20,49 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-SITES = ('linear', 'mlp', 'kv', 'block')
-# Logical axes of the seven linears' inputs and outputs; see `rrt.sharding`.
-LINEAR_AXES = {
-  'q': ('embed', 'heads'),
-  'k': ('embed', 'kv'),
-  'v': ('embed', 'kv'),
-  'o': ('heads', 'embed'),
-  'gate': ('embed', 'mlp'),
-  'up': ('embed', 'mlp'),
-  'down': ('mlp', 'embed'),
-}
+from rrt.relax.hosts import Host, hosts_of
+
 # How the engine lays out per-loop factors for rows at several loops.
 LAYOUTS = ('auto', 'wide', 'grouped')
 
 Leaves = dict[str, Any]
-
-
-class Host(NamedTuple):
-  """The part of a block layer that a relaxation sits on.
-
-  Attributes:
-    site: one of `SITES`.
-    name: of the linear ('q' to 'down'), or the site's own name.
-    path: of the subtree with its parameters, in a block layer: 'attn/q',
-      'mlp', 'attn'; of the block itself ''.
-    d_in, d_out: I and O. For 'kv', O is the size of keys (or values) of all
-      heads.
-    axes: logical axes of inputs and outputs.
-    loops, layers: R and N; N is 1 for the block itself.
-    units, activation, gated: of the model's MLP, for the site 'mlp'.
-  """
-
-  site: str
-  name: str
-  path: str
-  d_in: int
-  d_out: int
-  axes: tuple[str, str]
-  loops: int
-  layers: int
-  units: int = 0
-  activation: str = ''
-  gated: bool = False
 
 
 class Place(NamedTuple):
@@ -146,6 +109,7 @@ class Relaxation:
       orthogonalise.
     pooled: whether its leaves are stored once beside the block's layers, for all of
       them; of the site 'mlp' alone.
+    of_experts: whether it relaxes linears that a layer has once an expert, by `apply_experts`.
     states: leaves without gradients, which `after_step` changes.
     rates: multipliers of the learning rate for some leaves, where no rule of the
       optimizer's names them.
@@ -158,6 +122,7 @@ class Relaxation:
   decay: ClassVar[bool] = True
   matrices: ClassVar[bool] = False
   pooled: ClassVar[bool] = False
+  of_experts: ClassVar[bool] = False
   states: ClassVar[tuple[str, ...]] = ()
   rates: ClassVar[Mapping[str, float]] = {}
 
@@ -214,6 +179,18 @@ class Relaxation:
       place: loop, layer, real tokens, a key for noise.
     """
     return self.apply(params, x, y, place.loop, host)
+
+  def apply_experts(self, params: Leaves, x, y, loop, product, host: Host):
+    """The outputs of one linear of several experts, relaxed.
+
+    Args:
+      params: the leaves of one layer, [E, ...].
+      x, y: rows of inputs and of outputs so far, [..., I] and [..., O].
+      loop: int scalar, or each row's as one-hot, [..., R].
+      product: (rows [..., I], w [E, I, O]) -> each row times the matrix of its own expert.
+      host: where.
+    """
+    raise NotImplementedError
 
   def apply_hidden(self, params: Leaves, x, h, place: Place, host: Host):
     """The MLP's hidden units h, [B, L, F], relaxed before its down projection; site 'mlp' alone.
@@ -360,37 +337,3 @@ class Relaxation:
       host: where.
     """
     return None
-
-
-def part_of(component: str) -> str:
-  """The subtree of a layer that holds a linear: 'attn' or 'mlp'."""
-  return 'mlp' if component in ('gate', 'up', 'down') else 'attn'
-
-
-def hosts_of(config, site: str) -> tuple[Host, ...]:
-  """The hosts of a site in a `ModelConfig`'s block."""
-  c = config
-  kv = c.num_kv_heads * c.head_dim
-  counts = c.loops, c.block_layers
-  if site == 'linear':
-    return tuple(
-      Host(site, name, f'{part_of(name)}/{name}', d_in, d_out, LINEAR_AXES[name], *counts)
-      for name, (d_in, d_out) in c.shapes().items()
-    )
-  both = ('embed', 'embed')
-  if site == 'mlp':
-    mlp = c.d_ff, c.activation, c.gated
-    return (Host(site, site, 'mlp', c.d_model, c.d_model, both, *counts, *mlp),)
-  if site == 'kv':
-    return (Host(site, site, 'attn', c.d_model, kv, ('embed', 'kv'), *counts),)
-  return (Host(site, site, '', c.d_model, c.d_model, both, c.loops, 1),)
-
-
-def at_loop(table_RxD, loop, ndim: int):
-  """Rows of a per-loop table, shaped to broadcast against an ndim array.
-
-  Returns [1, .., 1, D] for a scalar loop, [B, 1, .., 1, D] for one a row.
-  """
-  rows = table_RxD[loop]
-  lead = rows.shape[:1] if rows.ndim == 2 else (1,)
-  return rows.reshape(*lead, *(1,) * (ndim - 2), rows.shape[-1])

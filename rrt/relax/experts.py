@@ -20,7 +20,8 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import clusters, expert_parallel, least_squares
 from rrt.ops.matmul import matmul, prefers_transposed, transpose_named
-from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Place
+from rrt.relax.base import NO_AUX, Fitted, Leaf, Leaves, Place
+from rrt.relax.hosts import LINEAR_AXES, Host
 from rrt.relax.lora import Lora, low_rank, widen
 from rrt.relax.routed import Chosen, Routed
 

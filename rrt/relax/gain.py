@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.relax.base import LINEAR_AXES, NO_AUX, Fitted, Host, Leaf, Leaves, Relaxation, at_loop
+from rrt.relax.base import NO_AUX, Fitted, Leaf, Leaves, Relaxation
+from rrt.relax.hosts import LINEAR_AXES, Host, at_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Gain(Relaxation):
   kind: ClassVar[str] = 'gain'
   site: ClassVar[str] = 'linear'
   decay: ClassVar[bool] = False
+  of_experts: ClassVar[bool] = True
 
   components: tuple[str, ...] = ('o', 'down')
   start: float = 1.0
@@ -78,6 +80,13 @@ class Gain(Relaxation):
   def apply(self, params: Leaves, x, y, loop, host: Host):
     chex.assert_shape(params['gain'], (host.loops, y.shape[-1]))
     return y * at_loop(params['gain'], loop, y.ndim).astype(y.dtype), NO_AUX
+
+  def apply_experts(self, params: Leaves, x, y, loop, product, host: Host):
+    gain_ExRxO = params['gain'].astype(y.dtype)
+    if jnp.ndim(loop):
+      return y * product(loop.astype(y.dtype), gain_ExRxO)
+    # A product with a column of ones gives each row the gain of its own expert.
+    return y * product(jnp.ones((*y.shape[:-1], 1), y.dtype), gain_ExRxO[:, loop, None])
 
   def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
     loop, layer = position

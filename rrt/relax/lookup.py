@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops import product_keys
 from rrt.ops.matmul import matmul
-from rrt.relax.base import Aux, Host, Leaf, Leaves, Place, at_loop
+from rrt.relax.base import Aux, Leaf, Leaves, Place
+from rrt.relax.hosts import Host, at_loop
 from rrt.relax.lora import low_rank
 from rrt.relax.positioned import Positioned
 

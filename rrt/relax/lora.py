@@ -25,7 +25,8 @@ from rrt.ops.matmul import (
   slice_columns,
   transpose_named,
 )
-from rrt.relax.base import NO_AUX, Fitted, Host, Leaf, Leaves, Relaxation
+from rrt.relax.base import NO_AUX, Fitted, Leaf, Leaves, Relaxation
+from rrt.relax.hosts import Host
 
 # One rank for all positions, or a table [R][N] of ranks.
 Rank = int | tuple[tuple[int, ...], ...]
@@ -52,6 +53,7 @@ class Lora(Relaxation):
   kind: ClassVar[str] = 'lora'
   site: ClassVar[str] = 'linear'
   matrices: ClassVar[bool] = True
+  of_experts: ClassVar[bool] = True
 
   q: Rank = 0
   k: Rank = 0
@@ -68,6 +70,13 @@ class Lora(Relaxation):
     if isinstance(rank, int):
       return np.full((loops, layers), rank, np.int32)
     return np.asarray(rank, np.int32)
+
+  def ranks(self, host: Host) -> np.ndarray:
+    """Ranks on one host by loop and layer, [R, N]; a table's serve all experts of a layer."""
+    if host.experts:
+      table_RxN = self.table(host.name, host.loops, host.layers // host.experts)
+      return np.repeat(table_RxN, host.experts, axis=1)
+    return self.table(host.name, host.loops, host.layers)
 
   def width(self, component: str) -> int:
     """The component's largest rank: the width of its arrays."""
@@ -92,7 +101,7 @@ class Lora(Relaxation):
     ):
       raise InputError(f'lora.alpha={self.alpha!r}: must be a finite number above 0, or none.')
     for host in hosts:
-      table = self.table(host.name, host.loops, host.layers)
+      table = self.ranks(host)
       if table.shape != (host.loops, host.layers):
         raise InputError(
           f'lora.{host.name} has ranks of shape {table.shape}; it needs '
@@ -122,10 +131,21 @@ class Lora(Relaxation):
       return y + low_rank_wide(x, a_DxRr, b_RrxF, loop, host.loops, scale), NO_AUX
     return y + low_rank(x, params['lora_a'], params['lora_b'], loop, scale), NO_AUX
 
+  def apply_experts(self, params: Leaves, x, y, loop, product, host: Host):
+    a_ExRxIxr, b_ExRxrxO = (params[name].astype(x.dtype) for name in ('lora_a', 'lora_b'))
+    scale = self.scale(host.name)
+    if not jnp.ndim(loop):
+      low = product(product(x, a_ExRxIxr[:, loop]), b_ExRxrxO[:, loop])
+      return y + _scaled(low, scale)
+    E, R, r = a_ExRxIxr.shape[0], host.loops, self.width(host.name)
+    a_ExIxRr = a_ExRxIxr.swapaxes(1, 2).reshape(E, -1, R * r)
+    own = jnp.repeat(loop.astype(x.dtype), r, axis=-1)
+    return y + _scaled(product(product(x, a_ExIxRr) * own, b_ExRxrxO.reshape(E, R * r, -1)), scale)
+
   def mask(self, params: Leaves, host: Host) -> Leaves:
     if self.uniform(host.name):
       return params
-    table_RxN = self.table(host.name, host.loops, host.layers)
+    table_RxN = self.ranks(host)
     own_NxRxr = np.arange(self.width(host.name)) < table_RxN.T[:, :, None]
     return {
       'lora_a': params['lora_a'] * own_NxRxr[:, :, None, :],
@@ -144,7 +164,7 @@ class Lora(Relaxation):
 
   def merge(self, base_IxO: np.ndarray, params: Leaves, position, host: Host):
     loop, layer = position
-    rank = int(self.table(host.name, host.loops, host.layers)[loop, layer])
+    rank = int(self.ranks(host)[loop, layer])
     if not rank:
       return base_IxO
     a, b = (np.asarray(params[k][layer, loop]) for k in ('lora_a', 'lora_b'))
@@ -157,11 +177,11 @@ class Lora(Relaxation):
     return 'low_rank', {'a': a_RxIxr, 'b': self.scale(host.name) * b_RxrxO}
 
   def count(self, host: Host) -> int:
-    ranks = self.table(host.name, host.loops, host.layers).sum()
+    ranks = self.ranks(host).sum()
     return int(ranks) * (host.d_in + host.d_out)
 
   def tie(self, cs_RxIxI, ws_RxIxO, layer: int, host: Host):
-    ranks_R = self.table(host.name, host.loops, host.layers)[:, layer]
+    ranks_R = self.ranks(host)[:, layer]
     if not ranks_R.any():
       return None
     return least_squares.tie(cs_RxIxI, ws_RxIxO, jnp.asarray(ranks_R))
@@ -173,7 +193,7 @@ class Lora(Relaxation):
     truncated SVD of the paper (eq. 4).
     """
     loop, layer = position
-    rank = int(self.table(host.name, host.loops, host.layers)[loop, layer])
+    rank = int(self.ranks(host)[loop, layer])
     width = self.width(host.name)
     rest_IxO = target_IxO - base_IxO
     if c_IxI is None:
@@ -188,7 +208,7 @@ class Lora(Relaxation):
     return Fitted(leaves, base_IxO + a_Ixr @ b_rxO)
 
   def is_exact(self, host: Host) -> bool:
-    table = self.table(host.name, host.loops, host.layers)
+    table = self.ranks(host)
     return table.min() == min(host.d_in, host.d_out)
 
   def square_norm(self, params: Leaves, host: Host):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops import embedding_bag
 from rrt.ops.matmul import matmul
-from rrt.relax.base import Host, Leaf, Leaves
+from rrt.relax.base import Leaf, Leaves
+from rrt.relax.hosts import Host
 from rrt.relax.lookup import Lookup, rms_norm
 
 

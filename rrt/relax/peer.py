@@ -21,7 +21,8 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import embedding_bag
 from rrt.ops.activation import activate
-from rrt.relax.base import Host, Leaf, Leaves
+from rrt.relax.base import Leaf, Leaves
+from rrt.relax.hosts import Host
 from rrt.relax.lookup import Lookup
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from rrt.errors import InputError
-from rrt.relax.base import Aux, Host, Leaves, Place, Relaxation
+from rrt.relax.base import Aux, Leaves, Place, Relaxation
+from rrt.relax.hosts import Host
 
 
 @dataclasses.dataclass(frozen=True)

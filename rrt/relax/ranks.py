@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rrt.errors import InputError
-from rrt.relax.base import LINEAR_AXES, Relaxation, hosts_of
+from rrt.relax.base import Relaxation
+from rrt.relax.hosts import LINEAR_AXES, hosts_of
 from rrt.relax.lora import Lora
 
 LOW_RANK = Lora  # The relaxation that ranks are of.
@@ -101,5 +102,6 @@ def ranks_of(config) -> dict[str, np.ndarray]:
   for relaxation in config.relax:
     if isinstance(relaxation, Lora):
       for host in hosts_of(config, 'linear'):
-        tables[host.name] += relaxation.table(host.name, host.loops, host.layers)
+        ranks_RxN = relaxation.ranks(host)
+        tables[host.name] += ranks_RxN[:, :: host.experts or 1]
   return tables

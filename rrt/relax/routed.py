@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from rrt.errors import InputError
 from rrt.ops import routing
-from rrt.relax.base import NO_AUX, Aux, Host, Leaf, Leaves, Place, Relaxation, at_loop
+from rrt.relax.base import NO_AUX, Aux, Leaf, Leaves, Place, Relaxation
+from rrt.relax.hosts import Host, at_loop
 
 BY = ('both', 'token', 'loop')
 BALANCE = ('none', 'switch', 'bias')

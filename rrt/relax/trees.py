@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rrt.relax.base import Host, Leaf, Leaves, Relaxation
+from rrt.relax.base import Leaf, Leaves, Relaxation
+from rrt.relax.hosts import Host
 
 
 def relaxed_hosts(config):
@@ -41,6 +42,20 @@ def own_leaves(tree: dict[str, Any], kind: str) -> Leaves:
   return {k: v for k, v in tree.items() if (k == kind or k.startswith(f'{kind}_'))}
 
 
+def by_expert(leaves: Leaves, host: Host) -> Leaves:
+  """Leaves of all layers, [N, ...], with each expert's as a layer of its own, [N E, ...]."""
+  if not host.experts:
+    return leaves
+  return {name: leaf.reshape(host.layers, *leaf.shape[2:]) for name, leaf in leaves.items()}
+
+
+def by_layer(leaves: Leaves, host: Host) -> Leaves:
+  """The reverse of `by_expert`: [N, E, ...]."""
+  if not host.experts:
+    return leaves
+  return {name: leaf.reshape(-1, host.experts, *leaf.shape[1:]) for name, leaf in leaves.items()}
+
+
 def initial(described: dict[str, Leaf], host: Host, key) -> tuple[Leaves, jax.Array]:
   """Initial leaves of a host as numpy arrays, [N, ...] in a layer; and the key for what follows."""
   found = {}
@@ -56,7 +71,8 @@ def mask_all(config, params):
   params = jax.tree.map(lambda p: p, params)  # New dicts, the same arrays.
   for relaxation, host, _ in relaxed_hosts(config):
     tree = subtree(params['block'], host)
-    tree.update(relaxation.mask(own_leaves(tree, relaxation.kind), host))
+    leaves = by_expert(own_leaves(tree, relaxation.kind), host)
+    tree.update(by_layer(relaxation.mask(leaves, host), host))
   return params
 
 
@@ -64,6 +80,8 @@ def prepare_all(config, params, layout: str = 'auto'):
   """Unstacked parameters with all relaxations laid out for the engine."""
   params = jax.tree.map(lambda p: p, params)
   for relaxation, host, _ in relaxed_hosts(config):
+    if host.experts:  # Products by expert read them as they are.
+      continue
     block = params['block']
     layers = [f'layers_{n}' for n in range(config.block_layers)]
     for part in [block[n] for n in layers] if host.path else [block]:
@@ -91,7 +109,7 @@ def norms(config, params) -> dict[str, jax.Array]:
   """Frobenius norms of what each kind of relaxation adds, [R] by kind."""
   squares: dict[str, jax.Array] = {}
   for relaxation, host, _ in relaxed_hosts(config):
-    leaves = own_leaves(subtree(params['block'], host), relaxation.kind)
+    leaves = by_expert(own_leaves(subtree(params['block'], host), relaxation.kind), host)
     square_R = relaxation.square_norm(leaves, host)
     if square_R is not None:
       squares[relaxation.kind] = squares.get(relaxation.kind, jnp.zeros(())) + square_R

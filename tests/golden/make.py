@@ -91,6 +91,51 @@ MODELS = {
     tie_word_embeddings=True,
     rope_parameters={'rope_type': 'default', 'rope_theta': 1_000_000.0},
   ),
+  'mixtral': transformers.MixtralConfig(
+    vocab_size=61,
+    hidden_size=20,
+    intermediate_size=14,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    sliding_window=7,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1_000_000.0},
+  ),
+  'qwen3_moe': transformers.Qwen3MoeConfig(
+    vocab_size=61,
+    hidden_size=20,
+    intermediate_size=26,
+    moe_intermediate_size=10,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    num_experts=6,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1_000_000.0},
+  ),
+  'qwen3_moe_unnormalised': transformers.Qwen3MoeConfig(
+    vocab_size=61,
+    hidden_size=20,
+    moe_intermediate_size=10,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    num_experts=6,
+    num_experts_per_tok=3,
+    norm_topk_prob=False,
+    tie_word_embeddings=True,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1_000_000.0},
+  ),
   'gemma': transformers.GemmaConfig(
     vocab_size=61,
     hidden_size=18,
@@ -237,7 +282,7 @@ MODELS = {
 def random_model(config, seed: int) -> torch.nn.Module:
   """A model of a config whose every weight matters, in float32."""
   torch.manual_seed(seed)
-  config._attn_implementation = 'eager'
+  config._attn_implementation = config._experts_implementation = 'eager'
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
     for name, weight in model.named_parameters():

@@ -64,6 +64,10 @@ CONFIGS = {
     norm='layer', parallel=True, gated=False, activation='gelu', rotary_dim=2, biases=('q', 'up')
   ),
   'olmo2-cycle': llama(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_all=True),
+  'mixtral-cycle': llama(num_experts=5, experts_per_token=2, d_ff=14),
+  'grok-sequence': llama(
+    order='sequence', num_experts=4, experts_per_token=2, norm_topk=False, post_norms=True, d_ff=14
+  ),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),
 }

@@ -44,7 +44,8 @@ def test_parameters_match_the_closed_form(name):
   for relaxation in config.relax:
     for component, (d_in, d_out) in config.shapes().items():
       ranks = relaxation.table(component, config.loops, config.block_layers)
-      padding += int((ranks.max() - ranks).sum()) * (d_in + d_out)
+      copies = config.copies(component)
+      padding += copies * int((ranks.max() - ranks).sum()) * (d_in + d_out)
   assert stored - padding == count_params(config).unique
 
 

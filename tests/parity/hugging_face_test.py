@@ -64,7 +64,7 @@ def exported(model, folder):
   """What Hugging Face loads of our export."""
   rrt.save_hf(model, folder)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, attn_implementation='eager'
+    folder, dtype=torch.float32, attn_implementation='eager', experts_implementation='eager'
   )
   return theirs.eval()
 
@@ -92,6 +92,7 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
 NAMES = (
   *('llama3', 'yarn', 'mistral', 'llama_biases', 'qwen2', 'qwen3', 'smollm3'),
   *('phi3', 'olmo2', 'pythia', 'gemma', 'gemma2', 'gemma3'),
+  *('mixtral', 'qwen3_moe', 'qwen3_moe_unnormalised'),
 )
 
 

@@ -24,13 +24,14 @@ from rrt.models.stack import unstack
 from rrt.models.untie import to_untied
 from rrt.relax.adapter import Adapter
 from rrt.relax.bank import Bank, Pool
-from rrt.relax.base import LAYOUTS, SITES
+from rrt.relax.base import LAYOUTS
 from rrt.relax.experts import Experts
 from rrt.relax.gain import Gain
+from rrt.relax.hosts import SITES
 from rrt.relax.lora import Lora
 from rrt.relax.memory import Memory
 from rrt.relax.peer import Peer
-from rrt.relax.trees import own_leaves, prepare_all, relaxed_hosts, subtree
+from rrt.relax.trees import by_expert, own_leaves, prepare_all, relaxed_hosts, subtree
 from rrt.tree import flatten
 from tests import runs
 from tests.models.configs import gemma3, llama, perturbed, tokens
@@ -45,6 +46,7 @@ RELAX = {
   'gain everywhere': (Gain(_ALL),),
   'lora, gain': (_RANKS, Gain()),
   'gain, lora': (Gain(_ALL), _RANKS),
+  'lora, gain on experts': (_RANKS, Gain(_ALL)),
   'shift': (Shift(),),
   'bottleneck': (Bottleneck(),),
   'task adapter': (Adapter(3, alpha=6.0), _RANKS),
@@ -75,6 +77,8 @@ every = pytest.mark.parametrize('name', RELAX)
 def config(name: str, **changes) -> ModelConfig:
   """A block alone; with post-norms and windows where relaxations are together."""
   alone = dict(prelude_layers=0, coda_layers=0)
+  if 'on experts' in name:
+    alone |= dict(num_experts=3, experts_per_token=2)
   if name not in ('all', 'lora, gain'):
     return llama(relax=RELAX[name], **alone | changes)
   by_depth = dict(windows=(3, 0, 3, 3, 0, 2), rope_index=(1, 0, 1, 1, 1, 0))
@@ -317,7 +321,9 @@ def test_trains(name):
   np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
   for relaxation, host, leaves in relaxed_hosts(c):
     assert float(metrics[f'grad_norm/{relaxation.kind}']) > 0
-    own = lambda tree, host=host, r=relaxation: own_leaves(subtree(tree['block'], host), r.kind)
+    own = lambda tree, host=host, r=relaxation: by_expert(
+      own_leaves(subtree(tree['block'], host), r.kind), host
+    )
     old, new = own(before), own(after)
     ones = relaxation.mask({k: np.ones_like(v) for k, v in old.items()}, host)
     for leaf in leaves:

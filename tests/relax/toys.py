@@ -10,7 +10,8 @@ from typing import ClassVar
 from flax import linen as nn
 import jax.numpy as jnp
 
-from rrt.relax.base import NO_AUX, Aux, Leaf, Relaxation, at_loop
+from rrt.relax.base import NO_AUX, Aux, Leaf, Relaxation
+from rrt.relax.hosts import at_loop
 from rrt.relax.registry import register
 
 

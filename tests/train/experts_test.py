@@ -111,7 +111,7 @@ def test_a_capacity_drops_in_training_and_counts():
 
 def test_meshes_that_experts_do_not_split_over():
   mesh = sharding.make_mesh({'expert': 8})
-  with pytest.raises(InputError, match=r'expert=8 does not divide the 2 experts of the bank'):
+  with pytest.raises(InputError, match=r'expert=8 does not divide the 2 experts of a layer'):
     sharding.check_mesh(config((Bank(positions=(0,)),)), mesh, 8)
   with pytest.raises(InputError, match=r'mesh.expert=8: the model has no experts to split'):
     sharding.check_mesh(config((Lora(q=2),)), mesh, 8)
