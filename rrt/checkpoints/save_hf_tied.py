@@ -89,6 +89,10 @@ def save_hf_tied(
 def check_tied(config: ModelConfig) -> None:
   """Raises InputError for a relaxation that `save_hf_tied` has no words for."""
   check_mergeable(config)
+  if config.num_experts:
+    raise InputError(
+      f'num_experts={config.num_experts}: {save_hf.MODELING} has one MLP a layer; take --format=hf.'
+    )
   if any(r.scaling in BY_LENGTH for r in config.ropes):
     raise InputError(
       f'ropes: {save_hf.MODELING} has no frequencies that depend on the length of a text; take '

@@ -80,7 +80,8 @@ def with_norms(config: ModelConfig, layer, norms):
     for name in SITES[f'{part}_in']:
       leaf = 'kernels' if config.copies(name) > 1 else 'kernel'
       if name in config.shapes():
-        rescaled = jnp.asarray(ratio_D)[:, None] * layer[part][name][leaf]
+        kernel = jnp.asarray(layer[part][name][leaf])
+        rescaled = jnp.asarray(ratio_D).reshape(*(1,) * (kernel.ndim - 2), -1, 1) * kernel
         new[part][name] = {**new[part][name], leaf: rescaled}
   return new
 

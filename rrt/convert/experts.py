@@ -108,7 +108,8 @@ def match(config: ModelConfig, first: Look, other: Look) -> tuple[np.ndarray, ..
 def _correlation(a_TxE, b_TxE):
   """Of each column of one with each of the other, [E, E]; 0 where one never changes."""
   unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=0, keepdims=True), 1e-30)
-  return unit(a_TxE - a_TxE.mean(0)).T @ unit(b_TxE - b_TxE.mean(0))
+  centered = lambda x: x - jnp.mean(x, 0, keepdims=True)
+  return unit(centered(a_TxE)).T @ unit(centered(b_TxE))
 
 
 def reorder(mlp: Mapping[str, Any], order_E, units_ExF, signs_ExF) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rrt.config import ModelConfig
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.init import init_params
+from rrt.models.untie import has_loops
 from rrt.relax import registry
 from rrt.relax.base import Relaxation
 from rrt.tree import flatten, set_path
@@ -100,9 +101,9 @@ def add_loops(model: LanguageModel, config: ModelConfig, seed: int = 0) -> Langu
   if config.coda_layers:
     params['coda'] = {'layers': cut(end, None)}
   block: dict[str, Any] = {'layers': cut(P, end)}
-  # Gains and biases are each loop's own.
+  # Gains, biases and routers are each loop's own.
   for path, leaf in flatten(block['layers']).items():
-    if config.loop_norms and path.endswith(('/scale', '/bias')):
+    if has_loops(config, path):
       by_loop = np.repeat(np.asarray(leaf)[:, None], config.loops, 1)
       if path in BIASES:  # They are added behind the gain.
         by_loop[:, 1:] = 0

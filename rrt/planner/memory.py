@@ -191,7 +191,7 @@ def _pools(program: TrainProgram) -> int:
 
 
 def _linear_width(config: ModelConfig) -> int:
-  """Outputs of a layer's linears but those that write to the stream."""
+  """Outputs of a layer's linears for a token, but those that write to the stream."""
   c = config
   heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-  return heads + c.d_ff * (1 + ('gate' in c.shapes()))
+  return heads + c.d_ff * (1 + ('gate' in c.shapes())) * (c.experts_per_token or 1)

@@ -132,7 +132,7 @@ def paths(tree) -> Any:
 def pattern_of(train: str) -> str:
   """The pattern that `Optimizer.train` stands for."""
   if train == 'relaxations':
-    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$'
+    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$|/router/weights$'
   if train == 'tables':
     return rf'(^|/)({"|".join(registry.tables())})$'
   return '' if train == 'all' else train
@@ -321,7 +321,7 @@ def is_matrix(path: str) -> bool:
   kind = registry.kind_of_path(path)
   if kind is not None:
     return registry.class_of(kind).matrices
-  return path.endswith('/kernel') and not path.startswith('head')
+  return path.endswith(('/kernel', '/kernels')) and not path.startswith('head')
 
 
 def _examples(params) -> str:

@@ -15,6 +15,8 @@ from rrt.config import Rope
 from rrt.errors import InputError
 from rrt.families.registry import family_of
 from rrt.models.count import count_params
+from rrt.pieces import Pieces
+from rrt.tree import flatten
 
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
@@ -126,6 +128,60 @@ def test_gemma3_multimodal_config():
     'vision_config': {'hidden_size': 3},
   }
   assert hf.config_from_hf(fields) == hf.config_from_hf(GEMMA3)
+
+
+MIXTRAL = dict(
+  model_type='mixtral', vocab_size=32_000, hidden_size=4096, intermediate_size=14_336,
+  num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, sliding_window=None,
+  num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=1e6,
+)  # fmt: skip
+QWEN3_MOE = dict(
+  model_type='qwen3_moe', vocab_size=151_936, hidden_size=2048, intermediate_size=6144,
+  moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+  head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, rope_theta=1e6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('fields', 'count'),
+  [(MIXTRAL, 46_702_792_704), (QWEN3_MOE, 30_532_122_624)],
+  ids=['Mixtral-8x7B', 'Qwen3-30B-A3B'],
+)
+def test_models_with_experts_have_their_published_counts(fields, count):
+  assert count_params(hf.config_from_hf(fields)).unique == count
+
+
+@pytest.mark.parametrize(
+  ('fields', 'says'),
+  [
+    (MIXTRAL | {'num_experts_per_tok': 9}, 'num_experts_per_tok=9 must be no more than.*=8'),
+    (MIXTRAL | {'num_local_experts': 1}, 'num_local_experts=1 must be a whole number, 2'),
+    (QWEN3_MOE | {'mlp_only_layers': [3]}, r'mlp_only_layers=\[3\] is not supported.*no experts'),
+    (QWEN3_MOE | {'decoder_sparse_step': 2}, 'decoder_sparse_step=2 is not supported'),
+  ],
+)
+def test_a_mixture_that_cannot_be_is_refused(fields, says):
+  with pytest.raises(InputError, match=says):
+    hf.config_from_hf(fields)
+
+
+@pytest.mark.parametrize('name', ['mixtral', 'qwen3_moe'])
+def test_experts_and_a_router_of_other_shapes_are_refused(name, tmp_path):
+  source = GOLDEN / name
+  fields = json.loads((source / 'config.json').read_text())
+  shutil.copy(source / 'model.safetensors', tmp_path)
+  fewer = json.dumps(fields | {'num_local_experts': fields['num_local_experts'] - 1})
+  (tmp_path / 'config.json').write_text(fewer)
+  with pytest.raises(InputError, match=r'unexpected .*experts.*of a wrong shape .*gate.weight'):
+    load(tmp_path)
+
+
+def test_experts_are_read_lazily():
+  whole, lazy = load(GOLDEN / 'mixtral'), load(GOLDEN / 'mixtral', lazy=True)
+  kernels = lazy.params['block']['layers']['mlp']['gate']['kernels']
+  assert isinstance(kernels, Pieces) and kernels.shape == (4, 5, 20, 14)
+  for path, leaf in flatten(whole.params).items():
+    np.testing.assert_array_equal(np.asarray(flatten(lazy.params)[path]), leaf)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def parent(family='llama', layers=4, seed=0, **fields):
   if family == 'gpt_neox':
     shape |= dict(norm='layer', parallel=True, gated=False, activation='gelu', rotary_dim=2)
     shape |= dict(biases=('q', 'k', 'v', 'o', 'up', 'down'))
+  if family in ('mixtral', 'grok1'):
+    shape |= dict(num_experts=4, experts_per_token=2, d_ff=10)
+  if family == 'grok1':
+    shape |= dict(post_norms=True, activation='gelu_tanh', norm_topk=False, attn_softcap=2.0)
+    shape |= dict(scale_embeddings=True, tie_embeddings=True)
   config = ModelConfig(**shape | fields)
   rng = np.random.default_rng(seed)
 

@@ -14,6 +14,7 @@ from rrt.errors import InputError
 from rrt.models.init import init_params
 from rrt.relax.bank import Bank, Pool
 from rrt.relax.experts import Experts
+from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
 from rrt.train import optim, placement
 from rrt.train import step as step_lib
@@ -26,12 +27,14 @@ POOL = Pool(positions=(0, 1), segments=4, topk=6, prior=1.0)
 RELAX = {
   'experts': (Experts(6, topk=3, prior=1.0, q=2, gate=2, down=2),),
   'pool': (Lora(q=2, o=2), POOL),
+  'parent': (Lora(q=2, gate=2, down=2), Gain()),
 }
 
 
 def config(relax):
+  parent = dict(num_experts=4, experts_per_token=2) if relax is RELAX['parent'] else {}
   return llama(
-    relax=relax, num_heads=4, num_kv_heads=4, head_dim=8, vocab_size=64, d_model=32, d_ff=64,
+    relax=relax, **parent, num_heads=4, num_kv_heads=4, head_dim=8, vocab_size=64, d_model=32, d_ff=64,
     prelude_layers=0, coda_layers=0,
   )  # fmt: skip
 
@@ -77,6 +80,8 @@ def trained(c, sizes, steps=2):
     ('pool', {'data': 2, 'fsdp': 2, 'expert': 2}),
     ('pool', {'expert': 4, 'tensor': 2}),
     ('pool', {'data': 2, 'fsdp': 4}),
+    ('parent', {'data': 2, 'fsdp': 2, 'expert': 2}),
+    ('parent', {'fsdp': 2, 'tensor': 2}),
     ('experts', {'data': 2, 'fsdp': 2, 'tensor': 2}),
   ],
   ids=str,
