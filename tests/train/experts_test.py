@@ -1,5 +1,6 @@
 """Training with experts: on meshes as on one device, with the metrics of the router."""
 
+import dataclasses
 import os
 from pathlib import Path
 import subprocess
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 
 from rrt import sharding
+from rrt.checkpoints.load import load, save
+from rrt.checkpoints.save_hf import save_hf
 from rrt.errors import InputError
+from rrt.evals import perplexity
+from rrt.infer.engine.engine import Engine
+from rrt.infer.generate import complete
 from rrt.models.init import init_params
 from rrt.relax.bank import Bank, Pool
 from rrt.relax.experts import Experts
@@ -18,7 +24,9 @@ from rrt.relax.gain import Gain
 from rrt.relax.lora import Lora
 from rrt.train import optim, placement
 from rrt.train import step as step_lib
+from rrt.train.loop import uptrain
 from rrt.train.losses import Objective
+from tests import runs
 from tests.command import environment
 from tests.models.configs import llama
 
@@ -96,6 +104,49 @@ def test_a_mesh_trains_as_one_device(name, sizes):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded, params)
 
 
+RUNS = {
+  'experts': (*runs.CHILD.relax, Experts(4, balance_by='bias', anneal=4, noise=True, q=2)),
+  'bank': (*runs.CHILD.relax, Bank(positions=(1,), balance_by='bias')),
+  'parent': runs.CHILD.relax,
+}
+
+
+class Killed(BaseException):
+  """Stands for whatever ends a process."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RUNS)
+def test_resumed_equals_uninterrupted_and_the_model_serves(name, tmp_path):
+  text = runs.write_text(tmp_path / 'text.jsonl')
+  settings = runs.recipe(text, loss={'cross_entropy': 1.0, 'distillation': 0.0})
+  mixture = dict(family='mixtral', num_experts=4, experts_per_token=2) if name == 'parent' else {}
+  c = runs.model(dataclasses.replace(runs.CHILD, relax=RUNS[name], **mixture), 1)
+
+  def killed(row):
+    if row['step'] == 5:
+      raise Killed
+
+  whole = uptrain(None, c, settings)
+  with pytest.raises(Killed):
+    uptrain(None, c, settings, tmp_path / 'run', on_row=killed)
+  run = uptrain(None, c, settings, tmp_path / 'run')
+  jax.tree.map(np.testing.assert_array_equal, run.model.params, whole.model.params)
+  assert run.history[-1]['train/loss'] == whole.history[-1]['train/loss']
+  kept = load(save(run.model, tmp_path / 'model'))
+  prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
+  want = complete(kept, prompts, max_new_tokens=8)
+  got = Engine(kept, slots=2, context=24, page=8, steps=4).generate(prompts, max_new_tokens=8)
+  assert [r.tokens for r in got] == [r.tokens for r in want]
+  score = lambda model: perplexity.score(model, 'the old ship sails on', context=16).nll_nats
+  assert 0 < score(kept) < 8
+  if name == 'parent':
+    np.testing.assert_allclose(score(load(save_hf(kept, tmp_path / 'hf'))), score(kept), rtol=1e-5)
+  else:
+    with pytest.raises(InputError, match='cannot be merged into untied weights'):
+      save_hf(kept, tmp_path / 'hf')
+
+
 def test_metrics_of_the_router():
   found, params = trained(config(RELAX['pool']), {}, steps=1)
   names = {k.removeprefix('relax/pool/') for k in found[0] if k.startswith('relax/pool/')}
@@ -147,12 +198,15 @@ recipe = Recipe.from_dict({
   'batch': 8, 'length': 256, 'dtype': 'bfloat16', 'remat': 'full',
   'loss': {'cross_entropy': 1.0, 'distillation': 0.0},
 })
-for sizes, exchange, relax, words in (
-  ({'expert': 2, 'fsdp': 2}, 'padded', child.relax, 'all-to-all'),
-  ({'expert': 4}, 'ragged', (Lora(q=8, o=8), Bank(positions=(0, 1), topk=2, experts=5)), 'ragged-all-to-all'),
-  ({'fsdp': 4}, 'padded', (Lora(q=8, o=8), Bank(positions=(0, 1))), 'tpu_custom_call'),
+mixture = {'num_experts': 4, 'experts_per_token': 2}
+for sizes, exchange, relax, words, parent in (
+  ({'expert': 2, 'fsdp': 2}, 'padded', child.relax, 'all-to-all', {}),
+  ({'expert': 4}, 'ragged', (Lora(q=8, o=8), Bank(positions=(0, 1), topk=2, experts=5)), 'ragged-all-to-all', {}),
+  ({'fsdp': 4}, 'padded', (Lora(q=8, o=8), Bank(positions=(0, 1))), 'tpu_custom_call', {}),
+  ({'fsdp': 2, 'expert': 2}, 'ragged', (Lora(q=8, up=8, down=8),), 'ragged-all-to-all', mixture),
+  ({'fsdp': 4}, 'padded', (Lora(q=8, up=8, down=8),), 'tpu_custom_call', mixture),
 ):
-  config = dataclasses.replace(child, relax=relax)
+  config = dataclasses.replace(child, relax=relax, **parent)
   mesh = sharding.make_mesh(sizes, topology.devices(topology.parse('v5e:2x2')))
   program = train_program(recipe, None, config, mesh)
   with jax.set_mesh(mesh), expert_parallel.using(exchange):
