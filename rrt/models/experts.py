@@ -56,8 +56,8 @@ class ExpertMlp(nn.Module):
       loop_T = jnp.repeat(place.loop, L)
       rows = jnp.concatenate([x_TxD, jax.nn.one_hot(loop_T, c.loops, dtype=x_TxD.dtype)], -1)
 
-    def run(kernels, rows, product):
-      x, loop = (rows[..., :D], rows[..., D:]) if by_row else (rows, place.loop)
+    def run(kernels, rows, product, loop):
+      x, loop = (rows[..., :D], rows[..., D:]) if by_row else (rows, loop)
 
       def linear(name, x):
         own = kernels[name]
@@ -71,7 +71,8 @@ class ExpertMlp(nn.Module):
       return linear('down', activate(linear('gate', x), c.activation) * linear('up', x))
 
     routes = self.routes(x_BxLxD, place)
-    y_TxD, _ = expert_parallel.apply(run, kernels, rows, routes.index_Txk, routes.gate_Txk)
+    tokens = rows, routes.index_Txk, routes.gate_Txk
+    y_TxD, _ = expert_parallel.apply(run, kernels, *tokens, extra=place.loop)
     of_mlp = (*self.relaxed, *pooled_of(c, pools))
     return relax(self, of_mlp, x_BxLxD, y_TxD.reshape(B, L, D), place)
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rrt.config import ModelConfig, Rope
-from rrt.models.relaxed import pooled_of, relax, relaxations_of
+from rrt.models.relaxed import AUX, Relaxed, pooled_of, relax, relaxations_of
 from rrt.ops.activation import activate
 from rrt.ops.matmul import TransposedKernel, matmul
 from rrt.ops.quantize import quantize
 from rrt.relax.base import Place
-from rrt.relax.hosts import LINEAR_AXES, at_loop
+from rrt.relax.hosts import LINEAR_AXES, MLP, at_loop
 
 # What the remat policy 'dots' saves: the outputs of linears.
 LINEAR = 'linear'
@@ -245,11 +245,29 @@ class Mlp(nn.Module):
   def __call__(self, x_BxLxD, place: Place = HERE, pools=None):
     """`pools` are the leaves of pooled relaxations by kind."""
     relaxed = (*self.relaxed, *pooled_of(self.config, pools))
+    tokens = x_BxLxD.shape[0] * x_BxLxD.shape[1]
+    if len(relaxed) == 1 and relaxed[0].relaxation.replaces_mlp(self.config, tokens):
+      found = self._replaced(relaxed[0], x_BxLxD, place)
+      if found is not None:
+        return found
     h_BxLxF = self.hidden(x_BxLxD, place)
     for relaxation, host, leaves in relaxed:
       h_BxLxF = relaxation.apply_hidden(leaves, x_BxLxD, h_BxLxF, place, host)
     y_BxLxD = self.down(h_BxLxF, place)
     return relax(self, relaxed, x_BxLxD, y_BxLxD, place)
+
+  def _replaced(self, one: Relaxed, x_BxLxD, place: Place):
+    """The output where a relaxation stands for the MLP; None where its weights are no arrays."""
+    params = self.variables['params']
+    kernels = {n: params[n]['kernel'] for n in MLP if 'kernel' in params.get(n, {})}
+    if self.is_initializing() or not all(isinstance(k, jax.Array) for k in kernels.values()):
+      return None
+    # A function of its parameters alone, for one branch of a condition.
+    dense = lambda x, place: Mlp(self.config, self.looped).apply({'params': params}, x, place)
+    relaxation = one.relaxation
+    y, aux = relaxation.apply_mlp(one.leaves, x_BxLxD, kernels, dense, place, one.host)
+    self.sow(AUX, relaxation.kind, aux)
+    return y
 
   def hidden(self, x_BxLxD, place: Place = HERE):
     """The down projection's input, [B, L, F]."""

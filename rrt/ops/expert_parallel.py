@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from rrt.ops import grouped_matmul as groups
 from rrt.ops.choice import Choice
-from rrt.ops.grouped_matmul import grouped_matmul, sorted_by
+from rrt.ops.grouped_matmul import sorted_by
 from rrt.ops.mesh_axes import row_axes, row_count
 
 CHOICE = Choice(
@@ -46,23 +47,31 @@ def slots(tokens: int, choices: int, experts: int, capacity: float) -> int:
 
 
 def apply(
-  run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK, capacity: float = 0.0
+  run: Callable[..., Any],
+  kernels: Any,
+  x_TxD,
+  index_TxK,
+  weight_TxK,
+  capacity: float = 0.0,
+  extra: Any = (),
 ):
   """The weighted sum of the experts' outputs, and the share of choices that was dropped.
 
   Args:
-    run: (kernels, rows, product) -> rows; product(rows, w) multiplies each expert's rows by its own
-      matrix of w, [E, I, O].
+    run: (kernels, rows, product, extra) -> rows; product(rows, w) multiplies each expert's rows by
+      its own matrix of w, [E, I, O]. It keeps no traced value.
     kernels: tree of arrays with a leading axis of experts, [E, ...].
     x_TxD: tokens.
     index_TxK: int32 experts; E and above for none.
     weight_TxK: of each choice.
     capacity: as for `slots`.
+    extra: integers for `run`.
   """
   if devices() == 1 and not capacity:
-    return dropless(run, kernels, x_TxD, index_TxK, weight_TxK), jnp.zeros(())
+    return dropless(run, kernels, x_TxD, index_TxK, weight_TxK, extra), jnp.zeros(())
   if devices() == 1:
-    return _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, lambda x: x, lambda x: x)
+    stay = lambda x: x
+    return _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, stay, stay, extra)
   rows = row_axes()
   of_token = PartitionSpec(rows, None)
   there = lambda x: jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)
@@ -70,9 +79,9 @@ def apply(
 
   def on_device(kernels, x, index, weight):
     if chosen() == 'ragged':
-      out, dropped = _ragged(run, kernels, x, index, weight, capacity)
+      out, dropped = _ragged(run, kernels, x, index, weight, capacity, extra)
     else:
-      out, dropped = _padded(run, kernels, x, index, weight, capacity, there, back)
+      out, dropped = _padded(run, kernels, x, index, weight, capacity, there, back, extra)
     return out, jax.lax.pmean(dropped, rows)
 
   of_expert = jax.tree.map(lambda k: PartitionSpec('expert', *(None,) * (k.ndim - 1)), kernels)
@@ -87,7 +96,7 @@ def apply(
   )(kernels, x_TxD, index_TxK, weight_TxK)
 
 
-def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK):
+def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK, extra: Any = ()):
   """`apply` with all experts on every device: choices sorted by expert, nothing dropped.
 
   Every device of a mesh sorts its own rows: sorting must not cross devices.
@@ -97,11 +106,10 @@ def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK
   def on_rows(kernels, x_TxD, index_TxK, weight_TxK):
     # Choices of no expert come behind all groups, where products are zero.
     order_N, sizes = sorted_by(jnp.minimum(index_TxK, E).reshape(-1), E + 1)
-    token_N = order_N // K
-    out_NxO = run(kernels, x_TxD[token_N], lambda rows, w: grouped_matmul(rows, w, sizes[:E]))
-    weight_N = weight_TxK.reshape(-1)[order_N].astype(out_NxO.dtype)
-    zeros_TxO = jnp.zeros((x_TxD.shape[0], out_NxO.shape[1]), out_NxO.dtype)
-    return zeros_TxO.at[token_N].add(out_NxO * weight_N[:, None])
+    out_NxO = _by_expert(run, kernels, x_TxD[order_N // K], sizes[:E], extra)
+    # Back in the order of tokens: a sum over choices, no scatter.
+    out_TxKxO = out_NxO[jnp.argsort(order_N)].reshape(*index_TxK.shape, -1)
+    return jnp.sum(out_TxKxO * weight_TxK[..., None].astype(out_NxO.dtype), 1)
 
   count = row_count(jax.sharding.get_abstract_mesh().shape)
   if count == 1 or x_TxD.shape[0] % count:
@@ -115,7 +123,15 @@ def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK
   )(kernels, x_TxD, index_TxK, weight_TxK)
 
 
-def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
+def _by_expert(run, kernels, x_NxD, sizes_E, extra):
+  """`run` on rows that are sorted by expert."""
+  if groups.chosen() == 'tiles':
+    one = lambda own, x, extra: run(own, x, lambda rows, w: rows @ w[0], extra)
+    return groups.by_tile(one, kernels, x_NxD, sizes_E, extra)
+  return run(kernels, x_NxD, lambda x, w: groups.grouped_matmul(x, w, sizes_E), extra)
+
+
+def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back, extra):
   """`apply` on one device's tokens; `there` and `back` exchange slots, [E, C, D]."""
   (T, D), K = x_TxD.shape, index_TxK.shape[1]
   E = jax.tree.leaves(kernels)[0].shape[0] * devices()
@@ -126,7 +142,7 @@ def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
   # What has no slot goes to one behind the last, which is dropped.
   place_N = jnp.where(fits_N, expert_N * C + slot_N, E * C)
   sent = jnp.zeros((E * C, D), x_TxD.dtype).at[place_N].set(x_TxD[token_N], mode='drop')
-  got = back(run(kernels, there(sent.reshape(E, C, D)), jnp.matmul))
+  got = back(run(kernels, there(sent.reshape(E, C, D)), jnp.matmul, extra))
   out = got.reshape(E * C, got.shape[-1])
   weight_N = jnp.where(fits_N, weight_TxK.reshape(-1), 0.0).astype(x_TxD.dtype)
   got_NxD = out[jnp.minimum(place_N, E * C - 1)] * weight_N[:, None]
@@ -135,7 +151,7 @@ def _padded(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, there, back):
   return jnp.sum(got_NxD.reshape(T, K, out.shape[-1]), 1), dropped
 
 
-def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
+def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity, extra):
   """`apply` on one device's tokens; only those that have a slot travel.
 
   A device receives its experts' tokens by expert, those of one expert by device: the order in
@@ -168,7 +184,7 @@ def _ragged(run, kernels, x_TxD, index_TxK, weight_TxK, capacity):
     axis_name='expert',
   )
   sizes_own = jax.lax.dynamic_slice_in_dim(total_E, me * own, own)
-  out_NxD = run(kernels, got_NxD, lambda rows, w: grouped_matmul(rows, w, sizes_own))
+  out_NxD = _by_expert(run, kernels, got_NxD, sizes_own, extra)
   out_NxD = jax.lax.ragged_all_to_all(
     out_NxD,
     jnp.zeros((T * K, out_NxD.shape[1]), x_TxD.dtype),

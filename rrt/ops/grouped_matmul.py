@@ -9,7 +9,9 @@ N rows, E groups, I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,6 @@ from rrt.ops.backend import backend
 from rrt.ops.choice import Choice
 
 IMPLEMENTATIONS = ('auto', 'dense', 'ragged_dot', 'gmm', 'tiles')
-_TILE = 64  # Rows of a tile on CPUs.
 CHOICE = Choice(
   'grouped matmul',
   'RRT_GROUPED_MATMUL',
@@ -70,66 +71,110 @@ def _gmm(x_NxI, w_ExIxO, sizes_E):
   return jnp.where(inside_Nx1, y_NxO, 0)
 
 
-@jax.custom_vjp
 def _tiles(x_NxI, w_ExIxO, sizes_E):
   """Tiles of rows of one group each, one product after the other."""
-  return _tiles_forward(x_NxI, w_ExIxO, sizes_E)[0]
+  return by_tile(lambda w, x, _: x @ w[0], w_ExIxO, x_NxI, sizes_E)
 
 
-def _tiles_forward(x_NxI, w_ExIxO, sizes_E):
-  place_N, group_C = _tiling(sizes_E, x_NxI.shape[0])
-  x_CxTxI = _to_tiles(x_NxI, place_N, len(group_C))
-  y_CxTxO = jax.lax.map(lambda at: at[0] @ w_ExIxO[at[1]], (x_CxTxI, group_C))
-  return _from_tiles(y_CxTxO, place_N), (x_NxI, w_ExIxO, sizes_E)
+def by_tile(run: Callable[..., Any], kernels: Any, x_NxI, sizes_E, extra: Any = ()):
+  """What each group's kernels make of its rows, a tile of rows after the other, [N, O].
 
+  A tile goes through all of `run` before the next, so that what lies between its products stays in
+  the cache, and only tiles that have rows are computed.
 
-def _tiles_backward(saved, dy_NxO):
-  x_NxI, w_ExIxO, sizes_E = saved
-  place_N, group_C = _tiling(sizes_E, x_NxI.shape[0])
-  x_CxTxI = _to_tiles(x_NxI, place_N, len(group_C))
-  dy_CxTxO = _to_tiles(dy_NxO, place_N, len(group_C))
-
-  def body(dw_ExIxO, at):
-    x_TxI, dy_TxO, group = at
-    # In place: the sum over all tiles, of which a group has few.
-    return dw_ExIxO.at[group].add(x_TxI.T @ dy_TxO), dy_TxO @ w_ExIxO[group].T
-
-  zeros = jnp.zeros_like(w_ExIxO)
-  dw_ExIxO, dx_CxTxI = jax.lax.scan(body, zeros, (x_CxTxI, dy_CxTxO, group_C))
-  return _from_tiles(dx_CxTxI, place_N), dw_ExIxO, None
-
-
-_tiles.defvjp(_tiles_forward, _tiles_backward)
-
-
-def _tiling(sizes_E, rows: int):
-  """(place of each row among the tiles' rows, or -1; group of each tile).
-
-  There are C = rows / T + E tiles of T rows, enough for any sizes, and no more than rows.
+  Args:
+    run: (kernels of one group [1, ...], rows, extra) -> rows; keeps no traced value.
+    kernels: tree of arrays with a leading axis of groups.
+    x_NxI: rows, those of group 0 first.
+    sizes_E: int32 rows of each group. Rows behind the last group come out as zero.
+    extra: integers for `run`, the same for all tiles.
   """
-  E, T = sizes_E.shape[0], min(_TILE, max(rows, 1))
-  C = max(min(rows // T + E, rows), 1)
-  tiles_E = (sizes_E + T - 1) // T
-  first_E = jnp.cumsum(tiles_E) - tiles_E
-  group_N = groups_of(sizes_E, rows)
-  begin_E = jnp.cumsum(sizes_E) - sizes_E
-  inside = jnp.minimum(group_N, E - 1)
-  place_N = first_E[inside] * T + jnp.arange(rows) - begin_E[inside]
-  group_C = jnp.minimum(groups_of(tiles_E, C), E - 1)
-  return jnp.where(group_N < E, place_N, -1), group_C
+  return _by_tile(run, kernels, x_NxI, sizes_E, extra)
 
 
-def _to_tiles(x_NxI, place_N, tiles: int):
-  T = min(_TILE, max(x_NxI.shape[0], 1))
-  flat = jnp.zeros((tiles * T, x_NxI.shape[1]), x_NxI.dtype)
-  outside = tiles * T  # Dropped.
-  flat = flat.at[jnp.where(place_N < 0, outside, place_N)].set(x_NxI, mode='drop')
-  return flat.reshape(tiles, T, -1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_tile(run, kernels, x_NxI, sizes_E, extra):
+  tiles = _Tiles(x_NxI, sizes_E)
+  padded = tiles.pad(x_NxI)
+  like = jax.eval_shape(run, tiles.own(kernels, 0), padded[: tiles.rows], extra)
+  zeros = jnp.zeros((len(padded), like.shape[1]), like.dtype)
+
+  def body(t, y):
+    e, at, _ = tiles.place(t)
+    # Rows behind the group's are written again by the tiles that follow.
+    return _put(y, run(tiles.own(kernels, e), tiles.cut(padded, at), extra), at)
+
+  y_NxO = jax.lax.fori_loop(0, tiles.count, body, zeros)[: len(x_NxI)]
+  return jnp.where((jnp.arange(len(x_NxI)) < jnp.sum(sizes_E))[:, None], y_NxO, 0)
 
 
-def _from_tiles(y_CxTxO, place_N):
-  flat = y_CxTxO.reshape(-1, y_CxTxO.shape[-1])
-  return jnp.where((place_N < 0)[:, None], 0, flat[place_N])
+def _by_tile_forward(run, kernels, x_NxI, sizes_E, extra):
+  return _by_tile(run, kernels, x_NxI, sizes_E, extra), (kernels, x_NxI, sizes_E, extra)
+
+
+def _by_tile_backward(run, saved, dy_NxO):
+  kernels, x_NxI, sizes_E, extra = saved
+  tiles = _Tiles(x_NxI, sizes_E)
+  x, dy = tiles.pad(x_NxI), tiles.pad(dy_NxO)
+
+  def body(t, sums):
+    dkernels, dx = sums
+    e, at, rows = tiles.place(t)
+    _, back = jax.vjp(lambda own, x: run(own, x, extra), tiles.own(kernels, e), tiles.cut(x, at))
+    dy_TxO = jnp.where((jnp.arange(tiles.rows) < rows)[:, None], tiles.cut(dy, at), 0)
+    down, dx_TxI = back(dy_TxO)
+    # In place: the sum over all tiles, of which a group has few.
+    dkernels = jax.tree.map(lambda sum, d: sum.at[e].add(d[0]), dkernels, down)
+    return dkernels, _put(dx, dx_TxI, at)
+
+  zeros = jax.tree.map(jnp.zeros_like, (kernels, x))
+  dkernels, dx = jax.lax.fori_loop(0, tiles.count, body, zeros)
+  inside = (jnp.arange(len(x_NxI)) < jnp.sum(sizes_E))[:, None]
+  return dkernels, jnp.where(inside, dx[: len(x_NxI)], 0), None, None
+
+
+_by_tile.defvjp(_by_tile_forward, _by_tile_backward)
+
+
+class _Tiles:
+  """Where the tiles of each group begin.
+
+  Attributes:
+    rows: T, of a tile.
+    count: tiles that have rows.
+  """
+
+  def __init__(self, x_NxI, sizes_E):
+    N, E = x_NxI.shape[0], sizes_E.shape[0]
+    # Large ones are fast, and waste up to a tile a group.
+    self.rows = min(max(N, 1), 256 if N >= 512 * E else 128 if N >= 64 * E else 32)
+    tiles_E = (sizes_E + self.rows - 1) // self.rows
+    self._end_E = jnp.cumsum(tiles_E)
+    self._first_E, self._sizes_E = self._end_E - tiles_E, sizes_E
+    self._begin_E = jnp.cumsum(sizes_E) - sizes_E
+    self.count = self._end_E[-1]
+
+  def place(self, t):
+    """(group, first row, how many rows are the group's) of tile t."""
+    e = jnp.searchsorted(self._end_E, t, side='right')
+    done = (t - self._first_E[e]) * self.rows
+    return e, self._begin_E[e] + done, self._sizes_E[e] - done
+
+  def pad(self, x_NxI):
+    """Rows with a tile of zeros behind them."""
+    return jnp.pad(x_NxI, ((0, self.rows), (0, 0)))
+
+  def cut(self, x_MxI, at):
+    """A tile of padded rows."""
+    return jax.lax.dynamic_slice_in_dim(x_MxI, at, self.rows)
+
+  def own(self, kernels, e):
+    """The kernels of one group, [1, ...]."""
+    return jax.tree.map(lambda k: jax.lax.dynamic_slice_in_dim(k, e, 1), kernels)
+
+
+def _put(y_MxO, tile_TxO, at):
+  return jax.lax.dynamic_update_slice_in_dim(y_MxO, tile_TxO, at, 0)
 
 
 @functools.partial(jax.jit, static_argnames='experts')

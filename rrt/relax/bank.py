@@ -26,9 +26,11 @@ from rrt.errors import InputError
 from rrt.ops import expert_parallel
 from rrt.ops.activation import activate
 from rrt.relax.base import Aux, Leaf, Leaves, Place
-from rrt.relax.hosts import Host
+from rrt.relax.hosts import MLP, Host, hosts_of
 from rrt.relax.positioned import Positioned
 from rrt.relax.routed import Chosen, Routed
+
+_MANY = 256  # Tokens from which each goes through its own MLP alone.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,25 +154,53 @@ class Bank(Routed, Positioned):
 
   def read(self, params: Leaves, x, y, place: Place, m, host: Host):
     chosen = self.choose_at(params, x, place, m, host)
-    B, L, D = x.shape
     M, X = self.segments, self.total(host) - self.segments
     if not X:
       return y, chosen.aux
     leaf = lambda name: params[f'{self.kind}_{name}'][m].astype(x.dtype)
     # The shared MLP's segments count as none.
-    index_TxK = chosen.index_BxLxk.reshape(B * L, -1)
-    index_TxK = jnp.where(index_TxK < M, X, index_TxK - M)
-    weight_TxK = chosen.weight_BxLxk.reshape(B * L, -1)
-    kernels = {name: leaf(name) for name in ('gate', 'up', 'down') if name != 'gate' or host.gated}
-    tokens = x.reshape(B * L, D), index_TxK, weight_TxK
+    index_BxLxk = jnp.where(chosen.index_BxLxk < M, X, chosen.index_BxLxk - M)
+    kernels = {name: leaf(name) for name in MLP if name != 'gate' or host.gated}
+    out, aux = self._dispatch(kernels, x, index_BxLxk, chosen, place, host)
+    return y + out, aux
+
+  def replaces_mlp(self, config, tokens: int) -> bool:
+    """Of whole MLPs each token needs its own alone, which pays where tokens are many."""
+    if self.segments > 1 or self.capacity or tokens < _MANY or expert_parallel.devices() > 1:
+      return False
+    linears = [h for h in hosts_of(config, 'linear') if h.name in MLP]
+    others = [r for r in config.relax if r.site == 'linear']
+    return all(r.is_absent(h, n) for r in others for h in linears for n in self.positions)
+
+  def apply_mlp(self, params: Leaves, x, kernels: Leaves, dense, place: Place, host: Host):
+    def here(m, params, x, kernels, place):
+      chosen = self.choose_at(params, x, place, m, host)
+      joined = {
+        name: jnp.concatenate([kernel[None], params[f'{self.kind}_{name}'][m]]).astype(x.dtype)
+        for name, kernel in kernels.items()
+      }
+      y, aux = self._dispatch(joined, x, chosen.index_BxLxk, chosen, place, host)
+      return y, aux
+
+    args = (params, x, kernels, place)
+    elsewhere = lambda params, x, kernels, place: (dense(x, place), self.nothing(place, host))
+    return self.at_position(place.layer, args, here, elsewhere)
+
+  def _dispatch(self, kernels: Leaves, x, index_BxLxk, chosen: Chosen, place: Place, host: Host):
+    """The weighted sum of the chosen experts, E and above for none; and Aux."""
+    B, L, D = x.shape
+    tokens = (
+      x.reshape(B * L, D),
+      *(t.reshape(B * L, -1) for t in (index_BxLxk, chosen.weight_BxLxk)),
+    )
     # Decoding drops nothing.
     capacity = self.capacity if place.key is not None else 0.0
-    run = lambda kernels, x, product: self._mlps(kernels, x, product, host)
+    run = lambda kernels, x, product, _: self._mlps(kernels, x, product, host)
     out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
     aux = chosen.aux
     if aux.routes:
       aux = aux._replace(routes={**aux.routes, 'dropped': dropped})
-    return y + out_TxD.reshape(B, L, D), aux
+    return out_TxD.reshape(B, L, D), aux
 
   def _mlps(self, kernels: Leaves, x, product, host: Host):
     """Gated or plain MLPs of several experts, by a product of their own."""

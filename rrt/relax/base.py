@@ -201,6 +201,32 @@ class Relaxation:
     """
     return h
 
+  def replaces_mlp(self, config, tokens: int) -> bool:
+    """Whether `apply_mlp` stands for the MLP and this relaxation of it together; site 'mlp' alone.
+
+    Args:
+      config: the model's.
+      tokens: of the forward pass.
+    """
+    return False
+
+  def apply_mlp(self, params: Leaves, x, kernels: Leaves, dense, place: Place, host: Host):
+    """The relaxed output of the MLP, which need not be computed itself.
+
+    Args:
+      params, x, place, host: as for `apply_at`.
+      kernels: of the shared MLP, 'gate', 'up' and 'down'.
+      dense: (x, place) -> what the MLP with its other relaxations gives.
+
+    Returns:
+      (y, Aux), as `apply_at`.
+    """
+    raise NotImplementedError
+
+  def is_absent(self, host: Host, layer: int) -> bool:
+    """Whether it leaves the linears of a block layer alone, in all loops."""
+    return not self.leaves(host)
+
   def adopts(self, name: str, layer: int) -> bool:
     """Whether a conversion leaves the parent's weights of a linear to it, by `adopt`."""
     return False

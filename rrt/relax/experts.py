@@ -128,7 +128,7 @@ class Experts(Routed):
       b_ErxO.reshape(E, -1, b_ErxO.shape[-1]),
     )
 
-    run = lambda factors, rows, product: product(product(rows, factors[0]), factors[1])
+    run = lambda factors, rows, product, _: product(product(rows, factors[0]), factors[1])
     flat = lambda t: t.reshape(B * L, -1)
     tokens = flat(x_BxLxI), flat(chosen.index_BxLxk), flat(chosen.weight_BxLxk)
     return expert_parallel.dropless(run, factors, *tokens).reshape(B, L, -1)

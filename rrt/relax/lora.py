@@ -78,6 +78,9 @@ class Lora(Relaxation):
       return np.repeat(table_RxN, host.experts, axis=1)
     return self.table(host.name, host.loops, host.layers)
 
+  def is_absent(self, host: Host, layer: int) -> bool:
+    return not self.ranks(host)[:, host.instances(layer)].any()
+
   def width(self, component: str) -> int:
     """The component's largest rank: the width of its arrays."""
     rank = getattr(self, component)
