@@ -11,8 +11,6 @@ layer.
 
 import json
 from pathlib import Path
-import statistics
-import time
 from typing import Any
 
 from absl import flags
@@ -20,16 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
-from rrt import command, console, sharding
+from benchmarks import common, turns
+from rrt import command, console
 from rrt.checkpoints.load import load
 from rrt.convert.recursive import to_recursive
-from rrt.infer.engine.engine import Engine, Request
 from rrt.ops import embedding_bag
 from rrt.relax.memory import Memory
-from rrt.train import optim, placement
-from rrt.train import step as step_lib
-from rrt.train.losses import Objective
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('repeats', 3, 'Turns of each.')
@@ -74,67 +68,14 @@ def children() -> dict[str, Any]:
   return {'without': plain, 'with': wide}
 
 
-def train_step(model):
-  """A function that runs a training step of 2 x 512 tokens."""
-  o = optim.Optimizer(learning_rate=1e-4)
-  trained = step_lib.trained_paths(optim.trainable(o, model.params))
-  spec = step_lib.Step(
-    config=model.config,
-    objective=Objective(cross_entropy=1.0, distillation=0.0),
-    optimizer=optim.make_optimizer(o, step_lib.split(model.params, trained)[0], 100),
-    trained=trained,
-  )
-  mesh = sharding.make_mesh()
-  held = [step_lib.init_state(spec, model.params, mesh)]
-  step = step_lib.jit_step(
-    spec, mesh, jax.tree.map(lambda x: x.sharding, step_lib.abstract_state(spec, mesh))
-  )
-  ids = np.random.default_rng(0).integers(5, 49000, (2, 512)).astype(np.int32)
-  zero = np.zeros_like(ids)
-  batch = {
-    'tokens': ids,
-    'targets': np.roll(ids, -1, 1),
-    'segment_ids': zero,
-    'positions': zero + np.arange(512, dtype=np.int32)[None],
-    'weights': np.ones(ids.shape, np.float32),
-  }
-
-  def run():
-    with jax.set_mesh(mesh):
-      held[0], metrics = step(held[0], {}, placement.to_mesh(batch, mesh))
-      float(metrics['loss'])
-
-  return run
-
-
-def decoding(model):
-  """A function that decodes 32 sequences of 32 tokens after prompts of 32."""
-  engine = Engine(model, slots=32, context=96)
-  ids = np.random.default_rng(0).integers(5, 49000, (32, 32))
-
-  def run():
-    engine.run([Request.of(row.tolist(), 32, ignore_eos=True) for row in ids])
-
-  return run
-
-
-def turns(make) -> dict[str, Any]:
-  """Seconds of both children in turns, and the ratio of their medians."""
-  runs = {name: make(model) for name, model in children().items()}
-  took: dict[str, list[float]] = {name: [] for name in runs}
-  for turn in range(FLAGS.repeats + 1):
-    for name in sorted(runs, reverse=bool(turn % 2)):
-      begin = time.perf_counter()
-      runs[name]()
-      if turn:  # The first compiles.
-        took[name].append(time.perf_counter() - begin)
-  ratio = statistics.median(took['with']) / statistics.median(took['without'])
-  return {'seconds': took, 'ratio': ratio}
-
-
 def main(_) -> None:
   """Measures and prints."""
-  parts = {'bag': bag, 'train': lambda: turns(train_step), 'decode': lambda: turns(decoding)}
+  compared = lambda make: turns.compare(make, children(), FLAGS.repeats)
+  parts = {
+    'bag': bag,
+    'train': lambda: compared(turns.train_step),
+    'decode': lambda: compared(turns.decoding),
+  }
   figures = {}
   for name in FLAGS.parts:
     figures[name] = parts[name]()

@@ -263,7 +263,8 @@ class Mlp(nn.Module):
     if self.is_initializing() or not all(isinstance(k, jax.Array) for k in kernels.values()):
       return None
     # A function of its parameters alone, for one branch of a condition.
-    dense = lambda x, place: Mlp(self.config, self.looped).apply({'params': params}, x, place)
+    alone = Mlp(self.config, self.looped, parent=None)
+    dense = lambda x, place: alone.apply({'params': params}, x, place)
     relaxation = one.relaxation
     y, aux = relaxation.apply_mlp(one.leaves, x_BxLxD, kernels, dense, place, one.host)
     self.sow(AUX, relaxation.kind, aux)

@@ -101,7 +101,7 @@ def dropless(run: Callable[..., Any], kernels: Any, x_TxD, index_TxK, weight_TxK
 
   Every device of a mesh sorts its own rows: sorting must not cross devices.
   """
-  E, K = jax.tree.leaves(kernels)[0].shape[0], index_TxK.shape[1]
+  E, K = groups.count(kernels), index_TxK.shape[1]
 
   def on_rows(kernels, x_TxD, index_TxK, weight_TxK):
     # Choices of no expert come behind all groups, where products are zero.
@@ -128,6 +128,7 @@ def _by_expert(run, kernels, x_NxD, sizes_E, extra):
   if groups.chosen() == 'tiles':
     one = lambda own, x, extra: run(own, x, lambda rows, w: rows @ w[0], extra)
     return groups.by_tile(one, kernels, x_NxD, sizes_E, extra)
+  kernels = groups.put_together(kernels)
   return run(kernels, x_NxD, lambda x, w: groups.grouped_matmul(x, w, sizes_E), extra)
 
 

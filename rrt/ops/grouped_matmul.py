@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rrt.ops.backend import backend
 from rrt.ops.choice import Choice
 
+_LARGE = 256  # Rows of a tile on CPUs, where groups have as many.
 IMPLEMENTATIONS = ('auto', 'dense', 'ragged_dot', 'gmm', 'tiles')
 CHOICE = Choice(
   'grouped matmul',
@@ -76,6 +77,31 @@ def _tiles(x_NxI, w_ExIxO, sizes_E):
   return by_tile(lambda w, x, _: x @ w[0], w_ExIxO, x_NxI, sizes_E)
 
 
+class Joined(NamedTuple):
+  """Kernels of groups that lie in two trees, which nothing puts together.
+
+  Attributes:
+    first: of group 0, without the axis of groups.
+    rest: of the others, [E - 1, ...].
+  """
+
+  first: Any
+  rest: Any
+
+
+def count(kernels: Any) -> int:
+  """E of kernels by group, `Joined` or not."""
+  joined = isinstance(kernels, Joined)
+  return joined + jax.tree.leaves(kernels.rest if joined else kernels)[0].shape[0]
+
+
+def put_together(kernels: Any) -> Any:
+  """`Joined` kernels as one tree, [E, ...]; others as they are."""
+  if not isinstance(kernels, Joined):
+    return kernels
+  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), kernels.first, kernels.rest)
+
+
 def by_tile(run: Callable[..., Any], kernels: Any, x_NxI, sizes_E, extra: Any = ()):
   """What each group's kernels make of its rows, a tile of rows after the other, [N, O].
 
@@ -84,7 +110,7 @@ def by_tile(run: Callable[..., Any], kernels: Any, x_NxI, sizes_E, extra: Any = 
 
   Args:
     run: (kernels of one group [1, ...], rows, extra) -> rows; keeps no traced value.
-    kernels: tree of arrays with a leading axis of groups.
+    kernels: tree of arrays with a leading axis of groups, or `Joined` ones.
     x_NxI: rows, those of group 0 first.
     sizes_E: int32 rows of each group. Rows behind the last group come out as zero.
     extra: integers for `run`, the same for all tiles.
@@ -94,18 +120,17 @@ def by_tile(run: Callable[..., Any], kernels: Any, x_NxI, sizes_E, extra: Any = 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_tile(run, kernels, x_NxI, sizes_E, extra):
-  tiles = _Tiles(x_NxI, sizes_E)
-  padded = tiles.pad(x_NxI)
-  like = jax.eval_shape(run, tiles.own(kernels, 0), padded[: tiles.rows], extra)
-  zeros = jnp.zeros((len(padded), like.shape[1]), like.dtype)
+  padded = _padded(x_NxI)
+  like = jax.eval_shape(run, _own(kernels, 0), padded[:1], extra)
+  y = jnp.zeros((len(padded), like.shape[1]), like.dtype)
+  for tiles in _tilings(len(x_NxI), sizes_E):
 
-  def body(t, y):
-    e, at, _ = tiles.place(t)
-    # Rows behind the group's are written again by the tiles that follow.
-    return _put(y, run(tiles.own(kernels, e), tiles.cut(padded, at), extra), at)
+    def body(t, y, tiles=tiles):
+      e, at, mine_Tx1 = tiles.place(t)
+      return tiles.put(y, run(_own(kernels, e), tiles.cut(padded, at), extra), at, mine_Tx1)
 
-  y_NxO = jax.lax.fori_loop(0, tiles.count, body, zeros)[: len(x_NxI)]
-  return jnp.where((jnp.arange(len(x_NxI)) < jnp.sum(sizes_E))[:, None], y_NxO, 0)
+    y = jax.lax.fori_loop(0, tiles.count, body, y)
+  return y[: len(x_NxI)]
 
 
 def _by_tile_forward(run, kernels, x_NxI, sizes_E, extra):
@@ -114,67 +139,89 @@ def _by_tile_forward(run, kernels, x_NxI, sizes_E, extra):
 
 def _by_tile_backward(run, saved, dy_NxO):
   kernels, x_NxI, sizes_E, extra = saved
-  tiles = _Tiles(x_NxI, sizes_E)
-  x, dy = tiles.pad(x_NxI), tiles.pad(dy_NxO)
+  x, dy = _padded(x_NxI), _padded(dy_NxO)
+  sums = jax.tree.map(jnp.zeros_like, (kernels, x))
+  for tiles in _tilings(len(x_NxI), sizes_E):
 
-  def body(t, sums):
-    dkernels, dx = sums
-    e, at, rows = tiles.place(t)
-    _, back = jax.vjp(lambda own, x: run(own, x, extra), tiles.own(kernels, e), tiles.cut(x, at))
-    dy_TxO = jnp.where((jnp.arange(tiles.rows) < rows)[:, None], tiles.cut(dy, at), 0)
-    down, dx_TxI = back(dy_TxO)
-    # In place: the sum over all tiles, of which a group has few.
-    dkernels = jax.tree.map(lambda sum, d: sum.at[e].add(d[0]), dkernels, down)
-    return dkernels, _put(dx, dx_TxI, at)
+    def body(t, sums, tiles=tiles):
+      dkernels, dx = sums
+      e, at, mine_Tx1 = tiles.place(t)
+      one = lambda own, x: run(own, x, extra)
+      _, back = jax.vjp(one, _own(kernels, e), tiles.cut(x, at))
+      down, dx_TxI = back(jnp.where(mine_Tx1, tiles.cut(dy, at), 0))
+      # In place: the sum over all tiles, of which a group has few.
+      return _added(dkernels, down, e), tiles.put(dx, dx_TxI, at, mine_Tx1)
 
-  zeros = jax.tree.map(jnp.zeros_like, (kernels, x))
-  dkernels, dx = jax.lax.fori_loop(0, tiles.count, body, zeros)
-  inside = (jnp.arange(len(x_NxI)) < jnp.sum(sizes_E))[:, None]
-  return dkernels, jnp.where(inside, dx[: len(x_NxI)], 0), None, None
+    sums = jax.lax.fori_loop(0, tiles.count, body, sums)
+  dkernels, dx = sums
+  return dkernels, dx[: len(x_NxI)], None, None
 
 
 _by_tile.defvjp(_by_tile_forward, _by_tile_backward)
 
 
 class _Tiles:
-  """Where the tiles of each group begin.
+  """Tiles of T rows of each group, from some row of it on.
 
   Attributes:
-    rows: T, of a tile.
-    count: tiles that have rows.
+    count: of all groups together.
   """
 
-  def __init__(self, x_NxI, sizes_E):
-    N, E = x_NxI.shape[0], sizes_E.shape[0]
-    # Large ones are fast, and waste up to a tile a group.
-    self.rows = min(max(N, 1), 256 if N >= 512 * E else 128 if N >= 64 * E else 32)
-    tiles_E = (sizes_E + self.rows - 1) // self.rows
-    self._end_E = jnp.cumsum(tiles_E)
-    self._first_E, self._sizes_E = self._end_E - tiles_E, sizes_E
-    self._begin_E = jnp.cumsum(sizes_E) - sizes_E
-    self.count = self._end_E[-1]
+  def __init__(self, rows: int, tiles_E, begin_E, end_E):
+    self._rows, self._begin_E, self._end_E = rows, begin_E, end_E
+    self._last_E = jnp.cumsum(tiles_E)
+    self._first_E = self._last_E - tiles_E
+    self.count = self._last_E[-1]
 
   def place(self, t):
-    """(group, first row, how many rows are the group's) of tile t."""
-    e = jnp.searchsorted(self._end_E, t, side='right')
-    done = (t - self._first_E[e]) * self.rows
-    return e, self._begin_E[e] + done, self._sizes_E[e] - done
-
-  def pad(self, x_NxI):
-    """Rows with a tile of zeros behind them."""
-    return jnp.pad(x_NxI, ((0, self.rows), (0, 0)))
+    """(group, first row, which of the rows are the group's [T, 1]) of tile t."""
+    e = jnp.searchsorted(self._last_E, t, side='right')
+    at = self._begin_E[e] + (t - self._first_E[e]) * self._rows
+    return e, at, (at + jnp.arange(self._rows) < self._end_E[e])[:, None]
 
   def cut(self, x_MxI, at):
-    """A tile of padded rows."""
-    return jax.lax.dynamic_slice_in_dim(x_MxI, at, self.rows)
+    return jax.lax.dynamic_slice_in_dim(x_MxI, at, self._rows)
 
-  def own(self, kernels, e):
-    """The kernels of one group, [1, ...]."""
-    return jax.tree.map(lambda k: jax.lax.dynamic_slice_in_dim(k, e, 1), kernels)
+  def put(self, y_MxO, tile_TxO, at, mine_Tx1):
+    """Writes the group's own rows of a tile."""
+    tile_TxO = jnp.where(mine_Tx1, tile_TxO, self.cut(y_MxO, at))
+    return jax.lax.dynamic_update_slice_in_dim(y_MxO, tile_TxO, at, 0)
 
 
-def _put(y_MxO, tile_TxO, at):
-  return jax.lax.dynamic_update_slice_in_dim(y_MxO, tile_TxO, at, 0)
+def _tilings(rows: int, sizes_E) -> list[_Tiles]:
+  """Large tiles, which are fast, as far as they are full; small ones for the rest of each group."""
+  end_E = jnp.cumsum(sizes_E)
+  begin_E = end_E - sizes_E
+  each = rows // sizes_E.shape[0]
+  large, found = (_LARGE if each >= _LARGE else _LARGE // 2), []
+  small = min(large // 4, max(rows, 1))
+  if each >= large // 2:
+    found.append(_Tiles(large, sizes_E // large, begin_E, end_E))
+    begin_E = begin_E + sizes_E // large * large
+  return [*found, _Tiles(small, (end_E - begin_E + small - 1) // small, begin_E, end_E)]
+
+
+def _padded(x_NxI):
+  """Rows with as many zeros behind them as a small tile may have."""
+  return jnp.pad(x_NxI, ((0, min(_LARGE // 4, max(len(x_NxI), 1))), (0, 0)))
+
+
+def _own(kernels, e):
+  """The kernels of one group, [1, ...]."""
+  cut = lambda tree, e: jax.tree.map(lambda k: jax.lax.dynamic_slice_in_dim(k, e, 1), tree)
+  if not isinstance(kernels, Joined):
+    return cut(kernels, e)
+  first = lambda: jax.tree.map(lambda k: k[None], kernels.first)
+  return jax.lax.cond(e == 0, first, lambda: cut(kernels.rest, e - 1))
+
+
+def _added(sums, d, e):
+  """Sums of kernels' gradients with those of group e, [1, ...]."""
+  if not isinstance(sums, Joined):
+    return jax.tree.map(lambda s, d: s.at[e].add(d[0]), sums, d)
+  first = jax.tree.map(lambda s, d: s + jnp.where(e == 0, d[0], 0), sums.first, d)
+  rest = jax.tree.map(lambda s, d: s.at[e - 1].add(jnp.where(e == 0, 0, d[0])), sums.rest, d)
+  return Joined(first, rest)
 
 
 @functools.partial(jax.jit, static_argnames='experts')

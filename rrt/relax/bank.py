@@ -16,7 +16,7 @@ positions, R loops, E experts, X = E - M of them in the bank, k experts a token.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import linen as nn
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import expert_parallel
 from rrt.ops.activation import activate
+from rrt.ops.grouped_matmul import Joined
 from rrt.relax.base import Aux, Leaf, Leaves, Place
 from rrt.relax.hosts import MLP, Host, hosts_of
 from rrt.relax.positioned import Positioned
@@ -175,10 +176,9 @@ class Bank(Routed, Positioned):
   def apply_mlp(self, params: Leaves, x, kernels: Leaves, dense, place: Place, host: Host):
     def here(m, params, x, kernels, place):
       chosen = self.choose_at(params, x, place, m, host)
-      joined = {
-        name: jnp.concatenate([kernel[None], params[f'{self.kind}_{name}'][m]]).astype(x.dtype)
-        for name, kernel in kernels.items()
-      }
+      rest = {name: params[f'{self.kind}_{name}'][m].astype(x.dtype) for name in kernels}
+      first = {name: kernel.astype(x.dtype) for name, kernel in kernels.items()}
+      joined = Joined(first, rest)
       y, aux = self._dispatch(joined, x, chosen.index_BxLxk, chosen, place, host)
       return y, aux
 
@@ -186,13 +186,11 @@ class Bank(Routed, Positioned):
     elsewhere = lambda params, x, kernels, place: (dense(x, place), self.nothing(place, host))
     return self.at_position(place.layer, args, here, elsewhere)
 
-  def _dispatch(self, kernels: Leaves, x, index_BxLxk, chosen: Chosen, place: Place, host: Host):
+  def _dispatch(self, kernels: Any, x, index_BxLxk, chosen: Chosen, place: Place, host: Host):
     """The weighted sum of the chosen experts, E and above for none; and Aux."""
     B, L, D = x.shape
-    tokens = (
-      x.reshape(B * L, D),
-      *(t.reshape(B * L, -1) for t in (index_BxLxk, chosen.weight_BxLxk)),
-    )
+    flat = lambda t: t.reshape(B * L, -1)
+    tokens = flat(x), flat(index_BxLxk), flat(chosen.weight_BxLxk)
     # Decoding drops nothing.
     capacity = self.capacity if place.key is not None else 0.0
     run = lambda kernels, x, product, _: self._mlps(kernels, x, product, host)

@@ -105,6 +105,39 @@ def test_a_bank_is_its_formula(cls):
     np.testing.assert_array_equal(elsewhere, h)
 
 
+@pytest.mark.parametrize('topk', [1, 2])
+def test_many_tokens_go_through_their_own_mlps_alone(topk, monkeypatch):
+  """The shared MLP among the experts, as beside them: outputs, gradients and what is counted."""
+  bank = Bank(positions=(0,), topk=topk, normalise='all', score='softmax')
+  c = llama(relax=(Lora(q=2, down=((0, 2),) * 3), bank), prelude_layers=0, coda_layers=0)
+  p, ids = perturbed(c), jnp.asarray(np.random.default_rng(0).integers(0, 53, (2, 130)))
+  # Low-rank terms on its MLP would be passed by.
+  low_rank = dataclasses.replace(c, relax=(Lora(down=2), bank))
+  assert bank.replaces_mlp(c, 260) and not bank.replaces_mlp(low_rank, 260)
+  assert not bank.replaces_mlp(c, 8)
+  used = []
+  apply_mlp = Bank.apply_mlp
+  monkeypatch.setattr(Bank, 'apply_mlp', lambda *args: used.append(1) or apply_mlp(*args))
+
+  def run():
+    @jax.jit
+    def both(p):
+      out = transformer.forward(c, p, ids, return_aux=True)
+      return jnp.sum(jnp.sin(out.hidden_BxLxD)), (out.hidden_BxLxD, out.aux)
+
+    return jax.value_and_grad(both, has_aux=True)(p)
+
+  (_, (got, aux)), grads = run()
+  assert used
+  used.clear()
+  monkeypatch.setattr('rrt.relax.bank._MANY', 10_000)
+  (_, (want, other)), wanted = run()
+  assert not used
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), aux, other)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-3), grads, wanted)
+
+
 def body(d, f, layers, heads, kv, size, loops, relax) -> float:
   """Millions of parameters of the block, norms and routers aside."""
   c = ModelConfig(
