@@ -174,12 +174,12 @@ def fit(
 
 
 def _rows(seen: Look, e: int):
-  """(inputs, gates) of the tokens that take an expert; zeros up to a bucket of lengths."""
+  """(inputs, gates [T, 1]) of the tokens that take an expert; gates of 0 up to a bucket of lengths."""
   gate_T = np.asarray(seen.gate_TxE[:, e])
   index = np.flatnonzero(gate_T)
-  padding = bucket(len(index)) - len(index)
-  x_TxD = np.pad(np.asarray(seen.x_TxD)[index], ((0, padding), (0, 0)))
-  return jnp.asarray(x_TxD), jnp.asarray(np.pad(gate_T[index], (0, padding)))[:, None]
+  index = np.pad(index, (0, bucket(len(index)) - len(index)))
+  real = np.arange(len(index)) < np.count_nonzero(gate_T)
+  return seen.x_TxD[jnp.asarray(index)], jnp.asarray(gate_T[index] * real)[:, None]
 
 
 def _covariance(x_TxI, tokens: int | None = None):

@@ -1,4 +1,4 @@
-"""The MLP of a model with experts: a router, and one gated MLP an expert (Mixtral, Qwen3-MoE, Grok-1).
+"""The MLP of a model with experts (Mixtral, Qwen3-MoE, Grok-1): a router, and an MLP an expert.
 
     y = sum over the chosen experts e of gate_e(x) MLP_e(x)
 

@@ -4,7 +4,8 @@
 
 An MLP is a sum over its hidden units, so that the segments of a loop's own MLP, each with a gate
 of 1, are that MLP: the child starts as its parent. The first loop's segments are the shared MLP's
-units, which are always computed; the bank holds those of the other loops.
+units; the bank holds those of the other loops. Tokens go through whole MLPs of both alone where they
+are many; otherwise the shared MLP is computed for all.
 
 `Bank` has whole MLPs (M = 1), one a token. `Pool` has fine-grained segments and sigmoid scores, in
 the manner of DeepSeekMoE (arXiv 2401.06066).

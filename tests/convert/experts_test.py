@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_weight_is_fitted_where_its_expert_is_used():
     mlp = jax.tree.map(lambda t, d=depth: t[d], layers['mlp'])
     gate_TxE = np.zeros((64, 4), np.float32)
     gate_TxE[:, chosen] = 0.5
-    looks.append(experts.Look(mlp, x_TxD, gate_TxE))
+    looks.append(experts.Look(mlp, jnp.asarray(x_TxD), gate_TxE))
   from rrt.ops import least_squares
 
   mean = lambda name, e, cs, ws: least_squares.weighted_mean(cs, ws)
