@@ -46,7 +46,7 @@ class Bank(Routed, Positioned):
       others begin without as many of their own.
     experts: E, segments of all loops together; 0 for R M. Fewer come from `rrt.convert.banks`.
     capacity: in training an expert takes so many times an even load of a device's choices, and
-      drops the rest; 0 drops nothing. Decoding never does.
+      drops the rest; None drops nothing. Decoding never does.
   """
 
   kind: ClassVar[str] = 'bank'
@@ -55,7 +55,7 @@ class Bank(Routed, Positioned):
 
   segments: int = 1
   always: int = 0
-  capacity: float = 0.0
+  capacity: float | None = None
 
   def total(self, host: Host) -> int:
     """E."""
@@ -98,8 +98,11 @@ class Bank(Routed, Positioned):
       )
     if self.by == 'loop':
       raise InputError(f"{self.kind}.by='loop': tokens choose here; take 'both' or 'token'.")
-    if not isinstance(self.capacity, (int, float)) or not 0 <= self.capacity < 1e6:
-      raise InputError(f'{self.kind}.capacity={self.capacity!r}: must be 0 or more.')
+    number = isinstance(self.capacity, (int, float)) and not isinstance(self.capacity, bool)
+    if self.capacity is not None and not (number and 0 < self.capacity < 1e6):
+      raise InputError(
+        f'{self.kind}.capacity={self.capacity!r}: must be above 0, or none, which drops nothing.'
+      )
     self.check_router(hosts)
 
   def leaves(self, host: Host) -> dict[str, Leaf]:
@@ -193,7 +196,7 @@ class Bank(Routed, Positioned):
     flat = lambda t: t.reshape(B * L, -1)
     tokens = flat(x), flat(index_BxLxk), flat(chosen.weight_BxLxk)
     # Decoding drops nothing.
-    capacity = self.capacity if place.key is not None else 0.0
+    capacity = self.capacity or 0.0 if place.key is not None else 0.0
     run = lambda kernels, x, product, _: self._mlps(kernels, x, product, host)
     out_TxD, dropped = expert_parallel.apply(run, kernels, *tokens, capacity)
     aux = chosen.aux

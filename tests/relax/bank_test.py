@@ -191,7 +191,8 @@ def test_counts(shape, relax, want):
     (Pool(segments=4, always=4), r'pool.always=4: must be 0 or more, below segments=4'),
     (Pool(segments=4, experts=3), r'pool.experts=3: must be 4 or more'),
     (Bank(by='loop'), r"bank.by='loop': tokens choose here"),
-    (Bank(capacity=-1.0), r'bank.capacity=-1.0: must be 0 or more'),
+    (Bank(capacity=-1.0), r'bank.capacity=-1.0: must be above 0, or none'),
+    (Bank(capacity=0), r'bank.capacity=0: must be above 0, or none'),
     (Pool(segments=4, topk=13), r'pool.topk=13: must lie in 1 to 12'),
   ],
 )
