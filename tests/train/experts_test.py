@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from rrt.errors import InputError
 from rrt.evals import perplexity
 from rrt.infer.engine.engine import Engine
 from rrt.infer.generate import complete
+from rrt.models import lm_head, transformer
 from rrt.models.init import init_params
 from rrt.relax.bank import Bank, Pool
 from rrt.relax.experts import Experts
@@ -28,7 +30,7 @@ from rrt.train.loop import uptrain
 from rrt.train.losses import Objective
 from tests import runs
 from tests.command import environment
-from tests.models.configs import llama
+from tests.models.configs import llama, perturbed
 
 LIBTPU = os.environ.get('RRT_TEST_LIBTPU', '')
 POOL = Pool(positions=(0, 1), segments=4, topk=6, prior=1.0)
@@ -102,6 +104,37 @@ def test_a_mesh_trains_as_one_device(name, sizes):
     for key in b:
       np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'sizes'),
+  [
+    ('pool', {'data': 2, 'expert': 4}),
+    ('experts', {'data': 4, 'fsdp': 2}),
+    ('parent', {'fsdp': 2, 'expert': 4}),
+  ],
+  ids=str,
+)
+def test_losses_and_gradients_equal_one_devices(name, sizes):
+  c = config(RELAX[name])
+  params = perturbed(c)
+  ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 8)))
+
+  def loss(params):
+    out = transformer.forward(c, params, ids, return_aux=True)
+    logits = lm_head.logits(c, params, out.hidden_BxLxD)
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)
+    return sum(out.aux.losses.values()) - jnp.mean(own)
+
+  want, grads = jax.jit(jax.value_and_grad(loss))(params)
+  mesh = sharding.make_mesh(sizes)
+  placed = jax.device_put(params, placement.param_shardings(c, mesh))
+  with jax.set_mesh(mesh):
+    got, sharded = jax.jit(jax.value_and_grad(loss))(placed)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 0.01
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), sharded, grads)
 
 
 RUNS = {
