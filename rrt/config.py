@@ -95,8 +95,10 @@ class ModelConfig:
     parallel: attention and MLP both read the layer's input (Pythia).
     gated: the MLP is down(act(gate) * up); otherwise down(act(up)).
     num_experts: E, MLPs of each layer, among which a router chooses for each token
-      (Mixtral, Qwen3-MoE, Grok-1); 0 for one MLP without a router.
+      (Mixtral, Qwen2-MoE, Qwen3-MoE, Grok-1); 0 for one MLP without a router.
     experts_per_token: k, how many a token takes.
+    shared_experts: m, further experts that every token takes, all with one gate, a sigmoid
+      (Qwen2-MoE, whose shared expert is as wide as m of them).
     norm_topk: the chosen experts' gates sum to 1; otherwise softmax probabilities
       among all experts are left as they are (Grok-1).
     activation: 'silu', 'gelu' or its approximation 'gelu_tanh'.
@@ -147,6 +149,7 @@ class ModelConfig:
   gated: bool = True
   num_experts: int = 0
   experts_per_token: int = 0
+  shared_experts: int = 0
   norm_topk: bool = True
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
@@ -221,7 +224,7 @@ class ModelConfig:
 
   def copies(self, name: str) -> int:
     """How many of a linear a layer has: one, or as many as experts."""
-    return self.num_experts if self.num_experts and name in MLP else 1
+    return self.num_experts + self.shared_experts if self.num_experts and name in MLP else 1
 
   def depth_of(self, loop: int, layer: int) -> int:
     """The depth at which the block runs `layer` in `loop`."""

@@ -17,12 +17,14 @@ ACTIVATIONS = ('silu', 'gelu_tanh', 'gelu')
 NORMS = ('rms', 'layer')
 FAMILIES = (
   *('llama', 'gemma', 'gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
-  *('phi3', 'olmo2', 'gpt_neox', 'ouro', 'mixtral', 'qwen3_moe', 'grok1'),
+  *('phi3', 'olmo2', 'gpt_neox', 'ouro', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'grok1'),
 )
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope', 'none')
 # Kinds whose frequencies depend on the length of the text.
 BY_LENGTH = ('dynamic', 'longrope')
-MAY_BE_ZERO = ('prelude_layers', 'coda_layers', 'num_experts', 'experts_per_token')
+MAY_BE_ZERO = (
+  *('prelude_layers', 'coda_layers', 'num_experts', 'experts_per_token', 'shared_experts'),
+)
 WEIGHTS = ('float', 'int8', 'int4', 'nf4')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
@@ -154,6 +156,7 @@ def _check_experts(c: ModelConfig, need: Callable[[bool, str, str], None]) -> No
     'experts_per_token',
     f'must lie in 1 to num_experts={E}' if E else 'has no effect without num_experts',
   )
+  need(E > 0 or not c.shared_experts, 'shared_experts', 'has no effect without num_experts')
   need(E > 0 or c.norm_topk, 'norm_topk', 'has no effect without num_experts')
   need(not E or c.weights == 'float', 'weights', 'experts are not quantized by this version')
   need(not E or not c.parallel, 'parallel', 'no model with experts has it')

@@ -209,7 +209,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh, batch: int = 0):
     for leaf in leaves.values()
     if 'expert' in leaf.axes
   ]
-  sharded += [config.num_experts] * (config.num_experts > 0)
+  sharded += [config.copies('up')] * (config.num_experts > 0)
   if experts > 1 and not sharded:
     raise InputError(f'mesh.expert={experts}: the model has no experts to split; leave it at 1.')
   for count in sharded:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rrt import console
-from rrt.checkpoints import reader, safetensors
+from rrt.checkpoints import reader, safetensors, shared_experts
 from rrt.checkpoints.safetensors import Tensors
 from rrt.config import ModelConfig
 from rrt.data import tokenizer_config
@@ -178,6 +178,8 @@ def load_directory(
   ids = _token_ids(directory, fields, generation, config.vocab_size)
   family = family_of(config)
   config, tensors = _resolve_head(config, family, open_directory(directory), directory)
+  if config.shared_experts:
+    tensors = shared_experts.Split(tensors, config)
   ignored = ['rotary_emb.inv_freq']
   if config.tie_embeddings:
     ignored.append('lm_head.weight')

@@ -61,7 +61,7 @@ def _jobs(config: ModelConfig, family: Family, style: str) -> list[_Job]:
       if '{e}' not in names:
         jobs.append(_Job(names.format(depth), row, path, depth, shape))
         continue
-      for e in range(config.num_experts):
+      for e in range(config.copies('up')):
         jobs.append(_Job(names.format(depth, e=e), row, path, (depth, e), shape))
   return jobs
 
@@ -120,7 +120,7 @@ def read_params(
     if job.path not in leaves:
       lead: tuple[int, ...] = () if job.depth is None else (config.block_layers,)
       if isinstance(job.depth, tuple):
-        lead = (config.block_layers, config.num_experts)
+        lead = (config.block_layers, config.copies('up'))
       leaves[job.path] = np.empty(lead + job.shape, DTYPES[dtype])
       set_path(tree, job.path, leaves[job.path])
     leaf = leaves[job.path]

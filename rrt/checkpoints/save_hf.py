@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rrt.checkpoints import card, safetensors
+from rrt.checkpoints import card, safetensors, shared_experts
 from rrt.checkpoints.hf import EXIT_THRESHOLD
 from rrt.data.tokenizer import TOKENIZER_FILES
 from rrt.families.base import Row, tensor_rows, wanted_rows
@@ -102,7 +102,8 @@ def _tensor(leaf: Any, depth: int | None, turned: bool) -> Any:
 
 def hf_tensors(model: LanguageModel) -> dict[str, np.ndarray]:
   """An untied model's tensors under Hugging Face's names."""
-  return {name: value for name, value, _ in tensors_of(model)}
+  tensors = {name: value for name, value, _ in tensors_of(model)}
+  return shared_experts.joined(model.config, tensors) if model.config.shared_experts else tensors
 
 
 def hf_config(model: LanguageModel) -> dict[str, Any]:

@@ -249,18 +249,16 @@ def fit_layer(
 def _fit_experts(c: ModelConfig, weights: ChildWeights, layer, looks, position, steps) -> None:
   """Fits the experts of a layer at a position; see `rrt.convert.experts`."""
   r, n = position
-  at = lambda e: (r, n * c.num_experts + e)
+  at = lambda e: (r, n * c.copies('up') + e)
   fit_one = lambda name, e, cs, ws: _fit_position(weights, name, at(e), cs, ws, steps)
   experts.fit(c, layer, looks, steps.ridge, fit_one)
 
 
 def _leave_out_experts(c: ModelConfig, weights: ChildWeights, layer, position) -> None:
   """Makes closed experts write nothing."""
-  r, n = position
+  (r, n), E = position, c.copies('down')
   down = layer['mlp']['down']
-  zeros = [
-    weights.leave_out('down', (r, n * c.num_experts + e), None) for e in range(c.num_experts)
-  ]
+  zeros = [weights.leave_out('down', (r, n * E + e), None) for e in range(E)]
   layer['mlp']['down'] = {**down, 'kernels': jnp.stack(zeros)}
 
 

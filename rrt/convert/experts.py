@@ -82,7 +82,7 @@ def match(config: ModelConfig, first: Look, other: Look) -> tuple[np.ndarray, ..
   """
   from scipy import optimize  # Comes with jax; slow to import.
 
-  E = config.num_experts
+  E = config.copies('up')
   x_TxD = jnp.concatenate([first.x_TxD[:COMPARED], other.x_TxD[:COMPARED]])
 
   def written(seen: Look):
@@ -93,7 +93,9 @@ def match(config: ModelConfig, first: Look, other: Look) -> tuple[np.ndarray, ..
     return flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-30), powers
 
   (a, power_a), (b, power_b) = written(first), written(other)
-  score_ExE = np.asarray(a @ b.T + _correlation(first.gate_TxE, other.gate_TxE))
+  score_ExE = np.array(a @ b.T + _correlation(first.gate_TxE, other.gate_TxE))
+  routed_E = np.arange(E) < config.num_experts
+  score_ExE[routed_E[:, None] != routed_E[None, :]] = -np.inf  # Shared ones among themselves.
   _, order_E = optimize.linear_sum_assignment(score_ExE, maximize=True)
   c_DxD = x_TxD.T @ x_TxD / len(x_TxD)
   found = [
@@ -115,7 +117,9 @@ def _correlation(a_TxE, b_TxE):
 def reorder(mlp: Mapping[str, Any], order_E, units_ExF, signs_ExF) -> dict[str, Any]:
   """The same layer with its experts, and their hidden units, in another order."""
   found = dict(mlp)
-  found['router'] = {'weights': jnp.asarray(mlp['router']['weights'])[:, order_E]}
+  weights_DxE = jnp.asarray(mlp['router']['weights'])
+  routed_E = order_E[: weights_DxE.shape[1]]
+  found['router'] = {**mlp['router'], 'weights': weights_DxE[:, routed_E]}
   for name in ('gate', 'up', 'down'):
     if name in mlp:
       kernels_ExIxO, axis = jnp.asarray(mlp[name]['kernels'])[order_E], int(name != 'down')
@@ -146,7 +150,7 @@ def fit(
   """
   wholes = [_covariance(one.x_TxD) for one in looks]
   merged: dict[str, list[Any]] = {name: [] for name in layer['mlp'] if name != 'router'}
-  for e in range(config.num_experts):
+  for e in range(config.copies('up')):
     experts = [_expert(one.mlp, e) for one in looks]
     rows = [_rows(one, e) for one in looks]
     weigh = lambda values, rows=rows: [

@@ -101,10 +101,10 @@ class ChildWeights:
       host, own = self.hosts[name], self.config.loop_norms
       biases_RxO = np.stack([np.asarray(subtree(tree, host)['bias']) for tree in trees])
       self.norms[f'{host.path}/bias'][layer] = biases_RxO if own else biases_RxO.mean(0)
-    if self.config.num_experts:
-      router_RxDxE = np.stack([np.asarray(tree['mlp']['router']['weights']) for tree in trees])
+    for name in trees[0]['mlp'].get('router', ()):
+      own_RxDxE = np.stack([np.asarray(tree['mlp']['router'][name]) for tree in trees])
       own = self.config.loop_norms
-      self.norms['mlp/router/weights'][layer] = router_RxDxE if own else router_RxDxE.mean(0)
+      self.norms[f'mlp/router/{name}'][layer] = own_RxDxE if own else own_RxDxE.mean(0)
 
   def tie(self, name: str, layer: int, cs_RxIxI, ws_RxIxO) -> Any:
     """The shared weight that a relaxation asks for, or None."""

@@ -79,7 +79,7 @@ def row_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
   if parts[0] == 'exit_gate':
     return (config.d_model, 1) if parts[-1] == 'kernel' else (1,)
   if parts[-2] == 'router':
-    return (config.d_model, config.num_experts)
+    return (config.d_model, config.num_experts if parts[-1] == 'weights' else 1)
   if parts[-1] in ('kernel', 'kernels'):
     return config.shapes()[parts[-2]]
   norm = parts[-2].endswith('_norm')

@@ -1,7 +1,8 @@
-"""Mixtral and Qwen3-MoE: Mistral's and Qwen 3's layers with a mixture of experts for the MLP.
+"""Mixtral, Qwen2-MoE and Qwen3-MoE: Mistral's and Qwen's layers with experts in place of the MLP.
 
 A router's softmax over all experts, of which each token takes the largest few; their gates are
-divided by their sum (in Qwen3-MoE where `norm_topk_prob` says so). Neither has a shared expert.
+divided by their sum (in Qwen's where `norm_topk_prob` says so). Qwen2-MoE has a shared expert beside
+them, which every token takes, with a gate of its own.
 """
 
 from __future__ import annotations
@@ -83,33 +84,55 @@ def mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+def qwen2_moe_from_hf(c: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a Qwen2-MoE config.json, 4.x or 5.x style."""
+  fields_lib.refuse(c, 'qkv_bias', True)
+  c = {'num_experts_per_tok': 4, 'moe_intermediate_size': 1408} | c
+  c = {'shared_expert_intermediate_size': 5632} | c
+  config = _with_experts(qwen.qwen2_from_hf(c), c, 60)
+  shared = fields_lib.whole(c, 'shared_expert_intermediate_size')
+  if shared % config.d_ff:
+    raise InputError(
+      f'config.json: shared_expert_intermediate_size={shared} must be a multiple of '
+      f'moe_intermediate_size={config.d_ff}.'
+    )
+  return dataclasses.replace(config, family='qwen2_moe', shared_experts=shared // config.d_ff)
+
+
 def qwen3_moe_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Qwen3-MoE config.json, 4.x or 5.x style."""
+  c = {'num_experts_per_tok': 8, 'moe_intermediate_size': 768} | c
+  return dataclasses.replace(_with_experts(qwen.qwen3_from_hf(c), c, 128), family='qwen3_moe')
+
+
+def _with_experts(config: ModelConfig, c: dict[str, Any], default: int) -> ModelConfig:
+  """A dense Qwen's config with the mixture of a config.json."""
   fields_lib.refuse(c, 'decoder_sparse_step', 1, remedy='some layers would have no experts')
   fields_lib.refuse(c, 'mlp_only_layers', [], remedy='those layers would have no experts')
-  c = {'num_experts_per_tok': 8, 'moe_intermediate_size': 768} | c
   # transformers 5 writes the name that Mixtral has.
-  c.setdefault('num_experts', c.get('num_local_experts') or 128)
-  config = qwen.qwen3_from_hf(c)
-  more: dict[str, Any] = experts_of(c, 'num_experts')
+  c = c | {'num_experts': c.get('num_experts') or c.get('num_local_experts') or default}
+  mixture: dict[str, Any] = experts_of(c, 'num_experts')
   return dataclasses.replace(
     config,
-    family='qwen3_moe',
     d_ff=fields_lib.whole(c, 'moe_intermediate_size'),
     norm_topk=fields_lib.flag(c, 'norm_topk_prob', False),
-    **more,
+    **mixture,
   )
 
 
-def qwen3_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
-  """config.json of an untied Qwen3-MoE, for 4.x and 5.x."""
+def qwen_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """config.json of an untied Qwen2-MoE or Qwen3-MoE, for 4.x and 5.x."""
   fields = qwen.to_hf(config)
   fields.pop('layer_types')
   window = max(config.windows, default=0)
   _refuse(config, len({*config.windows}) > 1, 'windows', 'one window for all layers')
+  old = config.family == 'qwen2_moe'
+  if old:
+    _refuse(config, bool(window), 'windows', 'windows that alternate by depth')
+    fields |= {'shared_expert_intermediate_size': config.shared_experts * config.d_ff}
   return fields | {
-    'architectures': ['Qwen3MoeForCausalLM'],
-    'model_type': 'qwen3_moe',
+    'architectures': ['Qwen2MoeForCausalLM' if old else 'Qwen3MoeForCausalLM'],
+    'model_type': config.family,
     'use_sliding_window': bool(window),
     'max_window_layers': 0,
     'decoder_sparse_step': 1,
@@ -139,14 +162,27 @@ MIXTRAL = Family(
   from_hf=mixtral_from_hf,
   to_hf=mixtral_to_hf,
 )
+_QWEN_EXPERT = {'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down'}
+_QWEN_FIELDS = (
+  *('decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size'),
+  *('num_experts', 'num_local_experts', 'norm_topk_prob', *_ROUTER),
+)
+QWEN2_MOE = Family(
+  name='qwen2_moe',
+  model_types=('qwen2_moe',),
+  rows=(
+    *rows('mlp', _QWEN_EXPERT),
+    Row('mlp/router/shared', 'model.layers.{}.mlp.shared_expert_gate.weight', ''),
+  ),
+  fields=(*qwen.QWEN2.fields, *_QWEN_FIELDS, 'shared_expert_intermediate_size', 'qkv_bias'),
+  from_hf=qwen2_moe_from_hf,
+  to_hf=qwen_moe_to_hf,
+)
 QWEN3_MOE = Family(
   name='qwen3_moe',
   model_types=('qwen3_moe',),
-  rows=rows('mlp', {'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down'}),
-  fields=(
-    *(*qwen.QWEN3.fields, 'decoder_sparse_step', 'mlp_only_layers', 'moe_intermediate_size'),
-    *('num_experts', 'num_local_experts', 'norm_topk_prob', *_ROUTER),
-  ),
+  rows=rows('mlp', _QWEN_EXPERT),
+  fields=(*qwen.QWEN3.fields, *_QWEN_FIELDS),
   from_hf=qwen3_moe_from_hf,
-  to_hf=qwen3_moe_to_hf,
+  to_hf=qwen_moe_to_hf,
 )

@@ -80,7 +80,7 @@ def _from_hf(c: dict[str, Any], family: str, **more: Any) -> ModelConfig:
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
   """config.json of an untied Qwen 2, 2.5 or 3, for 4.x and 5.x."""
-  qwen2 = config.family == 'qwen2'
+  qwen2 = config.family in ('qwen2', 'qwen2_moe')
   llama.check_biases(config, QKV if qwen2 else llama.ATTENTION)
   fields = llama.to_hf(config)
   for name in ('mlp_bias', *(['attention_bias'] if qwen2 else [])):

@@ -29,6 +29,7 @@ def families() -> tuple[Family, ...]:
     gpt_neox.FAMILY,
     ouro.FAMILY,
     mixtral.MIXTRAL,
+    mixtral.QWEN2_MOE,
     mixtral.QWEN3_MOE,
     grok.FAMILY,
   )

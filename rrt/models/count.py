@@ -37,7 +37,8 @@ def vectors(config: ModelConfig) -> int:
   """What loops may have of their own: norm gains, biases of linears, the router."""
   gains = sum(config.norm_sizes().values()) * norm_leaves(config)
   biases = sum(config.shapes()[name][1] for name in config.biases)
-  return gains + biases + config.d_model * config.num_experts
+  router = config.num_experts + (config.shared_experts > 0)
+  return gains + biases + config.d_model * router
 
 
 def count_params(config: ModelConfig) -> ParamCount:

@@ -1,4 +1,4 @@
-"""The MLP of a model with experts (Mixtral, Qwen3-MoE, Grok-1): a router, and an MLP an expert.
+"""The MLP of a model with experts (Mixtral, Qwen2-MoE, Qwen3-MoE, Grok-1): a router, and their MLPs.
 
     y = sum over the chosen experts e of gate_e(x) MLP_e(x)
 
@@ -77,15 +77,28 @@ class ExpertMlp(nn.Module):
     return relax(self, of_mlp, x_BxLxD, y_TxD.reshape(B, L, D), place)
 
   def routes(self, x_BxLxD, place: Place = HERE) -> routing.Routes:
-    """The experts of each token."""
+    """The experts of each token, the shared ones behind those that the router chose."""
     c = self.config
-    logits_TxE = self.router(x_BxLxD, place.loop).reshape(-1, c.num_experts)
+    logits_BxLxE, shared_BxLx1 = self.router(x_BxLxD, place.loop)
     normalise = 'chosen' if c.norm_topk else 'all'
-    return routing.route(logits_TxE, c.experts_per_token, 'softmax', normalise)
+    logits_TxE = logits_BxLxE.reshape(-1, c.num_experts)
+    routes = routing.route(logits_TxE, c.experts_per_token, 'softmax', normalise)
+    if shared_BxLx1 is None:
+      return routes
+    m, gate_Tx1 = c.shared_experts, jax.nn.sigmoid(shared_BxLx1.reshape(-1, 1))
+    always_m = jnp.broadcast_to(c.num_experts + jnp.arange(m)[None], (len(gate_Tx1), m))
+    return routing.Routes(
+      jnp.concatenate([routes.index_Txk, always_m], -1),
+      jnp.concatenate([routes.gate_Txk, jnp.repeat(gate_Tx1, m, -1)], -1),
+      jnp.pad(routes.prob_TxE, ((0, 0), (0, m))),
+    )
 
 
 class Router(nn.Module):
-  """x W_r in float32; inside the block W_r may differ by loop, as norm gains do."""
+  """x W_r, and the logit of the shared experts' gate, in float32.
+
+  Inside the block W_r may differ by loop, as norm gains do.
+  """
 
   config: ModelConfig
   looped: bool = False
@@ -93,15 +106,20 @@ class Router(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD, loop=0):
     c = self.config
-    shape, axes = (c.d_model, c.num_experts), ('embed', None)
     own = self.looped and c.loop_norms
     normal = nn.initializers.normal(c.d_model**-0.5)
-    init = nn.with_logical_partitioning(normal, ('loops', *axes) if own else axes)
-    weights: Any = self.param('weights', init, (c.loops, *shape) if own else shape, jnp.float32)
-    weights = (weights[loop] if own else weights).astype(jnp.float32)
     x_BxLxD = x_BxLxD.astype(jnp.float32)
-    by_row = 'bld,bde->ble' if weights.ndim == 3 else 'bld,de->ble'
-    return jnp.einsum(by_row, x_BxLxD, weights, precision=jax.lax.Precision.HIGHEST)
+
+    def product(name: str, columns: int):
+      shape, axes = (c.d_model, columns), ('embed', None)
+      init = nn.with_logical_partitioning(normal, ('loops', *axes) if own else axes)
+      weights: Any = self.param(name, init, (c.loops, *shape) if own else shape, jnp.float32)
+      weights = (weights[loop] if own else weights).astype(jnp.float32)
+      by_row = 'bld,bde->ble' if weights.ndim == 3 else 'bld,de->ble'
+      return jnp.einsum(by_row, x_BxLxD, weights, precision=jax.lax.Precision.HIGHEST)
+
+    logits_BxLxE = product('weights', c.num_experts)
+    return logits_BxLxE, product('shared', 1) if c.shared_experts else None
 
 
 class ExpertLinear(nn.Module):
@@ -116,6 +134,6 @@ class ExpertLinear(nn.Module):
     c = self.config
     init = per_expert(nn.initializers.variance_scaling(1.0, 'fan_in', 'normal'))
     init = nn.with_logical_partitioning(init, ('expert', *LINEAR_AXES[self.component]))
-    shape = (c.num_experts, *c.shapes()[self.component])
+    shape = (c.copies(self.component), *c.shapes()[self.component])
     kernels = self.param('kernels', init, shape, jnp.float32)
     return kernels, relaxations_of(self, c, self.component, self.looped)

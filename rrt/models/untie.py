@@ -91,7 +91,7 @@ def check_mergeable(config: ModelConfig) -> None:
 
 
 # Leaves that a loop may have of its own.
-VECTORS = ('scale', 'bias', 'router/weights')
+VECTORS = ('scale', 'bias', 'router/weights', 'router/shared')
 
 
 def has_loops(config: ModelConfig, path: str) -> bool:

@@ -194,4 +194,5 @@ def _linear_width(config: ModelConfig) -> int:
   """Outputs of a layer's linears for a token, but those that write to the stream."""
   c = config
   heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-  return heads + c.d_ff * (1 + ('gate' in c.shapes())) * (c.experts_per_token or 1)
+  experts = c.experts_per_token + c.shared_experts or 1
+  return heads + c.d_ff * (1 + ('gate' in c.shapes())) * experts

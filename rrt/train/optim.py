@@ -132,7 +132,9 @@ def paths(tree) -> Any:
 def pattern_of(train: str) -> str:
   """The pattern that `Optimizer.train` stands for."""
   if train == 'relaxations':
-    return rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$|/router/weights$'
+    return (
+      rf'(^|/)({"|".join(registry.KINDS)})(_\w+)?$|_norm/scale$|/bias$|/router/(weights|shared)$'
+    )
   if train == 'tables':
     return rf'(^|/)({"|".join(registry.tables())})$'
   return '' if train == 'all' else train

@@ -135,6 +135,11 @@ MIXTRAL = dict(
   num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, sliding_window=None,
   num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=1e6,
 )  # fmt: skip
+QWEN2_MOE = dict(
+  model_type='qwen2_moe', vocab_size=151_936, hidden_size=2048, intermediate_size=5632,
+  moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_hidden_layers=24,
+  num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
+)  # fmt: skip
 QWEN3_MOE = dict(
   model_type='qwen3_moe', vocab_size=151_936, hidden_size=2048, intermediate_size=6144,
   moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
@@ -144,8 +149,8 @@ QWEN3_MOE = dict(
 
 @pytest.mark.parametrize(
   ('fields', 'count'),
-  [(MIXTRAL, 46_702_792_704), (QWEN3_MOE, 30_532_122_624)],
-  ids=['Mixtral-8x7B', 'Qwen3-30B-A3B'],
+  [(MIXTRAL, 46_702_792_704), (QWEN2_MOE, 14_315_784_192), (QWEN3_MOE, 30_532_122_624)],
+  ids=['Mixtral-8x7B', 'Qwen1.5-MoE-A2.7B', 'Qwen3-30B-A3B'],
 )
 def test_models_with_experts_have_their_published_counts(fields, count):
   assert count_params(hf.config_from_hf(fields)).unique == count
@@ -157,6 +162,7 @@ def test_models_with_experts_have_their_published_counts(fields, count):
     (MIXTRAL | {'num_experts_per_tok': 9}, 'num_experts_per_tok=9 must be no more than.*=8'),
     (MIXTRAL | {'num_local_experts': 1}, 'num_local_experts=1 must be a whole number, 2'),
     (QWEN3_MOE | {'mlp_only_layers': [3]}, r'mlp_only_layers=\[3\] is not supported.*no experts'),
+    (QWEN2_MOE | {'shared_expert_intermediate_size': 5000}, '=5000 must be a multiple of.*=1408'),
     (QWEN3_MOE | {'decoder_sparse_step': 2}, 'decoder_sparse_step=2 is not supported'),
   ],
 )
@@ -187,7 +193,7 @@ def test_experts_are_read_lazily():
 @pytest.mark.parametrize(
   'fields, says',
   [
-    ({'model_type': 'qwen2_moe'}, "model_type='qwen2_moe'.*llama, mistral"),
+    ({'model_type': 'deepseek_v3'}, "model_type='deepseek_v3'.*llama, mistral"),
     ({'model_type': None}, 'model_type=None'),
     ({'attention_bias': 1}, 'attention_bias=1 must be'),
     (MISTRAL | {'attention_bias': True}, 'attention_bias=True'),

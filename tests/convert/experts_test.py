@@ -17,7 +17,9 @@ from rrt.model import LanguageModel
 from tests.convert import tiny
 
 TOKENS = tiny.tokens(40).reshape(2, 20)
-MIXTURES = ('mixtral', 'grok1')
+MIXTURES = ('mixtral', 'qwen2_moe', 'grok1')
+# Shared experts stay behind the others.
+ORDERS = {name: [2, 0, 3, 1] + [5, 4] * (name == 'qwen2_moe') for name in MIXTURES}
 
 
 def difference(a, b):
@@ -28,7 +30,7 @@ def shuffled(model, order_E, seed=0):
   """The model of two layers whose second is its first with experts and units in another order."""
   rng = np.random.default_rng(seed)
   first = jax.tree.map(lambda t: np.asarray(t[0]), model.params['block']['layers'])
-  E, F = model.config.num_experts, model.config.d_ff
+  E, F = model.config.copies('up'), model.config.d_ff
   units = np.stack([rng.permutation(F) for _ in range(E)])
   signs = rng.choice([-1.0, 1.0], (E, F)).astype(np.float32)
   second = {**first, 'mlp': experts.reorder(first['mlp'], order_E, units, signs)}
@@ -39,8 +41,8 @@ def shuffled(model, order_E, seed=0):
 @pytest.mark.parametrize('family', MIXTURES)
 def test_another_order_of_experts_and_units_is_the_same_layer(family):
   parent = tiny.parent(family, layers=2)
-  plain = shuffled(parent, np.arange(4))
-  other = shuffled(parent, np.array([2, 0, 3, 1]), seed=1)
+  plain = shuffled(parent, np.arange(len(ORDERS[family])))
+  other = shuffled(parent, np.array(ORDERS[family]), seed=1)
   assert difference(plain, other) < 1e-5
   kernels = lambda m: m.params['block']['layers']['mlp']['gate']['kernels'][1]
   assert np.abs(kernels(plain) - kernels(other)).max() > 0.1
@@ -49,7 +51,7 @@ def test_another_order_of_experts_and_units_is_the_same_layer(family):
 @pytest.mark.parametrize('family', MIXTURES)
 def test_layers_that_differ_by_order_alone_are_tied_without_loss(family):
   """Experts are found again by what they do; routers go with them."""
-  parent = shuffled(tiny.parent(family, layers=2), np.array([2, 0, 3, 1]))
+  parent = shuffled(tiny.parent(family, layers=2), np.array(ORDERS[family]))
   child, _ = to_recursive(parent, loops=2, calibration=tiny.tokens())
   assert child.config.block_layers == 1 and not child.config.relax
   assert difference(parent, child) < 2e-3

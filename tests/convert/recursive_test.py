@@ -28,7 +28,7 @@ def difference(a, b):
   return np.abs(tiny.logits(a, TOKENS) - tiny.logits(b, TOKENS)).max()
 
 
-_OTHERS = ('gemma2', 'gemma3', 'olmo2', 'gpt_neox', 'mixtral', 'grok1')
+_OTHERS = ('gemma2', 'gemma3', 'olmo2', 'gpt_neox', 'qwen2_moe', 'grok1')
 FAMILIES = ('llama', 'llama_biases', 'qwen2', 'qwen3', *_OTHERS)
 
 

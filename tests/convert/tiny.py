@@ -60,8 +60,10 @@ def parent(family='llama', layers=4, seed=0, **fields):
   if family == 'gpt_neox':
     shape |= dict(norm='layer', parallel=True, gated=False, activation='gelu', rotary_dim=2)
     shape |= dict(biases=('q', 'k', 'v', 'o', 'up', 'down'))
-  if family in ('mixtral', 'grok1'):
+  if family in ('mixtral', 'qwen2_moe', 'grok1'):
     shape |= dict(num_experts=4, experts_per_token=2, d_ff=10)
+  if family == 'qwen2_moe':
+    shape |= dict(shared_experts=2, norm_topk=False, biases=('q', 'k', 'v'))
   if family == 'grok1':
     shape |= dict(post_norms=True, activation='gelu_tanh', norm_topk=False, attn_softcap=2.0)
     shape |= dict(scale_embeddings=True, tie_embeddings=True)

@@ -65,8 +65,8 @@ CONFIGS = {
   ),
   'olmo2-cycle': llama(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_all=True),
   'mixtral-cycle': llama(num_experts=5, experts_per_token=2, d_ff=14),
-  'grok-sequence': llama(
-    order='sequence', num_experts=4, experts_per_token=2, norm_topk=False, post_norms=True, d_ff=14
+  'qwen2-moe-sequence': llama(
+    order='sequence', num_experts=4, experts_per_token=2, shared_experts=2, norm_topk=False, d_ff=14
   ),
   'gemma3-cycle': gemma3(),
   'gemma3-sequence': gemma3(order='sequence'),

@@ -92,7 +92,7 @@ def assert_same_greedy_tokens(ours, theirs, steps=12):
 NAMES = (
   *('llama3', 'yarn', 'mistral', 'llama_biases', 'qwen2', 'qwen3', 'smollm3'),
   *('phi3', 'olmo2', 'pythia', 'gemma', 'gemma2', 'gemma3'),
-  *('mixtral', 'qwen3_moe', 'qwen3_moe_unnormalised'),
+  *('mixtral', 'qwen2_moe', 'qwen3_moe', 'qwen3_moe_unnormalised'),
 )
 
 
