@@ -103,7 +103,7 @@ def children(parent: LanguageModel) -> dict[str, ConvertConfig]:
     'experts by loop': base.replace(relax=(Experts(E, by='loop', **even(r)),)),
     'experts by token': routed(by='token', topk=_EACH.value),
     'experts by both': routed(),
-    'experts of clusters': routed(topk=1, clusters=True),
+    'experts of clusters': routed(topk=1, clusters=True, balance_by='none', z_loss=0.0),
     'expert bank': filled(bank, 1, _RANK.value),
     'pool': filled(pool, 8, 8 * loops),
   }

@@ -37,7 +37,8 @@ class Experts(Routed):
   Attributes:
     q, k, v, o, gate, up, down: rank of one expert; 0 leaves the linear without experts.
     clusters: with topk=1, a conversion clusters the calibration text by what the shared weight
-      gets wrong and fits an expert and the router to each cluster (`rrt.ops.clusters`).
+      gets wrong and fits an expert and the router to each cluster (`rrt.ops.clusters`); the router
+      stays as it is fitted.
   """
 
   kind: ClassVar[str] = 'experts'
@@ -75,11 +76,14 @@ class Experts(Routed):
     if not self._components:
       raise InputError('experts: no linear has a rank; give one, such as experts:gate=8,up=8.')
     fits = self.by == 'both' and self.topk == 1 and self.own(hosts[0]) > 1
-    if self.clusters and (not fits or self.anneal or self.balance_by == 'bias'):
+    moved = self.anneal or self.balance_by != 'none' or self.z_loss
+    if self.clusters and (not fits or moved):
       raise InputError(
         'experts.clusters=True: needs two experts a loop or more of which a token takes one '
-        '(topk=1), by=both, a learned prior (anneal=0), and balance_by other than bias. Where a '
-        'token takes all experts of its loop, plain LoRA is the best start there is.'
+        '(topk=1), by=both, a learned prior (anneal=0), balance_by=none and z_loss=0: the only '
+        'gate of a token is 1, so that losses of the balance alone would train the router, away '
+        'from its clusters. Where a token takes all experts of its loop, plain LoRA is the best '
+        'start there is.'
       )
     for host in hosts:
       if getattr(self, host.name):

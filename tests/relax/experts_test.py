@@ -242,7 +242,7 @@ def test_clusters_fall_back_to_lora_of_an_experts_rank(helps, monkeypatch):
   text = list(np.random.default_rng(0).integers(0, runs.PARENT.vocab_size, 4096))
   made = {}
   for name, relax in (
-    ('clusters', 'experts:experts=4,topk=1,clusters=true,up=2,down=2,q=2'),
+    ('clusters', 'experts:experts=4,topk=1,clusters=true,balance_by=none,z_loss=0,up=2,down=2,q=2'),
     ('lora', 'lora:up=2,down=2,q=2'),
   ):
     made[name], _ = to_recursive(
