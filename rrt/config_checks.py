@@ -22,9 +22,8 @@ FAMILIES = (
 SCALINGS = ('', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope', 'none')
 # Kinds whose frequencies depend on the length of the text.
 BY_LENGTH = ('dynamic', 'longrope')
-MAY_BE_ZERO = (
-  *('prelude_layers', 'coda_layers', 'num_experts', 'experts_per_token', 'shared_experts'),
-)
+EXPERTS = ('num_experts', 'experts_per_token', 'shared_experts')
+MAY_BE_ZERO = ('prelude_layers', 'coda_layers', *EXPERTS)
 WEIGHTS = ('float', 'int8', 'int4', 'nf4')
 COMPONENTS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 

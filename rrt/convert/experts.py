@@ -28,6 +28,7 @@ from rrt.models.experts import ExpertMlp
 from rrt.models.params import bucket
 from rrt.ops import least_squares, routing
 from rrt.ops.activation import activate
+from rrt.relax.hosts import MLP
 
 COMPARED = 256  # Tokens of each layer on which experts are compared.
 # Share of all tokens in the covariance of an expert's, which may be few or none.
@@ -120,7 +121,7 @@ def reorder(mlp: Mapping[str, Any], order_E, units_ExF, signs_ExF) -> dict[str, 
   weights_DxE = jnp.asarray(mlp['router']['weights'])
   routed_E = order_E[: weights_DxE.shape[1]]
   found['router'] = {**mlp['router'], 'weights': weights_DxE[:, routed_E]}
-  for name in ('gate', 'up', 'down'):
+  for name in MLP:
     if name in mlp:
       kernels_ExIxO, axis = jnp.asarray(mlp[name]['kernels'])[order_E], int(name != 'down')
       kernels_ExIxO = jax.vmap(lambda w, i, axis=axis: jnp.take(w, i, axis))(
@@ -164,7 +165,7 @@ def fit(
         for c, whole in zip(weigh(inputs), wholes, strict=True)
       ]
     )
-    for name in ('gate', 'up', 'down'):
+    for name in MLP:
       if name not in merged:
         continue
       cs = cs_RxDxD

@@ -69,8 +69,7 @@ def from_hf(c: dict[str, Any]) -> ModelConfig:
     biases += ATTENTION * fields_lib.flag(c, 'attention_bias', False)
     biases += MLP * fields_lib.flag(c, 'mlp_bias', False)
   fields_lib.refuse(c, 'hidden_act', 'silu', 'swish')
-  if c.get('model_type') != 'mixtral':
-    fields_lib.refuse(c, 'num_local_experts', 0, 1)
+  fields_lib.refuse(c, 'num_local_experts', 0, 1)
   fields_lib.refuse(c, 'rope_interleaved', False)
   fields_lib.refuse(c, 'partial_rotary_factor', 1, 1.0)
   layers = fields_lib.whole(c, 'num_hidden_layers')

@@ -56,8 +56,8 @@ def mixtral_from_hf(c: dict[str, Any]) -> ModelConfig:
   c = {'num_local_experts': 8, 'num_key_value_heads': 8, 'rms_norm_eps': 1e-5} | c
   c = {'rope_theta': 1e6, 'max_position_embeddings': 131_072} | c
   window = fields_lib.whole(c, 'sliding_window', 0, least=0)
-  plain = {k: v for k, v in c.items() if k != 'sliding_window'}
-  config = llama.from_hf(plain)
+  dense = {k: v for k, v in c.items() if k not in ('sliding_window', 'num_local_experts')}
+  config = llama.from_hf(dense)
   more: dict[str, Any] = experts_of(c, 'num_local_experts')
   windows = (window,) * config.depth if window else ()
   return dataclasses.replace(config, family='mixtral', windows=windows, **more)
@@ -87,6 +87,8 @@ def mixtral_to_hf(config: ModelConfig) -> dict[str, Any]:
 def qwen2_moe_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Qwen2-MoE config.json, 4.x or 5.x style."""
   fields_lib.refuse(c, 'qkv_bias', True)
+  if not c.get('layer_types'):  # Its layers alternate in their windows, unlike Qwen 2's.
+    fields_lib.refuse(c, 'use_sliding_window', False, remedy='give layer_types')
   c = {'num_experts_per_tok': 4, 'moe_intermediate_size': 1408} | c
   c = {'shared_expert_intermediate_size': 5632} | c
   config = _with_experts(qwen.qwen2_from_hf(c), c, 60)
@@ -102,6 +104,7 @@ def qwen2_moe_from_hf(c: dict[str, Any]) -> ModelConfig:
 def qwen3_moe_from_hf(c: dict[str, Any]) -> ModelConfig:
   """ModelConfig of a Qwen3-MoE config.json, 4.x or 5.x style."""
   c = {'num_experts_per_tok': 8, 'moe_intermediate_size': 768} | c
+  c = c | {'max_window_layers': 0}  # A window is that of all layers, unlike Qwen 3's.
   return dataclasses.replace(_with_experts(qwen.qwen3_from_hf(c), c, 128), family='qwen3_moe')
 
 
@@ -122,18 +125,15 @@ def _with_experts(config: ModelConfig, c: dict[str, Any], default: int) -> Model
 
 def qwen_moe_to_hf(config: ModelConfig) -> dict[str, Any]:
   """config.json of an untied Qwen2-MoE or Qwen3-MoE, for 4.x and 5.x."""
-  fields = qwen.to_hf(config)
-  fields.pop('layer_types')
-  window = max(config.windows, default=0)
-  _refuse(config, len({*config.windows}) > 1, 'windows', 'one window for all layers')
-  old = config.family == 'qwen2_moe'
+  fields, old = qwen.to_hf(config), config.family == 'qwen2_moe'
   if old:
-    _refuse(config, bool(window), 'windows', 'windows that alternate by depth')
     fields |= {'shared_expert_intermediate_size': config.shared_experts * config.d_ff}
+  else:
+    fields.pop('layer_types')
+    _refuse(config, len({*config.windows}) > 1, 'windows', 'one window for all layers')
   return fields | {
     'architectures': ['Qwen2MoeForCausalLM' if old else 'Qwen3MoeForCausalLM'],
     'model_type': config.family,
-    'use_sliding_window': bool(window),
     'max_window_layers': 0,
     'decoder_sparse_step': 1,
     'mlp_only_layers': [],

@@ -5,7 +5,8 @@
 Tokens are sorted by expert, or travel over the mesh axis `expert` (`rrt.ops.expert_parallel`);
 none is dropped. Relaxations of gate, up and down are applied to the rows of each expert.
 
-B batch, L length, T = B L tokens, D model, F ffn, E experts, k experts a token, R loops.
+B batch, L length, T = B L tokens, D model, F ffn, E experts, k experts a token, m shared experts,
+R loops.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rrt.models.relaxed import Relaxed, per_expert, pooled_of, relax, relaxation
 from rrt.ops import expert_parallel, routing
 from rrt.ops.activation import activate
 from rrt.relax.base import Place
-from rrt.relax.hosts import LINEAR_AXES
+from rrt.relax.hosts import LINEAR_AXES, MLP
 
 
 class ExpertMlp(nn.Module):
@@ -43,7 +44,7 @@ class ExpertMlp(nn.Module):
   def __call__(self, x_BxLxD, place: Place = HERE, pools=None):
     """`pools` are the leaves of pooled relaxations by kind."""
     c = self.config
-    names = ('gate', 'up', 'down') if c.gated else ('up', 'down')
+    names = [name for name in MLP if name in c.shapes()]
     relaxed, kernels = {}, {}
     for name in names:
       kernel_ExIxO, relaxed[name] = getattr(self, name)()

@@ -156,6 +156,20 @@ def test_models_with_experts_have_their_published_counts(fields, count):
   assert count_params(hf.config_from_hf(fields)).unique == count
 
 
+def test_windows_of_mixtures_are_their_own():
+  """Of Qwen3-MoE all layers have the window, of Qwen2-MoE those that layer_types names."""
+  windowed = {'use_sliding_window': True, 'sliding_window': 7, 'num_hidden_layers': 4}
+  assert hf.config_from_hf(QWEN3_MOE | windowed).windows == (7,) * 4
+  with pytest.raises(InputError, match=r'use_sliding_window=True is not supported.*layer_types'):
+    hf.config_from_hf(QWEN2_MOE | windowed)
+  kinds = ['sliding_attention', 'full_attention'] * 2
+  alternating = hf.config_from_hf(QWEN2_MOE | windowed | {'layer_types': kinds})
+  assert alternating.windows == (7, 0, 7, 0)
+  for config in (alternating, hf.config_from_hf(QWEN3_MOE | windowed)):
+    assert hf.config_from_hf(family_of(config).to_hf(config)) == config
+  assert hf.config_from_hf(MIXTRAL | {'sliding_window': 9}).windows == (9,) * 32
+
+
 @pytest.mark.parametrize(
   ('fields', 'says'),
   [
