@@ -42,8 +42,8 @@ from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
 from rrt.relax.bank import Bank, Pool
-from rrt.relax.base import LINEAR_AXES
 from rrt.relax.experts import Experts, uniform
+from rrt.relax.hosts import LINEAR_AXES
 from rrt.relax.lora import Lora
 from rrt.relax.trees import own_leaves, relaxed_hosts, subtree
 from rrt.train.loop import uptrain
