@@ -251,7 +251,7 @@ class Contender:
       'steps': self._passes.steps,
       'sampler_steps': len(self._passes.sampler_pages),
       'fill_passes': self._passes.fill_passes,
-      'lanes': self._passes.max_batch_tokens,
+      'batch_tokens': self._passes.batch_tokens,
       'stalls': self._passes.stalls,
     }
     return counted | {

@@ -133,7 +133,7 @@ def tasks(model: LanguageModel) -> dict[str, float]:
   from rrt.evals import harness
 
   found = harness.run(model, _TASKS.value.split(','), data=_TASK_DATA.value, limit=_LIMIT.value)
-  return {r.name: 100 * r.score for r in found}
+  return {r.task: 100 * r.score for r in found}
 
 
 def main(_) -> None:

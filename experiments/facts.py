@@ -175,9 +175,20 @@ def _largest(make: Callable[[int], Relaxation], least: int, fits) -> Relaxation:
   return make(low)
 
 
+def encoder(model: LanguageModel) -> Callable[[str], list[int]]:
+  """The tokenizer's `encode`.
+
+  Raises:
+    InputError: the model has none.
+  """
+  if model.tokenizer is None:
+    raise InputError('--child has no tokenizer; its facts are text.')
+  return model.tokenizer.encode
+
+
 def recall(model: LanguageModel, world: list[world_lib.Fact], wording: int = -1) -> float:
   """Share of the facts whose object is the greedy continuation of a wording."""
-  encode = model.tokenizer.encode
+  encode = encoder(model)
   pairs = []
   for fact in world:
     before, answer = fact.question(wording)
@@ -192,7 +203,8 @@ def train(child: LanguageModel, kind: str, world, seed: int, only: str = ''):
   """A child whose relaxation of this kind was trained on a world's sentences."""
   wordings = len(next(iter(world_lib.WORDINGS.values()))) - 1
   text = world_lib.sentences(world, wordings)
-  tokens = sum(len(child.tokenizer.encode(t)) + 1 for t in text)
+  encode = encoder(child)
+  tokens = sum(len(encode(t)) + 1 for t in text)
   recipe: dict[str, Any] = {
     'steps': math.ceil(_EPOCHS.value * tokens / (128 * _BATCH.value)),
     'batch': _BATCH.value,
@@ -285,7 +297,8 @@ def _row(child: LanguageModel, added: Relaxation, world, seed: int, where: Path)
   run = train(with_relaxation(child, added, seed), added.kind, world, seed)
   _stop_if_asked(run)
   save(run.model, where)
-  speed = [r['throughput/tokens_per_second'] for r in run.history[1:]]
+  key = 'throughput/tokens_per_second'
+  speed = [r[key] for r in run.history[1:] if key in r]
   trained = {'steps': run.step, 'train_speed': sorted(speed)[len(speed) // 2] if speed else None}
   return _asked(run.model, world) | trained | measured(run.model)
 

@@ -25,7 +25,8 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from experiments.equal_parameters import speed  # And its flags.
+import experiments.equal_parameters  # noqa: F401  For its flags.
+from experiments.measured import decode_speed
 from rrt import command, console
 from rrt.checkpoints.load import load
 from rrt.convert.calibration_data import calibration_text
@@ -113,7 +114,7 @@ def main(_) -> None:
         if 'nats' not in row:
           row['nats'] = nats(made)
         if FLAGS.speed and not fitted:
-          row['tokens_per_second_1'] = speed(made, 1)
+          row['tokens_per_second_1'] = decode_speed(made, 1)
         path.write_text(json.dumps(table, indent=1) + '\n')
         print(name, kind, way, row, flush=True)
   console.table(

@@ -1,10 +1,14 @@
 """The imports of the package: no circle, and none from a lower layer to a higher.
 
-Imports under TYPE_CHECKING do not count; those inside functions do.
+Imports under TYPE_CHECKING do not count; those inside functions do. What benchmarks and
+experiments import is there.
 """
 
 import ast
+import importlib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent / 'rrt'
 # From the lowest to the highest; a folder's files share its layer.
@@ -128,3 +132,39 @@ def test_no_layer_imports_a_higher_one():
 def test_files_on_the_main_path_stay_readable():
   long = {n: p.read_text().count('\n') for n, p in modules().items()}
   assert {n: lines for n, lines in long.items() if lines > 400} == {}
+
+
+class Missing(ast.NodeVisitor):
+  """Names that a program imports from the package and that are not there."""
+
+  def __init__(self):
+    self.found = []
+
+  def visit_Try(self, node):
+    if not any(h.type is not None and 'ImportError' in ast.unparse(h.type) for h in node.handlers):
+      self.generic_visit(node)
+
+  def visit_ImportFrom(self, node):
+    if node.module == 'rrt' or (node.module or '').startswith('rrt.'):
+      package = importlib.import_module(node.module)
+      for alias in node.names:
+        if not hasattr(package, alias.name) and f'{node.module}.{alias.name}' not in modules():
+          self.found.append(f'{node.module}.{alias.name}')
+
+
+PROGRAMS = [
+  p for d in ('benchmarks', 'experiments') for p in sorted((ROOT.parent / d).glob('*.py'))
+]
+
+
+@pytest.mark.parametrize('path', PROGRAMS, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_programs_import_what_is_there(path):
+  visitor = Missing()
+  visitor.visit(ast.parse(path.read_text(encoding='utf-8')))
+  assert visitor.found == []
+
+
+def test_missing_names_are_found():
+  visitor = Missing()
+  visitor.visit(ast.parse('from rrt.relax.base import LINEAR_AXES, Relaxation'))
+  assert visitor.found == ['rrt.relax.base.LINEAR_AXES']
