@@ -100,6 +100,7 @@ def children(parent: LanguageModel, params: str) -> dict[str, ConvertConfig | No
   if tied is not None:
     rows['mean and plain SVD'] = tied.replace(init='average')
     rows['tied and calibrated'] = tied
+    rows['tied in further sweeps'] = tied.replace(sweeps=3)
   return rows | {'nearest at the start': ConvertConfig(params=params)}
 
 

@@ -8,8 +8,8 @@ COMMAND
   python -m experiments.experts_table --calibration=wiki.jsonl.xz --train=news.jsonl.xz \
       --text=other_news.jsonl.xz --seeds=0,1 --out=runs/experts
   --rows='LoRA by loop,experts by both' --steps=400 is the longer run of two rows, --seeds= the
-  table before training. A run that is
-  started again goes on where it was.
+  table before training, --speed_only the tokens a second alone. A run that is started again goes
+  on where it was.
 
 HARDWARE
   Two CPU cores, 10 GiB; 4 to 8 s a training step of 1,024 tokens.
@@ -32,15 +32,17 @@ import jax
 import numpy as np
 
 from experiments import equal_parameters as table_lib
-from experiments.measured import decode_speed
+from experiments.measured import decode_speed, train_speed
 from rrt import command, console
 from rrt.checkpoints.load import load
+from rrt.config import ModelConfig
 from rrt.convert.calibration_data import calibration_text
 from rrt.convert.plan import ConvertConfig, plan
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 from rrt.model import LanguageModel
 from rrt.models.count import count_params
+from rrt.models.init import init_params
 from rrt.relax.bank import Bank, Pool
 from rrt.relax.experts import Experts, uniform
 from rrt.relax.hosts import LINEAR_AXES
@@ -51,6 +53,7 @@ from rrt.train.loop import uptrain
 FLAGS = flags.FLAGS
 _ARRANGEMENT = flags.DEFINE_list('arrangement', ['8', '2', '8'], 'Prelude, loops and coda.')
 _RANK = flags.DEFINE_integer('rank', 64, 'Of the per-loop LoRA that sets the size.')
+_SPEED_ONLY = flags.DEFINE_bool('speed_only', False, 'Neither convert nor train.')
 _EACH = flags.DEFINE_integer('experts_a_loop', 2, 'Experts that each loop begins with.')
 ONE = 'LoRA of one expert'
 UNIFORM = 'experts merged uniformly'  # Made of the trained experts by loop.
@@ -130,6 +133,12 @@ def routing(history: list[dict[str, Any]]) -> dict[str, float]:
   return found
 
 
+def speeds(config: ModelConfig) -> dict[str, float]:
+  """Tokens a second, trained and decoded with 32 sequences, of random weights of this shape."""
+  model = LanguageModel(config, init_params(config, jax.random.key(0)))
+  return {'train_speed': train_speed(model), 'decode_32': decode_speed(model, 32)}
+
+
 def main(_) -> None:
   """Makes, trains and measures the rows that table.json does not have yet."""
   for name in ('calibration', 'train', 'text', 'out'):
@@ -151,7 +160,10 @@ def main(_) -> None:
     path.write_text(json.dumps(table, indent=1) + '\n')
     print(f'{name}: {figures}', flush=True)
 
-  for name in names:
+  for name in names if FLAGS.speed else ():
+    if 'decode_32' not in table.setdefault(name, {}):
+      keep(name, speeds(plan(parent.config, made[name])))
+  for name in names if not _SPEED_ONLY.value else ():
     row = table.setdefault(name, {})
     trained = [f'{FLAGS.steps}_steps_seed_{seed}' for seed in FLAGS.seeds]
     if 'nats_start' in row and all(f'nats_{key}' in row for key in trained):
@@ -160,8 +172,6 @@ def main(_) -> None:
     child, report = to_recursive(parent, made[name], calibration=text)
     if 'nats_start' not in row:
       keep(name, {'parameters': report.params.unique, 'nats_start': table_lib.nats(child)})
-    if FLAGS.speed:
-      keep(name, {'decode_32': decode_speed(child, 32)})
     for seed, key in zip(map(int, FLAGS.seeds), trained, strict=True):
       if f'nats_{key}' in row:
         continue
@@ -169,10 +179,8 @@ def main(_) -> None:
       run = uptrain(parent, child, table_lib.recipe(child, seed), workdir)
       if run.stopped:
         raise SystemExit(128 + run.stopped)
-      speed = 'throughput/tokens_per_second'
-      rates = sorted(r[speed] for r in run.history[1:] if speed in r)
-      figures = {f'nats_{key}': table_lib.nats(run.model), f'routing_{key}': routing(run.history)}
-      keep(name, figures | {'train_speed': rates[len(rates) // 2]})
+      keep(name, {f'nats_{key}': table_lib.nats(run.model)})
+      keep(name, {f'routing_{key}': routing(run.history)})
       if name == 'experts by loop':
         keep(UNIFORM, {'parameters': row['parameters']})
         keep(UNIFORM, {f'nats_{key}': table_lib.nats(merged(run.model))})

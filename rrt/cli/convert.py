@@ -123,6 +123,12 @@ _FIELDS = (
     'The loops after the first are added to the layers that --drop leaves, and start without '
     'effect; training opens them.',
   ),
+  FLAGS.rare.integer(
+    'sweeps',
+    _DEFAULT.sweeps,
+    'At most so many times through the layers: from the second on, shared weights are fitted '
+    'to what the loops of the child got before.',
+  ),
   FLAGS.rare.integer('calibration_tokens', _DEFAULT.calibration_tokens, 'Tokens to fit on.'),
 )
 _MEMORY = FLAGS.usual.string(

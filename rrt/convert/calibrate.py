@@ -22,6 +22,10 @@ few thousand tokens, and each linear of the child is fitted by least squares:
    relaxations to the rounded shared weight (`rrt.convert.rounding`), later layers to
    inputs with all errors of rounding.
 
+7. A further sweep (`sweeps`) chooses shared weights once more, now for what the loops
+   after the first got and were asked for in the sweep before, instead of for the parent's
+   inputs and weights; everything else is fitted anew to them.
+
 Nothing is trained by gradients. One layer's covariances are in memory at a
 time, besides the parent's residual stream for the calibration tokens: after
 attention and after the MLP, at every depth from the prelude on. That is
@@ -88,6 +92,23 @@ class CalibrationConfig:
 ALL_STEPS = CalibrationConfig()
 
 
+@dataclasses.dataclass
+class Sweep:
+  """What a sweep over the child's layers leaves to the next one.
+
+  Attributes:
+    covariances: (depth, site) -> E[x^T x] of the child's own inputs, [I, I], of positions
+      in loops after the first.
+    targets: (depth, linear) -> the weight that was asked for there, [I, O].
+    gap: `||child - parent||^2 / ||parent||^2` of the last residual stream, of the tokens
+      that fits are checked on.
+  """
+
+  covariances: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict)
+  targets: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict)
+  gap: float = 0.0
+
+
 def calibrate(
   activations: LayerActivations,
   weights: ChildWeights,
@@ -96,8 +117,9 @@ def calibrate(
   h_BxLxD: np.ndarray,
   *,
   steps: CalibrationConfig = ALL_STEPS,
+  before: Sweep | None = None,
   progress: Callable[[int], None] = lambda n: None,
-) -> None:
+) -> Sweep:
   """Fits a child's linears to its parent, layer after layer.
 
   Args:
@@ -107,9 +129,10 @@ def calibrate(
     start: the first depth that is fitted; those before it stay as they are.
     h_BxLxD: the residual stream before it.
     steps: which steps to take.
+    before: the sweep before this one.
     progress: called with the number of layers done since the last call.
   """
-  child = weights.config
+  child, sweep = weights.config, Sweep()
   R, N = child.loops, child.block_layers
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
   for depth in range(start):
@@ -117,18 +140,20 @@ def calibrate(
       weights.keep(at[depth], activations.layer(depth))
   for depth in range(start, child.depth):
     layer, end_BxLxD = fit_layer(
-      activations, weights, depth, at.get(depth), streams, h_BxLxD, steps
+      activations, weights, depth, at.get(depth), streams, h_BxLxD, steps, sweep, before
     )
     if depth not in at:
       weights.own[depth] = jax.tree.map(np.asarray, layer)
       for name, codes in weights.own_codes.pop(depth, {}).items():
         set_kernel(weights.own[depth], name, codes)
-    gap = np.sum((end_BxLxD - streams[depth].end) ** 2, dtype=np.float64)
-    size = np.sum(streams[depth].end ** 2, dtype=np.float64)
-    weights.drift.append(float(gap / max(size, TINY)))
+    weights.drift.append(_gap(end_BxLxD, streams[depth].end))
+    if depth == child.depth - 1:
+      rows = np.concatenate([np.r_[rows] for rows in _checked(activations)])
+      sweep.gap = _gap(end_BxLxD[rows], streams[depth].end[rows])
     del streams[depth]  # A layer looks ahead to later loops, never back.
     h_BxLxD = end_BxLxD
     progress(1)
+  return sweep
 
 
 def spectra(
@@ -177,6 +202,8 @@ def fit_layer(
   streams: dict[int, Stream],
   h_BxLxD: np.ndarray,
   steps: CalibrationConfig,
+  sweep: Sweep,
+  before: Sweep | None,
 ):
   """Fits one depth, site after site; returns its merged layer and output."""
   c, child, norms = activations.config, weights.config, weights.norms_at
@@ -198,26 +225,32 @@ def fit_layer(
   refits = steps.child_inputs and steps.parent_outputs
   if position is None:
     refits = refits and steps.refit_coda
+
+  def of_later(site: str, d: int):
+    if before is not None:
+      return before.covariances[d, site]
+    c_IxI = activations.covariance(site, later[d], d, streams[d])
+    return least_squares.damp(c_IxI, steps.ridge)
+
+  def wanted_later(name: str, d: int):
+    return kernel_of(later[d], name) if before is None else before.targets[d, name]
+
   for site, names in sites(c).items():
     xs = [activations.inputs(site, source, depth, rows, seen) for rows in activations.chunks]
     found = _targets(activations, site, parent, layer, depth, streams[depth], stream, xs)
     c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
-    cs_RxIxI = jnp.stack(
-      [
-        c_IxI,
-        *(
-          least_squares.damp(activations.covariance(site, other, d, streams[d]), steps.ridge)
-          for d, other in later.items()
-        ),
-      ]
-    )
+    cs_RxIxI = jnp.stack([c_IxI, *(of_later(site, d) for d in later)])
+    if position is not None and position[0]:
+      sweep.covariances[depth, site] = np.asarray(c_IxI)
     for name in names:
       target_IxO = kernel_of(layer, name)
       if refits:
         (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
-        ws_RxIxO = jnp.stack([target_IxO, *(kernel_of(other, name) for other in later.values())])
+        if position[0]:
+          sweep.targets[depth, name] = np.asarray(target_IxO)
+        ws_RxIxO = jnp.stack([target_IxO, *(wanted_later(name, d) for d in later)])
         args = weights, name, position, cs_RxIxI, ws_RxIxO, steps
         target_IxO = _fit_position(*args, _inputs(weights, name, xs))
       else:
@@ -310,6 +343,18 @@ def _targets(activations, site, parent, layer, depth, wanted: Stream, own, xs):
   return found
 
 
+def _gap(h_BxLxD, goal_BxLxD) -> float:
+  """The squared distance of two streams, relative to the second's size."""
+  gap = np.sum((h_BxLxD - goal_BxLxD) ** 2, dtype=np.float64)
+  return float(gap / max(np.sum(goal_BxLxD**2, dtype=np.float64), TINY))
+
+
+def _checked(activations: LayerActivations) -> list[slice]:
+  """The rows that fits are checked on."""
+  last = len(activations.chunks) - 1
+  return [rows for i, rows in enumerate(activations.chunks) if _is_checked(i, last)]
+
+
 def _is_checked(chunk: int, last: int) -> bool:
   """Whether a chunk's tokens are left out of a first fit, to check it on."""
   return chunk % CHECKED == CHECKED - 1 or (last < CHECKED - 1 and chunk == last)
@@ -317,12 +362,10 @@ def _is_checked(chunk: int, last: int) -> bool:
 
 def _helps(activations: LayerActivations, old_BxLxD, new_BxLxD, goal_BxLxD) -> bool:
   """Whether what was written brings the checked tokens nearer to the goal."""
-  last = len(activations.chunks) - 1
   gain = 0.0
-  for i, rows in enumerate(activations.chunks):
-    if _is_checked(i, last):
-      gap = lambda h_BxLxD, rows=rows: float(np.sum((h_BxLxD[rows] - goal_BxLxD[rows]) ** 2))
-      gain += gap(old_BxLxD) - gap(new_BxLxD)
+  for rows in _checked(activations):
+    gap = lambda h_BxLxD, rows=rows: float(np.sum((h_BxLxD[rows] - goal_BxLxD[rows]) ** 2))
+    gain += gap(old_BxLxD) - gap(new_BxLxD)
   return gain > 0
 
 

@@ -24,7 +24,7 @@ RELAX_INITS = ('fit', 'zero')
 # Fields that `params` finds values for.
 CHOSEN = (
   *('prelude', 'block', 'loops', 'coda', 'order', 'init', 'rank', 'budget', 'relax'),
-  *('relax_init', 'drop', 'refit', 'add_loops'),
+  *('relax_init', 'drop', 'refit', 'add_loops', 'sweeps'),
 )
 REFITS = ('after', 'around', 'none')
 
@@ -66,6 +66,10 @@ class ConvertConfig:
     refit: which layers of their own the calibration refits: 'after' those of the
       coda and those behind a deleted layer, 'around' the two before it as well,
       'none'.
+    sweeps: times that the calibration goes through the layers, at most: from the second
+      on, shared weights are chosen for what all loops of the child got and were asked for
+      in the sweep before, not for the parent's inputs of the later loops. It ends when the
+      tokens that fits are checked on come no nearer to the parent, and the best stays.
     params: unique parameters of the child, '103M' or '0.75x' of the parent's: the
       conversion searches for the best arrangement (`rrt.convert.search`), and
       everything above but `alpha` and `loop_norms` is its choice.
@@ -91,6 +95,7 @@ class ConvertConfig:
   drop: str | tuple[int, ...] = ()
   refit: str = 'after'
   add_loops: bool = False
+  sweeps: int = 1
   params: str | int | None = None
   layers_run: int | None = None
   calibration: str | None = None
@@ -112,7 +117,7 @@ class ConvertConfig:
 
   def without_loops(self) -> ConvertConfig:
     """The conversion to the vanilla model that `add_loops` begins with."""
-    vanilla = dict(prelude=0, block=None, loops=1, coda=0, relax=(), rank=0, alpha=None)
+    vanilla = dict(prelude=0, block=None, loops=1, coda=0, relax=(), rank=0, alpha=None, sweeps=1)
     return self.replace(add_loops=False, loop_norms=False, **vanilla)
 
   def relaxations(self) -> tuple[Relaxation, ...]:
@@ -161,6 +166,7 @@ def plan(parent: ModelConfig, convert: ConvertConfig) -> ModelConfig:
   calibration_data.check_tokens(c.calibration_tokens)
   config = with_relaxations(config, c, c.rank)
   _check_closed(config, c)
+  _check_sweeps(config, c)
   low_rank = c.budget is not None or len(config.relax) > len(c.relaxations())
   if c.alpha is not None and not low_rank:
     raise InputError(f'alpha={c.alpha!r}: has no effect without a rank or a budget.')
@@ -191,7 +197,7 @@ def with_added_loops(config: ModelConfig, convert: ConvertConfig) -> ModelConfig
       has no effect.
   """
   c = convert
-  for name in ('order', 'init', 'budget', 'relax_init'):
+  for name in ('order', 'init', 'budget', 'relax_init', 'sweeps'):
     if getattr(c, name) != getattr(ConvertConfig(), name):
       raise InputError(
         f'{name}={getattr(c, name)!r}: has no effect with add_loops, whose loops stand for '
@@ -249,6 +255,23 @@ def _check_closed(config: ModelConfig, c: ConvertConfig) -> None:
       f'budget={c.budget}: is spent on what shared weights lack, which loops that start closed '
       'do not use; give rank.'
     )
+
+
+def _check_sweeps(config: ModelConfig, c: ConvertConfig) -> None:
+  """Raises InputError for `sweeps` that cannot be or have no effect."""
+  if not is_whole(c.sweeps, 1):
+    raise InputError(f'sweeps={c.sweeps!r}: must be a whole number, 1 or more.')
+  if c.sweeps == 1:
+    return
+  closed = any(r.closes(h) for r in config.relax for h in r.hosts(config))
+  for why, holds in (
+    (f'with init={c.init!r}', c.init != 'calibrated'),
+    ("on one loop, whose weights are nobody else's", config.loops == 1),
+    ('with loops that start closed, which share nothing yet', closed),
+    ("on experts, which are fitted to the parent's inputs", bool(config.num_experts)),
+  ):
+    if holds:
+      raise InputError(f'sweeps={c.sweeps}: a second sweep has no effect {why}.')
 
 
 def _check_refit(c: ConvertConfig, drops: bool) -> None:

@@ -329,7 +329,7 @@ class _Job:
       start = min(start, c.prelude_layers)
     if c.weights != 'float':  # All layers are rounded.
       start = 0
-    count = _counter(depth + c.depth - start, self.progress)
+    count = _counter(depth + (c.depth - start) * self.convert.sweeps, self.progress)
     whole = self._activations(self.parent)
     table_VxD = self.parent.params['embed']['table']
     x_BxLxD = embedded(self.parent.config, table_VxD, self.tokens_BxL)
@@ -346,14 +346,22 @@ class _Job:
       if is_exact(self.config, self.convert):  # Any shared weight will do.
         self.convert = self.convert.replace(budget=None)
         return self.selected()
-    weights = self._weights()
     steps = self.steps
     if self.convert.refit == 'none':
       steps = dataclasses.replace(steps, refit_coda=False)
-    calibrate_lib.calibrate(
-      activations, weights, streams, start, h_BxLxD, steps=steps, progress=count
-    )
-    return weights
+    best, before = None, None
+    for left in reversed(range(self.convert.sweeps)):
+      weights = self._weights()
+      sweep = calibrate_lib.calibrate(
+        *(activations, weights, dict(streams) if left else streams, start, h_BxLxD),
+        steps=steps,
+        before=before,
+        progress=count,
+      )
+      if before is not None and sweep.gap >= before.gap:
+        break
+      best, before = weights, sweep
+    return best
 
   def _activations(self, model: LanguageModel) -> LayerActivations:
     layers = model.params['block']['layers']

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.convert import activations, permute
+from rrt.convert import activations, calibrate, permute
 from rrt.convert.recursive import to_recursive
+from rrt.errors import InputError
 from rrt.models import transformer
 from rrt.ops import least_squares
 from tests.convert import tiny
@@ -223,3 +224,59 @@ def test_the_same_text_gives_the_same_child():
   a, _ = to_recursive(tiny.parent(layers=4), **arguments)
   b, _ = to_recursive(tiny.parent(layers=4), **arguments)
   jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+
+
+@pytest.mark.parametrize(
+  'family, arguments',
+  [
+    ('llama', dict(loops=2, rank=0)),
+    pytest.param('llama', dict(prelude=1, coda=2, loops=3, rank=1), marks=pytest.mark.slow),
+    pytest.param('gemma3', dict(prelude=2, coda=2, rank=2), marks=pytest.mark.slow),
+    pytest.param('qwen2', dict(prelude=1, coda=1, rank=2), marks=pytest.mark.slow),
+  ],
+)
+def test_a_second_sweep_comes_nearer(family, arguments):
+  parent = tiny.parent(family, layers=6)
+  held_out = tiny.tokens(2000, seed=5).reshape(20, 100)
+  fitted = dict(calibration=tiny.tokens(3000), calibration_tokens=2048, **arguments)
+  once, first = to_recursive(parent, **fitted)
+  twice, second = to_recursive(parent, sweeps=2, **fitted)
+  assert second.drift[-1] < first.drift[-1]
+  assert drift(parent, twice, held_out) < drift(parent, once, held_out)
+
+
+def test_sweeps_end_where_they_come_no_nearer(monkeypatch):
+  """Of sweeps that get worse the one before is kept."""
+  gaps, made = iter([0.3, 0.2, 0.25, 0.1]), []
+  real = calibrate.calibrate
+
+  def scripted(activations, weights, *args, **kwargs):
+    sweep = real(activations, weights, *args, **kwargs)
+    made.append({name: kernel.copy() for name, kernel in weights.shared.items()})
+    sweep.gap = next(gaps)
+    return sweep
+
+  monkeypatch.setattr(calibrate, 'calibrate', scripted)
+  child, _ = to_recursive(
+    tiny.parent(layers=4), sweeps=4, calibration=tiny.tokens(300), calibration_tokens=256
+  )
+  assert len(made) == 3
+  kernel = child.params['block']['layers']['mlp']['up']['kernel']
+  np.testing.assert_array_equal(kernel, made[1]['up'])
+  assert np.abs(made[1]['up'] - made[2]['up']).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+  'arguments, says',
+  [
+    (dict(sweeps=0), 'whole number, 1 or more'),
+    (dict(sweeps=2, init='average'), 'no effect with init'),
+    (dict(sweeps=2, drop='2-3', loops=1), 'no effect on one loop'),
+    (dict(sweeps=2, relax=('gain:start=0,components=all',)), 'start closed'),
+    (dict(sweeps=2, drop='2', add_loops=True, prelude=1, block=1, coda=1), 'no effect with add_l'),
+    (dict(sweeps=2, params='0.9x'), 'params chooses it'),
+  ],
+)
+def test_sweeps_without_effect_are_refused(arguments, says):
+  with pytest.raises(InputError, match=says):
+    to_recursive(tiny.parent(layers=4), calibration=tiny.tokens(300), **arguments)
