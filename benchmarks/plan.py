@@ -84,189 +84,102 @@ PARENTS = {
   ),
 }
 # Parent, prelude + block x loops + coda, rank, chips, mesh, rows a chip, their length, remat,
-# tokens of a chunk of logits, distillation, gather, microbatches, what is trained.
-FITTED = (
-  ('tiny', '0+11x2+0', 256, 'v5e:4x4', 'fsdp=16', 1, 2048, 'full', 16384, True, 'once', 1, 'all'),
-  ('tiny', '0+11x2+0', 256, 'v5e:4x4', 'fsdp=16', 1, 2048, 'dots', 16384, True, 'once', 1, 'all'),
-  (
-    'tiny',
-    '0+11x2+0',
-    0,
-    'v5e:4x4',
-    'fsdp=8,tensor=2',
-    2,
-    2048,
-    'full',
-    8192,
-    True,
-    'once',
-    1,
-    'all',
-  ),
-  ('tiny', '4+7x2+4', 64, 'v5e:2x4', 'fsdp=8', 1, 4096, 'full', 8192, False, 'once', 1, 'all'),
-  ('tiny', '0+11x2+0', 64, 'v5e:2x2', 'fsdp=4', 2, 1024, 'full', 2048, True, 'loop', 1, 'all'),
-  ('smol', '8+7x2+8', 64, 'v5e:2x2', 'data=4', 4, 1024, 'none', 8192, True, 'once', 1, 'all'),
-  ('smol', '8+7x2+8', 64, 'v5e:2x2', 'data=4', 8, 1024, 'full', 8192, True, 'once', 1, 'all'),
-  ('smol', '0+10x3+0', 128, 'v5e:2x2', 'fsdp=4', 8, 2048, 'dots', 8192, True, 'once', 1, 'all'),
-  ('smol', '0+15x2+0', 0, 'v5e:2x2', 'data=4', 16, 512, 'dots', 16384, False, 'once', 1, 'all'),
-  ('qwen', '4+8x2+4', 64, 'v5e:2x4', 'fsdp=8', 2, 2048, 'full', 8192, True, 'once', 1, 'all'),
-  ('qwen', '0+12x2+0', 128, 'v6e:2x2', 'fsdp=4', 4, 2048, 'dots', 4096, True, 'once', 1, 'all'),
-  ('gemma3', '4+6x3+4', 64, 'v6e:2x2', 'fsdp=4', 1, 2048, 'full', 2048, False, 'once', 1, 'all'),
-  ('g2b', '0+9x2+0', 64, 'v5e:4x4', 'fsdp=16', 1, 2048, 'full', 8192, True, 'once', 1, 'all'),
-  ('g2b', '0+9x2+0', 64, 'v5p:2x2x2', 'fsdp=8', 2, 2048, 'full', 8192, True, 'once', 1, 'all'),
-  ('l1b', '0+8x2+0', 128, 'v5e:4x4', 'fsdp=16', 2, 1024, 'full', 8192, True, 'once', 1, 'all'),
-  (
-    'l1b',
-    '2+6x2+2',
-    64,
-    'v6e:2x4',
-    'fsdp=4,tensor=2',
-    2,
-    2048,
-    'dots',
-    8192,
-    False,
-    'once',
-    1,
-    'all',
-  ),
-  ('l3b', '0+14x2+0', 128, 'v5p:2x2x2', 'fsdp=8', 1, 2048, 'full', 8192, True, 'once', 1, 'all'),
-  ('l8b', '0+16x2+0', 512, 'v5p:2x2x4', 'fsdp=16', 1, 2048, 'full', 16384, True, 'once', 1, 'all'),
-  ('l8b', '0+16x2+0', 64, 'v5p:2x2x4', 'fsdp=16', 2, 2048, 'full', 16384, True, 'loop', 1, 'all'),
-  ('smol', '8+7x2+8', 64, 'v5e:2x2', 'fsdp=4', 8, 1024, 'full', 4096, True, 'once', 2, 'all'),
-  (
-    'tiny',
-    '0+11x2+0',
-    256,
-    'v5e:4x4',
-    'fsdp=16',
-    2,
-    2048,
-    'full',
-    16384,
-    True,
-    'once',
-    1,
-    'relaxations',
-  ),
-  ('l3b', '4+10x2+4', 64, 'v5e:4x8', 'fsdp=32', 1, 2048, 'full', 16384, True, 'once', 1, 'all'),
-  ('tiny', '3+8x2+3', 128, 'v5e:4x4', 'fsdp=16', 2, 2048, 'full', 16384, True, 'once', 1, 'all'),
-  ('tiny', '0+11x2+0', 32, 'v5e:2x4', 'fsdp=8', 1, 2048, 'dots', 4096, False, 'once', 1, 'all'),
-  ('tiny', '0+11x2+0', 128, 'v6e:2x2', 'fsdp=4', 4, 1024, 'full', 4096, True, 'once', 1, 'all'),
-  (
-    'tiny',
-    '1+10x2+1',
-    64,
-    'v5e:4x4',
-    'fsdp=8,tensor=2',
-    1,
-    4096,
-    'full',
-    16384,
-    True,
-    'once',
-    1,
-    'all',
-  ),
-  ('smol', '2+13x2+2', 32, 'v5e:2x2', 'data=4', 8, 512, 'dots', 4096, True, 'once', 1, 'all'),
-  ('smol', '0+10x3+0', 64, 'v5e:2x2', 'fsdp=4', 16, 1024, 'full', 8192, False, 'once', 1, 'all'),
-  (
-    'smol',
-    '8+7x2+8',
-    64,
-    'v6e:2x2',
-    'data=2,fsdp=2',
-    8,
-    1024,
-    'full',
-    8192,
-    True,
-    'once',
-    1,
-    'all',
-  ),
-  ('qwen', '0+8x3+0', 64, 'v5e:2x4', 'fsdp=8', 1, 2048, 'full', 4096, True, 'once', 1, 'all'),
-  ('qwen', '6+6x2+6', 128, 'v5e:4x4', 'fsdp=16', 2, 1024, 'dots', 8192, False, 'once', 1, 'all'),
-  ('gemma3', '1+8x3+1', 32, 'v5e:4x4', 'fsdp=16', 1, 1024, 'full', 4096, True, 'once', 1, 'all'),
-  ('g2b', '2+7x2+2', 32, 'v6e:2x4', 'fsdp=8', 1, 2048, 'full', 4096, False, 'once', 1, 'all'),
-  (
-    'l1b',
-    '0+8x2+0',
-    64,
-    'v5e:4x4',
-    'fsdp=8,tensor=2',
-    2,
-    2048,
-    'full',
-    16384,
-    True,
-    'once',
-    1,
-    'all',
-  ),
-  ('l1b', '4+4x2+4', 128, 'v5p:2x2x1', 'fsdp=4', 4, 2048, 'full', 8192, True, 'loop', 1, 'all'),
-  ('l3b', '0+14x2+0', 64, 'v5p:2x2x2', 'fsdp=8', 2, 1024, 'dots', 8192, True, 'once', 1, 'all'),
-  ('l8b', '0+16x2+0', 128, 'v5p:2x2x4', 'fsdp=16', 1, 4096, 'full', 16384, True, 'once', 1, 'all'),
-  ('l8b', '4+12x2+4', 256, 'v6e:4x8', 'fsdp=32', 1, 2048, 'full', 32768, False, 'once', 1, 'all'),
-)
-CHECKED = (
-  ('tiny', '2+9x2+2', 64, 'v5e:4x4', 'fsdp=16', 2, 1024, 'full', 8192, True, 'once', 1, 'all'),
-  ('tiny', '0+11x2+0', 128, 'v5p:2x2x1', 'fsdp=4', 2, 2048, 'dots', 8192, True, 'once', 1, 'all'),
-  (
-    'tiny',
-    '5+6x2+5',
-    0,
-    'v5e:2x4',
-    'data=2,fsdp=4',
-    1,
-    2048,
-    'full',
-    4096,
-    False,
-    'once',
-    1,
-    'all',
-  ),
-  ('smol', '6+9x2+6', 32, 'v5e:2x2', 'data=4', 8, 1024, 'full', 4096, True, 'once', 1, 'all'),
-  ('smol', '0+15x2+0', 64, 'v5e:2x2', 'data=4', 4, 1024, 'dots', 4096, True, 'once', 1, 'all'),
-  ('smol', '3+8x3+3', 64, 'v6e:2x2', 'fsdp=4', 8, 2048, 'full', 16384, True, 'once', 1, 'all'),
-  ('qwen', '2+10x2+2', 32, 'v5e:2x4', 'fsdp=8', 2, 1024, 'full', 4096, True, 'once', 1, 'all'),
-  ('qwen', '0+12x2+0', 64, 'v5e:4x4', 'fsdp=16', 1, 2048, 'full', 8192, True, 'loop', 1, 'all'),
-  ('gemma3', '2+11x2+2', 64, 'v5e:4x4', 'fsdp=16', 1, 2048, 'full', 8192, True, 'once', 1, 'all'),
-  ('g2b', '0+9x2+0', 128, 'v6e:2x4', 'fsdp=8', 1, 1024, 'full', 4096, True, 'once', 1, 'all'),
-  ('g2b', '1+8x2+1', 32, 'v5p:2x2x2', 'fsdp=8', 1, 2048, 'dots', 4096, True, 'once', 1, 'all'),
-  ('l1b', '1+7x2+1', 64, 'v5e:2x4', 'fsdp=8', 1, 2048, 'full', 4096, True, 'once', 1, 'all'),
-  (
-    'l1b',
-    '0+8x2+0',
-    256,
-    'v5e:4x4',
-    'fsdp=16',
-    1,
-    4096,
-    'full',
-    16384,
-    True,
-    'once',
-    1,
-    'relaxations',
-  ),
-  ('l3b', '2+12x2+2', 64, 'v5p:2x2x2', 'fsdp=8', 1, 4096, 'full', 8192, True, 'once', 1, 'all'),
-  ('l3b', '0+14x2+0', 32, 'v6e:4x4', 'fsdp=16', 2, 1024, 'full', 8192, True, 'once', 2, 'all'),
-  ('l8b', '0+16x2+0', 256, 'v5p:2x2x2', 'fsdp=8', 1, 2048, 'full', 8192, True, 'once', 1, 'all'),
-)
+# tokens of a chunk of logits, with the parent or alone, gather, microbatches, what is trained.
+FITTED = """
+tiny   0+11x2+0 256 v5e:4x4    fsdp=16          1 2048 full 16384 parent once 1 all
+tiny   0+11x2+0 256 v5e:4x4    fsdp=16          1 2048 dots 16384 parent once 1 all
+tiny   0+11x2+0   0 v5e:4x4    fsdp=8,tensor=2  2 2048 full  8192 parent once 1 all
+tiny   4+7x2+4   64 v5e:2x4    fsdp=8           1 4096 full  8192 alone  once 1 all
+tiny   0+11x2+0  64 v5e:2x2    fsdp=4           2 1024 full  2048 parent loop 1 all
+smol   8+7x2+8   64 v5e:2x2    data=4           4 1024 none  8192 parent once 1 all
+smol   8+7x2+8   64 v5e:2x2    data=4           8 1024 full  8192 parent once 1 all
+smol   0+10x3+0 128 v5e:2x2    fsdp=4           8 2048 dots  8192 parent once 1 all
+smol   0+15x2+0   0 v5e:2x2    data=4          16 512 dots 16384 alone  once 1 all
+qwen   4+8x2+4   64 v5e:2x4    fsdp=8           2 2048 full  8192 parent once 1 all
+qwen   0+12x2+0 128 v6e:2x2    fsdp=4           4 2048 dots  4096 parent once 1 all
+gemma3 4+6x3+4   64 v6e:2x2    fsdp=4           1 2048 full  2048 alone  once 1 all
+g2b    0+9x2+0   64 v5e:4x4    fsdp=16          1 2048 full  8192 parent once 1 all
+g2b    0+9x2+0   64 v5p:2x2x2  fsdp=8           2 2048 full  8192 parent once 1 all
+l1b    0+8x2+0  128 v5e:4x4    fsdp=16          2 1024 full  8192 parent once 1 all
+l1b    2+6x2+2   64 v6e:2x4    fsdp=4,tensor=2  2 2048 dots  8192 alone  once 1 all
+l3b    0+14x2+0 128 v5p:2x2x2  fsdp=8           1 2048 full  8192 parent once 1 all
+l8b    0+16x2+0 512 v5p:2x2x4  fsdp=16          1 2048 full 16384 parent once 1 all
+l8b    0+16x2+0  64 v5p:2x2x4  fsdp=16          2 2048 full 16384 parent loop 1 all
+smol   8+7x2+8   64 v5e:2x2    fsdp=4           8 1024 full  4096 parent once 2 all
+tiny   0+11x2+0 256 v5e:4x4    fsdp=16          2 2048 full 16384 parent once 1 relaxations
+l3b    4+10x2+4  64 v5e:4x8    fsdp=32          1 2048 full 16384 parent once 1 all
+tiny   3+8x2+3  128 v5e:4x4    fsdp=16          2 2048 full 16384 parent once 1 all
+tiny   0+11x2+0  32 v5e:2x4    fsdp=8           1 2048 dots  4096 alone  once 1 all
+tiny   0+11x2+0 128 v6e:2x2    fsdp=4           4 1024 full  4096 parent once 1 all
+tiny   1+10x2+1  64 v5e:4x4    fsdp=8,tensor=2  1 4096 full 16384 parent once 1 all
+smol   2+13x2+2  32 v5e:2x2    data=4           8 512 dots  4096 parent once 1 all
+smol   0+10x3+0  64 v5e:2x2    fsdp=4          16 1024 full  8192 alone  once 1 all
+smol   8+7x2+8   64 v6e:2x2    data=2,fsdp=2    8 1024 full  8192 parent once 1 all
+qwen   0+8x3+0   64 v5e:2x4    fsdp=8           1 2048 full  4096 parent once 1 all
+qwen   6+6x2+6  128 v5e:4x4    fsdp=16          2 1024 dots  8192 alone  once 1 all
+gemma3 1+8x3+1   32 v5e:4x4    fsdp=16          1 1024 full  4096 parent once 1 all
+g2b    2+7x2+2   32 v6e:2x4    fsdp=8           1 2048 full  4096 alone  once 1 all
+l1b    0+8x2+0   64 v5e:4x4    fsdp=8,tensor=2  2 2048 full 16384 parent once 1 all
+l1b    4+4x2+4  128 v5p:2x2x1  fsdp=4           4 2048 full  8192 parent loop 1 all
+l3b    0+14x2+0  64 v5p:2x2x2  fsdp=8           2 1024 dots  8192 parent once 1 all
+l8b    0+16x2+0 128 v5p:2x2x4  fsdp=16          1 4096 full 16384 parent once 1 all
+l8b    4+12x2+4 256 v6e:4x8    fsdp=32          1 2048 full 32768 alone  once 1 all
+tiny   2+9x2+2   64 v5e:4x4    fsdp=16          2 1024 full  8192 parent once 1 all
+tiny   0+11x2+0 128 v5p:2x2x1  fsdp=4           2 2048 dots  8192 parent once 1 all
+tiny   5+6x2+5    0 v5e:2x4    data=2,fsdp=4    1 2048 full  4096 alone  once 1 all
+smol   6+9x2+6   32 v5e:2x2    data=4           8 1024 full  4096 parent once 1 all
+smol   0+15x2+0  64 v5e:2x2    data=4           4 1024 dots  4096 parent once 1 all
+smol   3+8x3+3   64 v6e:2x2    fsdp=4           8 2048 full 16384 parent once 1 all
+qwen   2+10x2+2  32 v5e:2x4    fsdp=8           2 1024 full  4096 parent once 1 all
+qwen   0+12x2+0  64 v5e:4x4    fsdp=16          1 2048 full  8192 parent loop 1 all
+gemma3 2+11x2+2  64 v5e:4x4    fsdp=16          1 2048 full  8192 parent once 1 all
+g2b    0+9x2+0  128 v6e:2x4    fsdp=8           1 1024 full  4096 parent once 1 all
+g2b    1+8x2+1   32 v5p:2x2x2  fsdp=8           1 2048 dots  4096 parent once 1 all
+l1b    1+7x2+1   64 v5e:2x4    fsdp=8           1 2048 full  4096 parent once 1 all
+l1b    0+8x2+0  256 v5e:4x4    fsdp=16          1 4096 full 16384 parent once 1 relaxations
+l3b    2+12x2+2  64 v5p:2x2x2  fsdp=8           1 4096 full  8192 parent once 1 all
+l3b    0+14x2+0  32 v6e:4x4    fsdp=16          2 1024 full  8192 parent once 2 all
+l8b    0+16x2+0 256 v5p:2x2x2  fsdp=8           1 2048 full  8192 parent once 1 all
+"""
+CHECKED = """
+tiny   3+8x2+3   32 v5e:2x4    fsdp=8           2 2048 full  8192 parent once 1 all
+tiny   0+11x2+0   0 v6e:2x2    data=2,fsdp=2    2 1024 full  4096 parent once 1 all
+tiny   2+6x3+2   64 v5e:4x4    fsdp=8,tensor=2  2 2048 full  8192 parent once 1 all
+tiny   0+11x2+0 128 v5e:2x4    fsdp=8           2 1024 full  8192 parent once 1 relaxations
+smol   8+7x2+8  128 v5e:2x2    data=4          16 512 full  8192 parent once 1 all
+smol   0+10x3+0  32 v6e:2x2    fsdp=4           4 2048 dots  8192 parent once 1 all
+smol   5+10x2+5  64 v5e:2x4    fsdp=8           8 2048 full  8192 alone  once 1 all
+qwen   0+12x2+0  32 v5e:2x2    fsdp=4           2 2048 full  4096 parent once 1 all
+qwen   2+10x2+2 128 v6e:2x4    fsdp=8           2 2048 dots  8192 parent once 1 all
+gemma3 0+13x2+0  64 v5e:2x4    fsdp=8           1 2048 full  4096 parent once 1 all
+g2b    0+6x3+0   64 v5e:4x4    fsdp=16          2 1024 full  8192 parent once 1 all
+l1b    0+8x2+0   64 v6e:2x2    fsdp=4           2 1024 full  4096 parent once 2 all
+l1b    3+5x2+3   32 v5e:4x4    fsdp=16          1 2048 dots  8192 parent once 1 all
+l3b    2+8x3+2   64 v5p:2x2x2  fsdp=8           2 2048 full 16384 parent once 1 all
+l8b    0+16x2+0 128 v5p:2x2x4  fsdp=16          1 2048 dots 16384 parent once 1 all
+l8b    4+8x3+4   64 v6e:4x8    fsdp=32          1 4096 full 32768 parent once 1 all
+"""
+
+
+def programs(table: str) -> list[tuple]:
+  """The rows of a table, numbers as numbers."""
+  number = lambda word: int(word) if word.isdigit() else word
+  return [tuple(map(number, line.split())) for line in table.splitlines() if line]
+
+
+TEACHER = {'parent': 'distilled', 'alone': 'alone'}
 
 
 def name_of(row: tuple) -> str:
   """A program in words."""
   parent, shape, rank, chips, mesh, rows, length, remat, chunk, kd, gather, parts, train = row
   words = [parent, shape, f'rank {rank}', chips, mesh, f'{rows} x {length}', remat]
-  words += [f'chunk {chunk}', 'distilled' if kd else 'alone', f'gather {gather}']
+  words += [f'chunk {chunk}', TEACHER[kd], f'gather {gather}']
   words += [f'{parts} microbatches'] * (parts > 1) + [train] * (train != 'all')
   return ', '.join(words)
 
 
-PROGRAMS = {name_of(row): row for row in (*FITTED, *CHECKED)}
+PROGRAMS = {name_of(row): row for row in programs(FITTED + CHECKED)}
 
 
 def settings(row: tuple):
@@ -286,7 +199,7 @@ def settings(row: tuple):
       'gather': gather,
       'mesh': sizes,
       'optimizer': {'train': train},
-      'loss': {'chunk_tokens': chunk, 'distillation': float(kd)},
+      'loss': {'chunk_tokens': chunk, 'distillation': float(kd == 'parent')},
       'convert': {
         'prelude': prelude,
         'block': block,
@@ -349,7 +262,7 @@ def main(_) -> None:
     old = known.get(name) or compiled(row)
     entry = {
       'name': name,
-      'fitted': row in FITTED,
+      'fitted': row in programs(FITTED),
       **{k: old[k] for k in ('compiled_bytes', 'compiled_arguments', 'compile_seconds')},
       'analytic_bytes': analytic(row).peak,
     }

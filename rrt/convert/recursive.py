@@ -349,18 +349,19 @@ class _Job:
     steps = self.steps
     if self.convert.refit == 'none':
       steps = dataclasses.replace(steps, refit_coda=False)
-    best, before = None, None
-    for left in reversed(range(self.convert.sweeps)):
-      weights = self._weights()
-      sweep = calibrate_lib.calibrate(
-        *(activations, weights, dict(streams) if left else streams, start, h_BxLxD),
-        steps=steps,
-        before=before,
-        progress=count,
-      )
-      if before is not None and sweep.gap >= before.gap:
+    again = self.convert.sweeps > 1
+
+    def sweep(before: calibrate_lib.Sweep | None) -> tuple[ChildWeights, calibrate_lib.Sweep]:
+      weights, wanted = self._weights(), dict(streams) if again else streams
+      args = activations, weights, wanted, start, h_BxLxD
+      return weights, calibrate_lib.calibrate(*args, steps=steps, before=before, progress=count)
+
+    best, before = sweep(None)
+    for _ in range(1, self.convert.sweeps):
+      weights, found = sweep(before)
+      if found.gap >= before.gap:
         break
-      best, before = weights, sweep
+      best, before = weights, found
     return best
 
   def _activations(self, model: LanguageModel) -> LayerActivations:

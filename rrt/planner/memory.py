@@ -4,7 +4,7 @@ What a train step is given (parameters, moments, the parent, a batch) is exact: 
 shardings are those of the program. What it makes is the larger of two phases: the loss,
 when the logits of a chunk exist beside all that the backward pass will read, and the
 backward pass of the layers. Sizes follow from shapes; the few factors in `FACTORS` were fitted
-to XLA's figures for 38 programs for TPUs (`python -m benchmarks.plan` compares).
+to XLA's figures for 54 programs for TPUs (`python -m benchmarks.plan` compares).
 
 B rows of a device, L length, D model, F MLP, V vocabulary.
 """
@@ -25,16 +25,17 @@ from rrt.train import step as step_lib
 from rrt.train.losses import chunk_length
 
 # Arrays of the size of a chunk's logits in float32, without and for a parent; float32 copies
-# of the trained parameters in the backward pass, and more of them where they are gathered;
-# arrays [B, L, D] of partial products where a tensor axis splits a layer that is computed again;
-# further gradients of the tables of memory layers (from one program).
+# of the trained parameters in the backward pass; of one layer of the block, whole, where
+# gradients are scattered over fsdp; arrays [B, L, D] of partial products where a tensor axis
+# splits a layer that is computed again; further gradients of the tables of memory layers (from
+# one program).
 FACTORS = {
-  'logits': 1.93,
-  'parent_logits': 0.84,
-  'gradients': 1.3,
-  'gathered': 0.93,
-  'tensor': 27.9,
-  'pools': 4.0,
+  'logits': 1.83,
+  'parent_logits': 0.85,
+  'gradients': 1.54,
+  'layer': 1.62,
+  'tensor': 22.6,
+  'pools': 4.7,
 }
 # How much more remat='none' keeps than the outputs of linears.
 _ALL = 2.6
@@ -84,8 +85,10 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
     block = sum(math.prod(x.shape) * e / tensor for x in leaves if x.ndim > 2)
   chunk = B * chunk_length(rows, L, spec.objective.chunk_tokens) * V / tensor * 4
   teacher = spec.teacher_config is not None
-  heads = D * V / tensor * e * (1 + (teacher and not spec.cached))
   head = 'embed/table' if c.tie_embeddings else 'head/kernel'
+  heads = D * V / tensor * e * (1 + (teacher and not spec.cached and head not in spec.shared))
+  layers = jax.tree.leaves(program.state.params['block']['layers'])
+  layer = sum(math.prod(x.shape) for x in layers) * 4 / c.block_layers / tensor
   f = FACTORS
   logits = chunk * (f['logits'] + f['parent_logits'] * teacher)
   summed = gradients if spec.accumulate > 1 else 0
@@ -93,7 +96,8 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
     'kept for the backward pass': kept_layers,
     'block, gathered': block,
     'heads, gathered': heads,
-    "head's gradient": D * V / tensor * 4 * (head in spec.trained),
+    # Microbatches add a whole one to the last one's.
+    "head's gradient": D * V / tensor * 4 * (head in spec.trained) * (1 + (spec.accumulate > 1)),
     'logits of a chunk': logits,
     'gradients': summed,
   }
@@ -102,7 +106,8 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
   backward = {
     'kept for the backward pass': kept_layers + again,
     'block, gathered': block,
-    'gradients': gradients * (f['gradients'] + f['gathered'] * (fsdp > 1)) + summed,
+    'gradients': gradients * f['gradients'] + summed,
+    "a layer's gradient, whole": layer * f['layer'] * (fsdp > 1),
     'pools': f['pools'] * _pools(program),
     'partial products': partial,
   }
