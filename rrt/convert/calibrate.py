@@ -37,7 +37,6 @@ B rows, L length, D model, I inputs of a linear, O outputs, R loops, N layers.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +93,12 @@ ALL_STEPS = CalibrationConfig()
 
 @dataclasses.dataclass
 class Sweep:
-  """What a sweep over the child's layers leaves to the next one.
+  """One sweep over the child's layers, and what it leaves to the next.
 
   Attributes:
+    before: the sweep before it.
+    records: whether another may follow. What it then keeps in the host's memory is as large as
+      the layers of the loops after the first, and their inputs' covariances.
     covariances: (depth, site) -> E[x^T x] of the child's own inputs, [I, I], of positions
       in loops after the first.
     targets: (depth, linear) -> the weight that was asked for there, [I, O].
@@ -104,6 +106,8 @@ class Sweep:
       that fits are checked on.
   """
 
+  before: 'Sweep | None' = None
+  records: bool = False
   covariances: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict)
   targets: dict[tuple[int, str], np.ndarray] = dataclasses.field(default_factory=dict)
   gap: float = 0.0
@@ -117,9 +121,9 @@ def calibrate(
   h_BxLxD: np.ndarray,
   *,
   steps: CalibrationConfig = ALL_STEPS,
-  before: Sweep | None = None,
+  sweep: Sweep | None = None,
   progress: Callable[[int], None] = lambda n: None,
-) -> Sweep:
+) -> None:
   """Fits a child's linears to its parent, layer after layer.
 
   Args:
@@ -129,10 +133,10 @@ def calibrate(
     start: the first depth that is fitted; those before it stay as they are.
     h_BxLxD: the residual stream before it.
     steps: which steps to take.
-    before: the sweep before this one.
+    sweep: which sweep this is, filled here; the only one by default.
     progress: called with the number of layers done since the last call.
   """
-  child, sweep = weights.config, Sweep()
+  child, sweep = weights.config, sweep or Sweep()
   R, N = child.loops, child.block_layers
   at = {child.depth_of(r, n): (r, n) for r in range(R) for n in range(N)}
   for depth in range(start):
@@ -140,7 +144,7 @@ def calibrate(
       weights.keep(at[depth], activations.layer(depth))
   for depth in range(start, child.depth):
     layer, end_BxLxD = fit_layer(
-      activations, weights, depth, at.get(depth), streams, h_BxLxD, steps, sweep, before
+      activations, weights, depth, at.get(depth), streams, h_BxLxD, steps, sweep
     )
     if depth not in at:
       weights.own[depth] = jax.tree.map(np.asarray, layer)
@@ -153,45 +157,6 @@ def calibrate(
     del streams[depth]  # A layer looks ahead to later loops, never back.
     h_BxLxD = end_BxLxD
     progress(1)
-  return sweep
-
-
-def spectra(
-  activations: LayerActivations,
-  child: ModelConfig,
-  streams: dict[int, Stream],
-  norms: Callable[[int], dict[str, Any]],
-  steps: CalibrationConfig = ALL_STEPS,
-) -> dict[str, np.ndarray]:
-  """What a weighted mean would lack, for `budgets.spend`.
-
-  Returns:
-    component -> whitened singular values relative to the norm of the
-    position's own output, [R, N, K].
-  """
-  R, N = child.loops, child.block_layers
-  found = {name: np.zeros((R, N, min(shape))) for name, shape in child.shapes().items()}
-  for n in range(N):
-    depths = [child.depth_of(r, n) for r in range(R)]
-    if steps.permute_units:
-      activations.align(depths[0], depths[1:], streams)
-    layers = [with_norms(activations.config, activations.layer(d), norms(d)) for d in depths]
-    for site, names in sites(activations.config).items():
-      cs_RxIxI = jnp.stack(
-        [
-          least_squares.damp(activations.covariance(site, layer, d, streams[d]), steps.ridge)
-          for d, layer in zip(depths, layers, strict=True)
-        ]
-      )
-      for name in names:
-        ws_RxIxO = jnp.stack([kernel_of(layer, name) for layer in layers])
-        mean_IxO = least_squares.weighted_mean(cs_RxIxI, ws_RxIxO)
-        for r in range(R):
-          sigma_K = least_squares.spectrum(cs_RxIxI[r], ws_RxIxO[r] - mean_IxO)[0]
-          power = jnp.sum((cs_RxIxI[r] @ ws_RxIxO[r]) * ws_RxIxO[r])
-          size = jnp.sqrt(jnp.maximum(power, TINY))
-          found[name][r, n] = np.asarray(sigma_K / size)
-  return found
 
 
 def fit_layer(
@@ -203,7 +168,6 @@ def fit_layer(
   h_BxLxD: np.ndarray,
   steps: CalibrationConfig,
   sweep: Sweep,
-  before: Sweep | None,
 ):
   """Fits one depth, site after site; returns its merged layer and output."""
   c, child, norms = activations.config, weights.config, weights.norms_at
@@ -227,20 +191,21 @@ def fit_layer(
     refits = refits and steps.refit_coda
 
   def of_later(site: str, d: int):
-    if before is not None:
-      return before.covariances[d, site]
+    if sweep.before is not None:
+      return sweep.before.covariances[d, site]
     c_IxI = activations.covariance(site, later[d], d, streams[d])
     return least_squares.damp(c_IxI, steps.ridge)
 
   def wanted_later(name: str, d: int):
-    return kernel_of(later[d], name) if before is None else before.targets[d, name]
+    return sweep.before.targets[d, name] if sweep.before else kernel_of(later[d], name)
 
   for site, names in sites(c).items():
     xs = [activations.inputs(site, source, depth, rows, seen) for rows in activations.chunks]
     found = _targets(activations, site, parent, layer, depth, streams[depth], stream, xs)
     c_IxI = least_squares.damp(found[0][0] + found[1][0], steps.ridge)
     cs_RxIxI = jnp.stack([c_IxI, *(of_later(site, d) for d in later)])
-    if position is not None and position[0]:
+    records = sweep.records and position is not None and position[0] > 0
+    if records:
       sweep.covariances[depth, site] = np.asarray(c_IxI)
     for name in names:
       target_IxO = kernel_of(layer, name)
@@ -248,7 +213,7 @@ def fit_layer(
         (c1, k1), (c2, k2) = [(c, crosses[name]) for c, crosses in found]
         target_IxO = least_squares.refit(c1 + c2, k1 + k2, c2, k2, target_IxO)
       if position is not None:
-        if position[0]:
+        if records:
           sweep.targets[depth, name] = np.asarray(target_IxO)
         ws_RxIxO = jnp.stack([target_IxO, *(wanted_later(name, d) for d in later)])
         args = weights, name, position, cs_RxIxI, ws_RxIxO, steps

@@ -22,6 +22,7 @@ from rrt import console
 from rrt.config import ModelConfig
 from rrt.convert import banks, calibration_data, drop, rank_budget, search, select, size
 from rrt.convert import calibrate as calibrate_lib
+from rrt.convert import spectra as spectra_lib
 from rrt.convert.activations import LayerActivations, embedded
 from rrt.convert.calibrate import ALL_STEPS, CalibrationConfig
 from rrt.convert.plan import ConvertConfig, is_exact, plan, with_added_loops, with_relaxations
@@ -342,7 +343,7 @@ class _Job:
     activations = self._activations(self.kept) if self.dropped else whole
     if self.convert.budget is not None:
       norms = self._weights().norms_at
-      self._spend(calibrate_lib.spectra(activations, c, streams, norms, self.steps))
+      self._spend(spectra_lib.whitened(activations, c, streams, norms, self.steps))
       if is_exact(self.config, self.convert):  # Any shared weight will do.
         self.convert = self.convert.replace(budget=None)
         return self.selected()
@@ -351,17 +352,18 @@ class _Job:
       steps = dataclasses.replace(steps, refit_coda=False)
     again = self.convert.sweeps > 1
 
-    def sweep(before: calibrate_lib.Sweep | None) -> tuple[ChildWeights, calibrate_lib.Sweep]:
+    def run(sweep: calibrate_lib.Sweep) -> tuple[ChildWeights, calibrate_lib.Sweep]:
       weights, wanted = self._weights(), dict(streams) if again else streams
       args = activations, weights, wanted, start, h_BxLxD
-      return weights, calibrate_lib.calibrate(*args, steps=steps, before=before, progress=count)
+      calibrate_lib.calibrate(*args, steps=steps, sweep=sweep, progress=count)
+      return weights, dataclasses.replace(sweep, before=None)
 
-    best, before = sweep(None)
+    best, last = run(calibrate_lib.Sweep(records=again))
     for _ in range(1, self.convert.sweeps):
-      weights, found = sweep(before)
-      if found.gap >= before.gap:
+      weights, found = run(calibrate_lib.Sweep(last, records=True))
+      if found.gap >= last.gap:
         break
-      best, before = weights, found
+      best, last = weights, found
     return best
 
   def _activations(self, model: LanguageModel) -> LayerActivations:

@@ -250,11 +250,10 @@ def test_sweeps_end_where_they_come_no_nearer(monkeypatch):
   gaps, made = iter([0.3, 0.2, 0.25, 0.1]), []
   real = calibrate.calibrate
 
-  def scripted(activations, weights, *args, **kwargs):
-    sweep = real(activations, weights, *args, **kwargs)
+  def scripted(activations, weights, *args, sweep, **kwargs):
+    real(activations, weights, *args, sweep=sweep, **kwargs)
     made.append({name: kernel.copy() for name, kernel in weights.shared.items()})
     sweep.gap = next(gaps)
-    return sweep
 
   monkeypatch.setattr(calibrate, 'calibrate', scripted)
   child, _ = to_recursive(
