@@ -24,7 +24,8 @@ few thousand tokens, and each linear of the child is fitted by least squares:
 
 7. A further sweep (`sweeps`) chooses shared weights once more, now for what the loops
    after the first got and were asked for in the sweep before, instead of for the parent's
-   inputs and weights; everything else is fitted anew to them.
+   inputs and weights; everything else is fitted anew to them. The parent's streams then
+   stay in memory until the last sweep.
 
 Nothing is trained by gradients. One layer's covariances are in memory at a
 time, besides the parent's residual stream for the calibration tokens: after
