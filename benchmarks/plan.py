@@ -255,14 +255,14 @@ def main(_) -> None:
   known = {}
   if out and out.is_file():
     known = {r['name']: r for r in json.loads(out.read_text())['programs']}
-  done = []
+  done, fitted_to = [], programs(FITTED)
   for name, row in PROGRAMS.items():
     if _ONLY.value not in name:
       continue
     old = known.get(name) or compiled(row)
     entry = {
       'name': name,
-      'fitted': row in programs(FITTED),
+      'fitted': row in fitted_to,
       **{k: old[k] for k in ('compiled_bytes', 'compiled_arguments', 'compile_seconds')},
       'analytic_bytes': analytic(row).peak,
     }

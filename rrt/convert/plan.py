@@ -241,9 +241,13 @@ def _stand_in(parent: ModelConfig, c: ConvertConfig) -> ModelConfig:
   return dataclasses.replace(drop.config_without(parent, count), weights=c.weights)
 
 
+def _starts_closed(config: ModelConfig) -> bool:
+  return any(r.closes(h) for r in config.relax for h in r.hosts(config))
+
+
 def _check_closed(config: ModelConfig, c: ConvertConfig) -> None:
   """Raises InputError for loops that start closed on weights that are no layer's own."""
-  if not any(r.closes(h) for r in config.relax for h in r.hosts(config)):
+  if not _starts_closed(config):
     return
   if c.init not in ('calibrated', 'lower'):
     raise InputError(
@@ -263,11 +267,10 @@ def _check_sweeps(config: ModelConfig, c: ConvertConfig) -> None:
     raise InputError(f'sweeps={c.sweeps!r}: must be a whole number, 1 or more.')
   if c.sweeps == 1:
     return
-  closed = any(r.closes(h) for r in config.relax for h in r.hosts(config))
   for why, holds in (
     (f'with init={c.init!r}', c.init != 'calibrated'),
     ("on one loop, whose weights are nobody else's", config.loops == 1),
-    ('with loops that start closed, which share nothing yet', closed),
+    ('with loops that start closed, which share nothing yet', _starts_closed(config)),
     ("on experts, which are fitted to the parent's inputs", bool(config.num_experts)),
   ):
     if holds:
