@@ -9,7 +9,8 @@ import pytest
 import rrt
 from rrt import relax
 from tests.parity.hugging_face_test import (
-  NAMES,
+  DENSE,
+  WITH_EXPERTS,
   assert_same_greedy_tokens,
   assert_same_logits,
   make,
@@ -52,7 +53,7 @@ def with_adapter(folder):
   return peft.PeftModel.from_pretrained(base, folder / 'adapter').eval()
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', DENSE)
 def test_tied_export_of_a_family(name, tmp_path):
   child = child_of(name, tmp_path)
   theirs = tied(child, tmp_path / 'out')
@@ -60,6 +61,13 @@ def test_tied_export_of_a_family(name, tmp_path):
   assert_same_greedy_tokens(child, theirs)
   count = sum(p.numel() for p in theirs.parameters())
   assert count == rrt.count_params(child.config).unique
+
+
+@pytest.mark.parametrize('name', WITH_EXPERTS)
+def test_a_family_with_experts_is_refused(name, tmp_path):
+  with pytest.raises(rrt.InputError, match=r'num_experts=\d+: .* --format=hf'):
+    rrt.save_hf_tied(child_of(name, tmp_path), tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('order', ['cycle', 'sequence'])
