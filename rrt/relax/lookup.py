@@ -153,7 +153,7 @@ class Lookup(Positioned):
     return Found(index.reshape(B, L, -1), weight_TxHxk.reshape(B, L, -1))
 
   def read(self, params: Leaves, x, y, place: Place, m, host: Host):
-    look = lambda: self.look(params, x, y, place.loop, m, host)
+    look = lambda: self.look(params, x, y, place, m, host)
     if not self.loops:
       return look()
     in_loops = jnp.isin(place.loop, jnp.asarray(self.loops))
@@ -165,7 +165,7 @@ class Lookup(Positioned):
   def nothing(self, place: Place, host: Host) -> Aux:
     return self.aux(jnp.zeros((self.slots,)), host)
 
-  def look(self, params: Leaves, x, y, loop, m, host: Host):
+  def look(self, params: Leaves, x, y, place: Place, m, host: Host):
     """(the MLP's output y with what is found, Aux), at one of `positions`."""
     raise NotImplementedError
 
@@ -178,10 +178,13 @@ class Lookup(Positioned):
     """How often each slot was taken, so that the mean over layers is that over `positions`."""
     return Aux({}, {'usage': usage_N * (host.layers / len(self.positions))})
 
-  def usage(self, found: Found):
-    """Reads of each slot by this call's tokens, float32 [N]."""
-    zeros_N = jnp.zeros((self.slots,))
-    return zeros_N.at[found.index_BxLxJ.reshape(-1)].add(1.0)
+  def usage(self, found: Found, place: Place):
+    """Reads of each slot by this call's tokens, float32 [N]; padding does not count."""
+    index_BxLxJ = found.index_BxLxJ
+    reads_BxLxJ = jnp.ones(index_BxLxJ.shape)
+    if place.real_BxL is not None:
+      reads_BxLxJ *= place.real_BxL[..., None]
+    return jnp.zeros((self.slots,)).at[index_BxLxJ.reshape(-1)].add(reads_BxLxJ.reshape(-1))
 
   def summarize(self, stats) -> dict[str, jax.Array]:
     """Of a batch, all loops and positions together.

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from rrt.errors import InputError
 from rrt.ops import embedding_bag
 from rrt.ops.matmul import matmul
-from rrt.relax.base import Leaf, Leaves
+from rrt.relax.base import Leaf, Leaves, Place
 from rrt.relax.hosts import Host
 from rrt.relax.lookup import Lookup, rms_norm
 
@@ -72,8 +72,8 @@ class Memory(Lookup):
       found['memory_out'] = Leaf((M, D), (None, 'norm'), zeros)
     return found
 
-  def look(self, params: Leaves, x, y, loop, m, host: Host):
-    found = self.find(params, x, loop, m, host)
+  def look(self, params: Leaves, x, y, place: Place, m, host: Host):
+    found = self.find(params, x, place.loop, m, host)
     B, L, J = found.index_BxLxJ.shape
     flat = lambda z: z.reshape(B * L, J)
     value_TxV = embedding_bag.bag(
@@ -88,4 +88,4 @@ class Memory(Lookup):
       out_BxLxD = matmul(value_BxLxV, leaf('out'))
     else:
       out_BxLxD = value_BxLxV * leaf('out')[None, None]
-    return self.joined(y, out_BxLxD), self.aux(self.usage(found), host)
+    return self.joined(y, out_BxLxD), self.aux(self.usage(found, place), host)

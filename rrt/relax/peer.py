@@ -21,7 +21,7 @@ import numpy as np
 from rrt.errors import InputError
 from rrt.ops import embedding_bag
 from rrt.ops.activation import activate
-from rrt.relax.base import Leaf, Leaves
+from rrt.relax.base import Leaf, Leaves, Place
 from rrt.relax.hosts import Host
 from rrt.relax.lookup import Lookup
 
@@ -63,8 +63,8 @@ class Peer(Lookup):
     found['peer_experts_down'] = table(nn.initializers.zeros)
     return found
 
-  def look(self, params: Leaves, x, y, loop, m, host: Host):
-    found = self.find(params, x, loop, m, host)
+  def look(self, params: Leaves, x, y, place: Place, m, host: Host):
+    found = self.find(params, x, place.loop, m, host)
     B, L, J = found.index_BxLxJ.shape
     index_TxJ, x_TxD = found.index_BxLxJ.reshape(B * L, J), x.reshape(B * L, -1)
     table = lambda name: params[f'peer_experts_{name}']
@@ -73,7 +73,7 @@ class Peer(Lookup):
       hidden_TxJ *= embedding_bag.dots(table('up'), index_TxJ, x_TxD)
     weight_TxJ = self.topk * found.weight_BxLxJ.reshape(B * L, J) * hidden_TxJ
     out_BxLxD = embedding_bag.bag(table('down'), index_TxJ, weight_TxJ).reshape(x.shape)
-    return self.joined(y, out_BxLxD), self.aux(self.usage(found), host)
+    return self.joined(y, out_BxLxD), self.aux(self.usage(found, place), host)
 
 
 def upcycled(peer: Peer, leaves: Leaves, mlp: dict[str, np.ndarray]) -> Leaves:

@@ -146,6 +146,18 @@ def test_usage_is_summarised_over_loops_and_positions():
   np.testing.assert_allclose([one['used'], one['kl']], [1 / 16, np.log(16)], rtol=1e-6)
 
 
+def test_padding_reads_no_slot():
+  memory = Memory((1,), 16, heads=1, topk=2, key_dim=6)
+  c = llama(relax=(memory,))
+  p, host = own_leaves(perturbed(c)['block'], 'memory'), host_of(memory, c)
+  x = jax.random.normal(jax.random.key(0), (2, 3, c.d_model))
+  reads = lambda x, real: memory.apply_at(p, x, x, Place(0, 1, real), host)[1].stats['usage']
+  real = jnp.array([[True, True, False], [True, False, False]])
+  want = reads(x[:1, :2], None) + reads(x[1:, :1], None)
+  np.testing.assert_array_equal(reads(x, real), want)
+  assert want.sum() == 3 * 2 * host.layers
+
+
 @pytest.mark.parametrize(
   ('fields', 'sentence'),
   [
