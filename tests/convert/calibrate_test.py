@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rrt.convert import activations, calibrate, permute
+from rrt.convert import activations, permute, sweeps
 from rrt.convert.recursive import to_recursive
 from rrt.errors import InputError
 from rrt.models import transformer
@@ -248,14 +248,14 @@ def test_a_second_sweep_comes_nearer(family, arguments):
 def test_sweeps_end_where_they_come_no_nearer(monkeypatch):
   """Of sweeps that get worse the one before is kept."""
   gaps, made = iter([0.3, 0.2, 0.25, 0.1]), []
-  real = calibrate.calibrate
+  real = sweeps.calibrate
 
   def scripted(activations, weights, *args, sweep, **kwargs):
     real(activations, weights, *args, sweep=sweep, **kwargs)
     made.append({name: kernel.copy() for name, kernel in weights.shared.items()})
     sweep.gap = next(gaps)
 
-  monkeypatch.setattr(calibrate, 'calibrate', scripted)
+  monkeypatch.setattr(sweeps, 'calibrate', scripted)
   child, _ = to_recursive(
     tiny.parent(layers=4), sweeps=4, calibration=tiny.tokens(300), calibration_tokens=256
   )
