@@ -61,6 +61,9 @@ def _read_config(parse, path: str):
     why = f'{type(cause).__name__}: {" ".join(str(cause).split())}'
     if isinstance(cause, AttributeError) and cause.name == 'get_config':
       raise ConfigFileError(f'--config={file}: defines no function get_config().') from e
+    if 'get_config() takes 0 positional arguments' in str(cause):
+      variant = path.split(':', 1)[1]
+      raise ConfigFileError(f'--config={file}: has no variants; leave ":{variant}" out.') from e
     why = why.split(' Did you mean', 1)[0] if len(why) > 300 else why
     why = why if len(why) <= 300 else f'{why[:300]} ...'
   raise ConfigFileError(f'--config={file}: {why}')

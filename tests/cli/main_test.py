@@ -193,3 +193,10 @@ def test_mistakes_in_a_config_get_one_line(recipes, file, overrides, message):
   )
   assert status == 2 and error.count('\n') == 1
   assert error.startswith('error: ' + message.format(folder=recipes))
+
+
+def test_a_recipe_without_variants(recipes):
+  path = recipes / 'good.py'
+  status, _, error = rrt('train', f'--config={path}:fast', f'--workdir={recipes / "run"}')
+  assert status == 2
+  assert error == f'error: --config={path}: has no variants; leave ":fast" out.\n'
