@@ -100,6 +100,10 @@ def parse(text: str) -> Topology:
   if len(sizes) != (kind.dims or 1):
     form = 'x'.join('ABC'[: kind.dims]) if kind.dims else 'COUNT'
     raise InputError(f'topology={text!r}: chips of {name} are counted as {name}:{form}.')
+  if kind.dims and any(n % 2 for n in sizes[:2]) and set(sizes) != {1}:
+    raise InputError(
+      f'topology={text!r}: slices of {name} are made of hosts of 2x2 chips; make both sides even.'
+    )
   return Topology(kind, sizes, int(slices or 1))
 
 

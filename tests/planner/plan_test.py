@@ -45,6 +45,8 @@ RECIPE = {
     ('v5p:2x2', 'counted as v5p:AxBxC'),
     ('h100:2x2', 'counted as h100:COUNT'),
     ('v5e:0x4', 'no chips'),
+    ('v5e:3x5', 'hosts of 2x2 chips'),
+    ('v5p:4x1x1', 'hosts of 2x2 chips'),
   ],
 )
 def test_what_is_no_topology(text, words):
