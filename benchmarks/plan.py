@@ -140,8 +140,20 @@ l1b    0+8x2+0  256 v5e:4x4    fsdp=16          1 4096 full 16384 parent once 1 
 l3b    2+12x2+2  64 v5p:2x2x2  fsdp=8           1 4096 full  8192 parent once 1 all
 l3b    0+14x2+0  32 v6e:4x4    fsdp=16          2 1024 full  8192 parent once 2 all
 l8b    0+16x2+0 256 v5p:2x2x2  fsdp=8           1 2048 full  8192 parent once 1 all
-"""
-CHECKED = """
+smol   5+10x2+5  64 v5e:2x2    fsdp=4          48 2048 full 65536 alone  once 1 all
+smol   5+10x2+5  64 v5e:2x2    fsdp=4          80 2048 full 65536 alone  once 1 all
+smol   8+7x2+8   64 v5e:2x2    data=4          32 1024 full 16384 parent once 1 all
+smol   0+10x3+0  64 v5e:2x2    fsdp=4          16 1024 dots 16384 alone  once 1 all
+tiny   0+11x2+0 128 v5e:4x4    fsdp=16         16 2048 full 65536 parent once 1 all
+tiny   4+7x2+4   64 v5e:2x4    fsdp=8           8 4096 full 32768 alone  once 1 all
+tiny   0+11x2+0  64 v6e:2x4    fsdp=8           8 2048 dots 32768 parent once 1 all
+l1b    0+8x2+0   64 v5e:4x4    fsdp=16          8 2048 full 16384 alone  once 1 all
+qwen   0+12x2+0  64 v5e:2x4    fsdp=8          16 2048 full 16384 parent once 1 all
+qwen   8+4x2+8   64 v5p:2x2x1  fsdp=4           8 1024 none  8192 alone  once 1 all
+gemma3 1+12x2+1  64 v6e:2x4    fsdp=8          16 1024 full 16384 alone  once 1 all
+g2b    0+9x2+0   64 v5p:2x2x2  fsdp=8          16 2048 full 16384 parent once 1 all
+l3b    0+14x2+0  64 v5p:2x2x2  fsdp=8          16 2048 full 16384 parent once 1 all
+l8b    0+16x2+0  64 v5p:2x2x4  fsdp=16         16 2048 full 65536 parent once 1 all
 tiny   3+8x2+3   32 v5e:2x4    fsdp=8           2 2048 full  8192 parent once 1 all
 tiny   0+11x2+0   0 v6e:2x2    data=2,fsdp=2    2 1024 full  4096 parent once 1 all
 tiny   2+6x3+2   64 v5e:4x4    fsdp=8,tensor=2  2 2048 full  8192 parent once 1 all
@@ -158,6 +170,24 @@ l1b    3+5x2+3   32 v5e:4x4    fsdp=16          1 2048 dots  8192 parent once 1 
 l3b    2+8x3+2   64 v5p:2x2x2  fsdp=8           2 2048 full 16384 parent once 1 all
 l8b    0+16x2+0 128 v5p:2x2x4  fsdp=16          1 2048 dots 16384 parent once 1 all
 l8b    4+8x3+4   64 v6e:4x8    fsdp=32          1 4096 full 32768 parent once 1 all
+"""
+CHECKED = """
+tiny   2+9x2+2  128 v5e:4x8    fsdp=32          4 2048 full 32768 parent once 1 all
+tiny   5+4x3+5   64 v5e:2x4    fsdp=8           4 1024 full  8192 alone  once 2 all
+tiny   0+11x2+0  64 v6e:4x4    fsdp=8,tensor=2  4 2048 full 16384 parent once 1 all
+smol   6+6x3+6   32 v5e:2x2    data=4          24 1024 full 16384 parent once 1 all
+smol   0+15x2+0 128 v6e:2x2    fsdp=4          32 1024 dots 16384 parent once 1 all
+smol   10+5x2+10 64 v5e:2x4    data=2,fsdp=4   16 2048 full 16384 alone  once 1 all
+qwen   3+6x3+3   64 v5e:4x4    fsdp=16          8 2048 full 32768 parent once 1 all
+qwen   0+12x2+0  32 v6e:2x2    fsdp=4           4 1024 full  8192 parent once 4 all
+gemma3 3+10x2+3  64 v5e:4x4    fsdp=16          4 2048 full 16384 parent once 1 all
+g2b    0+9x2+0   64 v6e:4x4    fsdp=16          4 1024 full 16384 parent once 1 all
+l1b    0+8x2+0   32 v5e:4x4    fsdp=16          4 2048 full 16384 parent once 1 all
+l1b    2+4x3+2   64 v6e:2x4    fsdp=8           2 2048 dots  8192 parent once 1 all
+l3b    4+10x2+4 128 v5p:2x2x2  fsdp=8           8 2048 full 16384 alone  once 1 all
+l3b    0+14x2+0  64 v6e:4x8    fsdp=32          2 2048 full 32768 parent once 2 all
+l8b    0+16x2+0  64 v5p:2x2x4  fsdp=16          4 2048 full 32768 parent once 1 relaxations
+l8b    8+8x2+8   64 v6e:4x8    fsdp=32          2 2048 full 32768 parent once 1 all
 """
 
 

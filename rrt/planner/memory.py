@@ -3,8 +3,9 @@
 What a train step is given (parameters, moments, the parent, a batch) is exact: shapes and
 shardings are those of the program. What it makes is the larger of two phases: the loss,
 when the logits of a chunk exist beside all that the backward pass will read, and the
-backward pass of the layers. Sizes follow from shapes; the few factors in `FACTORS` were fitted
-to XLA's figures for 54 programs for TPUs (`python -m benchmarks.plan` compares).
+backward pass of the layers, when one of them is computed again. Sizes follow from shapes; the
+few factors in `FACTORS` were fitted to XLA's figures for 84 programs for TPUs
+(`python -m benchmarks.plan` compares).
 
 B rows of a device, L length, D model, F MLP, V vocabulary.
 """
@@ -25,20 +26,12 @@ from rrt.train import step as step_lib
 from rrt.train.losses import chunk_length
 
 # Arrays of the size of a chunk's logits in float32, without and for a parent; float32 copies
-# of the trained parameters in the backward pass; of one layer of the block, whole, where
-# gradients are scattered over fsdp; arrays [B, L, D] of partial products where a tensor axis
-# splits a layer that is computed again; further gradients of the tables of memory layers (from
-# one program).
-FACTORS = {
-  'logits': 1.83,
-  'parent_logits': 0.85,
-  'gradients': 1.54,
-  'layer': 1.62,
-  'tensor': 22.6,
-  'pools': 4.7,
-}
+# of the trained parameters in the backward pass; of the outputs of all linears of a layer that
+# is computed again, for them and their gradients; further gradients of the tables of memory
+# layers (from one program).
+FACTORS = {'logits': 1.58, 'parent_logits': 1.09, 'gradients': 1.29, 'layer': 2.92, 'pools': 4.7}
 # How much more remat='none' keeps than the outputs of linears.
-_ALL = 2.6
+_ALL = 3.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +80,6 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
   teacher = spec.teacher_config is not None
   head = 'embed/table' if c.tie_embeddings else 'head/kernel'
   heads = D * V / tensor * e * (1 + (teacher and not spec.cached and head not in spec.shared))
-  layers = jax.tree.leaves(program.state.params['block']['layers'])
-  layer = sum(math.prod(x.shape) for x in layers) * 4 / c.block_layers / tensor
   f = FACTORS
   logits = chunk * (f['logits'] + f['parent_logits'] * teacher)
   summed = gradients if spec.accumulate > 1 else 0
@@ -102,14 +93,14 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
     'gradients': summed,
   }
   again = kept_layers * c.block_layers / c.depth if c.loops > 1 else 0  # Of one loop.
-  partial = f['tensor'] * stream * (tensor > 1 and spec.remat == 'full')
+  layer = f['layer'] * width * B * L * e * (spec.remat == 'full')
   backward = {
     'kept for the backward pass': kept_layers + again,
     'block, gathered': block,
+    'heads, gathered': heads,
     'gradients': gradients * f['gradients'] + summed,
-    "a layer's gradient, whole": layer * f['layer'] * (fsdp > 1),
+    'a layer, computed again': layer,
     'pools': f['pools'] * _pools(program),
-    'partial products': partial,
   }
   phase, made = max(
     ('loss', loss), ('backward', backward), key=lambda phase: sum(phase[1].values())
