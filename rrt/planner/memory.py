@@ -4,7 +4,7 @@ What a train step is given (parameters, moments, the parent, a batch) is exact: 
 shardings are those of the program. What it makes is the larger of two phases: the loss,
 when the logits of a chunk exist beside all that the backward pass will read, and the
 backward pass of the layers, when one of them is computed again. Sizes follow from shapes; the
-few factors in `FACTORS` were fitted to XLA's figures for 84 programs for TPUs
+few factors in `FACTORS` were fitted to XLA's figures for 100 programs for TPUs
 (`python -m benchmarks.plan` compares).
 
 B rows of a device, L length, D model, F MLP, V vocabulary.
@@ -26,10 +26,18 @@ from rrt.train import step as step_lib
 from rrt.train.losses import chunk_length
 
 # Arrays of the size of a chunk's logits in float32, without and for a parent; float32 copies
-# of the trained parameters in the backward pass; of the outputs of all linears of a layer that
-# is computed again, for them and their gradients; further gradients of the tables of memory
-# layers (from one program).
-FACTORS = {'logits': 1.58, 'parent_logits': 1.09, 'gradients': 1.29, 'layer': 2.92, 'pools': 4.7}
+# of the trained parameters in the backward pass; arrays [B, L, D] and [B, L, F] of one layer that
+# is computed again, with its gradients; further gradients of the head where there are
+# microbatches, and of the tables of memory layers (from one program).
+FACTORS = {
+  'logits': 1.58,
+  'parent_logits': 1.11,
+  'gradients': 1.29,
+  'layer_d_model': 16.9,
+  'layer_d_ff': 3.22,
+  'heads_of_microbatches': 0.37,
+  'pools': 4.7,
+}
 # How much more remat='none' keeps than the outputs of linears.
 _ALL = 3.02
 
@@ -83,17 +91,18 @@ def train_memory(program: TrainProgram, tiles: bool = True) -> Memory:
   f = FACTORS
   logits = chunk * (f['logits'] + f['parent_logits'] * teacher)
   summed = gradients if spec.accumulate > 1 else 0
+  copies = 1 + f['heads_of_microbatches'] * (spec.accumulate > 1)
   loss = {
     'kept for the backward pass': kept_layers,
     'block, gathered': block,
     'heads, gathered': heads,
-    # Microbatches add a whole one to the last one's.
-    "head's gradient": D * V / tensor * 4 * (head in spec.trained) * (1 + (spec.accumulate > 1)),
+    "head's gradient": D * V / tensor * 4 * (head in spec.trained) * copies,
     'logits of a chunk': logits,
     'gradients': summed,
   }
   again = kept_layers * c.block_layers / c.depth if c.loops > 1 else 0  # Of one loop.
-  layer = f['layer'] * width * B * L * e * (spec.remat == 'full')
+  wide = f['layer_d_model'] * D + f['layer_d_ff'] * c.d_ff * _experts(c) / tensor
+  layer = B * L * e * wide * (spec.remat == 'full')
   backward = {
     'kept for the backward pass': kept_layers + again,
     'block, gathered': block,
@@ -190,5 +199,9 @@ def _linear_width(config: ModelConfig) -> int:
   """Outputs of a layer's linears for a token, but those that write to the stream."""
   c = config
   heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-  experts = c.experts_per_token + c.shared_experts or 1
-  return heads + c.d_ff * (1 + ('gate' in c.shapes())) * experts
+  return heads + c.d_ff * (1 + ('gate' in c.shapes())) * _experts(c)
+
+
+def _experts(config: ModelConfig) -> int:
+  """MLPs of a layer that a token passes."""
+  return config.experts_per_token + config.shared_experts or 1
