@@ -221,6 +221,10 @@ def _show(memory: Memory, topology, parameters: int) -> None:
 
 def _end(topology, peak: int, fields: dict[str, Any]) -> int:
   fits = peak <= topology.room
+  guessed = 'mesh' in fields and fields.get('compiled_bytes') is None
+  if guessed and fits and peak > topology.room / 1.1:
+    tells = '; --compile tells' if topology.kind.platform == 'tpu' else ''
+    print(f'close: the closed form may be off by 10 %{tells}')
   kept = f', {topology.kind.reserve / GIB:.1f} kept by the runtime' if topology.kind.reserve else ''
   print(
     f'{"fits" if fits else "does not fit"}: {peak / GIB:.2f} of {topology.room / GIB:.2f} GiB a '

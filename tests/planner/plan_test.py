@@ -197,6 +197,9 @@ def test_the_command(tmp_path):
   found = run_plan(*FLAGS, parent, '--mesh=fsdp=16')
   assert found.returncode == 0, found.stderr
   assert 'fits: ' in found.stdout and 'kept for the backward pass' in found.stdout
+  assert 'close: ' not in found.stdout
+  near = run_plan(*FLAGS, parent, '--mesh=fsdp=16', '--config.batch=432')
+  assert near.returncode == 0 and 'close: ' in near.stdout and '--compile tells' in near.stdout
   assert last_line(found)['mesh'] == {'data': 1, 'fsdp': 16, 'expert': 1, 'tensor': 1}
   large = f'--config.parent={write_config(tmp_path / "large", LLAMA_8B)}'
   shape = ('--config.convert.block=16', '--topology=v5e:2x2', '--mesh=fsdp=4')
