@@ -220,7 +220,8 @@ def plan() -> str:
   return (
     table(heads, groups)
     + '\nThe others, drawn at random among shapes that fill 15 to 90 % of a chip (`python -m '
-    f'benchmarks.plan`, {figures["compiler"]}):\n\n'
+    f'benchmarks.plan`, {figures["compiler"]}). No factor comes from them, but the last change of '
+    'the form was made when they were known:\n\n'
     + table(['program', 'compiled, GiB a chip', 'closed form, %', 'seconds to compile'], rows)
   )
 
