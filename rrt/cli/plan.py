@@ -108,6 +108,7 @@ def main(_) -> int:
       'analytic_seconds': seconds,
       'seconds': time.monotonic() - begin,
     },
+    estimated=compiled is None,
   )
 
 
@@ -180,6 +181,7 @@ def _search(recipe, parent, child, topology, begin) -> int:
       'considered': len(found),
       'seconds': time.monotonic() - begin,
     },
+    estimated=True,
   )
 
 
@@ -219,10 +221,9 @@ def _show(memory: Memory, topology, parameters: int) -> None:
   print('rules of thumb for one chip, GiB: ' + '; '.join(rules))
 
 
-def _end(topology, peak: int, fields: dict[str, Any]) -> int:
+def _end(topology, peak: int, fields: dict[str, Any], estimated: bool = False) -> int:
   fits = peak <= topology.room
-  guessed = 'mesh' in fields and fields.get('compiled_bytes') is None
-  if guessed and fits and peak > topology.room / 1.1:
+  if estimated and fits and peak > topology.room / 1.1:
     tells = '; --compile tells' if topology.kind.platform == 'tpu' else ''
     print(f'close: the closed form may be off by 10 %{tells}')
   kept = f', {topology.kind.reserve / GIB:.1f} kept by the runtime' if topology.kind.reserve else ''
